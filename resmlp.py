@@ -131,7 +131,7 @@ class Mlp(nn.Layer):
 
 
 class ResBlock(nn.Layer):
-    """One ResMLP layer: tokens are mixed by a linear layer, then channels by an MLP (paper, eq. 2-3).
+    """One ResMLP layer: a linear layer mixes tokens, then an MLP mixes channels (paper, eq. 2-3).
 
     Args:
         dim: channels C.
