@@ -1,0 +1,150 @@
+"""Which image is seen when: pure functions of (seed, epoch, rank, world), with no state to save.
+
+An epoch is one global order of *positions* 0, 1, 2, ... that does not depend on the number of
+processes. Position p belongs to rank ``p % world``, so step k of `world` processes with batch B
+covers the positions ``[k * world * B, (k + 1) * world * B)``: exactly what one process with batch
+``world * B`` sees in its step k. The random augmentation of a sample hangs on (seed, epoch,
+position) and on nothing else, so neither processes, workers nor an interruption change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+# The first number of every random key: what the stream is for. (Without it, SeedSequence would
+# take the keys (s, e) and (s, e, 0) for the same one, because it pads short keys with zeros.)
+_ORDER, _SAMPLE = 1, 2
+
+Key = tuple[int, int, int]  # (epoch, position in the epoch's global order, image index)
+
+
+def sample_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """The generator of one training sample's augmentation.
+
+    The copies that repeated augmentation makes of an image stand at different positions, so each
+    is augmented differently, on one process as on many.
+    """
+    return np.random.default_rng((_SAMPLE, seed, epoch, position))
+
+
+def train_indices(
+    num_images: int, seed: int, epoch: int, rank: int = 0, world: int = 1, repeats: int = 1
+) -> np.ndarray:
+    """The images that one process trains on in an epoch, in order.
+
+    Every rank gets equally many, as collectives need. With ``repeats == 1`` the epoch holds every
+    image for any number of processes; where `world` does not divide `num_images`, the order goes
+    on from its start for the last ``< world`` positions. (`TrainBatchSampler` with ``drop_last``
+    never reaches those.) With ``repeats > 1`` it is repeated augmentation: each image stands
+    `repeats` times in a row in the shuffled order, so its copies land on different ranks, and
+    ``floor(num_images / 256) * 256 / world`` samples are taken per rank (fewer than 256 images:
+    ``ceil(num_images / world)``): an epoch is as long as without it and sees ``1 / repeats`` of the
+    images.
+
+    Args:
+        num_images: size of the data set.
+        seed: the run's seed.
+        epoch: number of the epoch.
+        rank: this process, ``0 <= rank < world``.
+        world: number of processes.
+        repeats: copies of each image in the order.
+
+    Returns:
+        int64 ``[n]`` image indices; element i is at global position ``rank + i * world``.
+
+    Source: DeiT's RASampler (repeated augmentation, arXiv 1902.05509) for ``repeats > 1``.
+    """
+    order = np.random.default_rng((_ORDER, seed, epoch)).permutation(num_images)
+    positions = rank + world * np.arange(_samples_per_rank(num_images, world, repeats))
+    return order[positions // repeats % num_images]
+
+
+def eval_indices(num_images: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """The images that one process evaluates: each image on exactly one rank, none twice.
+
+    Ranks may hold one image more or less than others, and none at all.
+    """
+    return np.arange(rank, num_images, world)
+
+
+class TrainBatchSampler:
+    """Batches of training samples for one process; `set_epoch` chooses the place to start from.
+
+    Yields lists of `Key`: the epoch travels with each sample, so that a worker process knows it.
+
+    Args:
+        num_images, seed, rank, world, repeats: as for `train_indices`.
+        batch_size: samples per process and step.
+        drop_last: leave out the last step where it is smaller than ``world * batch_size``.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        repeats: int = 1,
+        drop_last: bool = True,
+    ):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.repeats = repeats
+        self.drop_last = drop_last
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
+        """Goes to an epoch, past the batches of it that an interrupted run has already seen."""
+        self.epoch = epoch
+        self.skip_batches = skip_batches
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, the same on every rank."""
+        if self.drop_last:
+            total = _epoch_length(self.num_images, self.repeats)
+            return total // (self.world * self.batch_size)
+        return -(-_samples_per_rank(self.num_images, self.world, self.repeats) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        indices = train_indices(
+            self.num_images, self.seed, self.epoch, self.rank, self.world, self.repeats
+        )
+        for batch in range(self.skip_batches, len(self)):
+            start = batch * self.batch_size
+            yield [
+                (self.epoch, self.rank + (start + i) * self.world, int(index))
+                for i, index in enumerate(indices[start : start + self.batch_size])
+            ]
+
+
+class EvalBatchSampler:
+    """Batches of `eval_indices` in a fixed order, as lists of `Key`; the last one may be small."""
+
+    def __init__(self, num_images: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.indices = eval_indices(num_images, rank, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            batch = self.indices[start : start + self.batch_size]
+            yield [(0, int(index), int(index)) for index in batch]
+
+
+def _epoch_length(num_images: int, repeats: int) -> int:
+    """Positions of an epoch over all ranks."""
+    return num_images // 256 * 256 if repeats > 1 and num_images >= 256 else num_images
+
+
+def _samples_per_rank(num_images: int, world: int, repeats: int) -> int:
+    length = _epoch_length(num_images, repeats)
+    # Down as DeiT does where images are left over anyway; up where each image shall be seen.
+    return length // world if repeats > 1 and num_images >= 256 else -(-length // world)

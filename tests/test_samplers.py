@@ -1,0 +1,144 @@
+"""Sampler orders: pure, complete, the same for any number of processes."""
+
+import numpy as np
+import pytest
+
+from samplers import (
+    EvalBatchSampler,
+    TrainBatchSampler,
+    eval_indices,
+    sample_rng,
+    train_indices,
+)
+
+
+def global_order(num_images, world, repeats=1, seed=3, epoch=5):
+    """The positions of all ranks woven together again."""
+    shards = [train_indices(num_images, seed, epoch, r, world, repeats) for r in range(world)]
+    return np.stack(shards, axis=1).ravel()
+
+
+def steps(num_images, batch_size, world, repeats, drop_last, epoch=2, skip=0):
+    """Per step, the samples of all ranks."""
+    samplers = [
+        TrainBatchSampler(num_images, batch_size, 7, rank, world, repeats, drop_last)
+        for rank in range(world)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch, skip)
+    return [sorted(sum(batches, [])) for batches in zip(*samplers)]
+
+
+@pytest.mark.parametrize("num_images", [1, 7, 12, 1001])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_an_epoch_holds_every_image_for_any_number_of_processes(num_images, world):
+    order = global_order(num_images, world)
+    assert set(order) == set(range(num_images))
+    assert len(order) - num_images < world  # every rank as many, at most world - 1 seen twice
+    np.testing.assert_array_equal(order[:num_images], global_order(num_images, 1))
+
+
+def test_seed_and_epoch_change_the_order_and_nothing_else_does():
+    base = train_indices(100, 0, 0)
+    np.testing.assert_array_equal(base, train_indices(100, 0, 0))
+    assert (base != train_indices(100, 1, 0)).any()
+    assert (base != train_indices(100, 0, 1)).any()
+    assert (train_indices(100, 1, 0) != train_indices(100, 0, 1)).any()
+
+
+@pytest.mark.parametrize("num_images,world", [(256, 1), (1000, 3), (1023, 4), (5000, 8)])
+def test_repeated_augmentation_selects_as_many_as_deit(num_images, world):
+    expected = num_images // 256 * 256 // world
+    for rank in range(world):
+        assert len(train_indices(num_images, 0, 0, rank, world, repeats=3)) == expected
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_repeated_augmentation_puts_each_image_three_times_in_a_row(world):
+    order = global_order(600, world, repeats=3)
+    whole = order[: len(order) // 3 * 3].reshape(-1, 3)
+    assert (whole == whole[:, :1]).all()
+    assert len(set(whole[:, 0])) == len(whole)  # then the next image, never the same again
+    np.testing.assert_array_equal(whole[:, 0], train_indices(600, 3, 5)[: len(whole)])
+
+
+def test_the_copies_of_an_image_land_on_different_processes():
+    shards = [train_indices(512, 0, 0, rank, 4, repeats=3) for rank in range(4)]
+    for shard in shards:
+        assert np.bincount(shard).max() == 1
+
+
+def test_repeated_augmentation_works_for_fewer_images_than_256():
+    assert len(global_order(10, 1, repeats=3)) == 10
+    assert len(global_order(10, 4, repeats=3)) == 12
+    assert set(global_order(1, 8, repeats=3)) == {0}
+
+
+@pytest.mark.parametrize("num_images,world", [(1, 3), (7, 3), (1001, 3), (12, 4)])
+def test_evaluation_sees_every_image_once(num_images, world):
+    seen = np.concatenate([eval_indices(num_images, rank, world) for rank in range(world)])
+    assert sorted(seen) == list(range(num_images))
+
+
+@pytest.mark.parametrize("num_images,world", [(1, 3), (7, 3), (1001, 3)])
+def test_evaluation_batches_hold_every_image_once_and_their_number_is_told(num_images, world):
+    samplers = [EvalBatchSampler(num_images, 4, rank, world) for rank in range(world)]
+    batches = [list(sampler) for sampler in samplers]
+    assert [len(b) for b in batches] == [len(s) for s in samplers]
+    seen = [index for rank in batches for batch in rank for _, _, index in batch]
+    assert sorted(seen) == list(range(num_images))
+    assert all(0 < len(batch) <= 4 for rank in batches for batch in rank)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("num_images,world,batch", [(1003, 3, 4), (300, 2, 8), (37, 4, 2)])
+def test_n_processes_see_in_each_step_what_one_with_n_times_the_batch_sees(
+    num_images, world, batch, repeats
+):
+    many = steps(num_images, batch, world, repeats, drop_last=True)
+    one = steps(num_images, batch * world, 1, repeats, drop_last=True)
+    assert many == one
+    assert len(many) > 0
+    assert len(one[-1]) == world * batch
+
+
+def test_without_drop_last_all_ranks_have_equally_long_batches_and_every_image_is_seen():
+    samplers = [TrainBatchSampler(10, 3, 0, rank, 3, drop_last=False) for rank in range(3)]
+    lengths = [[len(batch) for batch in sampler] for sampler in samplers]
+    assert lengths == [[3, 1]] * 3
+    assert [len(sampler) for sampler in samplers] == [2, 2, 2]
+    seen = {index for sampler in samplers for batch in sampler for _, _, index in batch}
+    assert seen == set(range(10))
+
+
+@pytest.mark.parametrize("drop_last,expected", [(True, 3), (False, 4)])
+def test_the_last_small_batch_is_dropped_or_kept(drop_last, expected):
+    sampler = TrainBatchSampler(10, 3, drop_last=drop_last)
+    assert len(sampler) == len(list(sampler)) == expected
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5, 7])
+def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(skip):
+    whole = steps(50, 3, 2, 1, drop_last=False)
+    assert steps(50, 3, 2, 1, drop_last=False, skip=skip) == whole[skip:]
+    sampler = TrainBatchSampler(50, 3)
+    sampler.set_epoch(1, skip)
+    assert len(sampler) == 16  # the epoch's length does not change with the place in it
+
+
+def test_samples_carry_epoch_position_and_index():
+    sampler = TrainBatchSampler(8, 2, seed=1, rank=1, world=2)
+    sampler.set_epoch(4)
+    order = train_indices(8, 1, 4)
+    assert [key for batch in sampler for key in batch] == [(4, p, order[p]) for p in (1, 3, 5, 7)]
+
+
+def test_every_sample_has_its_own_random_stream():
+    draws = {
+        tuple(sample_rng(seed, epoch, position).integers(2**32, size=2))
+        for seed in range(3)
+        for epoch in range(3)
+        for position in range(3)
+    }
+    assert len(draws) == 27
+    assert sample_rng(1, 2, 3).random() == sample_rng(1, 2, 3).random()
