@@ -1,0 +1,246 @@
+"""Reads a pickle as data: arrays, containers, numbers and strings, and nothing else.
+
+A pickle is a program for a small stack machine, and Python's own machine calls whatever function
+the file names. This one has only the instructions that build plain data, and only the names that
+the files of Paddle and NumPy need (`_NAMES`); each stands for a function of this module. Every
+other name refuses the file. So nothing that a stranger chose is ever called, and no array is
+larger than the bytes that the file holds for it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+from typing import Any, Callable
+
+import numpy as np
+
+from errors import WeightsError
+
+MAX_DEPTH = 64  # containers inside containers
+MAX_VALUES = 10_000_000  # counted as often as they are referred to: no "billion laughs"
+
+
+class _Pending:
+    """A NumPy object between its creation and the instruction that fills it (BUILD)."""
+
+    def __init__(self, fill: Callable[[Any], Any]):
+        self.fill = fill
+        self.value: Any = None
+
+
+def _dtype(code: str, *_: Any) -> _Pending:
+    dtype = np.dtype(str(code))
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:  # no objects, records, dates, strings
+        raise WeightsError(f"an array of type {code!r}, which is not plain numbers")
+    # state: version, byte order, and six fields that only records and dates use
+    return _Pending(lambda state: dtype.newbyteorder(state[1]))
+
+
+def _new_array(*_: Any) -> _Pending:
+    # state: version, shape, dtype, whether in Fortran order, bytes
+    return _Pending(lambda state: _array(state[4], state[2], state[1], "F" if state[3] else "C"))
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    """A read-only array over ``data``, whose size must be exactly what type and shape say."""
+    if not isinstance(dtype, np.dtype) or type(shape) is not tuple or type(order) is not str:
+        raise WeightsError("an array that is not plain numbers")
+    if type(data) is str:  # as Python 2 wrote bytes
+        data = data.encode("latin1")
+    if any(type(size) is not int or size < 0 for size in shape):  # -1 would mean "the rest"
+        raise ValueError("bad shape")
+    array = np.frombuffer(bytes(data), dtype) if data else np.empty(0, dtype)
+    array = array.reshape(shape, order=order)
+    array.flags.writeable = False
+    return array
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return _array(data, dtype, (), "C")[()]
+
+
+def _ordered_dict(items: Any = ()) -> dict:
+    result: dict = {}
+    for key, value in items:
+        _set_item(result, key, value)
+    return result
+
+
+def _tuple(items: Any = ()) -> Any:
+    """A tuple, or the array of ``(name, array)``: so Paddle writes a tensor inside a container."""
+    if type(items) not in (tuple, list):
+        raise WeightsError("a tuple of something that is no list")
+    is_tensor = len(items) == 2 and type(items[0]) is str and isinstance(items[1], np.ndarray)
+    return items[1] if is_tensor else tuple(items)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Protocol 2 has no bytes and writes them as text to be encoded."""
+    if encoding not in ("latin1", "latin-1"):
+        raise WeightsError(f"text to be encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+def _bytes(data: Any = b"", *encoding: str) -> bytes:
+    return _encode(data, *encoding) if encoding else bytes(memoryview(data))
+
+
+_NAMES: dict[str, Any] = {
+    "numpy.dtype": _dtype,
+    "numpy.ndarray": _new_array,
+    "collections.OrderedDict": _ordered_dict,
+    "builtins.tuple": _tuple,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
+    "_codecs.encode": _encode,
+}
+for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
+    _NAMES[f"{_core}.multiarray._reconstruct"] = _new_array
+    _NAMES[f"{_core}.multiarray.scalar"] = _scalar
+    _NAMES[f"{_core}.numeric._frombuffer"] = _array
+
+_LITERALS = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class _Machine:
+    """The stack machine: `run` carries out one instruction."""
+
+    def __init__(self) -> None:
+        self.stack: list = []
+        self.marked: list[list] = []  # the stacks below each MARK
+        self.memo: dict[int, Any] = {}
+
+    def pop(self, count: int) -> list:
+        if count > len(self.stack):
+            raise IndexError("the stack is empty")
+        start = len(self.stack) - count
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def pop_mark(self) -> list:
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def run(self, name: str, argument: Any) -> None:
+        push = self.stack.append
+        if name in _LITERALS:
+            push(argument)
+        elif name in _CONSTANTS:
+            push(_CONSTANTS[name])
+        elif name in _TUPLES:
+            push(tuple(self.pop(_TUPLES[name])))
+        elif name == "TUPLE":
+            items = self.pop_mark()
+            self.stack.append(tuple(items))
+        elif name == "EMPTY_LIST":
+            push([])
+        elif name == "EMPTY_DICT":
+            push({})
+        elif name in ("APPEND", "APPENDS"):
+            items = self.pop(1) if name == "APPEND" else self.pop_mark()
+            list.extend(self.stack[-1], items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self.pop(2) if name == "SETITEM" else self.pop_mark()
+            for key, value in zip(items[::2], items[1::2]):
+                _set_item(self.stack[-1], key, value)
+        elif name == "MARK":
+            self.marked.append(self.stack)
+            self.stack = []
+        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            item = self.memo[argument]
+            filled = isinstance(item, _Pending) and item.value is not None
+            push(item.value if filled else item)
+        elif name == "GLOBAL":
+            push(_Name(argument.replace(" ", ".", 1)))
+        elif name == "STACK_GLOBAL":
+            module, attribute = self.pop(2)
+            push(_Name(f"{module}.{attribute}"))
+        elif name == "REDUCE":
+            function, arguments = self.pop(2)
+            push(function.call(arguments))
+        elif name == "BUILD":
+            pending, state = self.pop(2)
+            if not isinstance(pending, _Pending):
+                raise WeightsError("an object that is not plain data")
+            pending.value = pending.fill(state)
+            push(pending.value)
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise WeightsError(f"the pickle instruction {name}, which plain data does not need")
+
+
+class _Name:
+    """An accepted name, on the stack until REDUCE calls what it stands for."""
+
+    def __init__(self, name: str):
+        name = name.replace("__builtin__", "builtins")  # as protocol 2 writes it
+        if name not in _NAMES:
+            raise WeightsError(f"{name}, which is not plain data")
+        self.call = lambda arguments: _NAMES[name](*arguments)
+
+
+def _set_item(target: dict, key: Any, value: Any) -> None:
+    if type(key) not in (str, int, float, bool, type(None)):
+        raise WeightsError("a dict with keys that are no strings or numbers")
+    dict.__setitem__(target, key, value)
+
+
+def _count(item: Any, depth: int, known: dict[int, int]) -> int:
+    """Values in ``item``; refuses leftovers of the machine, cycles and what is nested too deep."""
+    if isinstance(item, (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic)):
+        return 1
+    if type(item) not in (list, tuple, dict) or depth > MAX_DEPTH:
+        raise WeightsError(
+            f"containers nested deeper than {MAX_DEPTH} levels"
+            if depth > MAX_DEPTH
+            else f"a {type(item).__name__.strip('_').lower()} that is not plain data"
+        )
+    if id(item) not in known:
+        children = item.values() if type(item) is dict else item
+        total = 1 + sum(_count(child, depth + 1, known) for child in children)
+        if total > MAX_VALUES:
+            raise WeightsError(f"more than {MAX_VALUES:,} values")
+        known[id(item)] = total
+    return known[id(item)]
+
+
+def load(path: str | os.PathLike) -> Any:
+    """Reads the plain data that a pickle file describes; no code of the file runs.
+
+    Args:
+        path: a file written by ``paddle.save`` or ``pickle.dump``, protocol 2 to 5.
+
+    Returns:
+        Containers, numbers, strings and read-only NumPy arrays. A Paddle tensor inside a
+        container is its array; ``OrderedDict`` becomes ``dict``.
+
+    Raises:
+        WeightsError: the file is damaged, or asks for anything but plain data.
+    """
+    machine = _Machine()
+    try:
+        with open(path, "rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                machine.run(opcode.name, argument)
+            if file.read(1) or len(machine.stack) != 1 or machine.marked:
+                raise ValueError("something is left over")
+        (result,) = machine.stack
+        _count(result, 0, {})
+    except WeightsError as error:
+        raise WeightsError(f"{path}: refused, it holds {error}; nothing of it was run") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # whatever a damaged file does to the machine or to NumPy
+        raise WeightsError(
+            f"{path}: truncated, damaged, or not a Paddle file ({type(error).__name__}: {error})"
+        ) from None
+    return result

@@ -1,0 +1,258 @@
+"""Weight files: found, read without running anything of theirs, checked, and written whole.
+
+    file = read_weights("resmlp_24_224")      # .pdparams or .safetensors, PPViT's or ours
+    load_state(model, file.state)             # resmlp.py: strict
+
+Imports no Paddle. Arrays that are read are read-only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping
+
+import numpy as np
+
+import safe_pickle
+from errors import WeightsError
+
+SUFFIXES = ("", ".pdparams", ".safetensors")
+KEYS = ("auto", "model", "model_ema")
+NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
+_SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The weights that a file holds.
+
+    Attributes:
+        state: parameter name -> float32 array, as the file names and shapes them.
+        key: which of a checkpoint's state dicts was taken (``model``, ``model_ema``); empty for a
+            file that is one state dict.
+        path: the file that was read.
+    """
+
+    state: dict[str, np.ndarray]
+    key: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.path}" if self.key else self.path
+
+
+def find_file(path: str | os.PathLike) -> Path:
+    """The file that is meant, with or without its suffix (PPViT leaves ``.pdparams`` out).
+
+    Raises:
+        WeightsError: there is none; files with a similar name are listed.
+    """
+    path = Path(path)
+    for suffix in SUFFIXES:
+        candidate = path.with_name(path.name + suffix) if path.name else path
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise WeightsError(f"{path}: a folder, not a weight file")
+    if not path.parent.is_dir():
+        raise WeightsError(f"{path}: no such weight file (there is no folder {path.parent})")
+    names = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES[1:]]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise WeightsError(f"{path}: no such weight file (nor with .pdparams, .safetensors){hint}")
+
+
+def safe_load(path: str | os.PathLike) -> Any:
+    """Reads a ``.pdparams`` or ``.safetensors`` file as it is nested, running nothing of it.
+
+    Args:
+        path: the file, with or without its suffix.
+
+    Returns:
+        The containers, numbers, strings and NumPy arrays of the file. bfloat16 is ``uint16``, as
+        Paddle writes it.
+
+    Raises:
+        WeightsError: no such file; or it is truncated, foreign, or holds more than plain data.
+    """
+    path = find_file(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+    if not head:
+        raise WeightsError(f"{path}: the file is empty")
+    if head[:4] == b"PK\x03\x04":
+        raise WeightsError(
+            f"{path}: a PyTorch file (or another zip archive); port it first with "
+            f"`python port_weights/load_timm_weights.py -checkpoint {path}`"
+        )
+    if head[8:9] == b"{":  # after the length of its header
+        return _read_safetensors(path)
+    return _without_name_table(safe_pickle.load(path))
+
+
+def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
+    """Reads one model's weights: a state dict, or the one inside a training checkpoint.
+
+    Args:
+        path: the file, with or without its suffix.
+        key: which weights of a checkpoint: ``model``, ``model_ema``, or ``auto``: ``model_ema``
+            where there is one, else ``model``. (The averaged weights are what one evaluates and
+            fine-tunes from; PPViT and timm do the same.) A file that is one state dict has no
+            choice, and ``model`` means it too.
+
+    Returns:
+        The weights in float32, with the key that was taken.
+
+    Raises:
+        WeightsError: see `safe_load`; also no weights, weights that are no floating point
+            numbers, NaN or infinite values.
+    """
+    if key not in KEYS:
+        raise WeightsError(f"MODEL.PRETRAINED_KEY is {key!r}; choose one of {', '.join(KEYS)}")
+    path = find_file(path)
+    content = safe_load(path)
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    state, taken = _choose(content, key, path)
+    return WeightFile(check_state(state, str(path)), taken, str(path))
+
+
+def check_state(state: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
+    """The state as float32 arrays, if every entry is a finite floating point array.
+
+    Args:
+        state: parameter name -> array; ``uint16`` is taken for bfloat16, as Paddle writes it.
+        source: the file, for messages.
+
+    Raises:
+        WeightsError: naming the entries that are something else, or not finite.
+    """
+    if not state:
+        raise WeightsError(f"{source}: holds no weights")
+    foreign = [n for n, v in state.items() if not isinstance(n, str) or not _is_float(v)]
+    if foreign:
+        kinds = {str(getattr(state[name], "dtype", type(state[name]).__name__)) for name in foreign}
+        raise WeightsError(
+            f"{source}: not weights in floating point ({', '.join(sorted(kinds))}): "
+            f"{shorten(foreign)}"
+        )
+    with np.errstate(over="ignore"):  # float64 beyond float32: found as infinite below
+        result = {name: _float32(value) for name, value in state.items()}
+    wrong = [name for name, value in result.items() if not np.isfinite(value).all()]
+    if wrong:
+        raise WeightsError(f"{source}: NaN or infinite values in {shorten(wrong)}")
+    return result
+
+
+def write_weights(state: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Writes a state dict so that the file is either whole or not there.
+
+    Args:
+        state: parameter name -> NumPy array or Paddle tensor.
+        path: ``*.safetensors``, or any other name for the format of ``paddle.save``.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
+    arrays = {name: np.ascontiguousarray(_to_numpy(value)) for name, value in state.items()}
+    if Path(path).suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        data = save(arrays, metadata={"format": "np"})
+    else:  # with its table of names paddle.load gives tensors, as for a file of paddle.save
+        data = pickle.dumps({**arrays, NAME_TABLE: {name: name for name in arrays}}, protocol=4)
+    write_atomically(data, path)
+
+
+def write_atomically(data: bytes, path: str | os.PathLike) -> None:
+    """Writes to a temporary file beside ``path``, flushes it to the disk, and renames it.
+
+    Raises:
+        WeightsError: the file cannot be written; one of that name is left as it was.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 is for secrets
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise WeightsError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def shorten(names: list, limit: int = 6) -> str:
+    """A list of names for a message, cut when it is long."""
+    rest = len(names) - limit
+    text = ", ".join(str(name) for name in names[:limit])
+    return f"{text} and {rest} more" if rest > 0 else text
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        from safetensors import SafetensorError, deserialize
+    except ImportError:
+        raise WeightsError(f"{path}: reading it needs `pip install safetensors`") from None
+    try:
+        entries = deserialize(path.read_bytes())
+    except (SafetensorError, MemoryError) as error:
+        raise WeightsError(f"{path}: truncated or damaged ({error})") from None
+    result = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            raise WeightsError(f"{path}: {name} is {entry['dtype']}, not floating point weights")
+        data = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]])
+        result[name] = data.reshape(entry["shape"])
+    return result
+
+
+def _without_name_table(content: Any) -> Any:
+    """Drops the table of parameter names that ``paddle.save`` adds to a flat state dict."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        name: _without_name_table(value) for name, value in content.items() if name != NAME_TABLE
+    }
+
+
+def _choose(content: dict, key: str, path: Path) -> tuple[dict, str]:
+    """The state dict that ``key`` means, and the key that was taken."""
+    nested = [name for name in ("model", "model_ema") if isinstance(content.get(name), dict)]
+    if not nested:
+        if key == "model_ema" or any(isinstance(value, dict) for value in content.values()):
+            wanted = "model_ema" if key == "model_ema" else "model"
+            raise WeightsError(f"{path}: has no {wanted}; it holds {shorten(list(content))}")
+        return content, ""
+    if key == "auto":
+        key = nested[-1]
+    if key not in nested:
+        raise WeightsError(f"{path}: has no {key}; it holds {shorten(list(content))}")
+    return content[key], key
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and (value.dtype.kind == "f" or value.dtype == np.uint16)
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    if value.dtype == np.uint16:  # bfloat16: the upper half of a float32
+        return (value.astype("<u4") << 16).view("<f4")
+    return value.astype(np.float32, copy=False)
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else value.numpy()
