@@ -12,9 +12,10 @@ import difflib
 import os
 import pickle
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -61,9 +62,10 @@ def find_file(path: str | os.PathLike) -> Path:
         raise WeightsError(f"{path}: a folder, not a weight file")
     if not path.parent.is_dir():
         raise WeightsError(f"{path}: no such weight file (there is no folder {path.parent})")
-    names = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES[1:]]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    names = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES[1:]]
+    near = difflib.get_close_matches(path.name, names, n=3)
+    near += [name for name in names if Path(name).stem.startswith(path.name) and name not in near]
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     raise WeightsError(f"{path}: no such weight file (nor with .pdparams, .safetensors){hint}")
 
 
