@@ -1,0 +1,289 @@
+"""Image files and their labels: list files, a folder per class, reading one image. (No Paddle.)
+
+Two layouts of a data folder, DATA.DATASET:
+
+    imagenet2012                              imagefolder
+      train_list.txt    (train/n01/a.JPEG 0)    train/cat/a.jpg
+      val_list.txt      (val/b.JPEG 0)          train/dog/b.jpg
+      train/ val/                               val/cat/c.jpg
+      classes.txt       (optional: names)       val/dog/d.jpg
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from array import array
+
+from PIL import Image
+
+from errors import DataError
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# Formats that Pillow decodes itself. (It would hand an .eps to Ghostscript, another program.)
+_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
+_BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
+
+# Pillow warns above its limit and raises above twice the limit; `read_image` raises above it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadImage(DataError):
+    """An image file that is missing or cannot be decoded: `path` and `reason`."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+def read_image(path: str) -> Image.Image:
+    """Decodes an image file to RGB as timm reads it: ``convert("RGB")``, EXIF rotation ignored.
+
+    Raises:
+        BadImage: missing, unreadable, empty, truncated, not an image, larger than Pillow's limit.
+    """
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):  # a folder; a pipe, which would block for ever
+            raise BadImage(path, "not a regular file")
+        if info.st_size == 0:
+            raise BadImage(path, "the file is empty")
+        with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if pixels == 0:
+                raise BadImage(path, f"{image.width} x {image.height} pixels")
+            if limit is not None and pixels > limit:
+                raise BadImage(path, f"{pixels:,} pixels, more than Pillow's limit of {limit:,}")
+            return image.convert("RGB")
+    except BadImage:
+        raise
+    except FileNotFoundError:
+        raise BadImage(path, "no such file") from None
+    except PermissionError:
+        raise BadImage(path, "permission denied") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage(path, "not an image of a known format") from None
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+class ImageIndex:
+    """The files and labels of a data set, compact: one block of bytes and three arrays.
+
+    1.28 million ImageNet entries take about 75 MB; forked loader workers share them, because
+    nothing in here is a Python object per image whose reference count would touch its page.
+
+    Args:
+        root: the data folder.
+        list_file: where the entries come from, for messages; None: found by scanning `root`.
+    """
+
+    def __init__(self, root: str, list_file: str | None = None):
+        self.root = os.fsencode(os.path.abspath(root))
+        self.list_file = list_file
+        self.labels = array("i")
+        self._names = bytearray()
+        self._ends = array("q", [0])
+        self._lines = array("i")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def add(self, name: bytes, label: int, line: int = 0) -> None:
+        """Appends a file: its path relative to `root`, its class, its line in the list file."""
+        self._names += name
+        self._ends.append(len(self._names))
+        self.labels.append(label)
+        self._lines.append(line)
+
+    def name(self, index: int) -> bytes:
+        """Path relative to `root`, as the list file spells it."""
+        return bytes(self._names[self._ends[index] : self._ends[index + 1]])
+
+    def path(self, index: int) -> str:
+        return os.fsdecode(os.path.join(self.root, self.name(index)))
+
+    def where(self, index: int) -> str:
+        """The path of an entry for a message, after ``list_file:line`` if it has one."""
+        line = f"{self.list_file}:{self._lines[index]}: " if self.list_file else ""
+        return line + self.path(index)
+
+
+def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) -> ImageIndex:
+    """Reads ``relative/path label`` lines: the last field is the label, the rest is the path.
+
+    Blank lines and lines that begin with ``#`` are skipped; fields are separated by spaces or
+    tabs, and paths may contain spaces. Paths are resolved by their text alone, so a link inside
+    the data folder may point to another disk.
+
+    Args:
+        list_file: the text file; paths in any encoding.
+        root: the data folder that the paths are relative to.
+        num_classes: labels are 0 .. num_classes - 1.
+        allow_outside: accept paths that leave `root` (``../x.jpg``, ``/other/x.jpg``).
+
+    Raises:
+        DataError: the file is missing, empty or has a line that is none of this.
+    """
+    index = ImageIndex(root, list_file)
+    folder = os.path.join(os.path.normpath(index.root), b"")
+    labels: dict[bytes, int] = {}  # a few different ones, a million times
+    try:
+        with open(list_file, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.strip() if number > 1 else line.removeprefix(_BOM).strip()
+                if not line or line.startswith(b"#"):
+                    continue
+                try:
+                    fields = line.rsplit(None, 1)
+                    if len(fields) < 2 or b"\0" in line:
+                        raise ValueError("expected `relative/path label`")
+                    name, label = fields
+                    if label not in labels:
+                        labels[label] = _parse_label(label, num_classes)
+                    if not allow_outside and (b".." in name or name.startswith(b"/")):
+                        _check_inside(name, folder)
+                except ValueError as problem:
+                    raise DataError(f"{list_file}:{number}: {problem}, got {_show(line)}") from None
+                index.add(name, labels[label], number)
+    except OSError as error:
+        raise DataError(
+            f"{list_file}: {_reason(error)}; it lists the images of {root}, one `relative/path "
+            "label` a line. tools/make_lists.py makes it from a folder per class, and "
+            "`-dataset imagefolder` needs none"
+        ) from None
+    if not len(index):
+        raise DataError(f"{list_file}: lists no images")
+    return index
+
+
+def find_classes(root: str) -> list[str]:
+    """The class folders of a `DATASET: imagefolder` tree, sorted by name: label i is the i-th.
+
+    They are those of ``root/train``, or of ``root/val`` where there is no ``train``.
+
+    Raises:
+        DataError: neither is there, or it holds no folders.
+    """
+    for split in ("train", "val"):
+        folder = os.path.join(root, split)
+        if os.path.isdir(folder):
+            classes = _subfolders(folder)
+            if not classes:
+                raise DataError(f"{folder}: no class folders; expected {split}/<class>/<image>")
+            return classes
+    raise DataError(
+        f"{root}: expected train/<class>/<image> and val/<class>/<image>; "
+        "tools/make_lists.py splits a folder that has only classes"
+    )
+
+
+def scan_folder(root: str, split: str, num_classes: int) -> ImageIndex:
+    """Finds the images of ``root/split/<class>/``, at any depth, in the order of their names.
+
+    Files and folders that begin with a dot, and files without an image's ending, are passed over.
+
+    Raises:
+        DataError: folders missing or empty, other classes than `num_classes` or than train's.
+    """
+    classes = find_classes(root)
+    if len(classes) != num_classes:
+        raise DataError(
+            f"{root}: {len(classes)} class folders but MODEL.NUM_CLASSES is {num_classes}; "
+            f"set it with `-opts MODEL.NUM_CLASSES {len(classes)}`"
+        )
+    folder = os.path.join(root, split)
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder; expected {split}/<class>/<image>")
+    unknown = sorted(set(_subfolders(folder)) - set(classes))
+    if unknown:
+        raise DataError(f"{folder}: class {unknown[0]!r} is not among the folders of train")
+    index = ImageIndex(root)
+    for label, name in enumerate(classes):
+        before = len(index)
+        for path in list_images(os.path.join(folder, name)):
+            index.add(os.fsencode(os.path.relpath(path, root)), label)
+        if split == "train" and len(index) == before:
+            raise DataError(f"{os.path.join(folder, name)}: no images ({' '.join(EXTENSIONS)})")
+    if not len(index):
+        raise DataError(f"{folder}: no images ({' '.join(EXTENSIONS)})")
+    return index
+
+
+def list_images(folder: str) -> list[str]:
+    """Paths of the image files under a folder, sorted; what begins with a dot is passed over."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.join(parent, name)
+            for name in files
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def read_class_names(path: str, num_classes: int) -> list[str]:
+    """Reads a text file of class names, line i the name of label i.
+
+    Raises:
+        DataError: unreadable, or not `num_classes` lines.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file.read().rstrip().split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {_reason(error)}; expected one class name a line") from None
+    if len(names) != num_classes:
+        raise DataError(f"{path}: {len(names)} names but MODEL.NUM_CLASSES is {num_classes}")
+    return names
+
+
+def class_names(config) -> list[str] | None:
+    """The names of the classes, by label: from DATA.CLASS_NAMES, else ``classes.txt`` in the data
+    folder, else the folder names of an `imagefolder` tree; None where there are none.
+    """
+    root = config.DATA.DATA_PATH
+    beside = os.path.join(root, "classes.txt")
+    if config.DATA.CLASS_NAMES:
+        return read_class_names(config.DATA.CLASS_NAMES, config.MODEL.NUM_CLASSES)
+    if os.path.isfile(beside):
+        return read_class_names(beside, config.MODEL.NUM_CLASSES)
+    if config.DATA.DATASET == "imagefolder" and os.path.isdir(root):
+        return find_classes(root)
+    return None
+
+
+def _subfolders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _parse_label(text: bytes, num_classes: int) -> int:
+    if not text.isdigit():
+        raise ValueError(f"the label {_show(text)} is not a whole number")
+    if len(text) > 9 or int(text) >= num_classes:
+        raise ValueError(
+            f"the label {_show(text)} is not in 0 .. {num_classes - 1} "
+            f"(MODEL.NUM_CLASSES {num_classes})"
+        )
+    return int(text)
+
+
+def _check_inside(name: bytes, folder: bytes) -> None:
+    if not os.path.normpath(os.path.join(folder, name)).startswith(folder):
+        raise ValueError(
+            f"the path {_show(name)} leaves the data folder {os.fsdecode(folder)} "
+            "(DATA.ALLOW_OUTSIDE_PATHS True accepts it)"
+        )
+
+
+def _show(text: bytes) -> str:
+    return repr(text[:100].decode("utf-8", "replace"))
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
