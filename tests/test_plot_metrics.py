@@ -1,0 +1,111 @@
+"""Curves of runs: what is read from metrics.jsonl, and that the pictures and the page are whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from errors import UserError
+from tools.plot_metrics import _figure, plot_metrics, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def step(number, **values):
+    return {"kind": "step", "epoch": (number - 1) // 4 + 1, "step": number, "lr": 1e-3, **values}
+
+
+def epoch(number, **values):
+    return {"kind": "epoch", "epoch": number, "step": 4 * number, "train_loss": 2.0, **values}
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    def write(name, records, tail=""):
+        folder = tmp_path / name
+        folder.mkdir()
+        text = "".join(json.dumps(record) + "\n" for record in records) + tail
+        (folder / "metrics.jsonl").write_text(text)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def run(write_run):
+    records = [step(2, loss=2.5, images_per_second=80), step(4, loss=2.0, images_per_second=90)]
+    return write_run("first", [*records, epoch(1, val_top1=40.0), epoch(2, val_top1=30.0)])
+
+
+def test_a_torn_last_line_is_left_out(write_run):
+    run = read_metrics(write_run("torn", [step(1), step(2)], tail='{"kind": "step", "ep'))
+    assert [record["step"] for record in run.step] == [1, 2]
+
+
+def test_a_torn_line_in_the_middle_is_refused_by_its_number(write_run):
+    folder = write_run("broken", [step(1)], tail='{"kind": "st\n' + json.dumps(step(2)))
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a record"):
+        read_metrics(folder)
+
+
+def test_steps_that_a_resumed_run_logged_again_count_as_logged_last(write_run):
+    first = [step(2, loss=9.0), step(4, loss=9.0), step(6, loss=9.0)]
+    run = read_metrics(write_run("resumed", [*first, step(3, loss=1.0), step(5, loss=1.0)]))
+    assert run.values("step", "loss") == ([2, 3, 5], [9.0, 1.0, 1.0])
+
+
+def test_epochs_without_evaluation_leave_no_point(write_run):
+    run = read_metrics(write_run("sparse", [epoch(1), epoch(2, val_top1=50.0), epoch(3)]))
+    assert run.values("epoch", "val_top1") == ([8], [50.0])
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_folder_without_records_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        read_metrics(tmp_path)
+
+
+def test_curves_stand_at_their_epochs_under_names_and_units(run):
+    loss, top1, rate, speed = _figure([read_metrics(run)]).axes
+    per_report, training = loss.lines
+    assert list(per_report.get_xdata()) == [0.5, 1.0]  # steps 2 and 4 of 4 an epoch
+    assert list(training.get_ydata()) == [2.0, 2.0]
+    assert [text.get_text() for text in top1.get_legend().get_texts()] == ["weights as trained"]
+    assert [axes.get_ylabel() for axes in (top1, speed)] == ["%", "images/s"]
+    assert {axes.get_xlabel() for axes in (loss, top1, rate, speed)} == {"epoch"}
+
+
+def test_a_run_in_its_first_epoch_is_drawn_over_steps(write_run):
+    axes = _figure([read_metrics(write_run("young", [step(1, loss=2.0), step(2, loss=1.0)]))]).axes
+    assert {a.get_xlabel() for a in axes} == {"optimizer step"}
+    assert list(axes[0].lines[0].get_xdata()) == [1, 2]
+
+
+def test_several_runs_have_a_colour_each(run, write_run):
+    figure = _figure([read_metrics(run), read_metrics(write_run("second", [epoch(1)]))])
+    colors = [line.get_color() for line in figure.axes[0].lines if line.get_alpha() == 1.0]
+    assert len(colors) == len(set(colors)) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
+
+
+def test_the_page_is_self_contained_and_has_the_best_epoch(run, tmp_path):
+    plot_metrics([run], tmp_path / "curves.png", tmp_path / "sub" / "curves.html")
+    page = (tmp_path / "sub" / "curves.html").read_text()
+    assert "40.00 % (epoch 1)" in page
+    assert "<svg" in page and "src=" not in page and "<link" not in page
+    assert Image.open(tmp_path / "curves.png").size == (1320, 880)
+
+
+def test_the_script_runs_from_another_folder(run, tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "plot_metrics.py")]
+    done = subprocess.run([*command, str(run)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (run / "curves.png").is_file()
+    done = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1

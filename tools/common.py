@@ -1,0 +1,170 @@
+"""What the tools share: flags, a progress bar, finding a run's config, HTML pages. (No Paddle.)"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from config import get_config, update_config
+from errors import UserError
+from weights import find_file, read_weights
+
+IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
+
+
+# ------------------------------------------------------------------------- the command line
+class Parser(argparse.ArgumentParser):
+    """Flags with one dash or two, with ``_`` or ``-``, as the mains have; a mistake is one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def flag(self, name: str, help: str, **kwargs) -> None:
+        dashed = name.replace("_", "-")
+        flags = dict.fromkeys([f"-{name}", f"--{name}", f"-{dashed}", f"--{dashed}"])
+        self.add_argument(*flags, dest=name, help=help, **kwargs)
+
+    def model_flags(self) -> None:
+        """Adds the flags that name a trained model: ``-pretrained``, ``-cfg``, ``-opts``."""
+        self.flag("pretrained", "weight file or checkpoint", metavar="FILE")
+        self.flag("cfg", "YAML config (default: config.yaml beside the weights)", metavar="FILE")
+        self.flag(
+            "opts", "config keys: -opts DATA.CROP_PCT 0.9 ...", nargs="+", metavar="KEY VALUE"
+        )
+
+    def error(self, message: str):
+        raise UserError(f"command line: {message} (see -h)")
+
+
+def progress(items: Iterable, total: int, label: str) -> Iterator:
+    """Yields ``items``, with a progress bar on stderr where that is a terminal."""
+    visible = sys.stderr.isatty() and total > 1
+    start, done = time.monotonic(), 0
+    for done, item in enumerate(items, 1):
+        yield item
+        if visible:
+            left = (time.monotonic() - start) / done * max(total - done, 0)
+            bar = "#" * (24 * done // max(total, done))
+            print(
+                f"\r{label} [{bar:24}] {done}/{total}, {left:.0f} s left ", end="", file=sys.stderr
+            )
+    if visible:
+        print(f"\r{label}: {done} in {time.monotonic() - start:.1f} s{'':40}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- trained models
+def run_config(
+    pretrained: str | os.PathLike | None = None,
+    cfg: str | os.PathLike | None = None,
+    opts: Iterable[str] = (),
+):
+    """The config of a trained model, with MODEL.PRETRAINED set to its weight file.
+
+    Args:
+        pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
+        cfg: YAML file; None: ``config.yaml`` beside the weights, which a run leaves there.
+        opts: ``KEY, VALUE, ...`` on top, as in ``-opts``.
+
+    Returns:
+        A frozen config node.
+
+    Raises:
+        UserError: no weights, no config, or either cannot be used.
+    """
+    weights = find_file(pretrained) if pretrained else None
+    if cfg is None:
+        beside = weights.with_name("config.yaml") if weights else None
+        if beside is None or not beside.is_file():
+            raise UserError(
+                "give the model's config with -cfg"
+                + (f" (there is none beside the weights: {beside})" if beside else "")
+                + ("" if weights else " and its weights with -pretrained")
+            )
+        cfg = beside
+    arguments = argparse.Namespace(cfg=str(cfg), opts=[str(opt) for opt in opts or ()])
+    config = update_config(get_config(), arguments)
+    if weights is None:
+        if not config.MODEL.PRETRAINED:
+            raise UserError("give the model's weights with -pretrained")
+        weights = find_file(config.MODEL.PRETRAINED)
+    config.MODEL.PRETRAINED = str(weights)
+    config.freeze()
+    return config
+
+
+def load_model(config):
+    """Builds the model of a config with the weights of MODEL.PRETRAINED, in evaluation mode.
+
+    Raises:
+        WeightsError: the file cannot be read or does not fit the model.
+    """
+    import runtime
+    from resmlp import build_resmlp, load_state
+
+    model = build_resmlp(config)
+    runtime.set_threads()
+    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    load_state(model, file.state, resize_tokens=config.MODEL.RESIZE_TOKENS)
+    model.eval()
+    return model
+
+
+# --------------------------------------------------------------------------------- HTML pages
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+  body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto;
+         padding: 0 1rem; }}
+  h1 {{ font-size: 1.6rem; }}  h2 {{ font-size: 1.2rem; margin-top: 2.5rem; }}
+  img, svg {{ max-width: 100%; height: auto; }}
+  table {{ border-collapse: collapse; }}
+  th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }}
+  th:first-child, td:first-child {{ text-align: left; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def html_page(title: str, sections: Iterable[tuple[str, str]]) -> str:
+    """A self-contained page: a title, then ``(heading, HTML)`` sections."""
+    body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{text}" for heading, text in sections)
+    return _PAGE.format(title=html.escape(title), body=body)
+
+
+def html_image(path: str | os.PathLike, alt: str) -> str:
+    """An ``<img>`` that carries a PNG file inside."""
+    data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def html_table(header: Iterable, rows: Iterable[Iterable]) -> str:
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+
+    lines = [row(header, "th"), *(row(cells, "td") for cells in rows)]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def write_file(path: str | os.PathLike, data: str | bytes) -> None:
+    """Writes a text (UTF-8) or bytes; makes the folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

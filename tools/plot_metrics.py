@@ -1,0 +1,242 @@
+"""Draws the curves of one or several training runs from their ``metrics.jsonl``: PNG and HTML.
+
+python tools/plot_metrics.py output/first output/second -output curves.png -html curves.html
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from errors import UserError, run_as_script
+from tools.common import Parser, html_page, html_table, write_file
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
+
+
+@dataclass
+class Run:
+    """What a run has logged: its records by kind, each list in the order of the steps."""
+
+    name: str
+    step: list[dict] = field(default_factory=list)  # every REPORT_FREQ optimizer steps
+    epoch: list[dict] = field(default_factory=list)  # at the end of every epoch
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps; None before the first epoch has ended."""
+        return self.epoch[-1]["step"] / self.epoch[-1]["epoch"] if self.epoch else None
+
+    def values(self, kind: str, key: str) -> tuple[list[float], list[float]]:
+        """Optimizer steps and values of the records that have ``key``."""
+        found = [r for r in getattr(self, kind) if isinstance(r.get(key), (int, float))]
+        return [r["step"] for r in found], [r[key] for r in found]
+
+
+@dataclass(frozen=True)
+class Curve:
+    key: str
+    label: str
+    kind: str = "epoch"
+    style: str = "-"
+    color: str = _COLORS[0]  # where the figure shows one run; several have a colour each
+    alpha: float = 1.0
+
+
+_PANELS = (  # title, unit, curves
+    (
+        "Loss",
+        "nats",
+        (
+            Curve("loss", "training, per report", "step", color=_COLORS[0], alpha=0.3),
+            Curve("train_loss", "training", color=_COLORS[0]),
+            Curve("val_loss", "validation", style="--", color=_COLORS[1]),
+            Curve("ema_loss", "validation, EMA weights", style=":", color=_COLORS[2]),
+        ),
+    ),
+    (
+        "Top-1 accuracy, validation",
+        "%",
+        (
+            Curve("val_top1", "weights as trained", style="--", color=_COLORS[1]),
+            Curve("ema_top1", "EMA weights", style=":", color=_COLORS[2]),
+        ),
+    ),
+    ("Learning rate", "learning rate", (Curve("lr", "learning rate", "step"),)),
+    ("Speed of training", "images/s", (Curve("images_per_second", "images/s", "step"),)),
+)
+
+
+def read_metrics(folder: str | os.PathLike) -> Run:
+    """Reads ``metrics.jsonl`` of a run's folder (or the file itself).
+
+    What was logged twice, because a run was resumed from an earlier step, counts as it was logged
+    last. A last line that an interrupted write has torn is left out.
+
+    Raises:
+        UserError: no such file, no records, a line in the middle that is no JSON object.
+    """
+    path = Path(folder)
+    name = path.resolve().name if path.is_dir() else path.resolve().parent.name
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the folder of a training run") from None
+    run = Run(name)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records, step = getattr(run, record["kind"]), record["step"]
+            while records and records[-1]["step"] >= step:
+                records.pop()
+            records.append(record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not a record of a run: {line[:60]!r}") from None
+    if not (run.step or run.epoch):
+        raise UserError(f"{path}: holds no records yet")
+    return run
+
+
+def plot_metrics(
+    folders: Sequence[str | os.PathLike],
+    output_png: str | os.PathLike,
+    output_html: str | os.PathLike | None = None,
+) -> None:
+    """Draws loss, top-1, learning rate and speed of runs into one picture, and one HTML page.
+
+    Args:
+        folders: folders of runs; one run has a colour per curve, several have a colour per run.
+        output_png: the picture.
+        output_html: a self-contained page: the curves as SVG, and a table of the results.
+
+    Raises:
+        UserError: a run has no readable ``metrics.jsonl``, or an output cannot be written.
+    """
+    runs = [read_metrics(folder) for folder in folders]
+    figure = _figure(runs)
+    write_file(output_png, _render(figure, "png"))
+    if output_html:
+        svg = _render(figure, "svg").decode("utf-8")
+        sections = [("Results", _results(runs)), ("Curves", svg[svg.index("<svg") :])]
+        title = "Training run" + ("s " if len(runs) > 1 else " ") + ", ".join(r.name for r in runs)
+        write_file(output_html, html_page(title, sections))
+
+
+def _figure(runs: list[Run]):
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+        from matplotlib.lines import Line2D
+    except ImportError:
+        raise UserError("drawing curves needs `pip install matplotlib`") from None
+
+    in_epochs = all(run.steps_per_epoch for run in runs)
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # inches
+    for axes, (title, unit, curves) in zip(figure.subplots(2, 2).flat, _PANELS):
+        shown = []
+        for curve in curves:
+            for number, run in enumerate(runs):
+                steps, values = run.values(curve.kind, curve.key)
+                if not steps:
+                    continue
+                shown += [curve] if curve not in shown else []
+                color = curve.color if len(runs) == 1 else _COLORS[number % len(_COLORS)]
+                scale = run.steps_per_epoch if in_epochs else 1
+                axes.plot(
+                    [step / scale for step in steps],
+                    values,
+                    curve.style,
+                    color=color,
+                    alpha=curve.alpha,
+                    marker="." if len(steps) < 2 else None,
+                )
+        axes.set(title=title, ylabel=unit, xlabel="epoch" if in_epochs else "optimizer step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if shown and title.startswith("Speed"):
+            axes.set_ylim(0, axes.dataLim.ymax * 1.1)  # from zero: a dip shows in its true size
+        if not shown:
+            axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center")
+        elif len(curves) > 1:
+            axes.legend(
+                [_key(Line2D, curve, many=len(runs) > 1) for curve in shown],
+                [curve.label for curve in shown],
+                frameon=False,
+            )
+    if len(runs) > 1:
+        figure.legend(
+            [Line2D([], [], color=_COLORS[i % len(_COLORS)]) for i in range(len(runs))],
+            [run.name for run in runs],
+            loc="outside upper center",
+            ncols=min(len(runs), 5),
+            frameon=False,
+        )
+    return figure
+
+
+def _key(line, curve: Curve, many: bool):
+    """A line for the legend: black where the colours stand for the runs."""
+    color = "black" if many else curve.color
+    return line([], [], linestyle=curve.style, color=color, alpha=curve.alpha)
+
+
+def _render(figure, format: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=format, dpi=110)
+    return buffer.getvalue()
+
+
+def _results(runs: list[Run]) -> str:
+    header = ("run", "epochs", "train loss", "val loss", "best top-1", "best EMA top-1", "images/s")
+    return html_table(header, [_summary(run) for run in runs])
+
+
+def _summary(run: Run) -> list[str]:
+    """A run in numbers: its name, then the cells that `_results` names."""
+
+    def last(key: str) -> str:
+        _, values = run.values("epoch", key)
+        return f"{values[-1]:.4f}" if values else "-"
+
+    def best(key: str) -> str:
+        found = [r for r in run.epoch if isinstance(r.get(key), (int, float))]
+        top = max(found, key=lambda r: r[key], default=None)
+        return f"{top[key]:.2f} % (epoch {top['epoch']})" if top else "-"
+
+    _, speeds = run.values("step", "images_per_second")
+    speed = f"{median(speeds):.0f}" if speeds else "-"
+    epochs = str(run.epoch[-1]["epoch"] if run.epoch else 0)
+    return [
+        run.name, epochs, last("train_loss"), last("val_loss"), best("val_top1"), best("ema_top1"),
+        speed,
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = Parser("Curves of training runs, from their metrics.jsonl.")
+    parser.add_argument("runs", nargs="+", help="folders of runs", metavar="DIR")
+    parser.flag("output", "picture (default: curves.png in the first run)", metavar="FILE")
+    parser.flag("html", "also a self-contained HTML page", metavar="FILE")
+    args = parser.parse_args()
+    output = args.output or Path(args.runs[0]) / "curves.png"
+    plot_metrics(args.runs, output, args.html)
+    print("wrote", output, *(["and", args.html] if args.html else []))
+
+
+if __name__ == "__main__":
+    run_as_script(main)
