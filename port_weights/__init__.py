@@ -1,0 +1,1 @@
+"""Weights from and to PyTorch: timm's and facebookresearch/deit's names."""

@@ -1,0 +1,132 @@
+"""Parameter names and layouts: ours (PPViT's), timm's, and facebookresearch/deit's.
+
+PyTorch keeps a linear layer as ``[out, in]``, Paddle as ``[in, out]``. Which tensors are linear
+layers is known by name: a square one, or a convolution, would not tell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from errors import WeightsError
+from weights import shorten
+
+FORMATS = ("timm", "facebook")
+_MODULES = (  # ours, timm's, facebookresearch/deit's; {} is the number of the block
+    ("patch_embed.patch_embed", "stem.proj", "patch_embed.proj"),
+    ("mixer_layers.{}.norm1", "blocks.{}.norm1", "blocks.{}.norm1"),
+    ("mixer_layers.{}.linear_tokens", "blocks.{}.linear_tokens", "blocks.{}.attn"),
+    ("mixer_layers.{}.ls1", "blocks.{}.ls1", "blocks.{}.gamma_1"),
+    ("mixer_layers.{}.norm2", "blocks.{}.norm2", "blocks.{}.norm2"),
+    ("mixer_layers.{}.mlp_channels.fc1", "blocks.{}.mlp_channels.fc1", "blocks.{}.mlp.fc1"),
+    ("mixer_layers.{}.mlp_channels.fc2", "blocks.{}.mlp_channels.fc2", "blocks.{}.mlp.fc2"),
+    ("mixer_layers.{}.ls2", "blocks.{}.ls2", "blocks.{}.gamma_2"),
+    ("norm", "norm", "norm"),
+    ("head", "head", "head"),
+)
+_COLUMN = {"paddle": 0, "timm": 1, "facebook": 2}
+_LINEAR = re.compile(r"(.*\.(linear_tokens|fc1|fc2)|head)\.weight")  # our names
+_AFFINE = re.compile(r".*norm[12]?\.(alpha|beta)")
+
+
+class Row(NamedTuple):
+    """What became of one tensor."""
+
+    source: str
+    source_shape: tuple[int, ...]
+    target: str
+    target_shape: tuple[int, ...]
+    transposed: bool
+
+    def __str__(self) -> str:
+        how = "transposed" if self.transposed else "as it is"
+        if not self.transposed and self.source_shape != self.target_shape:
+            how = "reshaped"
+        shapes = f"{list(self.source_shape)} -> {list(self.target_shape)}"
+        return f"{self.source:36} -> {self.target:44} {shapes:36} {how}"
+
+
+def translate(name: str, source: str, target: str) -> str | None:
+    """A parameter's name in another format (``paddle``, ``timm``, ``facebook``).
+
+    Returns:
+        The name, or None if ``source`` has no such name.
+    """
+    block = re.search(r"\.(\d+)\.", name)
+    general = name.replace(block[0], ".{}.", 1) if block else name
+    for module in _MODULES:
+        stem, other = module[_COLUMN[source]], module[_COLUMN[target]]
+        if general == stem or general.rpartition(".")[0] == stem:
+            renamed = other + general[len(stem) :]
+            return renamed.replace("{}", block[1], 1) if block else renamed
+    return None
+
+
+def detect_format(names: Any) -> str:
+    """Tells timm's names from facebookresearch/deit's.
+
+    Raises:
+        WeightsError: they are neither.
+    """
+    names = set(names)
+    if "stem.proj.weight" in names:
+        return "timm"
+    if "patch_embed.proj.weight" in names:
+        return "facebook"
+    if "patch_embed.patch_embed.weight" in names:
+        raise WeightsError("the names are Paddle's already: use the file with -pretrained")
+    raise WeightsError(
+        "neither timm's names (stem.proj.weight, ...) nor facebookresearch/deit's "
+        f"(patch_embed.proj.weight, ...): found {shorten(sorted(map(str, names)), 3)}"
+    )
+
+
+def to_paddle(
+    state: Mapping[str, np.ndarray], source: str
+) -> tuple[dict[str, np.ndarray], list[Row]]:
+    """Renames and lays out a PyTorch state dict as Paddle's; unknown names are marked, and stay.
+
+    Args:
+        state: PyTorch parameter name -> array; Affine is ``[C]`` or ``[1, 1, C]``.
+        source: ``timm`` or ``facebook``.
+
+    Returns:
+        Paddle's state dict, and a row of the report for every tensor.
+    """
+    result, rows = {}, []
+    for name, value in state.items():
+        target = translate(name, source, "paddle") or f"{name} (not ResMLP's)"
+        transposed = bool(_LINEAR.fullmatch(target)) and value.ndim == 2
+        array = value.T if transposed else value
+        if _AFFINE.fullmatch(target) and value.ndim == 1:
+            array = value.reshape(1, 1, -1)
+        result[target] = np.ascontiguousarray(array)
+        rows.append(Row(name, value.shape, target, array.shape, transposed))
+    return result, rows
+
+
+def from_paddle(
+    state: Mapping[str, np.ndarray], target: str
+) -> tuple[dict[str, np.ndarray], list[Row]]:
+    """The way back: a Paddle state dict with the names and the layout of ``target``.
+
+    Raises:
+        WeightsError: a name that is not ResMLP's.
+    """
+    foreign = [name for name in state if translate(name, "paddle", target) is None]
+    if foreign:
+        raise WeightsError(f"not parameters of ResMLP: {shorten(foreign)}")
+    result, rows = {}, []
+    for name, value in state.items():
+        renamed = str(translate(name, "paddle", target))
+        transposed = bool(_LINEAR.fullmatch(name))
+        array = value.T if transposed else value
+        if target == "facebook" and _AFFINE.fullmatch(name):
+            array = value.reshape(-1)
+        result[renamed] = np.ascontiguousarray(array)
+        rows.append(Row(name, value.shape, renamed, array.shape, transposed))
+    return result, rows
