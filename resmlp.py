@@ -22,7 +22,7 @@ from paddle import nn
 from paddle.nn.initializer import Constant, TruncatedNormal, Uniform
 
 from errors import ConfigError, WeightsError
-from weights import shorten
+from weights import read_weights, shorten
 
 runtime.set_threads()
 
@@ -282,6 +282,28 @@ build_res_mlp = build_resmlp  # the name in PPViT's first releases
 
 
 # Weights of another head or another resolution.
+
+
+def load_pretrained(model: ResMLP, config, new_head: bool = False) -> list[str]:
+    """Loads the weight file that a config names, as its ``MODEL`` section says.
+
+    Args:
+        model: receives the weights.
+        config: PRETRAINED, PRETRAINED_KEY and RESIZE_TOKENS of its ``MODEL`` are used.
+        new_head: see `load_state`: for training on other classes.
+
+    Returns:
+        Lines for the log: what was read, and each adaptation that was made.
+
+    Raises:
+        WeightsError: the file cannot be read, or does not fit the model.
+    """
+    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    try:
+        notes = load_state(model, file.state, new_head, config.MODEL.RESIZE_TOKENS)
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {error}") from None
+    return [f"weights: {file}", *notes]
 
 
 def load_state(
