@@ -11,6 +11,7 @@ and no idle worker holds memory. Whatever goes wrong in one reaches the caller a
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -39,6 +40,7 @@ _PREFETCH = 2  # batches that each worker prepares ahead (Paddle's default)
 _DEATH_CHECK = 1  # seconds between looks at whether a worker still lives
 _GRACE = 5.0  # seconds for workers to finish the batch at hand when a pass ends
 _SHM = "/dev/shm"  # where workers lay their batches
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 _VERIFY_HINT = "tools/make_lists.py -verify checks a whole data set"
 _BAD_IMAGE_HINT = f"{_VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such images"
@@ -364,23 +366,35 @@ def _stop(iterator) -> None:
         worker.join(max(0.0, deadline - time.monotonic()))
         worker.kill()
         worker.join()
-        if worker.exitcode:  # then it has not removed what it had laid there
-            for leftover in glob(f"{_SHM}/paddle_{worker.pid}_*"):
-                with suppress(OSError):
-                    os.remove(leftover)
+        if worker.exitcode:
+            _remove_batches(worker.pid)
 
 
 def _start_worker(worker_id: int) -> None:
-    """Prepares a worker: the main process alone decides about its end.
+    """Prepares a worker: it lives and dies with the main process, and with nothing else.
 
     In a process group of its own, it is not hit by the Ctrl-C or SIGTERM that a terminal or a
-    scheduler sends to the whole group, so the main process can still save. The handlers that it
-    inherited would make it deaf to the main process too.
+    scheduler sends to the whole group, so the main process can still save. If the main process is
+    killed, Linux sends the worker SIGTERM; it would wait for ever else.
     """
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     runtime.set_threads(1)
+
+
+def _leave(signum, frame) -> None:
+    _remove_batches(os.getpid())
+    os._exit(128 + signum)
+
+
+def _remove_batches(pid: int) -> None:
+    """Removes what a worker has laid into shared memory and nobody will fetch any more."""
+    for path in glob(f"{_SHM}/paddle_{pid}_*"):
+        with suppress(OSError):
+            os.remove(path)
 
 
 def _shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool:

@@ -23,7 +23,7 @@ from errors import DataError
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 # Formats that Pillow decodes itself. (It would hand an .eps to Ghostscript, another program.)
-_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 
