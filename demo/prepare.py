@@ -1,0 +1,98 @@
+"""Lays Fashion-MNIST out as PNG files in the structure of ImageNet2012.
+
+python demo/prepare.py -output demo/data                                # the bundled subset
+python demo/prepare.py -idx /usr/share/datasets/fashion-mnist -output fmnist   # all of it
+
+    OUTPUT/train/0_t_shirt_top/00000.png ...    OUTPUT/train_list.txt    `relative/path label`
+    OUTPUT/val/0_t_shirt_top/00000.png ...      OUTPUT/val_list.txt
+    OUTPUT/classes.txt                          the names of the classes
+
+The folder appears whole or not at all, and is not made again while it holds the same images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from PIL import Image
+
+from demo.fashion_mnist import CLASSES, Split, fingerprint, folder_name, read
+from demo.make_subset import ARCHIVE
+from errors import DataError, run_as_script
+from tools.common import Parser
+
+_MARK = ".fashion_mnist"  # in a folder that this script made: the fingerprint of its images
+
+
+def prepare(splits: Mapping[str, Split], output: str | Path) -> bool:
+    """Lays the splits out under ``output``.
+
+    Returns:
+        False if they were there already.
+
+    Raises:
+        DataError: ``output`` holds something that this script did not make, or is not writable.
+    """
+    output, mark = Path(output), fingerprint(splits)
+    if _mark_of(output) == mark:
+        return False
+    if output.exists() and _mark_of(output) is None and not _is_empty_folder(output):
+        raise DataError(f"{output}: exists, and was not made by this script; name another -output")
+    draft = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        _write(splits, draft)
+        (draft / _MARK).write_text(mark)
+        if output.exists():
+            shutil.rmtree(output)
+        draft.rename(output)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return True
+
+
+def _write(splits: Mapping[str, Split], folder: Path) -> None:
+    for name, split in splits.items():
+        for label in range(len(CLASSES)):
+            (folder / name / folder_name(label)).mkdir(parents=True)
+        lines = []
+        for i, (pixels, label) in enumerate(zip(split.images, split.labels)):
+            path = f"{name}/{folder_name(label)}/{i:05d}.png"
+            Image.fromarray(pixels).save(folder / path)
+            lines.append(f"{path} {label}\n")
+        (folder / f"{name}_list.txt").write_text("".join(lines))
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+
+
+def _mark_of(folder: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return (folder / _MARK).read_text()
+    return None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def main() -> None:
+    parser = Parser(__doc__.split("\n", 1)[0])
+    parser.flag("output", "folder to make", metavar="DIR", required=True)
+    parser.flag("idx", "folder of the original idx files (default: the bundled subset)")
+    args = parser.parse_args()
+    splits = read(args.idx or ARCHIVE)
+    made = prepare(splits, args.output)
+    counts = " and ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
+    print(f"{args.output}: {counts} images" + ("" if made else " (there already)"))
+
+
+if __name__ == "__main__":
+    run_as_script(main)
