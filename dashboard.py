@@ -1,0 +1,100 @@
+"""Scalars, histograms and images for TensorBoard or VisualDL, behind one small writer.
+
+    dashboard = build_dashboard(config.DASHBOARD, folder)  # none, tensorboard, visualdl
+    dashboard.scalar("train/loss", 2.31, step)
+
+Look at a run with ``tensorboard --logdir output`` or ``visualdl --logdir output``. Where the
+package is missing, a line in the log says so and the run goes on without. (No Paddle in here.)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+_log = logging.getLogger("resmlp")
+
+
+class Dashboard:
+    """Writes nothing: what a run without a dashboard has, and the interface of those that do."""
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Adds a point to the curve ``name``, at an optimizer step."""
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Adds the distribution of ``values``, of any shape."""
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Adds a picture, uint8 ``[H, W, 3]``."""
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
+
+
+class _TensorBoard(Dashboard):
+    """Through tensorboardX, which needs neither TensorFlow nor PyTorch."""
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), flush_secs=30)
+
+    def scalar(self, name, value, step):
+        self._writer.add_scalar(name, value, step)
+
+    def histogram(self, name, values, step):
+        self._writer.add_histogram(name, values, step)
+
+    def image(self, name, image, step):
+        self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self):
+        self._writer.close()
+
+
+class _VisualDL(Dashboard):
+    def __init__(self, folder: Path):
+        from visualdl import LogWriter
+
+        self._writer = LogWriter(logdir=str(folder))
+
+    def scalar(self, name, value, step):
+        self._writer.add_scalar(name, value, step)
+
+    def histogram(self, name, values, step):
+        self._writer.add_histogram(name, values.ravel(), step)
+
+    def image(self, name, image, step):
+        self._writer.add_image(name, image, step)
+
+    def close(self):
+        self._writer.close()
+
+
+_KINDS = {  # DASHBOARD -> writer, the package it needs
+    "tensorboard": (_TensorBoard, "tensorboardX"),
+    "visualdl": (_VisualDL, "visualdl"),
+}
+
+
+def build_dashboard(kind: str, folder: str | os.PathLike) -> Dashboard:
+    """Opens the writer that DASHBOARD names; its files go to ``folder/kind``.
+
+    Args:
+        kind: ``none``, ``tensorboard`` or ``visualdl``.
+        folder: the run's folder.
+
+    Returns:
+        A writer; one that writes nothing for ``none``, and where the package cannot be imported.
+    """
+    if kind == "none":
+        return Dashboard()
+    writer, package = _KINDS[kind]
+    try:
+        return writer(Path(folder) / kind)
+    except ImportError as error:
+        _log.warning(f"DASHBOARD {kind} is off: `pip install {package}` ({error})")
+        return Dashboard()

@@ -1,0 +1,65 @@
+"""Dashboards: each backend is read back by its own reader; a missing package stops nobody."""
+
+import logging
+import sys
+
+import numpy as np
+import pytest
+
+from dashboard import Dashboard, build_dashboard
+
+
+def write_some(dashboard):
+    dashboard.scalar("train/loss", 2.5, 10)
+    dashboard.scalar("train/loss", 1.5, 20)
+    dashboard.histogram("layer_scale/0.ls1", np.linspace(0, 1, 100).reshape(10, 10), 10)
+    dashboard.image("train/images", np.full([8, 12, 3], 200, np.uint8), 10)
+    dashboard.close()
+
+
+def test_none_writes_nothing(tmp_path):
+    write_some(build_dashboard("none", tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind, package", [("tensorboard", "tensorboardX"), ("visualdl",) * 2])
+def test_a_missing_package_is_one_line_in_the_log(kind, package, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, package, None)  # its import fails
+    monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
+    dashboard = build_dashboard(kind, tmp_path)
+    write_some(dashboard)
+    assert type(dashboard) is Dashboard
+    assert len(caplog.messages) == 1 and f"pip install {package}" in caplog.text
+
+
+def test_tensorboard_files_hold_what_was_written(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    write_some(build_dashboard("tensorboard", tmp_path))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    values = {}
+    data = file.read_bytes()
+    while data:  # length, 4 bytes of check sum, event, 4 bytes of check sum
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append((event.step, value))
+    assert [(step, v.simple_value) for step, v in values["train/loss"]] == [(10, 2.5), (20, 1.5)]
+    ((_, histogram),) = values["layer_scale/0.ls1"]
+    assert (histogram.histo.num, histogram.histo.max) == (100, 1.0)
+    ((_, image),) = values["train/images"]
+    assert (image.image.height, image.image.width) == (8, 12)
+
+
+def test_visualdl_files_hold_what_was_written(tmp_path):
+    visualdl = pytest.importorskip("visualdl")
+
+    write_some(build_dashboard("visualdl", tmp_path))
+    (file,) = (tmp_path / "visualdl").iterdir()
+    reader = visualdl.LogReader(file_path=str(file))
+    loss = reader.get_data("scalar", "train/loss")
+    assert [(point.id, point.value) for point in loss] == [(10, 2.5), (20, 1.5)]
+    assert len(reader.get_data("histogram", "layer_scale/0.ls1")) == 1
+    assert len(reader.get_data("image", "train/images")) == 1
