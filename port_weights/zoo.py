@@ -23,6 +23,11 @@ class Weights(NamedTuple):
     top5: float | None  # None: nobody published it
     training: str
 
+    @property
+    def url(self) -> str:
+        """Where facebookresearch/deit's file is."""
+        return DOWNLOADS + self.file
+
 
 _LABELS, _DISTILLED, _DINO = "labels", "labels, distilled", "DINO, k-NN accuracy"
 _22K = "ImageNet-22k, fine-tuned"

@@ -1,0 +1,50 @@
+"""The zoo's models for ``paddle.hub``:
+
+paddle.hub.load(".", "resmlp_24_224", source="local", pretrained="resmlp_24_224.pdparams")
+"""
+
+from __future__ import annotations
+
+import argparse as _argparse
+from pathlib import Path as _Path
+
+from config import get_config as _get_config
+from config import update_config as _update_config
+from port_weights.zoo import ZOO as _ZOO
+from resmlp import build_resmlp as _build_resmlp
+from resmlp import load_pretrained as _load_pretrained
+
+dependencies = ["paddle", "numpy", "yacs", "yaml"]  # paddle.hub checks them
+
+
+def _entry_point(name: str):
+    path = str(_Path(__file__).resolve().parent / "configs" / f"{name}.yaml")
+
+    def build(pretrained=None, new_head=False, opts=()):
+        config = _get_config(path)
+        opts = [str(opt) for opt in opts]
+        _update_config(config, _argparse.Namespace(pretrained=pretrained, opts=opts))
+        model = _build_resmlp(config)
+        if pretrained:
+            _load_pretrained(model, config, new_head)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""The model of configs/{name}.yaml.
+
+    Args:
+        pretrained: weight file, with or without its suffix; None leaves the initialisation.
+        new_head: accept weights for another number of classes, and initialise the head.
+        opts: config keys and values: ``["MODEL.NUM_CLASSES", 10, "DATA.IMAGE_SIZE", 160]``.
+
+    Returns:
+        A `ResMLP`, in training mode as Paddle builds it.
+
+    Raises:
+        WeightsError: the file cannot be read, or does not fit.
+    """
+    return build
+
+
+# paddle.hub finds entry points among this module's names: one for each config of the zoo.
+globals().update({name: _entry_point(name) for name in {weights.config for weights in _ZOO}})

@@ -1,0 +1,177 @@
+"""Layers, parameters and multiply-adds of a config's model; or the README's table of the zoo.
+
+python tools/model_info.py -cfg configs/resmlp_12_224.yaml configs/resmlp_24_224.yaml
+python tools/model_info.py -zoo
+
+Counted is what timm and the papers count: one multiply-add for every weight of a convolution or
+linear layer, every time that it is used. Affine, LayerScale and pooling are shown apart.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import runtime  # noqa: F401  isort: skip
+
+import paddle
+
+from config import get_config, update_config
+from errors import UserError, run_as_script
+from port_weights.zoo import ZOO
+from resmlp import ResMLP, build_resmlp
+from tools.common import Parser
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class Part(NamedTuple):
+    """One kind of layer, all blocks together."""
+
+    name: str
+    layers: int
+    shape: tuple[int, ...]  # of one layer's weight
+    parameters: int
+    macs: int  # multiply-adds for one image
+    counted: bool  # in the usual figure: convolution and linear layers
+
+
+class ModelInfo(NamedTuple):
+    """What a model is made of."""
+
+    parts: list[Part]
+    gelus: int  # GELU evaluations for one image
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of convolution and linear layers, for one image."""
+        return sum(part.macs for part in self.parts if part.counted)
+
+    @property
+    def ppvit_macs(self) -> int:
+        """The figure that PPViT prints: it adds 8 operations for each GELU."""
+        return self.macs + 8 * self.gelus
+
+
+def model_info(model: ResMLP) -> ModelInfo:
+    """Counts a model; it need not be initialised."""
+    tokens, dim = model.patch_embed.num_patches, model.embed_dim
+    kinds = (  # name, its modules, how often each weight is used for one image, counted
+        ("patch embedding", r"patch_embed\.patch_embed", tokens, True),
+        ("token mixing", r".*\.linear_tokens", dim, True),
+        ("channel MLP, first", r".*\.fc1", tokens, True),
+        ("channel MLP, second", r".*\.fc2", tokens, True),
+        ("head", r"head", 1, True),
+        ("Affine", r".*norm[12]?", tokens, False),
+        ("LayerScale", r".*\.ls[12]", tokens, False),
+    )
+    parts = []
+    for name, module, uses, counted in kinds:
+        pattern = re.compile(rf"{module}(\.weight|\.alpha)?")  # not bias and beta: only added
+        everything = re.compile(rf"{module}(\.\w+)?")
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        weights = [shape for name, shape in shapes.items() if pattern.fullmatch(name)]
+        sizes = [_size(shape) for name, shape in shapes.items() if everything.fullmatch(name)]
+        macs = uses * sum(map(_size, weights))
+        if weights:
+            parts.append(Part(name, len(weights), weights[0], sum(sizes), macs, counted))
+    parts.append(Part("pooling", 1, (tokens,), 0, tokens * dim, False))
+    hidden = sum(part.shape[1] * part.layers for part in parts if part.name.endswith("first"))
+    return ModelInfo(parts, tokens * hidden)
+
+
+def config_info(config) -> ModelInfo:
+    """Counts the model of a config, without allocating it."""
+    with paddle.LazyGuard():
+        return model_info(build_resmlp(config))
+
+
+def describe(title: str, config) -> str:
+    """A table of a config's model, for people."""
+    info = config_info(config)
+    size, patch = config.DATA.IMAGE_SIZE, config.MODEL.MIXER.PATCH_SIZE
+    lines = [
+        f"{title}: {size} x {size} pixels, {(size // patch) ** 2} tokens of "
+        f"{config.MODEL.MIXER.EMBED_DIM} channels, {config.MODEL.MIXER.DEPTH} blocks",
+        f"  {'':20} {'layers':>6}  {'weight':18} {'parameters':>14} {'multiply-adds':>16}",
+    ]
+    for counted in (True, False):
+        for part in info.parts:
+            if part.counted == counted:
+                shape = " x ".join(map(str, part.shape))
+                lines.append(
+                    f"  {part.name:20} {part.layers:6}  {shape:18} {part.parameters:14,} "
+                    f"{part.macs:16,}"
+                )
+        if counted:
+            lines += [f"  {'together':61} {info.macs:16,}", "  not in this figure:"]
+    lines += [
+        f"  {'all parameters':46} {info.parameters:14,}",
+        f"  {info.parameters / 1e6:.2f} M parameters, {info.macs / 1e9:.2f} G multiply-adds; "
+        f"with 8 for each GELU, as PPViT counts, {info.ppvit_macs / 1e9:.1f} G",
+    ]
+    return "\n".join(lines)
+
+
+def zoo_table() -> str:
+    """README's table of the published weights, as Markdown."""
+    rows = [
+        "| Weights | Trained with | Top-1 | Top-5 | Params (M) | MACs (G) | Image | Crop | Resize "
+        "| timm | PyTorch file |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for weights in ZOO:
+        config = get_config(str(CONFIGS / f"{weights.config}.yaml"))
+        info = config_info(config)
+        cells = (
+            f"[{weights.name}](configs/{weights.config}.yaml)",
+            weights.training,
+            f"{weights.top1:.2f}" if weights.top5 else f"{weights.top1:.1f}",
+            f"{weights.top5:.2f}" if weights.top5 else "",
+            f"{info.parameters / 1e6:.2f}",
+            f"{info.macs / 1e9:.2f}",
+            f"{config.DATA.IMAGE_SIZE}",
+            f"{config.DATA.CROP_PCT}",
+            f"{config.DATA.INTERPOLATION}",
+            f"`{weights.timm}`",
+            f"[{weights.file}]({weights.url})",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _size(shape: Iterable[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Layers, parameters and multiply-adds of ResMLP models.")
+    parser.flag("cfg", "YAML configs", nargs="+", default=[], metavar="FILE")
+    parser.flag("opts", "config keys: -opts DATA.IMAGE_SIZE 384", nargs="+", metavar="KEY VALUE")
+    parser.flag("zoo", "print the README's table of published weights", action="store_true")
+    args = parser.parse_args(argv)
+    if not args.cfg and not args.zoo:
+        raise UserError("give -cfg FILE ... or -zoo")
+    for path in args.cfg:
+        config = update_config(get_config(), argparse.Namespace(cfg=path, opts=args.opts))
+        print(describe(config.MODEL.NAME, config), end="\n\n")
+    if args.zoo:
+        print(zoo_table())
+
+
+if __name__ == "__main__":
+    run_as_script(main)
