@@ -1,0 +1,335 @@
+"""Image files, list files and class folders: what is read, and what each mistake is answered."""
+
+import contextlib
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import images
+from errors import DataError
+from images import BadImage, class_names, find_classes, read_image, read_list, scan_folder
+
+
+def write_list(folder, text):
+    path = folder / "train_list.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def entries(folder, text, num_classes=10, allow_outside=False):
+    index = read_list(write_list(folder, text), str(folder), num_classes, allow_outside)
+    return [(index.name(i).decode(), index.labels[i]) for i in range(len(index))]
+
+
+def problem(folder, text, **kwargs):
+    with pytest.raises(DataError) as caught:
+        entries(folder, text, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def save(path, size=(8, 6), mode="RGB", **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, **kwargs).save(path)
+    return str(path)
+
+
+# ------------------------------------------------------------------------------ list files
+def test_the_last_field_is_the_label_and_the_rest_the_path(tmp_path):
+    text = (
+        "# a comment\n\ntrain/a.jpg 0\ntrain/b c  d.jpg\t9\r\n   train/e.jpg   3  \n\t\n  # x 1\n"
+    )
+    assert entries(tmp_path, text) == [
+        ("train/a.jpg", 0),
+        ("train/b c  d.jpg", 9),
+        ("train/e.jpg", 3),
+    ]
+
+
+def test_a_windows_byte_order_mark_and_a_missing_last_newline_are_accepted(tmp_path):
+    assert entries(tmp_path, b"\xef\xbb\xbfa.jpg 0\nb.jpg 1") == [("a.jpg", 0), ("b.jpg", 1)]
+
+
+def test_paths_in_any_encoding_find_their_file(tmp_path):
+    name = b"caf\xe9.png"  # Latin-1: not valid UTF-8
+    save(tmp_path / "x.png")
+    os.rename(tmp_path / "x.png", os.path.join(os.fsencode(tmp_path), name))
+    index = read_list(write_list(tmp_path, name + b" 1\n"), str(tmp_path), 2, False)
+    assert read_image(index.path(0)).size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    "line,expected",
+    [
+        ("lonely.jpg", "expected `relative/path label`"),
+        ("a.jpg cat", "the label 'cat' is not a whole number"),
+        ("a.jpg -1", "the label '-1' is not a whole number"),
+        ("a.jpg 1.0", "the label '1.0' is not a whole number"),
+        ("a.jpg 10", "not in 0 .. 9 (MODEL.NUM_CLASSES 10)"),
+        ("a.jpg " + "9" * 5000, "not in 0 .. 9"),
+        ("a\0.jpg 1", "expected `relative/path label`"),
+        ("../a.jpg 1", "leaves the data folder"),
+        ("train/../../a.jpg 1", "leaves the data folder"),
+        ("/etc/passwd 1", "leaves the data folder"),
+        ("\x00\xff\xd8\xff\xe0", "expected `relative/path label`"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, expected):
+    message = problem(tmp_path, f"ok.jpg 1\n\n{line}\n")
+    assert message.startswith(f"{tmp_path}/train_list.txt:3: ")
+    assert expected in message
+    assert len(message) < 600
+
+
+def test_a_folder_whose_name_begins_like_the_data_folders_is_outside(tmp_path):
+    assert "leaves" in problem(tmp_path, f"../{tmp_path.name}-other/a.jpg 1\n")
+
+
+def test_dots_that_stay_inside_and_absolute_paths_inside_are_accepted(tmp_path):
+    text = f"train/../val/a.jpg 1\na..b.jpg 2\n{tmp_path}/c.jpg 3\n"
+    assert [label for _, label in entries(tmp_path, text)] == [1, 2, 3]
+
+
+def test_outside_paths_are_accepted_when_a_key_says_so(tmp_path):
+    assert entries(tmp_path, "../a.jpg 1\n/b.jpg 2\n", allow_outside=True) == [
+        ("../a.jpg", 1),
+        ("/b.jpg", 2),
+    ]
+
+
+def test_an_empty_list_and_a_missing_list_say_so(tmp_path):
+    assert "lists no images" in problem(tmp_path, "# nothing\n\n")
+    with pytest.raises(DataError, match="no such file.*make_lists.py"):
+        read_list(str(tmp_path / "none.txt"), str(tmp_path), 10, False)
+
+
+def test_an_entry_is_named_by_its_line_and_path(tmp_path):
+    index = read_list(write_list(tmp_path, "# x\n\na b.jpg 1\n"), str(tmp_path), 10, False)
+    assert index.where(0) == f"{tmp_path}/train_list.txt:3: {tmp_path}/a b.jpg"
+
+
+def test_an_index_takes_some_twenty_bytes_beside_each_path(tmp_path):
+    text = "".join(f"train/n{i:08d}/n{i:08d}_{i}.JPEG {i % 10}\n" for i in range(1000))
+    index = read_list(write_list(tmp_path, text), str(tmp_path), 10, False)
+    objects = [index._names, index._ends, index.labels, index._lines]
+    assert sum(memoryview(part).nbytes for part in objects) < len(text) + 20 * 1000
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_lists_are_read_or_refused_but_never_crash(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    good = "".join(f"train/{i}.jpg {i % 10}\n" for i in range(20)).encode()
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(rng.integers(1, 6)):
+            at = int(rng.integers(len(data)))
+            data[at : at + int(rng.integers(3))] = rng.bytes(int(rng.integers(4)))
+        try:
+            index = read_list(write_list(tmp_path, bytes(data)), str(tmp_path), 10, False)
+        except DataError as error:
+            assert "train_list.txt:" in str(error)
+        else:
+            assert all(0 <= label < 10 for label in index.labels)
+            paths = [os.path.normpath(index.path(i)) for i in range(len(index))]
+            assert all(path.startswith(f"{tmp_path}/") for path in paths)
+
+
+# --------------------------------------------------------------------------- class folders
+def make_tree(root, classes=("ant", "bee"), splits=("train", "val"), count=2):
+    for split in splits:
+        for name in classes:
+            for i in range(count):
+                save(root / split / name / f"{i}.png")
+
+
+def test_classes_are_the_folders_of_train_sorted_by_name(tmp_path):
+    make_tree(tmp_path, classes=("bee", "Cat", "ant"))
+    assert find_classes(str(tmp_path)) == ["Cat", "ant", "bee"]
+    index = scan_folder(str(tmp_path), "val", 3)
+    assert list(index.labels) == [0, 0, 1, 1, 2, 2]
+    assert [index.name(i) for i in (0, 2)] == [b"val/Cat/0.png", b"val/ant/0.png"]
+    assert index.where(2) == f"{tmp_path}/val/ant/0.png"
+
+
+def test_nested_and_upper_case_images_count_and_hidden_and_other_files_do_not(tmp_path):
+    make_tree(tmp_path, splits=("train",), count=1)
+    save(tmp_path / "train/ant/deeper/x.PNG")
+    save(tmp_path / "train/ant/.hidden.png")
+    save(tmp_path / "train/ant/.cache/x.png")
+    save(tmp_path / "train/.ipynb_checkpoints/x.png")
+    (tmp_path / "train/ant/notes.txt").write_text("no image")
+    index = scan_folder(str(tmp_path), "train", 2)
+    names = [index.name(i).decode() for i in range(len(index))]
+    assert names == ["train/ant/0.png", "train/ant/deeper/x.PNG", "train/bee/0.png"]
+
+
+def test_evaluation_works_without_a_train_folder_and_with_classes_missing_in_val(tmp_path):
+    make_tree(tmp_path, splits=("val",))
+    assert len(scan_folder(str(tmp_path), "val", 2)) == 4
+    make_tree(tmp_path, classes=("aaa", "ant", "bee"), splits=("train",))
+    assert set(scan_folder(str(tmp_path), "val", 3).labels) == {1, 2}
+
+
+def test_each_mistake_in_a_class_tree_has_its_message(tmp_path):
+    def message(split="train", num_classes=2):
+        with pytest.raises(DataError) as caught:
+            scan_folder(str(tmp_path), split, num_classes)
+        return str(caught.value)
+
+    assert "make_lists.py" in message()
+    (tmp_path / "train").mkdir()
+    assert "no class folders" in message()
+    make_tree(tmp_path, splits=("train",))
+    assert "-opts MODEL.NUM_CLASSES 2" in message(num_classes=1000)
+    assert "/val: no such folder" in message("val")
+    save(tmp_path / "val/wasp/0.png")
+    assert "'wasp' is not among" in message("val")
+    (tmp_path / "train/cow").mkdir()
+    assert "cow: no images" in message(num_classes=3)
+
+
+# -------------------------------------------------------------------------------- decoding
+def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
+    """timm opens a file and calls convert("RGB"), and nothing else."""
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    variants = {
+        "rgb.png": rgb,
+        "grey.png": rgb.convert("L"),
+        "grey.jpg": rgb.convert("L"),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "palette.png": rgb.convert("P"),
+        "palette.gif": rgb.convert("P"),
+        "rgba.png": rgb.convert("RGBA"),
+        "grey_alpha.png": rgb.convert("LA"),
+        "sixteen.png": Image.fromarray(rng.integers(0, 65536, (9, 7), dtype=np.uint16)),
+        "one_bit.png": rgb.convert("1"),
+        "rotated.jpg": rgb,
+        "misnamed.txt": rgb,
+        "w.webp": rgb,
+        "t.tif": rgb,
+        "b.bmp": rgb,
+        "p.ppm": rgb,
+    }
+    for name, image in variants.items():
+        path = tmp_path / name
+        image.save(path, format="PNG" if name == "misnamed.txt" else None, exif=exif)
+        result = read_image(str(path))
+        assert result.mode == "RGB", name
+        expected = np.asarray(Image.open(path).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(result), expected, err_msg=name)
+
+
+def bad_files(folder):
+    """One file of each kind of bad image, with the reason that is expected."""
+    whole = folder / "whole.jpg"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(whole)
+    half = whole.read_bytes()[: whole.stat().st_size // 2]
+    png = folder / "whole.png"
+    Image.effect_noise((64, 64), 50).save(png)
+    broken = bytearray(png.read_bytes())
+    broken[60:80] = bytes(20)
+    contents = {
+        "empty.jpg": (b"", "empty"),
+        "truncated.jpg": (half, "truncated"),
+        "text.jpg": (b"not an image at all", "not an image"),
+        "broken.png": (bytes(broken), "cannot be decoded|not an image"),
+        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        "zero.ppm": (b"P6\n0 4\n255\n", "0 x 4 pixels|cannot be decoded|not an image"),
+    }
+    for name, (data, _) in contents.items():
+        (folder / name).write_bytes(data)
+    (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
+    reasons = {name: reason for name, (_, reason) in contents.items()}
+    return {
+        **reasons,
+        "missing.jpg": "no such file",
+        "folder.jpg": "not a regular file",
+        "pipe.jpg": "not a regular file",
+    }
+
+
+def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path):
+    for name, reason in bad_files(tmp_path).items():
+        with pytest.raises(BadImage, match=reason) as caught:
+            read_image(str(tmp_path / name))
+        assert str(caught.value).startswith(f"{tmp_path}/{name}: ")
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_images_above_pillows_limit_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    path = save(tmp_path / "large.png", size=(11, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 110)
+    assert read_image(path).size == (11, 10)
+    for limit in (109, 50):  # Pillow would warn for the first, raise for the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(BadImage, match="110 pixels|cannot be decoded.*limit"):
+            read_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_image(path).size == (11, 10)
+
+
+def test_a_file_that_may_not_be_read_says_permission_denied(tmp_path, monkeypatch):
+    path = save(tmp_path / "secret.png")
+
+    def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(images, "open", refuse, raising=False)
+    with pytest.raises(BadImage, match="permission denied"):
+        read_image(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in there
+def test_mutated_images_are_decoded_or_refused_but_never_crash(tmp_path):
+    rng = np.random.default_rng(0)
+    for suffix in ("jpg", "png", "gif", "webp", "bmp", "tif"):
+        path = tmp_path / f"x.{suffix}"
+        Image.effect_noise((32, 32), 40).convert("RGB").save(path)
+        good = path.read_bytes()
+        for _ in range(50):
+            data = bytearray(good[: int(rng.integers(1, len(good) + 1))])
+            for at in rng.integers(len(data), size=4):
+                data[at] = int(rng.integers(256))
+            path.write_bytes(data)
+            with contextlib.suppress(BadImage):
+                assert read_image(str(path)).mode == "RGB"
+
+
+# ----------------------------------------------------------------------------- class names
+def make_config(root, **data):
+    from config import get_config
+
+    config = get_config()
+    config.MODEL.NUM_CLASSES = 2
+    config.DATA.DATA_PATH = str(root)
+    for key, value in data.items():
+        config.DATA[key] = value
+    return config
+
+
+def test_class_names_come_from_the_key_then_the_file_then_the_folders(tmp_path):
+    make_tree(tmp_path)
+    assert class_names(make_config(tmp_path)) is None
+    assert class_names(make_config(tmp_path, DATASET="imagefolder")) == ["ant", "bee"]
+    (tmp_path / "classes.txt").write_text("red ant\nhoney bee\n")
+    assert class_names(make_config(tmp_path, DATASET="imagefolder")) == ["red ant", "honey bee"]
+    (tmp_path / "mine.txt").write_text("a\r\nb")
+    assert class_names(make_config(tmp_path, CLASS_NAMES=str(tmp_path / "mine.txt"))) == ["a", "b"]
+
+
+def test_no_data_folder_means_no_class_names(tmp_path):
+    assert class_names(make_config(tmp_path / "none", DATASET="imagefolder")) is None
+
+
+@pytest.mark.parametrize("content", [b"one\ntwo\nthree\n", b"\xff\xfe\n", b""])
+def test_a_file_of_class_names_that_does_not_fit_is_refused(tmp_path, content):
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(DataError, match="classes.txt"):
+        class_names(make_config(tmp_path))
