@@ -100,6 +100,7 @@ _C.TRAIN.MODEL_EMA_WARMUP = False  # decay min(MODEL_EMA_DECAY, (1 + step) / (10
 _C.TRAIN.MODEL_EMA_FORCE_CPU = False  # PPViT's key; here the EMA stays on the device
 
 _C.TRAIN.LOSS = "ce"  # ce, or bce (ResNet strikes back, arXiv 2110.00476)
+_C.TRAIN.BCE_TARGET_THRESHOLD = None  # bce: targets above it become 1, others 0 (paper: 0.2)
 _C.TRAIN.SMOOTHING = 0.1
 
 # augmentation of single images, in the loader's workers
@@ -250,7 +251,11 @@ def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") ->
     Raises:
         ConfigError: an unknown flag or a value that is no number where one is due.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     def add(name, help, **kwargs):
         dashed = name.replace("_", "-")

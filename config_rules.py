@@ -206,6 +206,7 @@ RULES = {
     "TRAIN.MODEL_EMA_WARMUP": _boolean,
     "TRAIN.MODEL_EMA_FORCE_CPU": _boolean,
     "TRAIN.LOSS": _choice("ce", "bce"),
+    "TRAIN.BCE_TARGET_THRESHOLD": _optional(_SHARE),
     "TRAIN.SMOOTHING": _RATE,
     "TRAIN.REPEATED_AUG": _integer(1, 64),
     "TRAIN.CROP_SCALE": _sequence(_real(0.0, 1.0, open_low=True), 2, ordered=True),

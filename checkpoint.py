@@ -1,0 +1,167 @@
+"""Training checkpoints: whole or not there at all, checked on reading, rotated.
+
+A checkpoint is one pickle of plain containers, numbers, text and NumPy arrays, so that
+``paddle.load`` opens it too. Here it is read without running code (weights.safe_load).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errors import CheckpointError, UserError
+from weights import safe_load
+
+LAST, BEST = "last.pdparams", "best.pdparams"
+_EPOCH = re.compile(r"epoch_(\d+)\.pdparams")
+_log = logging.getLogger("resmlp")
+
+
+def epoch_name(epoch: int) -> str:
+    """File name of the checkpoint kept after an epoch (counted from 1)."""
+    return f"epoch_{epoch:03d}.pdparams"
+
+
+def to_numpy(tree: Any) -> Any:
+    """Copies a tree of tensors to the host, as arrays; everything else stays as it is."""
+    if isinstance(tree, dict):
+        return {key: to_numpy(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [to_numpy(value) for value in tree]
+    return np.asarray(tree.numpy()) if hasattr(tree, "numpy") else tree
+
+
+def save(state: dict, path: str | os.PathLike) -> None:
+    """Writes a checkpoint so that at every moment ``path`` is the old file or the new one.
+
+    Args:
+        state: containers, numbers, text and arrays (see `to_numpy`).
+        path: the file; a temporary one is written beside it, flushed to disk and renamed.
+
+    Raises:
+        CheckpointError: the file cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            pickle.dump({**state, "checksum": checksum(state)}, file, protocol=4)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: the checkpoint cannot be written: {error.strerror or error}; the earlier "
+            f"checkpoints are untouched"
+        )
+
+
+def duplicate(path: str | os.PathLike, name: str) -> None:
+    """Gives a saved checkpoint a second name in its folder: a hard link, or else a copy."""
+    path = Path(path)
+    temporary = path.with_name(f".{name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        _replace(temporary, path.with_name(name))
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path.with_name(name)}: cannot be written: {error.strerror}")
+
+
+def load(path: str | os.PathLike) -> dict:
+    """Reads a checkpoint back and checks that nothing of it was damaged.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a training checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file() and Path(f"{path}.pdparams").is_file():
+        path = Path(f"{path}.pdparams")
+    try:
+        state = safe_load(path)
+    except UserError as error:
+        raise CheckpointError(str(error))
+    if not isinstance(state, dict) or "checksum" not in state or "optimizer" not in state:
+        raise CheckpointError(
+            f"{path}: holds weights, not the state of a training run; start from it with "
+            f"-pretrained instead of -resume"
+        )
+    expected = state.pop("checksum")
+    if checksum(state) != expected:
+        raise CheckpointError(f"{path}: the checkpoint is damaged (its checksum does not agree)")
+    return state
+
+
+def load_newest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
+    """Reads the newest whole checkpoint of a run's folder; says so when newer ones are damaged.
+
+    Returns:
+        The state and its file, or None where the folder holds no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    folder = Path(folder)
+    kept = sorted(_kept_epochs(folder), reverse=True)
+    names = [LAST, *(epoch_name(epoch) for epoch in kept), BEST]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    for path in found:
+        try:
+            return load(path), path
+        except CheckpointError as error:
+            _log.warning(f"{error}; trying the one before it")
+    if found:
+        raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints is whole")
+    return None
+
+
+def rotate(folder: str | os.PathLike, keep: int, keep_every: int) -> None:
+    """Deletes old epoch checkpoints: the newest ``keep`` stay, and every ``keep_every``-th."""
+    folder = Path(folder)
+    for epoch in sorted(_kept_epochs(folder), reverse=True)[keep:]:
+        if not keep_every or epoch % keep_every:
+            (folder / epoch_name(epoch)).unlink(missing_ok=True)
+
+
+def checksum(tree: Any, value: int = 0) -> int:
+    """CRC-32 over every key, number, text and array of a tree, in order."""
+    if isinstance(tree, dict):
+        for key, item in tree.items():
+            value = checksum(item, zlib.crc32(repr(key).encode(), value))
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            value = checksum(item, value)
+    elif isinstance(tree, np.ndarray):
+        header = f"{tree.dtype.str}{tree.shape}".encode()
+        value = zlib.crc32(np.ascontiguousarray(tree).data, zlib.crc32(header, value))
+    else:
+        value = zlib.crc32(repr(tree).encode(), value)
+    return value
+
+
+def _kept_epochs(folder: Path) -> list[int]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [int(match[1]) for match in map(_EPOCH.fullmatch, names) if match]
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

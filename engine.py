@@ -1,0 +1,583 @@
+"""Training and evaluation: the only loops of the project, the same for one process and many.
+
+    run(config)
+
+`run` reads top to bottom: process, folder, data, model, weights, EMA, optimizer, restore, loop.
+"""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+import checkpoint
+from dashboard import build_dashboard
+from datasets import build_loader, class_names
+from distillation import build_teacher
+from errors import CheckpointError, ConfigError
+from evaluation import Metrics, evaluate, write_report
+from losses import build_criterion, build_distillation_loss
+from mixup import Mixup
+from model_ema import ModelEma
+from optimizer import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+)
+from random_erasing import RandomErasing
+from resmlp import build_resmlp, load_state
+from run_folder import RunFolder, choose_folder
+from utils import (
+    Meter,
+    Normalize,
+    Preempted,
+    Process,
+    ProgressLine,
+    StopSignal,
+    TrainingError,
+    any_rank,
+    duration,
+    from_main,
+    main_first,
+    memory_mb,
+    prepare_process,
+    seed_everything,
+    step_rng,
+    sum_over_ranks,
+)
+from weights import read_weights
+
+SYNC_STEPS_GPU = 10  # steps between looks at the device (finite? asked to stop?); on CPU each step
+_log = logging.getLogger("resmlp")
+
+
+def run(
+    config,
+    load_config: Callable | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict:
+    """Trains, or with ``config.EVAL`` evaluates, as a frozen config says.
+
+    Args:
+        config: the resolved config.
+        load_config: path of a YAML file -> config; a teacher that is a ResMLP needs it.
+        on_step: called with the number of optimizer steps done, for a supervisor.
+
+    Returns:
+        ``folder``, ``rank``, and the last evaluation's ``top1``, ``top5`` and ``loss`` (of the EMA
+        where there is one).
+
+    Raises:
+        UserError: anything that the user can mend, in one line.
+        Preempted: after SIGTERM or Ctrl-C, when everything is saved.
+    """
+    process = prepare_process()
+    folder = from_main(str(choose_folder(config)), process)
+    resuming = config.MODEL.RESUME is not None
+    folder = RunFolder(Path(folder), process.rank, not config.EVAL, resuming)
+    if config.AMP and not process.on_gpu:
+        _log.info("AMP: Paddle has no mixed precision on CPU, running in float32")
+    if config.EVAL:
+        return _run_evaluation(config, process, folder)
+    return Trainer(config, process, folder, load_config, on_step).fit()
+
+
+def autocast(config, process: Process):
+    """The mixed-precision context that the config asks for, on GPU."""
+    if not (config.AMP and process.on_gpu):
+        return contextlib.nullcontext()
+    return paddle.amp.auto_cast(level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
+
+
+def load_pretrained(config, model) -> None:
+    """Loads ``MODEL.PRETRAINED`` strictly; a head of other classes is only replaced in training."""
+    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    notes = load_state(
+        model, file.state, new_head=not config.EVAL, resize_tokens=config.MODEL.RESIZE_TOKENS
+    )
+    for note in [f"weights: {file}", *notes]:
+        _log.info(note)
+
+
+def _run_evaluation(config, process: Process, folder: RunFolder) -> dict:
+    loader = build_loader(config, "val", process.rank, process.world, _log.info)
+    model = build_resmlp(config)
+    if not config.MODEL.PRETRAINED:
+        raise ConfigError("-eval needs weights: give them with -pretrained FILE")
+    load_pretrained(config, model)
+    model.eval()
+    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+
+    def predict(images):
+        with autocast(config, process):
+            return model(normalize(images))
+
+    progress = ProgressLine("evaluation", process.main)
+    metrics = evaluate(
+        predict, loader, process, config.MODEL.NUM_CLASSES, config.EVAL_REPORT, progress=progress
+    )
+    progress.end()
+    _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
+    result = {key: getattr(metrics, key) for key in ("top1", "top5", "loss", "images")}
+    folder.write("eval.json", json.dumps(result, indent=1) + "\n")
+    if config.EVAL_REPORT and process.main:
+        for path in write_report(metrics, class_names(config), folder.path):
+            _log.info(f"wrote {path}")
+    return {"folder": folder.path, "rank": process.rank, **result}
+
+
+@dataclass
+class Place:
+    """Where a run stands: saved with every checkpoint, and all that resuming needs to know."""
+
+    epoch: int = 0  # epochs done, their evaluation included
+    samples: int = 0  # of the epoch under way: images that all ranks together have trained on
+    step: int = 0  # optimizer steps in all
+    epoch_loss: float = 0.0  # of the epoch under way: sum over images and ranks ...
+    epoch_count: int = 0  # ... and how many
+    report_loss: float = 0.0  # the same since the last report
+    report_count: int = 0
+    seconds: float = 0.0  # of training in the epoch under way
+    best_top1: float = -1.0  # percent; of the EMA where there is one
+    best_epoch: int = 0
+    skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
+
+
+@dataclass
+class StepRecord:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    lr: float
+    loss_sum: paddle.Tensor  # float64 scalar, over this rank's images
+    norm: paddle.Tensor  # float32 scalar, gradient norm before clipping
+    indices: list  # of the images, to name them when the loss is not finite
+
+
+class Trainer:
+    """A training run: built, restored, and then `fit`.
+
+    The order of building matters: the EMA starts from loaded weights, and a teacher that came
+    before the student would shift Paddle's automatic parameter names.
+    """
+
+    def __init__(self, config, process: Process, folder: RunFolder, load_config, on_step):
+        self.config, self.process, self.folder, self.on_step = config, process, folder, on_step
+        saved = self._read_checkpoint()
+        self.train_loader = build_loader(config, "train", process.rank, process.world, _log.info)
+        self.val_loader = build_loader(config, "val", process.rank, process.world, _log.info)
+        self.samples_per_step = config.DATA.BATCH_SIZE * process.world * config.TRAIN.ACCUM_ITER
+        self.steps_per_epoch = -(-len(self.train_loader) // config.TRAIN.ACCUM_ITER)
+        self.total_epochs = config.TRAIN.NUM_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
+        done = config.TRAIN.LAST_EPOCH
+        self.place = Place(epoch=done, step=done * self.steps_per_epoch)
+
+        seed_everything(config.SEED)
+        self.model = build_resmlp(config)
+        if saved:
+            load_state(self.model, saved["model"])
+        elif config.MODEL.PRETRAINED:
+            load_pretrained(config, self.model)
+        self.ema = None
+        if config.TRAIN.MODEL_EMA:
+            train = config.TRAIN
+            self.ema = ModelEma(self.model, train.MODEL_EMA_DECAY, train.MODEL_EMA_WARMUP)
+        self.optimizer = build_optimizer(config, self.model)
+        use_amp = config.AMP and process.on_gpu
+        self.scaler = paddle.amp.GradScaler(
+            enable=use_amp and config.AMP_DTYPE == "float16", init_loss_scaling=2.0**16
+        )
+        if use_amp and config.AMP_LEVEL == "O2":  # float32 master weights, float32 checkpoints
+            self.model, self.optimizer = paddle.amp.decorate(
+                self.model,
+                self.optimizer,
+                level="O2",
+                dtype=config.AMP_DTYPE,
+                master_weight=True,
+                save_dtype="float32",
+            )
+        if saved:
+            self._restore(saved)
+
+        self.criterion = build_criterion(config)
+        self.teacher = None
+        if config.TRAIN.DISTILLATION_TYPE != "none":
+            self.teacher = build_teacher(config, load_config)
+        self.distill = build_distillation_loss(config)
+        self.normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+        self.erase = RandomErasing.from_config(config)
+        self.mixup = Mixup.from_config(config)
+        self.network = self.model
+        if process.world > 1:  # gradients are averaged over ranks, in buckets of 25 MB
+            self.network = paddle.DataParallel(self.model)
+        self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
+        self.signal = StopSignal()
+        self.unchecked: list[StepRecord] = []
+        self.skipped_in_a_row = 0
+        self.local_loss, self.local_count, self.norm = 0.0, 0, 0.0  # since `_collect_losses`
+
+    # ------------------------------------------------------------------------------- loops
+    def fit(self) -> dict:
+        """Trains to the last epoch; returns what `run` returns."""
+        self._say_hello()
+        metrics = None
+        for epoch in range(self.place.epoch, self.total_epochs):
+            self._train_epoch(epoch)
+            metrics = self._finish_epoch(epoch) or metrics
+        self.dashboard.close()
+        best, epoch = self.place.best_top1, self.place.best_epoch
+        if epoch:
+            path = self.folder.path / checkpoint.BEST
+            _log.info(f"done: best top-1 {best:.2f} %, after epoch {epoch}, in {path}")
+        result = {"folder": self.folder.path, "rank": self.process.rank, "best_top1": best}
+        if metrics is not None:
+            result.update(top1=metrics.top1, top5=metrics.top5, loss=metrics.loss)
+        return result
+
+    def _train_epoch(self, epoch: int) -> None:
+        """Trains the rest of an epoch, from where `place` stands."""
+        config, place, accum = self.config, self.place, self.config.TRAIN.ACCUM_ITER
+        first = place.samples // self.samples_per_step
+        if first == self.steps_per_epoch:
+            return  # the run was stopped in the evaluation of this epoch
+        self.network.train()
+        self.train_loader.set_epoch(epoch, skip_batches=first * accum)
+        batches, meter = iter(self.train_loader), Meter()
+        progress = ProgressLine(f"epoch {epoch + 1}", self.process.main)
+        for step in range(first, self.steps_per_epoch):
+            size = min(accum, len(self.train_loader) - step * accum)
+            with meter.waiting():
+                window = [next(batches) for _ in range(size)]
+            lr = learning_rate(config, epoch + step / self.steps_per_epoch, self.samples_per_step)
+            self.optimizer.set_lr(lr)
+            self._train_step(window, step_rng(config.SEED, self.process.rank, epoch, step), lr)
+            meter.images += sum(len(batch.indices) for batch in window)
+            place.step += 1
+            place.samples = (step + 1) * self.samples_per_step
+            self.on_step(place.step)
+
+            end = step + 1 == self.steps_per_epoch
+            report = end or (step + 1) % config.REPORT_FREQ == 0
+            save = bool(config.SAVE_STEPS) and place.step % config.SAVE_STEPS == 0
+            stop = self._asked_to_stop()
+            if report or save or stop:
+                self._collect_losses()
+            if report:
+                self._report(meter, epoch, step, lr)
+            if stop or (save and not end):
+                self._save()
+            if stop:
+                raise Preempted(f"stopped after step {place.step}; saved in {self.folder.path}")
+            progress(step + 1, self.steps_per_epoch)
+        progress.end()
+        next(batches, None)  # lets the loader end its pass: it then lists skipped images
+
+    def _train_step(self, window: list, rng: np.random.Generator, lr: float) -> None:
+        """One optimizer step over the batches of an accumulation window."""
+        total = sum(len(batch.indices) for batch in window)
+        losses = []
+        for number, batch in enumerate(window):
+            images, targets = self._augment(batch, rng)
+            with self._no_sync(number + 1 < len(window)), autocast(self.config, self.process):
+                loss = self._loss(images, targets)
+                # Each image of the window weighs the same, whatever the size of its batch.
+                self.scaler.scale(loss * (len(batch.indices) / total)).backward()
+            losses.append(loss.detach().astype("float64") * len(batch.indices))
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
+        indices = [index for batch in window for index in batch.indices]
+        self.unchecked.append(StepRecord(self.place.step, lr, paddle.add_n(losses), norm, indices))
+        if not self._look_before_each_step() or self._steps_are_finite():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                applied = paddle.isfinite(norm) if self.scaler.is_enable() else None
+                self.ema.update(self.place.step, applied)
+        self.optimizer.clear_grad()
+
+    def _augment(self, batch, rng: np.random.Generator):
+        """uint8 ``[B, H, W, 3]`` and labels -> normalised ``[B, 3, H, W]`` and targets."""
+        images, targets = self.normalize(batch.images), batch.labels
+        if self.erase is not None:
+            images = self.erase(images, rng)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets, rng)
+        return images, targets
+
+    def _loss(self, images, targets) -> paddle.Tensor:
+        logits = self.network(images)
+        loss = self.criterion(logits, targets)
+        return loss if self.teacher is None else self.distill(loss, logits, self.teacher(images))
+
+    def _no_sync(self, wanted: bool):
+        """Keeps gradients local until the last batch of a window."""
+        if wanted and self.process.world > 1:
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _finish_epoch(self, epoch: int) -> Metrics | None:
+        """Evaluates where that is due, records the epoch and saves."""
+        config, place = self.config, self.place
+        record = {
+            "kind": "epoch",
+            "epoch": epoch + 1,
+            "step": place.step,
+            "lr": self.optimizer.get_lr(),
+            "train_loss": place.epoch_loss / max(place.epoch_count, 1),
+            "images_per_second": round(place.epoch_count / max(place.seconds, 1e-9), 1),
+            "seconds": round(place.seconds, 1),
+        }
+        last = epoch + 1 == self.total_epochs
+        metrics, names = None, []
+        if last or (epoch + 1) % config.VALIDATE_FREQ == 0:
+            self._save()  # an interruption of the evaluation costs no training
+            raw = metrics = self._evaluate(self.model, f"epoch {epoch + 1}")
+            record.update(val_loss=raw.loss, val_top1=raw.top1, val_top5=raw.top5)
+            if self.ema is not None:
+                metrics = self._evaluate(self.ema.model, f"epoch {epoch + 1}, EMA")
+                record.update(ema_loss=metrics.loss, ema_top1=metrics.top1, ema_top5=metrics.top5)
+            if metrics.top1 > place.best_top1:
+                place.best_top1, place.best_epoch = metrics.top1, epoch + 1
+                names.append(checkpoint.BEST)
+        if last or (epoch + 1) % config.SAVE_FREQ == 0:
+            names.append(checkpoint.epoch_name(epoch + 1))
+        self.folder.add_metrics(record)
+        self._show_epoch(record)
+        place.epoch, place.samples, place.seconds = epoch + 1, 0, 0.0
+        place.epoch_loss, place.epoch_count = 0.0, 0
+        self._save(*names)
+        return metrics
+
+    def _evaluate(self, model, label: str) -> Metrics:
+        def predict(images):
+            with autocast(self.config, self.process):
+                return model(self.normalize(images))
+
+        def check():
+            if self.signal.received:
+                raise Preempted(f"stopped in evaluation; saved in {self.folder.path}")
+
+        model.eval()
+        progress = ProgressLine(f"{label}: evaluation", self.process.main)
+        classes = self.config.MODEL.NUM_CLASSES
+        metrics = evaluate(
+            predict, self.val_loader, self.process, classes, check=check, progress=progress
+        )
+        progress.end()
+        _log.info(f"{label}: {metrics}")
+        return metrics
+
+    # --------------------------------------------------------------- finite? asked to stop?
+    def _look_before_each_step(self) -> bool:
+        """Whether a step waits for its loss: free on CPU, a synchronisation on GPU."""
+        return not self.process.on_gpu or self.config.TRAIN.NONFINITE == "skip"
+
+    def _steps_are_finite(self) -> bool:
+        """Reads the losses and norms that are still on the device.
+
+        Returns:
+            Whether all are finite. The scaler of float16 leaves out steps of its own: they count
+            as skipped, not as wrong, while the loss itself is finite.
+
+        Raises:
+            TrainingError: one is not, and ``TRAIN.NONFINITE`` says stop, or too many in a row.
+        """
+        records, self.unchecked = self.unchecked, []
+        if not records:
+            return True
+        numbers = paddle.stack(
+            [paddle.stack([r.loss_sum, r.norm.astype("float64")]) for r in records]
+        ).numpy()
+        finite = True
+        for record, (loss_sum, norm) in zip(records, numbers.tolist()):
+            if np.isfinite(loss_sum):
+                self.local_loss += loss_sum
+                self.local_count += len(record.indices)
+                self.norm = norm
+            if np.isfinite(loss_sum) and np.isfinite(norm):
+                self.skipped_in_a_row = 0
+                continue
+            self.place.skipped_steps += 1
+            if np.isfinite(loss_sum) and self.scaler.is_enable():
+                continue
+            finite = False
+            self.skipped_in_a_row += 1
+            limit = self.config.TRAIN.NONFINITE_LIMIT
+            if self.config.TRAIN.NONFINITE == "stop" or self.skipped_in_a_row > limit:
+                raise self._nonfinite_error(record, loss_sum, norm)
+            _log.warning(f"step {record.step}: skipped, loss sum {loss_sum}, gradient norm {norm}")
+        return finite
+
+    def _nonfinite_error(self, record: StepRecord, loss_sum: float, norm: float) -> TrainingError:
+        """Writes what is needed to reproduce the step, and says where it is."""
+        rank, files = self.process.rank, self.train_loader.dataset.files
+        path = self.folder.path / f"nonfinite.rank{rank}.json"
+        facts = {
+            "epoch": self.place.epoch + 1,
+            "step": record.step,
+            "rank": rank,
+            "lr": record.lr,
+            "loss_scale": float(self.scaler.state_dict().get("scale", 1.0)),
+            "loss": loss_sum / len(record.indices),
+            "gradient_norm": norm,
+            "images": [files.path(index) for index in record.indices],
+        }
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        what = "gradient" if np.isfinite(loss_sum) else "loss"
+        return TrainingError(
+            f"rank {rank}, step {record.step}: the {what} is not finite (learning rate "
+            f"{record.lr:.3g}); the batch is listed in {path}; the last checkpoint is "
+            f"{self.folder.path / checkpoint.LAST}. A lower TRAIN.BASE_LR, a longer "
+            f"TRAIN.WARMUP_EPOCHS or TRAIN.GRAD_CLIP usually helps; TRAIN.NONFINITE skip goes on"
+        )
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was signalled; all ranks ask at the same steps and agree.
+
+        On GPU the device is only looked at every `SYNC_STEPS_GPU` steps; finiteness then too.
+        """
+        if self.process.on_gpu and self.place.step % SYNC_STEPS_GPU:
+            return False
+        self._steps_are_finite()
+        return any_rank(self.signal.received, self.process)
+
+    # ----------------------------------------------------------------------------- reports
+    def _collect_losses(self) -> None:
+        """Adds this rank's and the others' losses since the last time to `place`."""
+        self._steps_are_finite()
+        loss, count = sum_over_ranks([self.local_loss, self.local_count], self.process)
+        self.local_loss, self.local_count = 0.0, 0
+        place = self.place
+        place.epoch_loss, place.epoch_count = (
+            place.epoch_loss + loss,
+            place.epoch_count + int(count),
+        )
+        place.report_loss += loss
+        place.report_count += int(count)
+
+    def _report(self, meter: Meter, epoch: int, step: int, lr: float) -> None:
+        """Logs a line, records it, and starts the next interval."""
+        place, world = self.place, self.process.world
+        seconds, data_share = meter.read()
+        loss = place.report_loss / max(place.report_count, 1)
+        rate = meter.images * world / seconds
+        place.seconds += seconds
+        memory = memory_mb(self.process)
+        left = (self.total_epochs - epoch) * self.steps_per_epoch - step - 1
+        eta = left * self.samples_per_step / rate
+        skipped = f"  skipped {place.skipped_steps}" if place.skipped_steps else ""
+        _log.info(
+            f"epoch {epoch + 1}/{self.total_epochs}  step {step + 1}/{self.steps_per_epoch}  "
+            f"lr {lr:.2e}  loss {loss:.4f}  grad norm {self.norm:.2f}  {rate:.1f} images/s  "
+            f"data {100 * data_share:.0f} %  {memory:.0f} MB  ETA {duration(eta)}{skipped}"
+        )
+        record = {"kind": "step", "epoch": epoch + 1, "step": place.step, "lr": lr, "loss": loss}
+        speed = {
+            "images_per_second": round(rate, 1),
+            "data_share": round(data_share, 3),
+            "memory_mb": round(memory),
+        }
+        self.folder.add_metrics({**record, "grad_norm": self.norm, **speed})
+        for name in ("lr", "loss"):
+            self.dashboard.scalar(f"train/{name}", record[name], place.step)
+        place.report_loss, place.report_count = 0.0, 0
+        meter.restart()
+
+    def _show_epoch(self, record: dict) -> None:
+        for name, value in record.items():
+            if name.startswith(("val_", "ema_", "train_")):
+                self.dashboard.scalar(f"epoch/{name}", value, record["epoch"])
+        if self.config.DASHBOARD != "none":
+            for name, parameter in self.model.named_parameters():
+                if name.endswith((".ls1", ".ls2")):
+                    self.dashboard.histogram(name, parameter.numpy(), record["epoch"])
+
+    def _say_hello(self) -> None:
+        config, place = self.config, self.place
+        names = class_names(config)
+        if names:
+            self.folder.write("classes.txt", "".join(f"{name}\n" for name in names))
+        self.folder.write("config.yaml", config.dump())
+        count = sum(int(np.prod(p.shape)) for p in self.model.parameters())
+        peak = learning_rate(config, config.TRAIN.WARMUP_EPOCHS, self.samples_per_step)
+        images = len(self.train_loader.dataset), len(self.val_loader.dataset)
+        _log.info(
+            f"{config.MODEL.NAME}: {count:,} parameters; {images[0]} training and {images[1]} "
+            f"validation images; {self.steps_per_epoch} steps of {self.samples_per_step} images an "
+            f"epoch on {self.process.world} process{'es' * (self.process.world > 1)}; learning "
+            f"rate {peak:.3g} after warmup; output in {self.folder.path}"
+        )
+        if self.teacher is not None and place.epoch < self.total_epochs:
+            self._evaluate(self.teacher, "teacher")
+        if place.epoch >= self.total_epochs:
+            _log.info(f"this run has finished its {self.total_epochs} epochs already")
+
+    # --------------------------------------------------------------------------- checkpoints
+    def _save(self, *names: str) -> None:
+        """Rank 0 saves ``last``, and gives it more names; the others wait."""
+        with main_first(self.process) as main:
+            if not main:
+                return
+            path = self.folder.path / checkpoint.LAST
+            try:
+                checkpoint.save(checkpoint.to_numpy(self._state()), path)
+                for name in names:
+                    checkpoint.duplicate(path, name)
+            except CheckpointError as error:
+                if self.config.SAVE_FAILURE == "stop":
+                    raise
+                _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
+            config = self.config
+            checkpoint.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
+
+    def _state(self) -> dict:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.model),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.place.epoch,
+            "place": asdict(self.place),
+            "metrics_lines": self.folder.metrics_lines,
+            "config": self.config.dump(),
+        }
+        if self.ema is not None:
+            state["model_ema"] = self.ema.model.state_dict()
+        return state
+
+    def _read_checkpoint(self) -> dict | None:
+        """What ``MODEL.RESUME`` names, read by every rank; None to start anew."""
+        resume = self.config.MODEL.RESUME
+        if not resume:
+            return None
+        if resume == "auto":  # rank 0 chooses, so that all take the same
+            found = checkpoint.load_newest(self.folder.path) if self.process.main else None
+            resume = from_main(str(found[1]) if found else None, self.process)
+            if resume is None:
+                _log.info(f"resume auto: no checkpoint in {self.folder.path} yet, starting anew")
+                self.folder.rewind_metrics(0)
+                return None
+        return checkpoint.load(resume)
+
+    def _restore(self, saved: dict) -> None:
+        """Puts back all of a checkpoint but the model's weights."""
+        load_optimizer_state(self.optimizer, self.model, saved["optimizer"])
+        if self.ema is not None:
+            load_state(self.ema.model, saved.get("model_ema", saved["model"]))
+        if saved["scaler"] and self.scaler.is_enable():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.place = Place(**saved["place"])
+        self.folder.rewind_metrics(saved["metrics_lines"])
+        place = self.place
+        where = f"epoch {place.epoch}" + (f" and {place.samples} images" if place.samples else "")
+        _log.info(f"resumed after {where}, step {place.step}")

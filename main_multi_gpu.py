@@ -1,0 +1,24 @@
+"""Trains or evaluates ResMLP data-parallel: one process a visible GPU, or -nprocs N on CPU.
+
+python main_multi_gpu.py -cfg=./configs/resmlp_24_224.yaml -dataset=imagenet2012 \\
+    -batch_size=256 -data_path=/dataset/imagenet [-eval -pretrained=FILE] [-amp]
+python -m paddle.distributed.launch --nnodes 2 --master HOST:PORT main_multi_gpu.py -cfg=...
+"""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+from config import get_arguments, get_config, update_config
+from errors import run_as_script
+from launch import launch
+
+
+def main() -> int:
+    config = update_config(get_config(), get_arguments(description=__doc__))
+    config.freeze()
+    return launch(config)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

@@ -1,0 +1,23 @@
+"""Trains or evaluates ResMLP in one process, on a GPU where there is one, else on CPU.
+
+python main_single_gpu.py -cfg=./configs/resmlp_24_224.yaml -dataset=imagenet2012 \\
+    -batch_size=256 -data_path=/dataset/imagenet [-eval -pretrained=FILE] [-amp]
+"""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+from config import get_arguments, get_config, update_config
+from errors import run_as_script
+from launch import run_here
+
+
+def main() -> int:
+    config = update_config(get_config(), get_arguments(description=__doc__))
+    config.freeze()
+    return run_here(config)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

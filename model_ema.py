@@ -1,0 +1,50 @@
+"""Exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import copy
+
+import paddle
+from paddle import nn
+
+
+class ModelEma:
+    """Keeps a second model whose weights trail those of the first.
+
+    Build it after pretrained weights are loaded: it starts from what the model holds then. It is
+    evaluated as it is, nothing is swapped. In data-parallel runs every rank makes the same update
+    from the same weights, so it is the same everywhere without communication.
+
+    Args:
+        model: the model in training (not wrapped).
+        decay: share of the old average that a step keeps.
+        warmup: start with less, ``min(decay, (1 + step) / (10 + step))``, so that the random
+            first weights are soon forgotten (TensorFlow's rule).
+    """
+
+    def __init__(self, model: nn.Layer, decay: float, warmup: bool = False):
+        self.decay = decay
+        self.warmup = warmup
+        self.model = copy.deepcopy(model)
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.stop_gradient = True
+        self._pairs = list(zip(self.model.parameters(), model.parameters()))
+
+    def decay_at(self, step: int) -> float:
+        """The decay of update number ``step``, counted from 0."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    @paddle.no_grad()
+    def update(self, step: int, applied: paddle.Tensor | None = None) -> None:
+        """Moves the average towards the model; call once after each optimizer step.
+
+        Args:
+            step: optimizer steps before this one.
+            applied: a bool scalar on the device: whether a loss scaler let the step happen.
+        """
+        weight = 1.0 - self.decay_at(step)
+        if applied is not None:
+            weight = weight * applied.astype("float32")
+        for average, parameter in self._pairs:
+            average.lerp_(parameter.astype(average.dtype), weight)

@@ -1,0 +1,206 @@
+"""The optimizer, weight decay by role, gradient clipping, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import logging
+import math
+from bisect import bisect_right
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from errors import CheckpointError
+
+
+# --------------------------------------------------------------------------------- schedule
+def learning_rate(config, epoch: float, total_batch: int) -> float:
+    """The learning rate at a moment of training: a pure function, so resuming needs no state.
+
+    Args:
+        config: the run's config (``TRAIN.*``).
+        epoch: epochs done, fractional: epoch 2, step 30 of 100 is 2.3.
+        total_batch: images per optimizer step, over all processes and accumulated batches.
+
+    Source: timm's schedulers in epoch mode, as DeiT uses them: the warmup replaces the first
+    epochs of the curve rather than preceding it. DeiT scales the base rate only, by
+    total_batch / LINEAR_SCALED_LR; the warmup start and the floor stay as given.
+    """
+    train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    base = train.BASE_LR
+    if train.LINEAR_SCALED_LR is not None:
+        base *= total_batch / train.LINEAR_SCALED_LR
+    if schedule.NAME != "cosine" and epoch < train.WARMUP_EPOCHS:
+        return train.WARMUP_START_LR + (base - train.WARMUP_START_LR) * epoch / train.WARMUP_EPOCHS
+    if schedule.NAME == "constant":
+        return base
+    if schedule.NAME == "step":
+        milestones = [float(m) for m in schedule.MILESTONES.split(",") if m.strip()]
+        drops = bisect_right(milestones, epoch) if milestones else epoch // schedule.DECAY_EPOCHS
+        return base * schedule.DECAY_RATE**drops
+    if epoch >= train.NUM_EPOCHS:  # cooldown
+        return train.END_LR
+    cosine = 0.5 * (1 + math.cos(math.pi * epoch / train.NUM_EPOCHS))
+    return train.END_LR + (base - train.END_LR) * cosine
+
+
+# ---------------------------------------------------------------------------------- roles
+def decayed_parameters(model: nn.Layer) -> set[str]:
+    """Names of the parameters that weight decay applies to: the weights of linear layers and of
+    the patch convolution. Biases, Affine and LayerScale are left alone (DeiT, LAMB's usual set).
+    """
+    return {
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, layer in model.named_sublayers(include_self=True)
+        if isinstance(layer, (nn.Linear, nn.Conv2D))
+    }
+
+
+def layer_scale_of_rate(name: str, depth: int, decay: float) -> float:
+    """The learning-rate factor of a parameter under layer-wise decay: 1 for the head and the last
+    norm, ``decay`` for the last block, ``decay ** (depth + 1)`` for the patch embedding (BEiT).
+    """
+    if name.startswith("patch_embed."):
+        level = 0
+    elif name.startswith("mixer_layers."):
+        level = int(name.split(".")[1]) + 1
+    else:
+        level = depth + 1
+    return decay ** (depth + 1 - level)
+
+
+# -------------------------------------------------------------------------------- optimizer
+def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
+    """Builds LAMB, AdamW or SGD with Nesterov momentum; the engine sets its rate at every step.
+
+    One flat parameter list: Paddle clips and schedules groups one by one. Clipping is not in here,
+    see `clip_gradients`.
+    """
+    settings, decay = config.TRAIN.OPTIMIZER, config.TRAIN.WEIGHT_DECAY
+    names = decayed_parameters(model)
+    named = dict(model.named_parameters())
+    decayed = {named[name].name for name in names}  # Paddle's own names
+    if config.TRAIN.LAYER_DECAY is not None:
+        depth = len(model.mixer_layers)
+        for name, parameter in named.items():
+            factor = layer_scale_of_rate(name, depth, config.TRAIN.LAYER_DECAY)
+            parameter.optimize_attr["learning_rate"] = factor
+    common = dict(parameters=list(named.values()), learning_rate=config.TRAIN.BASE_LR)
+    betas = dict(beta1=settings.BETAS[0], beta2=settings.BETAS[1], epsilon=settings.EPS)
+    if settings.NAME == "lamb":
+        optimizer = paddle.optimizer.Lamb(
+            lamb_weight_decay=decay,
+            exclude_from_weight_decay_fn=lambda parameter: parameter.name not in decayed,
+            **betas,
+            **common,
+        )
+    elif settings.NAME == "adamw":
+        optimizer = paddle.optimizer.AdamW(
+            weight_decay=decay,
+            apply_decay_param_fun=lambda name: name in decayed,
+            **betas,
+            **common,
+        )
+    else:
+        for name in names:
+            named[name].regularizer = paddle.regularizer.L2Decay(decay)
+        optimizer = paddle.optimizer.Momentum(
+            momentum=settings.MOMENTUM, use_nesterov=True, **common
+        )
+
+    def values(names):
+        return sum(int(np.prod(named[name].shape)) for name in names) / 1e6
+
+    kept = named.keys() - names
+    logging.getLogger("resmlp").info(
+        f"{settings.NAME}: weight decay {decay:g} on {len(names)} tensors ({values(names):.2f} M "
+        f"values), none on {len(kept)} ({values(kept):.2f} M)"
+    )
+    return optimizer
+
+
+@paddle.no_grad()
+def clip_gradients(parameters: list, max_norm: float | None) -> paddle.Tensor:
+    """Scales all gradients together so that their global norm is at most ``max_norm``.
+
+    Args:
+        parameters: parameters; those without a gradient are passed over.
+        max_norm: the bound; None only measures.
+
+    Returns:
+        The norm before clipping, a float32 scalar on the device (no host synchronisation).
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares = [(g.astype("float32") ** 2).sum() for g in grads]
+    norm = paddle.stack(squares).sum().sqrt()
+    if max_norm is not None:
+        scale = max_norm / paddle.clip(norm, min=max_norm)
+        for grad in grads:
+            grad.multiply_(scale.astype(grad.dtype))
+    return norm
+
+
+# -------------------------------------------------------------------- state for checkpoints
+def optimizer_state(optimizer, model: nn.Layer) -> dict:
+    """The optimizer's state under the model's parameter names: ``{parameter: {slot: tensor}}``.
+
+    Paddle's own keys hang on the order in which layers were built, and shift silently.
+    """
+    structured = {p.name: name for name, p in model.named_parameters()}
+    state: dict = {}
+    for key, value in optimizer.state_dict().items():
+        if key == "master_weights":
+            for own, tensor in value.items():
+                state.setdefault(structured[own], {})["master_weight"] = tensor
+        elif isinstance(value, paddle.Tensor):
+            own = max((n for n in structured if key.startswith(f"{n}_")), key=len)
+            state.setdefault(structured[own], {})[key[len(own) + 1 :]] = value
+    return state
+
+
+def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
+    """Puts back what `optimizer_state` returned (as arrays or tensors).
+
+    Raises:
+        CheckpointError: the state is of another model or optimizer.
+    """
+    parameters = dict(model.named_parameters())
+    if not state:  # saved before the first step
+        return
+    if state.keys() != parameters.keys():
+        odd = sorted(state.keys() ^ parameters.keys())
+        raise CheckpointError(f"the optimizer state is of another model; it differs in {odd[:4]}")
+    own_state: dict = {}
+    for name, slots in state.items():
+        for slot, value in slots.items():
+            expected = parameters[name].shape
+            if "_pow_acc" not in slot and list(np.shape(value)) != list(expected):
+                raise CheckpointError(
+                    f"the optimizer state {name}/{slot} has shape {list(np.shape(value))}; "
+                    f"the model needs {list(expected)}"
+                )
+            tensor = paddle.to_tensor(np.asarray(value))
+            if slot == "master_weight":
+                own_state.setdefault("master_weights", {})[parameters[name].name] = tensor
+            else:
+                own_state[f"{parameters[name].name}_{slot}"] = tensor
+    slots = {frozenset(s) - {"master_weight"} for s in state.values()}
+    expected = _SLOTS[type(optimizer)]
+    if slots != {expected}:
+        found = sorted(set().union(*slots))
+        raise CheckpointError(
+            f"the checkpoint's optimizer has {found}; {type(optimizer).__name__} needs "
+            f"{sorted(expected)}: set TRAIN.OPTIMIZER.NAME as it was, or start from its weights "
+            f"with -pretrained"
+        )
+    optimizer.set_state_dict(own_state)
+
+
+_ADAM = frozenset({"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"})
+_SLOTS = {
+    paddle.optimizer.Lamb: _ADAM,
+    paddle.optimizer.AdamW: _ADAM,
+    paddle.optimizer.Momentum: frozenset({"velocity_0"}),
+}

@@ -1,0 +1,114 @@
+"""The folder of a run: who may write into it, its config, log, metrics and class names."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from checkpoint import BEST, LAST
+from errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
+
+DEFAULT = "./output"  # config.SAVE as it comes: each run gets a dated folder inside it
+_log = logging.getLogger("resmlp")
+
+
+def choose_folder(config) -> Path:
+    """The folder that a run shall use.
+
+    ``-output`` names it. Without one, a resumed run goes on in its own folder and any other gets
+    ``output/train-<date>`` or ``output/eval-<date>``, as PPViT's do.
+    """
+    chosen, resume = Path(config.SAVE), config.MODEL.RESUME
+    if os.path.normpath(config.SAVE) != os.path.normpath(DEFAULT):
+        return chosen
+    if resume == "auto" and not config.EVAL:
+        runs = sorted(path.parent for path in chosen.glob(f"train-*/{LAST}"))
+        if runs:
+            return runs[-1]
+    elif resume and not config.EVAL and (Path(resume).parent / "config.yaml").is_file():
+        return Path(resume).parent
+    kind = "eval" if config.EVAL else "train"
+    stamp = time.strftime("%Y%m%d-%H-%M-%S")
+    folder, number = chosen / f"{kind}-{stamp}", 2
+    while folder.exists():  # another run of the same second
+        folder, number = chosen / f"{kind}-{stamp}-{number}", number + 1
+    return folder
+
+
+class RunFolder:
+    """A claimed folder. Only rank 0 writes the shared files; every rank has a log of its own.
+
+    Args:
+        path: from `choose_folder`.
+        rank: this process.
+        training: evaluation writes beside a training run without disturbing it.
+        resuming: the folder may hold an earlier part of this run.
+
+    Raises:
+        UserError: the folder cannot be made, holds another run, or one that is still going.
+    """
+
+    def __init__(self, path: Path, rank: int, training: bool, resuming: bool = False):
+        self.path = Path(path)
+        self.main = rank == 0
+        self.metrics_lines = 0
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if training and self.main:
+                self._claim(resuming)
+            name = "log" if training else "eval_log"
+            self._open_log(self.path / (f"{name}.txt" if self.main else f"{name}.rank{rank}.txt"))
+        except OSError as error:
+            raise UserError(f"-output {self.path}: cannot be written: {error.strerror or error}")
+
+    def _claim(self, resuming: bool) -> None:
+        if fcntl is not None:
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held to the very end)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"-output {self.path}: a run that is still going uses this folder")
+        if not resuming and any((self.path / n).exists() for n in (LAST, BEST, "metrics.jsonl")):
+            raise UserError(
+                f"-output {self.path}: holds an earlier run; continue it with -resume auto, or "
+                f"name another folder"
+            )
+
+    def _open_log(self, path: Path) -> None:
+        handler = logging.FileHandler(path)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logging.getLogger("resmlp").addHandler(handler)
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a small text file whole (rank 0)."""
+        if self.main:
+            temporary = self.path / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / name)
+
+    def rewind_metrics(self, lines: int) -> None:
+        """Cuts metrics.jsonl to its first ``lines`` lines: a checkpoint says where it stood."""
+        if not self.main:
+            return
+        path = self.path / "metrics.jsonl"
+        kept = path.read_text(encoding="utf-8").splitlines()[:lines] if path.is_file() else []
+        self.write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
+        self.metrics_lines = lines
+
+    def add_metrics(self, record: dict) -> None:
+        """Appends one record to metrics.jsonl and to the disk, before any later checkpoint."""
+        if not self.main:
+            return
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.metrics_lines += 1
