@@ -1,0 +1,41 @@
+#!/bin/sh
+# Sets up an environment, lints, and runs the tests.
+#
+#   sh run_tests.sh [--with-timm] [--faults] [pytest arguments: -k mixup, tests/test_config.py, ...]
+#
+#   --with-timm   also the comparisons with timm and torchvision (installs PyTorch: several GB)
+#   --faults      also the tests that kill processes and fill disks
+#
+#   PYTHON, DEVICE, PADDLE_VERSION   see setup_env.sh
+set -eu
+cd "$(dirname "$0")"
+. ./setup_env.sh
+
+with_timm=
+faults=
+count=$#
+while [ "$count" -gt 0 ]; do # our options go, pytest's stay
+    case $1 in
+    --with-timm) with_timm=yes ;;
+    --faults) faults=yes ;;
+    *) set -- "$@" "$1" ;;
+    esac
+    shift
+    count=$((count - 1))
+done
+
+step "An environment with Paddle"
+setup_env
+ensure requirements-test.txt pytest ruff
+[ -z "$with_timm" ] || ensure port_weights/requirements.txt torch torchvision timm
+
+step "Lint"
+lint=passed
+show "$PYTHON" -m ruff check . || lint=failed
+show "$PYTHON" -m ruff format --check . || lint=failed
+
+step "Tests"
+[ -n "$with_timm" ] || set -- --ignore=tests/timm "$@"
+[ -n "$faults" ] || set -- --ignore=tests/faults "$@"
+show "$PYTHON" -m pytest "$@"
+[ $lint = passed ] || die "the tests passed, but not the lint above"
