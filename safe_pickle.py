@@ -60,7 +60,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return _array(data, dtype, (), "C")[()]
 
 
-def _ordered_dict(items: Any = ()) -> dict:
+def _dict(items: Any = ()) -> dict:
     result: dict = {}
     for key, value in items:
         _set_item(result, key, value)
@@ -89,7 +89,7 @@ def _bytes(data: Any = b"", *encoding: str) -> bytes:
 _NAMES: dict[str, Any] = {
     "numpy.dtype": _dtype,
     "numpy.ndarray": _new_array,
-    "collections.OrderedDict": _ordered_dict,
+    "collections.OrderedDict": _dict,
     "builtins.tuple": _tuple,
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytes,
@@ -104,7 +104,15 @@ _LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("INT", "LONG", "FLOAT", "UNICODE", "STRING"),  # of protocol 0, as are PUT, GET, LIST, DICT
 }
+_BEGINNINGS = (
+    "PROTO",
+    "MARK",
+    "GLOBAL",
+    "EMPTY_DICT",
+    "EMPTY_LIST",
+)  # the last four: protocol 0, 1
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -142,8 +150,14 @@ class _Machine:
             self.stack.append(tuple(items))
         elif name == "EMPTY_LIST":
             push([])
+        elif name == "LIST":
+            items = self.pop_mark()
+            self.stack.append(items)
         elif name == "EMPTY_DICT":
             push({})
+        elif name == "DICT":
+            items = self.pop_mark()
+            self.stack.append(_dict(zip(items[::2], items[1::2])))
         elif name in ("APPEND", "APPENDS"):
             items = self.pop(1) if name == "APPEND" else self.pop_mark()
             list.extend(self.stack[-1], items)
@@ -154,9 +168,9 @@ class _Machine:
         elif name == "MARK":
             self.marked.append(self.stack)
             self.stack = []
-        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+        elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
             item = self.memo[argument]
             filled = isinstance(item, _Pending) and item.value is not None
             push(item.value if filled else item)
@@ -175,7 +189,8 @@ class _Machine:
             pending.value = pending.fill(state)
             push(pending.value)
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise WeightsError(f"the pickle instruction {name}, which plain data does not need")
+            what = f"{name} ({argument})" if isinstance(argument, str) else name
+            raise WeightsError(f"the pickle instruction {what}, which plain data does not need")
 
 
 class _Name:
@@ -217,7 +232,7 @@ def load(path: str | os.PathLike) -> Any:
     """Reads the plain data that a pickle file describes; no code of the file runs.
 
     Args:
-        path: a file written by ``paddle.save`` or ``pickle.dump``, protocol 2 to 5.
+        path: a file written by ``paddle.save`` or ``pickle.dump``, protocol 0 to 5.
 
     Returns:
         Containers, numbers, strings and read-only NumPy arrays. A Paddle tensor inside a
@@ -229,18 +244,26 @@ def load(path: str | os.PathLike) -> Any:
     machine = _Machine()
     try:
         with open(path, "rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
+            for opcode, argument, position in pickletools.genops(file):
+                if position == 0 and opcode.name not in _BEGINNINGS:
+                    raise ValueError("not a pickle")
                 machine.run(opcode.name, argument)
             if file.read(1) or len(machine.stack) != 1 or machine.marked:
                 raise ValueError("something is left over")
         (result,) = machine.stack
         _count(result, 0, {})
     except WeightsError as error:
-        raise WeightsError(f"{path}: refused, it holds {error}; nothing of it was run") from None
+        reason = printable(str(error))
+        raise WeightsError(f"{path}: refused, it holds {reason}; nothing of it was run") from None
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # whatever a damaged file does to the machine or to NumPy
-        raise WeightsError(
-            f"{path}: truncated, damaged, or not a Paddle file ({type(error).__name__}: {error})"
-        ) from None
+        reason = printable(str(error)) or type(error).__name__
+        raise WeightsError(f"{path}: truncated, damaged, or not a Paddle file ({reason})") from None
     return result
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Text from a file, for a message: on one line, without control characters, not too long."""
+    text = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
+    return text if len(text) <= limit else f"{text[:limit]}..."

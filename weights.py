@@ -200,7 +200,7 @@ def write_atomically(data: bytes, path: str | os.PathLike) -> None:
 def shorten(names: list, limit: int = 6) -> str:
     """A list of names for a message, cut when it is long."""
     rest = len(names) - limit
-    text = ", ".join(str(name) for name in names[:limit])
+    text = ", ".join(safe_pickle.printable(str(name)) for name in names[:limit])
     return f"{text} and {rest} more" if rest > 0 else text
 
 
@@ -212,11 +212,12 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         entries = deserialize(path.read_bytes())
     except (SafetensorError, MemoryError) as error:
-        raise WeightsError(f"{path}: truncated or damaged ({error})") from None
+        reason = safe_pickle.printable(str(error)) or type(error).__name__
+        raise WeightsError(f"{path}: truncated or damaged ({reason})") from None
     result = {}
     for name, entry in entries:
         if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise WeightsError(f"{path}: {name} is {entry['dtype']}, not floating point weights")
+            raise WeightsError(f"{path}: {shorten([name])} is {entry['dtype']}, not floating point")
         data = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]])
         result[name] = data.reshape(entry["shape"])
     return result

@@ -1,0 +1,454 @@
+"""Weight files: what is read, what is refused, and how a state dict is adapted to a model."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from safetensors.numpy import save as safetensors_bytes
+
+from errors import WeightsError
+from resmlp import ResMLP, adapt_state_dict, load_state, resample_tokens
+from weights import read_weights, safe_load, write_weights
+
+
+def tiny(**changes) -> ResMLP:
+    options = dict(image_size=16, patch_size=8, embed_dim=6, depth=2, num_classes=5)
+    return ResMLP(**{**options, **changes})
+
+
+def arrays(model) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.fixture
+def state():
+    paddle.seed(0)
+    return arrays(tiny())
+
+
+# ------------------------------------------------------------------------------ what is read
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_a_state_dict_of_paddle_save_is_read_exactly(tmp_path, protocol):
+    model = tiny()
+    paddle.save(model.state_dict(), str(tmp_path / "x.pdparams"), protocol=protocol)
+    file = read_weights(tmp_path / "x.pdparams")
+    assert_same(file.state, arrays(model))
+    assert file.key == ""
+
+
+def ppvit_checkpoint(path):
+    """A training checkpoint as PPViT's mains write it; returns the model and its average."""
+    model, ema = tiny(), tiny()
+    optimizer = paddle.optimizer.AdamW(
+        parameters=model.parameters(),
+        learning_rate=paddle.optimizer.lr.CosineAnnealingDecay(0.1, 10),
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
+    )
+    model(paddle.ones([1, 3, 16, 16])).sum().backward()
+    optimizer.step()
+    content = {
+        "model": model.state_dict(),
+        "model_ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 7,
+    }
+    paddle.save(content, str(path))
+    return arrays(model), arrays(ema)
+
+
+@pytest.mark.parametrize("key, taken", [("auto", 1), ("model_ema", 1), ("model", 0)])
+def test_the_key_chooses_the_model_or_its_average_in_a_checkpoint(tmp_path, key, taken):
+    states = ppvit_checkpoint(tmp_path / "last.pdparams")
+    file = read_weights(tmp_path / "last.pdparams", key)
+    assert_same(file.state, states[taken])
+    assert file.key == ("model", "model_ema")[taken]
+    assert str(file) == f"{file.key} of {tmp_path / 'last.pdparams'}"
+
+
+def test_a_checkpoint_without_an_average_gives_its_model(tmp_path, state):
+    paddle.save({"model": tiny().state_dict(), "model_ema": None}, str(tmp_path / "x.pdparams"))
+    assert read_weights(tmp_path / "x").key == "model"
+    with pytest.raises(WeightsError, match="has no model_ema; it holds model, model_ema"):
+        read_weights(tmp_path / "x", "model_ema")
+
+
+def test_a_whole_checkpoint_is_read_as_plain_data(tmp_path):
+    ppvit_checkpoint(tmp_path / "x.pdparams")
+    content = safe_load(tmp_path / "x.pdparams")
+    assert content["epoch"] == 7
+    assert content["optimizer"]["LR_Scheduler"]["last_epoch"] == 0
+    assert all(isinstance(value, np.ndarray) for value in content["model"].values())
+
+
+def test_safe_load_keeps_tuples_that_are_not_tensors(tmp_path):
+    words = np.arange(3, dtype=np.uint32)
+    content = {
+        "numpy": ("MT19937", words, 624),
+        "pair": ("name", words),
+        "tensor": paddle.ones([2]),
+    }
+    paddle.save(content, str(tmp_path / "x.pdparams"))
+    found = safe_load(tmp_path / "x.pdparams")
+    assert found["numpy"][0] == "MT19937"
+    assert found["pair"][0] == "name"
+    np.testing.assert_array_equal(found["pair"][1], words)
+    np.testing.assert_array_equal(found["tensor"], [1, 1])
+
+
+def test_files_of_numpy_1_and_of_numpy_2_are_read(tmp_path, state):
+    data = pickle.dumps(state, protocol=2)  # names modules in plain text
+    for ours, theirs in ((b"numpy._core", b"numpy.core"), (b"numpy.core", b"numpy._core")):
+        (tmp_path / "x.pdparams").write_bytes(data.replace(ours, theirs))
+        assert_same(read_weights(tmp_path / "x").state, state)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_plain_data_survives_every_protocol(tmp_path, protocol):
+    content = {
+        "list": [1, -2.5, None, True, "ä", b"\xff", 10**30],
+        "tuples": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
+        "scalar": np.float64(1.5),
+        3: {"fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3))},
+        "big-endian": [np.arange(3, dtype=">i4"), np.arange(3, dtype=">i4")],
+        "empty": np.zeros((0, 2), np.float32),
+    }
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = safe_load(tmp_path / "x.pdparams")
+    assert found["list"] == content["list"]
+    assert found["tuples"] == content["tuples"]
+    assert found["scalar"] == 1.5
+    np.testing.assert_array_equal(found[3]["fortran"], content[3]["fortran"])
+    np.testing.assert_array_equal(found["big-endian"], content["big-endian"])
+    assert found["empty"].shape == (0, 2)
+
+
+@pytest.mark.parametrize("given", ["x", "x.pdparams"])
+def test_the_suffix_may_be_left_out(tmp_path, state, given):
+    write_weights(state, tmp_path / "x.pdparams")
+    assert_same(read_weights(tmp_path / given).state, state)
+
+
+def test_safetensors_is_read_by_name_or_by_content(tmp_path, state):
+    write_weights(state, tmp_path / "x.safetensors")
+    assert_same(read_weights(tmp_path / "x").state, state)
+    os.rename(tmp_path / "x.safetensors", tmp_path / "y.bin")
+    assert_same(read_weights(tmp_path / "y.bin").state, state)
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    values = np.array([1.0, -0.15625, 3.0e-5], np.float32)
+    for dtype, limit in (("bfloat16", 2**-8), ("float16", 2**-10)):
+        tensor = paddle.to_tensor(values).astype(dtype)
+        paddle.save({"a": tensor}, str(tmp_path / "x.pdparams"))
+        found = read_weights(tmp_path / "x.pdparams").state["a"]
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, values, rtol=limit)
+    header = b'{"a":{"dtype":"BF16","shape":[3],"data_offsets":[0,6]}}'
+    upper = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    (tmp_path / "y.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + upper)
+    found = read_weights(tmp_path / "y.safetensors").state["a"]
+    np.testing.assert_allclose(found, values, rtol=2**-7)
+
+
+# --------------------------------------------------------------------------- what is written
+def test_paddle_load_reads_what_write_weights_writes(tmp_path, state):
+    write_weights(state, tmp_path / "x.pdparams")
+    loaded = paddle.load(str(tmp_path / "x.pdparams"))
+    assert all(isinstance(value, paddle.Tensor) for value in loaded.values())
+    model = tiny()
+    model.set_state_dict(loaded)
+    assert_same(arrays(model), state)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, state, monkeypatch):
+    write_weights(state, tmp_path / "x.pdparams")
+    before = (tmp_path / "x.pdparams").read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(WeightsError, match="cannot be written: No space left"):
+        write_weights({"other": np.ones(3, np.float32)}, tmp_path / "x.pdparams")
+    assert (tmp_path / "x.pdparams").read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.pdparams"]
+
+
+# -------------------------------------------------------------------- thirty files and more
+class Call:
+    """Pickles as a call: loading it the usual way runs it."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def hostile_files(state, marker):
+    """Name -> (content of the file, a part of the message)."""
+    good = pickle.dumps(state, protocol=4)
+    name = "mixer_layers.0.mlp_channels.fc1.weight"
+    value = state[name]
+    safe = safetensors_bytes(state)
+    touch = f"open({marker!r}, 'w').close()"
+
+    def dump(content, protocol=4):
+        return pickle.dumps(content, protocol=protocol)
+
+    def changed(**entries):
+        return dump({**state, **entries})
+
+    def replaced(array):
+        return dump({**state, name: array})
+
+    yield "empty file", b"", "empty"
+    yield "one byte", b"\x80", "truncated"
+    yield "text", b"hello, I am no weight file\n", "truncated, damaged, or not"
+    yield "an image", b"\x89PNG\r\n\x1a\n" + bytes(64), "truncated, damaged, or not"
+    yield "a zip archive, PyTorch's format", b"PK\x03\x04" + bytes(64), "load_timm_weights.py"
+    for part in (0.01, 0.3, 0.9, 0.999):
+        yield f"cut at {part:.1%}", good[: int(len(good) * part)], "truncated"
+    yield "cut by one byte", good[:-1], "truncated"
+    yield "something after the end", good + b"more", "truncated, damaged"
+    yield "safetensors, cut", safe[:-5], "truncated or damaged"
+    yield "safetensors, header cut", safe[:40], "truncated or damaged"
+    yield "safetensors, header too long", struct.pack("<Q", 2**60) + safe[8:], "damaged"
+    yield "safetensors, integers", safetensors_bytes({"a": np.arange(3)}), "I64"
+    # code
+    yield "os.system", dump({**state, "x": Call(os.system, f"touch {marker}")}), "system"
+    yield "eval", dump({"model": Call(eval, touch)}), "builtins.eval"
+    yield "exec, protocol 0", dump(Call(exec, touch), protocol=0), "builtins.exec"
+    yield "exec, protocol 2", dump(Call(exec, touch), protocol=2), "exec"
+    yield "a call hidden in an object array", replaced(np.array([Call(exec, touch)])), "type 'O8'"
+    yield "a call as a dict's key", dump({Call(exec, touch): 1}), "exec"
+    yield "INST", b"(S'" + touch.encode() + b"'\nibuiltins\nexec\n.", "INST .builtins exec"
+    yield "OBJ", b"(cbuiltins\nexec\n(V" + touch.encode() + b"\no.", "exec"
+    yield "attributes behind a dot", b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.", "__init_"
+    yield "a module's function", b"\x80\x04\x8c\x05numpy\x8c\x04load\x93" + b").", "numpy.load"
+    yield "BUILD on a dict", b"\x80\x02}}U\x01aK\x01sb.", "not plain data"
+    yield "BUILD on a name", b"\x80\x02cnumpy\nndarray\n}U\x01aK\x01sb.", "not plain data"
+    yield "persistent id", b"\x80\x02U\x01xQ.", "BINPERSID"
+    yield "extension registry", b"\x80\x02\x82\x01.", "EXT1"
+    yield "a bare name", b"\x80\x02cnumpy\nndarray\n.", "not plain data"
+    yield "a generator state", dump(Call(paddle.CPUPlace)), "CPUPlace"
+    # size
+    loop: list = []
+    loop.append(loop)
+    yield "a list in itself", dump(loop), "nested deeper"
+    laughs = ["x"] * 10
+    for _ in range(30):
+        laughs = [laughs] * 10
+    yield "a billion laughs", dump(laughs), "more than"
+    yield "a hundred thousand brackets", b"\x80\x02" + b"(" * 10**5 + b"t" * 10**5 + b".", "nested"
+    yield "a memo index of 2^31", b"\x80\x02Nr\xff\xff\xff\x7f.", "holds a NoneType"
+    yield "a string of 2^40 bytes", b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.", "truncated"
+    huge = dump(np.zeros(3, np.float32)).replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85")
+    yield "an array larger than its bytes", huge, "truncated, damaged"
+    # content
+    yield "no state dict", dump([1, 2, 3]), "holds a list"
+    yield "an empty dict", dump({}), "no weights"
+    yield "a number for an array", changed(x=3), "floating point .int.: x"
+    yield "strings", replaced(np.array(["a", "b"])), "'U1'"
+    yield "integers", replaced(value.astype(np.int64)), "floating point .int64.: mixer_layers.0"
+    yield "complex numbers", replaced(value.astype(np.complex64)), "'c8'"
+    yield "records", replaced(np.zeros(3, [("a", "f4"), ("b", "O")])), "'V12'"
+    yield "NaN", replaced(np.full_like(value, np.nan)), f"NaN or infinite values in {name}"
+    yield "infinity", replaced(np.full_like(value, np.inf)), f"NaN or infinite values in {name}"
+    yield "float64 beyond float32", replaced(np.full(value.shape, 1e300)), "NaN or infinite"
+    # fit
+    yield "a transposed layer", replaced(value.T), r"\[24, 6\], needed \[6, 24\] \(transposed\?\)"
+    head = np.ascontiguousarray(state["head.weight"].T)
+    yield "a transposed head", changed(**{"head.weight": head}), "head.weight.*transposed"
+    yield "a key too many", changed(extra=np.ones(2, np.float32)), "unexpected: extra"
+    lacking = {key: array for key, array in state.items() if key != name}
+    yield "a key too few", dump(lacking), f"missing: {name}"
+    yield "another shape", replaced(value[:, :-1]), r"\[6, 23\], needed \[6, 24\]"
+    yield "no dimensions", changed(**{"head.weight": np.float32(1) * np.ones(())}), "head.weight"
+    timm = {key.replace("mixer_layers", "blocks"): array for key, array in state.items()}
+    timm["stem.proj.weight"] = timm.pop("patch_embed.patch_embed.weight")
+    escape = changed(**{"two\nlines\x1b[31m" + "x" * 10**5: np.ones(2, np.float32)})
+    yield "a name that would upset a terminal", escape, r"unexpected: two.lines.\[31mxxx"
+    yield "PyTorch's names", dump(timm), "load_timm_weights.py"
+
+
+CASES = [case[0] for case in hostile_files(arrays(tiny()), "x")]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_file_is_one_clear_line_and_runs_nothing_and_changes_nothing(tmp_path, state, case):
+    marker = tmp_path / "it ran"
+    files = {name: rest for name, *rest in hostile_files(state, str(marker))}
+    content, message = files[case]
+    path = tmp_path / "file.pdparams"
+    path.write_bytes(content)
+    model = tiny()
+    before = arrays(model)
+    with pytest.raises(WeightsError, match=message) as caught:
+        load_state(model, read_weights(path).state, new_head=False, resize_tokens=True)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert not marker.exists()
+    assert_same(arrays(model), before)
+
+
+def test_the_hostile_pickles_would_run_elsewhere(tmp_path, state):
+    marker = tmp_path / "ran"
+    pickle.loads(dict((c[0], c[1]) for c in hostile_files(state, str(marker)))["eval"])
+    assert marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pickletools, on odd escapes
+@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
+def test_no_mutation_of_a_file_is_half_accepted(tmp_path, state, suffix):
+    write_weights(state, tmp_path / f"good{suffix}")
+    good = (tmp_path / f"good{suffix}").read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"bad{suffix}"
+    refused = 0
+    for _ in range(150):
+        data = bytearray(good)
+        for position in rng.integers(len(data), size=rng.integers(1, 9)):
+            data[position] = rng.integers(256)
+        path.write_bytes(bytes(data[: rng.integers(len(data))] if rng.random() < 0.2 else data))
+        model = tiny()
+        before = arrays(model)
+        try:
+            file = read_weights(path)
+            load_state(model, file.state)
+        except WeightsError:
+            refused += 1
+            assert_same(arrays(model), before)
+        else:
+            assert_same(arrays(model), file.state)
+    assert refused > 50  # the others changed a value, which no format notices
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path, state):
+    write_weights(state, tmp_path / "resmlp_24_224.pdparams")
+    with pytest.raises(WeightsError, match="did you mean resmlp_24_224.pdparams"):
+        read_weights(tmp_path / "resmlp_24_244")
+    with pytest.raises(WeightsError, match="a folder"):
+        read_weights(tmp_path)
+    with pytest.raises(WeightsError, match="there is no folder"):
+        read_weights(tmp_path / "nowhere" / "x")
+
+
+def test_an_unknown_key_is_refused(tmp_path, state):
+    with pytest.raises(WeightsError, match="'ema'; choose one of auto, model, model_ema"):
+        read_weights(tmp_path / "x", "ema")
+
+
+# ------------------------------------------------------------------------- head and resolution
+def test_a_head_of_other_classes_is_refused_unless_it_may_be_new(state):
+    model = tiny(num_classes=7)
+    with pytest.raises(WeightsError, match="for 5 classes, the model has 7"):
+        load_state(model, state)
+    own = model.head.weight.numpy()
+    assert load_state(model, state, new_head=True) == [
+        "head initialised for 7 classes: the file's has 5"
+    ]
+    np.testing.assert_array_equal(model.head.weight.numpy(), own)
+    np.testing.assert_array_equal(model.norm.beta.numpy(), state["norm.beta"])
+
+
+def test_a_head_of_the_same_classes_is_loaded_even_where_it_may_be_new(state):
+    model = tiny()
+    assert load_state(model, state, new_head=True) == []
+    assert_same(arrays(model), state)
+
+
+def test_a_model_without_a_head_leaves_the_files_head_out(state):
+    model = tiny(num_classes=0)
+    assert load_state(model, state) == [
+        "the head of the file (5 classes) is left out: the model has none"
+    ]
+
+
+def test_a_file_without_a_head_serves_for_training_only(state):
+    features = {name: value for name, value in state.items() if not name.startswith("head")}
+    with pytest.raises(WeightsError, match="missing: head.weight, head.bias"):
+        load_state(tiny(), features)
+    notes = load_state(tiny(), features, new_head=True)
+    assert notes == ["head initialised for 5 classes: the file has none"]
+
+
+def test_another_resolution_is_refused_with_both_sizes_or_resampled(state):
+    model = tiny(image_size=32)
+    sizes = r"from 16 x 16 pixels \(4 tokens\) to 32 x 32 \(16 tokens\)"
+    with pytest.raises(WeightsError, match=sizes):
+        load_state(model, state)
+    (note,) = load_state(model, state, resize_tokens=True)
+    assert note == "token mixing resampled from 16 x 16 pixels (4 tokens) to 32 x 32 (16 tokens)"
+    assert model(paddle.ones([1, 3, 32, 32])).shape == [1, 5]
+
+
+def test_adapting_does_not_touch_the_state_dict_that_is_given(state):
+    before = {name: value.copy() for name, value in state.items()}
+    adapt_state_dict(state, tiny(image_size=24, num_classes=9), new_head=True, resize_tokens=True)
+    assert_same(state, before)
+
+
+def random_layer(grid, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = grid * grid
+    weight = rng.normal(size=(tokens, tokens)).astype(np.float32)
+    return weight, rng.normal(size=tokens).astype(np.float32)
+
+
+def pillow_resize(images, size):
+    """Bicubic resizing by Pillow of ``[..., H, W]`` float images."""
+    flat = images.reshape(-1, *images.shape[-2:]).astype(np.float32)
+    out = [Image.fromarray(image).resize((size, size), Image.BICUBIC) for image in flat]
+    return np.stack([np.asarray(image) for image in out]).reshape(*images.shape[:-2], size, size)
+
+
+def test_resampling_to_the_same_grid_changes_nothing():
+    weight, bias = random_layer(14)
+    new_weight, new_bias = resample_tokens(weight, bias, 14)
+    np.testing.assert_array_equal(new_weight, weight)
+    np.testing.assert_array_equal(new_bias, bias)
+
+
+@pytest.mark.parametrize("old, new", [(7, 14), (14, 7), (8, 11)])
+def test_the_output_axes_and_the_bias_are_resampled_as_pillow_resizes_images(old, new):
+    weight, bias = random_layer(old)
+    _, new_bias = resample_tokens(weight, bias, new)
+    expected = pillow_resize(bias.reshape(old, old), new)
+    np.testing.assert_allclose(new_bias.reshape(new, new), expected, atol=2e-6)
+    # what each output sums its inputs to, [T_out], is kept: resampled, not scaled by the tokens
+    new_weight, _ = resample_tokens(weight, bias, new)
+    sums = pillow_resize(weight.sum(axis=0).reshape(old, old), new)
+    np.testing.assert_allclose(new_weight.sum(axis=0).reshape(new, new), sums, atol=2e-4)
+
+
+@pytest.mark.parametrize("old, new", [(7, 14), (14, 7), (8, 11)])
+def test_the_new_layer_mixes_as_the_old_one_between_two_resizings_by_pillow(old, new):
+    weight, bias = random_layer(old)
+    new_weight, new_bias = resample_tokens(weight, bias, new)
+    tokens = np.random.default_rng(1).normal(size=(new, new)).astype(np.float32)
+    mixed = pillow_resize(tokens, old).reshape(-1) @ weight + bias  # y_out = sum_in W[in, out] x_in
+    expected = pillow_resize(mixed.reshape(old, old), new)
+    found = (tokens.reshape(-1) @ new_weight + new_bias).reshape(new, new)
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+def test_resampled_rows_keep_a_common_sum():
+    weight, bias = random_layer(6)
+    weight /= weight.sum(axis=0, keepdims=True)  # every output sums its inputs with weight 1
+    for grid in (3, 6, 9, 12):
+        new_weight, _ = resample_tokens(weight, bias, grid)
+        np.testing.assert_allclose(new_weight.sum(axis=0), 1.0, atol=2e-4)
