@@ -13,7 +13,7 @@ from pathlib import Path
 
 from config import get_config, update_config
 from errors import UserError
-from weights import find_file, read_weights
+from weights import find_file
 
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
@@ -104,13 +104,10 @@ def load_model(config):
     Raises:
         WeightsError: the file cannot be read or does not fit the model.
     """
-    import runtime
-    from resmlp import build_resmlp, load_state
+    from resmlp import build_resmlp, load_pretrained
 
     model = build_resmlp(config)
-    runtime.set_threads()
-    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
-    load_state(model, file.state, resize_tokens=config.MODEL.RESIZE_TOKENS)
+    load_pretrained(model, config)
     model.eval()
     return model
 

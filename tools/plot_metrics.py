@@ -181,7 +181,7 @@ def _figure(runs: list[Run]):
     if len(runs) > 1:
         figure.legend(
             [Line2D([], [], color=_COLORS[i % len(_COLORS)]) for i in range(len(runs))],
-            [run.name for run in runs],
+            [run.name.replace("$", r"\$") for run in runs],
             loc="outside upper center",
             ncols=min(len(runs), 5),
             frameon=False,

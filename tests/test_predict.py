@@ -1,0 +1,174 @@
+"""Predictions: the right pixels, the right names, every way to name images and to see results."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
+
+from config import get_config
+from errors import DataError, UserError
+from tools.common import IMAGENET_CLASSES, run_config
+from tools.predict import as_csv, as_table, find_class_names, find_images, predict
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.229, 0.224, 0.225)  # tiny_run's, and the default
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), 5)
+
+
+def crop_by_hand(path, size=16, short=20):
+    """Resize the short side, bicubic, and cut out the middle; PIL and whole numbers only."""
+    image = Image.open(path).convert("RGB")
+    scale = short / min(image.size)
+    wide = [short if side == min(image.size) else int(side * scale) for side in image.size]
+    left, top = (round((side - size) / 2) for side in wide)
+    return np.asarray(image.resize(wide, Image.BICUBIC).crop((left, top, left + size, top + size)))
+
+
+def test_confidences_are_the_softmax_of_the_evaluation_crop(weights, images):
+    results = predict(images, weights, top_k=4, batch_size=2)
+    logits = logits_by_hand(weights, np.stack([crop_by_hand(p) for p in images]), MEAN, STD)
+    exp = np.exp(logits.astype("float64"))
+    for result, row, path in zip(results, exp / exp.sum(1, keepdims=True), images):
+        assert result["image"] == path
+        confidences = [p["confidence"] for p in result["predictions"]]
+        assert confidences == sorted(confidences, reverse=True)
+        assert math.isclose(sum(confidences), 1, rel_tol=1e-5)
+        for prediction in result["predictions"]:
+            assert prediction["name"] == NAMES[prediction["class"]]
+            np.testing.assert_allclose(prediction["confidence"], row[prediction["class"]], 1e-4)
+
+
+def test_the_batch_size_changes_nothing(weights, images):
+    one, all_at_once = (predict(images, weights, batch_size=b) for b in (1, 64))
+    for a, b in zip(one, all_at_once):
+        for x, y in zip(a["predictions"], b["predictions"]):
+            assert x["class"] == y["class"] and math.isclose(
+                x["confidence"], y["confidence"], rel_tol=1e-4
+            )
+
+
+def test_top_k_is_capped_by_the_number_of_classes(weights, images):
+    assert len(predict(images[0], weights, top_k=100)[0]["predictions"]) == 4
+    assert len(predict(images[0], weights, top_k=1)[0]["predictions"]) == 1
+
+
+def test_files_folders_and_patterns_name_images(tmp_path):
+    paths = make_images(tmp_path / "deep" / "er", 2)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert find_images([tmp_path]) == paths
+    assert find_images([f"{tmp_path}/**/*.png"]) == paths
+    assert find_images([paths[1], paths[0]]) == [paths[1], paths[0]]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
+    path = tmp_path / "cat[1].png"
+    path.write_bytes(b"")
+    assert find_images([path]) == [str(path)]
+
+
+@pytest.mark.parametrize("source", ["*.jpeg", "."])
+def test_a_source_without_images_is_named(tmp_path, source):
+    with pytest.raises(UserError, match="no images"):
+        find_images([tmp_path / source])
+
+
+def test_a_broken_image_is_named(weights, tmp_path):
+    (tmp_path / "x.jpg").write_text("not a JPEG")
+    with pytest.raises(DataError, match=r"x\.jpg"):
+        predict(tmp_path / "x.jpg", weights)
+
+
+def test_names_come_from_the_file_then_the_run_then_the_config(weights, tmp_path):
+    own, other = tmp_path / "own.txt", tmp_path / "other.txt"
+    own.write_text("a\nb\nc\nd\n")
+    other.write_text("e\nf\ng\nh\n")
+    config = run_config(weights, opts=["DATA.CLASS_NAMES", str(other)])
+    assert find_class_names(config, own) == list("abcd")
+    assert find_class_names(config) == list(NAMES)
+    lone = tmp_path / "lone.pdparams"
+    lone.write_bytes(weights.read_bytes())
+    cfg = weights.with_name("config.yaml")
+    config = run_config(lone, cfg, opts=["DATA.CLASS_NAMES", str(other)])
+    assert find_class_names(config) == list("efgh")
+    assert find_class_names(run_config(lone, cfg))[3] == "class 3"
+
+
+def test_a_file_with_another_number_of_names_is_refused(weights, tmp_path):
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match="2 names"):
+        find_class_names(run_config(weights), tmp_path / "names.txt")
+
+
+def test_a_thousand_classes_are_imagenets():
+    config = get_config()
+    config.MODEL.PRETRAINED = "nowhere/weights.pdparams"
+    config.DATA.DATA_PATH = "nowhere"
+    names = find_class_names(config)
+    assert len(names) == 1000
+    assert names[0] == "tench, Tinca tinca" and names[999].startswith("toilet tissue")
+    assert names[281] == "tabby, tabby cat"  # the labels everybody knows
+    assert names[207] == "golden retriever"
+    assert "Apache" in IMAGENET_CLASSES.with_suffix(".NOTICE.txt").read_text()
+
+
+def test_without_a_config_beside_the_weights_one_must_be_named(weights, tmp_path):
+    lone = tmp_path / "lone.pdparams"
+    lone.write_bytes(weights.read_bytes())
+    with pytest.raises(UserError, match=r"-cfg.*config\.yaml"):
+        run_config(lone)
+    with pytest.raises(UserError, match="-pretrained"):
+        run_config()
+    with pytest.raises(UserError, match="-pretrained"):
+        run_config(cfg=weights.with_name("config.yaml"))
+
+
+def test_the_table_names_an_image_once():
+    one = {"class": 0, "name": "cat", "confidence": 0.9345}
+    two = {"class": 1, "name": "dog", "confidence": 0.0655}
+    assert as_table([{"image": "a/1.png", "predictions": [one, two]}]).splitlines() == [
+        "image    confidence  class",
+        "a/1.png     93.45 %  cat",
+        "             6.55 %  dog",
+    ]
+
+
+def test_csv_quotes_names_with_commas():
+    entry = {"class": 2, "name": "tree, wood", "confidence": 0.5}
+    rows = list(csv.DictReader(io.StringIO(as_csv([{"image": "1.png", "predictions": [entry]}]))))
+    expected = {"image": "1.png", "rank": "1", "class": "2", "name": "tree, wood"}
+    assert rows == [{**expected, "confidence": "0.500000"}]
+
+
+def test_the_grid_shows_the_pictures(weights, images, tmp_path):
+    pytest.importorskip("matplotlib")
+    predict(images, weights, grid=tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).reshape(-1, 3)
+    assert (grid == crop_by_hand(images[0])[8, 8]).all(axis=1).sum() > 100  # one enlarged pixel
+
+
+def test_the_script_reads_paths_from_standard_input_and_prints_json(weights, images, tmp_path):
+    done = run_tool(
+        "predict", "-", "-pretrained", weights, "--top-k", "2", "-json",
+        cwd=tmp_path, stdin="\n".join(images) + "\n",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == predict(images, weights, top_k=2)
+
+
+def test_a_mistake_is_one_line(tmp_path, images):
+    done = run_tool("predict", images[0], "-pretrained", "nowhere.pdparams", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: nowhere.pdparams") and done.stderr.count("\n") == 1

@@ -1,0 +1,245 @@
+"""Classifies images with a trained model: a table, JSON, CSV, or a grid of pictures.
+
+python tools/predict.py photo.jpg folder/ "other/*.png" -pretrained output/run/best.pdparams
+find . -name "*.jpg" | python tools/predict.py - -pretrained best.pdparams -cfg run.yaml -csv
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import runtime  # noqa: F401  isort: skip
+
+import csv
+import glob
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+from errors import UserError, run_as_script
+from images import class_names as data_class_names
+from images import list_images, read_class_names, read_image
+from tools.common import IMAGENET_CLASSES, Parser, load_model, progress, run_config, write_file
+from transforms import build_eval_transform
+from utils import Normalize
+
+GRID_LIMIT = 64  # pictures in a grid
+
+
+def predict(
+    images: str | os.PathLike | Iterable[str | os.PathLike],
+    pretrained: str | os.PathLike | None = None,
+    cfg: str | os.PathLike | None = None,
+    top_k: int = 5,
+    class_names: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    opts: Sequence[str] = (),
+    grid: str | os.PathLike | None = None,
+) -> list[dict]:
+    """Classifies images as the evaluation does: the config's crop, interpolation and mean.
+
+    Args:
+        images: files, folders and glob patterns.
+        pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
+        cfg: YAML file; None: ``config.yaml`` beside the weights.
+        top_k: classes to name per image; more than there are means all.
+        class_names: text file, one name a line; None: see `find_class_names`.
+        batch_size: images at a time.
+        opts: further config keys, ``KEY, VALUE, ...``.
+        grid: PNG file to draw the first images and their classes into.
+
+    Returns:
+        ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
+        per image, the most likely class first; the confidence is the softmax probability.
+
+    Raises:
+        UserError: no such image, a broken one; weights, config or names that do not fit.
+    """
+    if top_k < 1 or batch_size < 1:
+        raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
+    paths = find_images([images] if isinstance(images, (str, os.PathLike)) else images)
+    config = run_config(pretrained, cfg, opts)
+    names = find_class_names(config, class_names)
+    model = load_model(config)
+    results, views = [], []
+    batches = classify(model, config, paths, batch_size)
+    for batch, probabilities in progress(batches, math.ceil(len(paths) / batch_size), "predict"):
+        views += list(batch[: GRID_LIMIT - len(views)]) if grid else []
+        for row in probabilities:
+            path = paths[len(results)]
+            results.append({"image": path, "predictions": _top(row, names, top_k)})
+    if grid:
+        write_file(grid, _draw_grid(results, views))
+    return results
+
+
+def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
+    """The image files that are meant: files, all images under folders, glob patterns.
+
+    Raises:
+        UserError: a source that names none.
+    """
+    paths = []
+    for source in map(os.fspath, sources):
+        if os.path.isdir(source):
+            found = list_images(source)
+        elif os.path.exists(source) or not glob.has_magic(source):
+            found = [source]  # one that is missing is named when it is read
+        else:
+            found = sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
+        if not found:
+            raise UserError(f"{source}: no images")
+        paths += found
+    if not paths:
+        raise UserError("no images to classify")
+    return paths
+
+
+def find_class_names(config, path: str | os.PathLike | None = None) -> list[str]:
+    """The name of every class: from the file, else ``classes.txt`` beside the weights, else
+    DATA.CLASS_NAMES or the data folder, else ImageNet-1k's where there are 1000 classes, else
+    plain numbers.
+
+    Raises:
+        DataError: the file does not have a name per class.
+    """
+    count = config.MODEL.NUM_CLASSES
+    beside = Path(config.MODEL.PRETRAINED).with_name("classes.txt")
+    if path or beside.is_file():
+        return read_class_names(os.fspath(path or beside), count)
+    names = data_class_names(config)
+    if names is None and count == 1000:
+        names = read_class_names(str(IMAGENET_CLASSES), count)
+    return names or [f"class {label}" for label in range(count)]
+
+
+@paddle.no_grad()
+def classify(
+    model, config, paths: Sequence[str], batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields, batch by batch, what the model saw and what it made of it.
+
+    Returns:
+        Cropped images, uint8 ``[B, H, W, 3]``, and probabilities, float32 ``[B, K]``.
+    """
+    if not config.MODEL.NUM_CLASSES:
+        raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")
+    transform = build_eval_transform(config)
+    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    for start in range(0, len(paths), batch_size):
+        images = [transform(read_image(path)) for path in paths[start : start + batch_size]]
+        batch = np.stack(images)
+        yield batch, F.softmax(model(normalize(paddle.to_tensor(batch)))).numpy()
+
+
+def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[dict]:
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [
+        {"class": int(k), "name": names[k], "confidence": float(probabilities[k])} for k in order
+    ]
+
+
+# ---------------------------------------------------------------------------------- output
+def as_table(results: Sequence[dict]) -> str:
+    width = max(len("image"), *(len(result["image"]) for result in results))
+    lines = [f"{'image':{width}}  confidence  class"]
+    for result in results:
+        path = result["image"]
+        for entry in result["predictions"]:
+            lines.append(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
+            path = ""  # named once
+    return "\n".join(lines)
+
+
+def as_csv(results: Sequence[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "rank", "class", "name", "confidence"))
+    for result in results:
+        for rank, entry in enumerate(result["predictions"], 1):
+            confidence = f"{entry['confidence']:.6f}"
+            writer.writerow((result["image"], rank, entry["class"], entry["name"], confidence))
+    return text.getvalue().rstrip("\n")
+
+
+def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
+    """A PNG of what the model saw, each picture over its three likeliest classes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("-grid needs `pip install matplotlib`") from None
+    columns = min(len(views), 4 if len(views) <= 16 else 8)
+    rows = math.ceil(len(views) / columns)
+    height = 2.9 * rows  # inches: 2 for a picture, 0.25 above it, 0.65 below it for the classes
+    figure = Figure(figsize=(2.1 * columns, height))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure.subplots_adjust(0.02, 0.65 / height, 0.98, 1 - 0.25 / height, wspace=0.05, hspace=0.45)
+    for axis in axes:
+        axis.axis("off")
+    for axis, view, result in zip(axes, views, results):
+        axis.imshow(view, interpolation="nearest")
+        name = "/".join(Path(result["image"]).parts[-2:])
+        name = name if len(name) <= 32 else f"…{name[-31:]}"
+        axis.set_title(name, fontsize=7, color="gray", parse_math=False)
+        for line, entry in enumerate(result["predictions"][:3]):
+            name = entry["name"].split(",")[0]  # ImageNet's names are lists of synonyms
+            axis.text(
+                0.0,
+                -0.08 - 0.1 * line,
+                f"{100 * entry['confidence']:5.1f} %  {name[:22]}",
+                transform=axis.transAxes,
+                parse_math=False,  # a dollar sign is a dollar sign
+                fontsize=8,
+                fontweight="bold" if line == 0 else "normal",
+                color="black" if line == 0 else "dimgray",
+            )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = Parser("Classifies images with a trained model.")
+    parser.add_argument(
+        "images", nargs="+", help="files, folders, glob patterns; -: paths from standard input"
+    )
+    parser.model_flags()
+    parser.flag("top_k", "classes to name per image", type=int, default=5, metavar="K")
+    parser.flag("batch_size", "images at a time", type=int, default=32)
+    parser.flag("class_names", "text file, one name a line", metavar="FILE")
+    parser.flag("json", "print JSON", action="store_true")
+    parser.flag("csv", "print CSV", action="store_true")
+    parser.flag("grid", "draw pictures and classes into a PNG", metavar="FILE")
+    args = parser.parse_args()
+    if args.json and args.csv:
+        raise UserError("command line: -json and -csv: choose one")
+    images = []
+    for source in args.images:
+        images += [line.rstrip("\n") for line in sys.stdin] if source == "-" else [source]
+    results = predict(
+        images,
+        args.pretrained,
+        args.cfg,
+        args.top_k,
+        args.class_names,
+        args.batch_size,
+        args.opts,
+        args.grid,
+    )
+    if args.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        print(as_csv(results) if args.csv else as_table(results))
+
+
+if __name__ == "__main__":
+    run_as_script(main)
