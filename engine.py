@@ -36,7 +36,7 @@ from optimizer import (
     optimizer_state,
 )
 from random_erasing import RandomErasing
-from resmlp import build_resmlp, load_state
+from resmlp import build_resmlp, load_pretrained, load_state
 from run_folder import RunFolder, choose_folder
 from utils import (
     Meter,
@@ -56,7 +56,6 @@ from utils import (
     step_rng,
     sum_over_ranks,
 )
-from weights import read_weights
 
 SYNC_STEPS_GPU = 10  # steps between looks at the device (finite? asked to stop?); on CPU each step
 _log = logging.getLogger("resmlp")
@@ -100,22 +99,13 @@ def autocast(config, process: Process):
     return paddle.amp.auto_cast(level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
 
 
-def load_pretrained(config, model) -> None:
-    """Loads ``MODEL.PRETRAINED`` strictly; a head of other classes is only replaced in training."""
-    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
-    notes = load_state(
-        model, file.state, new_head=not config.EVAL, resize_tokens=config.MODEL.RESIZE_TOKENS
-    )
-    for note in [f"weights: {file}", *notes]:
-        _log.info(note)
-
-
 def _run_evaluation(config, process: Process, folder: RunFolder) -> dict:
     loader = build_loader(config, "val", process.rank, process.world, _log.info)
     model = build_resmlp(config)
     if not config.MODEL.PRETRAINED:
         raise ConfigError("-eval needs weights: give them with -pretrained FILE")
-    load_pretrained(config, model)
+    for note in load_pretrained(model, config):
+        _log.info(note)
     model.eval()
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
 
@@ -188,7 +178,8 @@ class Trainer:
         if saved:
             load_state(self.model, saved["model"])
         elif config.MODEL.PRETRAINED:
-            load_pretrained(config, self.model)
+            for note in load_pretrained(self.model, config, new_head=True):
+                _log.info(note)
         self.ema = None
         if config.TRAIN.MODEL_EMA:
             train = config.TRAIN
@@ -259,7 +250,7 @@ class Trainer:
             size = min(accum, len(self.train_loader) - step * accum)
             with meter.waiting():
                 window = [next(batches) for _ in range(size)]
-            lr = learning_rate(config, epoch + step / self.steps_per_epoch, self.samples_per_step)
+            lr = self._learning_rate(epoch, step)
             self.optimizer.set_lr(lr)
             self._train_step(window, step_rng(config.SEED, self.process.rank, epoch, step), lr)
             meter.images += sum(len(batch.indices) for batch in window)
@@ -320,6 +311,10 @@ class Trainer:
         loss = self.criterion(logits, targets)
         return loss if self.teacher is None else self.distill(loss, logits, self.teacher(images))
 
+    def _learning_rate(self, epoch: int, step: int) -> float:
+        moment = epoch + step / self.steps_per_epoch
+        return learning_rate(self.config, moment, self.samples_per_step)
+
     def _no_sync(self, wanted: bool):
         """Keeps gradients local until the last batch of a window."""
         if wanted and self.process.world > 1:
@@ -333,7 +328,7 @@ class Trainer:
             "kind": "epoch",
             "epoch": epoch + 1,
             "step": place.step,
-            "lr": self.optimizer.get_lr(),
+            "lr": self._learning_rate(epoch, self.steps_per_epoch - 1),
             "train_loss": place.epoch_loss / max(place.epoch_count, 1),
             "images_per_second": round(place.epoch_count / max(place.seconds, 1e-9), 1),
             "seconds": round(place.seconds, 1),

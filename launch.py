@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 
 import paddle.distributed as dist
@@ -18,6 +19,7 @@ from checkpoint import LAST
 from config import get_config
 from engine import run
 from errors import ConfigError, UserError
+from run_folder import choose_folder
 from tools.plot_metrics import plot_metrics
 from utils import PREEMPTED, Preempted, gpu_count
 
@@ -81,6 +83,12 @@ def launch(config) -> int:
 
 
 def _spawn(config, count: int) -> int:
+    config = config.clone()
+    config.defrost()
+    config.SAVE = str(choose_folder(config))  # so that the message below can name it
+    config.freeze()
+    os.environ.setdefault("GLOG_minloglevel", "2")  # no progress notes of the key-value store
+    warnings.filterwarnings("ignore", message=".*CPUONLY mode", category=UserWarning)
     steps = multiprocessing.get_context("spawn").Array("q", count, lock=False)
     context = dist.spawn(_worker, args=(config, steps), nprocs=count, join=False)
     workers = context.processes
@@ -98,6 +106,8 @@ def _spawn(config, count: int) -> int:
     if failed is None:
         return PREEMPTED if any(w.exitcode == PREEMPTED for w in workers) else 0
     code = workers[failed].exitcode
+    if code == 2:  # the rank has said what was wrong
+        return code
     how = (
         f"was killed by {signal.Signals(-code).name}"
         if code < 0
@@ -105,7 +115,7 @@ def _spawn(config, count: int) -> int:
     )
     print(
         f"error: rank {failed} {how} after step {steps[failed]}; the other ranks were stopped. "
-        f"The last checkpoint is {LAST} in the run's folder; -resume auto goes on from it",
+        f"-resume auto goes on from the last checkpoint, {os.path.join(config.SAVE, LAST)}",
         file=sys.stderr,
         flush=True,
     )
@@ -146,6 +156,8 @@ def _end(workers: list) -> None:
 
 
 def _worker(config, steps) -> None:
+    if sys.platform == "linux":  # Paddle leaves `spawn` behind: loader workers would get a copy of
+        multiprocessing.set_start_method("fork", force=True)  # the data set each
     rank = dist.ParallelEnv().rank
 
     def on_step(step):
