@@ -1,0 +1,210 @@
+"""The demo's images: what the archive holds, how it is cut, how it is laid out."""
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo import make_subset
+from demo.fashion_mnist import CLASSES, SPLITS, Split, fingerprint, folder_name, read, write_archive
+from demo.prepare import prepare
+from errors import DataError
+from images import class_names, read_image, read_list, scan_folder
+
+ORIGINAL = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return read(make_subset.ARCHIVE)
+
+
+@pytest.fixture
+def splits():
+    """A toy Fashion-MNIST: three training images a class in random order, one for validation."""
+    rng = np.random.default_rng(0)
+    labels = {"train": rng.permutation(np.repeat(np.arange(10), 3)), "val": np.arange(10)}
+    return {
+        name: Split(rng.integers(0, 256, (len(y), 28, 28), dtype=np.uint8), y.astype(np.uint8))
+        for name, y in labels.items()
+    }
+
+
+def write_idx_folder(folder, splits, compress):
+    """Writes idx files byte by byte as their specification says, by other means than the reader."""
+    folder.mkdir()
+    for name, stem in SPLITS.items():
+        images, labels = splits[name]
+        n = len(labels).to_bytes(4, "big")
+        side = (28).to_bytes(4, "big")
+        files = {
+            f"{stem}-images-idx3-ubyte": b"\0\0\x08\x03" + n + side + side + images.tobytes(),
+            f"{stem}-labels-idx1-ubyte": b"\0\0\x08\x01" + n + labels.tobytes(),
+        }
+        for file, data in files.items():
+            if compress:
+                (folder / f"{file}.gz").write_bytes(gzip.compress(data))
+            else:
+                (folder / file).write_bytes(data)
+    return folder
+
+
+# ---------------------------------------------------------------------------- the archive
+def test_the_archive_is_below_4_megabytes_and_carries_its_licence():
+    assert make_subset.ARCHIVE.stat().st_size < 4_000_000
+    notice = make_subset.ARCHIVE.with_name("LICENSE-fashion-mnist.txt").read_text()
+    assert "The MIT License" in notice and "2017 Zalando SE" in notice
+
+
+def test_the_archive_is_balanced_and_holds_out_more_than_1000_images(bundled):
+    for name, count in make_subset.PER_CLASS.items():
+        assert np.bincount(bundled[name].labels).tolist() == [count] * len(CLASSES)
+    assert len(bundled["val"].labels) >= 1000
+
+
+def test_no_held_out_image_is_among_the_training_images(bundled):
+    seen = {image.tobytes() for image in bundled["train"].images}
+    assert not any(image.tobytes() in seen for image in bundled["val"].images)
+
+
+@pytest.mark.skipif(not ORIGINAL.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_cutting_the_original_again_gives_the_archive(bundled):
+    original, rng = read(ORIGINAL), np.random.default_rng(make_subset.SEED)
+    again = {n: make_subset.cut(original[n], c, rng) for n, c in make_subset.PER_CLASS.items()}
+    assert fingerprint(again) == fingerprint(bundled)
+
+
+# ----------------------------------------------------------------------- cutting, reading
+def test_a_cut_takes_as_many_of_each_class_with_their_own_labels(splits):
+    subset = make_subset.cut(splits["train"], 2, np.random.default_rng(0))
+    assert subset.labels.tolist() == np.repeat(np.arange(10), 2).tolist()
+    label_of = {i.tobytes(): y for i, y in zip(splits["train"].images, splits["train"].labels)}
+    assert [label_of[image.tobytes()] for image in subset.images] == subset.labels.tolist()
+
+
+def test_a_cut_is_a_function_of_its_seed(splits):
+    def cut(seed):
+        return make_subset.cut(splits["train"], 2, np.random.default_rng(seed)).images
+
+    assert np.array_equal(cut(1), cut(1))
+    assert not np.array_equal(cut(1), cut(2))
+
+
+def test_a_cut_larger_than_a_class_is_refused(splits):
+    with pytest.raises(DataError, match="T-shirt/top has 3 images, 4"):
+        make_subset.cut(splits["train"], 4, np.random.default_rng(0))
+
+
+def test_the_same_splits_are_packed_into_the_same_bytes_and_read_back(splits, tmp_path):
+    write_archive(splits, tmp_path / "a.tar.xz")
+    os.utime(tmp_path)
+    write_archive(splits, tmp_path / "b.tar.xz")
+    assert (tmp_path / "a.tar.xz").read_bytes() == (tmp_path / "b.tar.xz").read_bytes()
+    assert fingerprint(read(tmp_path / "a.tar.xz")) == fingerprint(splits)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_folder_of_idx_files_is_read_gzipped_or_not(splits, tmp_path, compress):
+    found = read(write_idx_folder(tmp_path / "idx", splits, compress))
+    for name in splits:
+        assert np.array_equal(found[name].images, splits[name].images)
+        assert np.array_equal(found[name].labels, splits[name].labels)
+
+
+def test_a_missing_or_damaged_source_is_named(splits, tmp_path):
+    folder = write_idx_folder(tmp_path / "idx", splits, compress=True)
+    labels = folder / "t10k-labels-idx1-ubyte.gz"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:-9])
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz: cannot be read"):
+        read(folder)
+    labels.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte is not a whole idx file"):
+        read(folder)
+    labels.unlink()
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte .* is missing"):
+        read(folder)
+    with pytest.raises(DataError, match="no such file"):
+        read(tmp_path / "nothing.tar.xz")
+    (tmp_path / "text.tar.xz").write_text("text")
+    with pytest.raises(DataError, match="cannot be read as a tar archive"):
+        read(tmp_path / "text.tar.xz")
+
+
+# ------------------------------------------------------------------------------ the layout
+def test_the_layout_is_imagenets_and_keeps_every_pixel(splits, tmp_path):
+    assert prepare(splits, tmp_path / "data") is True
+    for name, split in splits.items():
+        index = read_list(
+            str(tmp_path / "data" / f"{name}_list.txt"), str(tmp_path / "data"), 10, False
+        )
+        assert list(index.labels) == split.labels.tolist()
+        for i, pixels in enumerate(split.images):
+            assert np.array_equal(np.asarray(read_image(index.path(i))), np.dstack([pixels] * 3))
+            with Image.open(index.path(i)) as image:
+                assert (image.format, image.mode) == ("PNG", "L")
+
+
+def test_list_files_and_folders_give_an_image_the_same_label(splits, tmp_path):
+    prepare(splits, tmp_path / "data")
+    root = str(tmp_path / "data")
+    listed = read_list(f"{root}/val_list.txt", root, 10, False)
+    scanned = scan_folder(root, "val", 10)
+
+    def labels(index):
+        return {index.path(i): index.labels[i] for i in range(len(index))}
+
+    assert labels(listed) == labels(scanned)
+    lines = (tmp_path / "data" / "classes.txt").read_text().splitlines()
+    assert tuple(lines) == CLASSES
+    assert folder_name(0) == "0_t_shirt_top" and folder_name(9) == "9_ankle_boot"
+
+
+def test_what_is_laid_out_is_not_laid_out_again(splits, tmp_path):
+    prepare(splits, tmp_path / "data")
+    before = os.stat(tmp_path / "data" / "train_list.txt").st_mtime_ns
+    assert prepare(splits, tmp_path / "data") is False
+    assert os.stat(tmp_path / "data" / "train_list.txt").st_mtime_ns == before
+
+
+def test_other_images_replace_what_this_script_made(splits, tmp_path):
+    prepare(splits, tmp_path / "data")
+    smaller = {name: Split(s.images[:5], s.labels[:5]) for name, s in splits.items()}
+    assert prepare(smaller, tmp_path / "data") is True
+    assert len((tmp_path / "data" / "train_list.txt").read_text().splitlines()) == 5
+    assert len(list((tmp_path / "data" / "train").rglob("*.png"))) == 5
+
+
+def test_a_folder_that_it_did_not_make_is_refused_and_left_alone(splits, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="was not made by this script"):
+        prepare(splits, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_full_disk_leaves_nothing_half_made(splits, tmp_path, monkeypatch):
+    calls = []
+
+    def save(self, path):
+        calls.append(path)
+        if len(calls) > 7:
+            raise OSError(28, "No space left on device")
+        Path(path).touch()
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(DataError, match="No space left"):
+        prepare(splits, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_class_names_are_found_beside_the_images(splits, tmp_path):
+    from config import get_config
+
+    prepare(splits, tmp_path / "data")
+    config = get_config()
+    config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path / "data"), 10
+    assert class_names(config) == list(CLASSES)

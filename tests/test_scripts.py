@@ -1,0 +1,279 @@
+"""The shell scripts, with a stand-in for Python that writes down what it is asked to do."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.sh"))
+PYTHONS = ["python3", "python3.9", "python3.10", "python3.11", "python3.12", "python3.13", "python"]
+CLEAN = ("PYTHON", "DEVICE", "PADDLE_VERSION", "DEMO_SHORT", "DEMO_EPOCHS", "DEMO_DATA")
+
+# Modules are present if $HAVE says so; `-m venv DIR` makes one; the rest only leaves a line.
+STAND_IN = """#!/bin/sh
+echo "$*" | head -n 1 >>"$CALLS"
+case "$*" in
+*find_spec*) [ "$HAVE" = yes ] || echo paddle ;;
+*"-m venv"*) for folder; do :; done; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python" ;;
+*"-m pip"*) [ "${PIP:-works}" = works ] ;;
+*version_info*) [ "${VERSION:-good}" = good ] ;;
+*"-m ruff"*) [ "${RUFF:-passes}" = passes ] ;;
+esac
+"""
+
+
+class Sandbox:
+    """A copy of the shell scripts in a folder where every python is the stand-in."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls_file = folder / "repository", folder / "calls"
+        self.bin = folder / "bin"
+        self.folder.mkdir()
+        self.bin.mkdir()
+        for path in [*SCRIPTS, *ROOT.glob("requirements*.txt")]:
+            (self.folder / path.name).write_bytes(path.read_bytes())
+        for name in PYTHONS:
+            self.program(name, STAND_IN)
+        self.program("nvidia-smi", "#!/bin/sh\nexit 9\n")
+
+    def program(self, name: str, text: str) -> Path:
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        self.calls_file.write_text("")
+        clean = {k: v for k, v in os.environ.items() if k not in CLEAN}
+        paths = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        variables = {**clean, "PATH": paths, "CALLS": str(self.calls_file), "HAVE": "yes"}
+        return subprocess.run(
+            ["sh", *command],
+            cwd=self.folder,
+            env={**variables, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def setup(self, **environment: str) -> subprocess.CompletedProcess:
+        return self.run("-euc", ". ./setup_env.sh; setup_env", **environment)
+
+    def calls(self, word: str = "") -> list[str]:
+        return [line for line in self.calls_file.read_text().splitlines() if word in line]
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_posix_shell(script):
+    subprocess.run(["sh", "-n", script], check=True)
+    assert not re.search(r"\[\[|^function |\blocal ", script.read_text(), re.M), "bash only"
+
+
+def test_the_requirements_differ_in_paddle_only():
+    def lines(name):
+        text = (ROOT / name).read_text()
+        return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+    cpu, gpu = lines("requirements-cpu.txt"), lines("requirements.txt")
+    assert cpu[0].replace("paddlepaddle", "paddlepaddle-gpu") == gpu[0]
+    assert cpu[1:] == gpu[1:]
+
+
+# ----------------------------------------------------------------------------- setup_env.sh
+def test_a_virtual_environment_is_made_once(sandbox):
+    first = sandbox.setup()
+    assert first.returncode == 0, first.stderr
+    assert sandbox.calls("-m venv") == ["-m venv --clear .venv"]
+    assert [c.split("--disable-pip-version-check ")[1] for c in sandbox.calls("-m pip")] == [
+        "-r requirements-cpu.txt"
+    ]
+    second = sandbox.setup()
+    assert second.returncode == 0 and not sandbox.calls("-m venv") and not sandbox.calls("-m pip")
+
+
+def test_changed_requirements_and_an_interrupted_installation_are_installed_afresh(sandbox):
+    assert sandbox.setup(PIP="fails").returncode == 2
+    assert sandbox.setup().returncode == 0 and sandbox.calls("-m pip")
+    with open(sandbox.folder / "requirements-cpu.txt", "a") as file:
+        file.write("something-new\n")
+    assert sandbox.setup().returncode == 0
+    assert sandbox.calls("-m venv --clear") and sandbox.calls("-m pip")
+
+
+def test_another_paddle_gets_an_environment_of_its_own(sandbox):
+    result = sandbox.setup(PADDLE_VERSION="2.6.2")
+    assert result.returncode == 0, result.stderr
+    assert sandbox.calls("-m venv") == ["-m venv --clear .venv-2.6.2"]
+    assert sandbox.calls("-m pip")[0].endswith("-r requirements-cpu.txt paddlepaddle==2.6.2")
+
+
+def test_a_virtual_environment_of_somebody_else_is_left_alone(sandbox):
+    (sandbox.folder / ".venv").mkdir()
+    (sandbox.folder / ".venv" / "precious").touch()
+    result = sandbox.setup()
+    assert result.returncode == 2 and "not of our making" in result.stderr
+    assert (sandbox.folder / ".venv" / "precious").exists()
+
+
+def test_a_named_environment_gets_only_what_is_missing(sandbox):
+    mine = str(sandbox.bin / "python3.11")
+    assert sandbox.setup(PYTHON=mine).returncode == 0
+    assert not sandbox.calls("-m pip") and not sandbox.calls("-m venv")
+    assert sandbox.setup(PYTHON=mine, HAVE="no").returncode == 0
+    assert sandbox.calls("-m pip")[0].endswith("-r requirements-cpu.txt")
+    assert not (sandbox.folder / ".venv").exists()
+
+
+def test_this_very_environment_is_found_complete(sandbox):
+    result = sandbox.setup(PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    assert "pip install" not in result.stdout and "Paddle" in result.stdout
+
+
+def test_paddle_for_gpu_is_chosen_where_a_gpu_answers(sandbox):
+    sandbox.program("nvidia-smi", '#!/bin/sh\necho "GPU 0: NVIDIA A100 (UUID: GPU-1)"\n')
+    assert sandbox.setup().returncode == 0
+    assert sandbox.calls("-m pip")[0].endswith("-r requirements.txt")
+    assert sandbox.setup(DEVICE="cpu").returncode == 0
+    assert sandbox.calls("-m venv --clear")  # the two Paddles do not share an environment
+    assert sandbox.calls("-m pip")[0].endswith("-r requirements-cpu.txt")
+
+
+def test_a_failed_installation_ends_with_one_clear_line(sandbox):
+    result = sandbox.setup(PIP="fails")
+    assert result.returncode == 2
+    assert "error: the installation failed" in result.stderr and "PIP_INDEX_URL" in result.stderr
+
+
+def test_no_usable_python_is_said_with_the_versions_that_are(sandbox):
+    result = sandbox.setup(VERSION="bad")
+    assert result.returncode == 2
+    assert "needs Python 3.9 to 3.13" in result.stderr
+    assert "needs Python 3.9 to 3.12" in sandbox.setup(VERSION="bad", PADDLE_VERSION="2.6.2").stderr
+    assert "does not run" in sandbox.setup(PYTHON="/no/such/python").stderr
+
+
+# ----------------------------------------------------------------- run_tests.sh, run_demo.sh
+def test_the_options_of_run_tests_go_and_those_of_pytest_stay(sandbox):
+    def pytest_line(*arguments):
+        result = sandbox.run("run_tests.sh", *arguments, PYTHON=str(sandbox.bin / "python3"))
+        assert result.returncode == 0, result.stderr
+        return sandbox.calls("-m pytest")[0]
+
+    both = "--ignore=tests/faults --ignore=tests/timm"
+    assert pytest_line() == f"-m pytest {both}"
+    assert pytest_line("-k", "mixup", "--with-timm", "-x") == (
+        "-m pytest --ignore=tests/faults -k mixup -x"
+    )
+    assert pytest_line("--faults", "tests/faults") == ("-m pytest --ignore=tests/timm tests/faults")
+
+
+def test_a_failing_lint_does_not_hide_the_tests_but_fails_the_run(sandbox):
+    result = sandbox.run("run_tests.sh", PYTHON=str(sandbox.bin / "python3"), RUFF="fails")
+    assert result.returncode != 0 and sandbox.calls("-m pytest")
+
+
+def demo(sandbox, **environment):
+    (sandbox.folder / "data").mkdir(exist_ok=True)
+    for name in ("train", "val"):
+        (sandbox.folder / "data" / f"{name}_list.txt").write_text(f"{name}/a.png 0\n" * 500)
+    result = sandbox.run(
+        "run_demo.sh", PYTHON=str(sandbox.bin / "python3"), DEMO_DATA="data", **environment
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, sandbox.calls(".py")
+
+
+def test_the_demo_prepares_trains_evaluates_predicts_and_shows_each_command(sandbox):
+    output, calls = demo(sandbox)
+    prepare, train, evaluate, predict = calls
+    assert prepare == "demo/prepare.py -output=data"
+    assert train.startswith("main_single_gpu.py -cfg=./configs/resmlp_demo.yaml -data_path=data ")
+    assert train.endswith("-output=output/demo -resume=auto")
+    assert "-eval -pretrained=output/demo/last.pdparams" in evaluate
+    assert predict.startswith("tools/predict.py") and predict.count("data/val/a.png") == 3
+    for call in calls:
+        assert f"python3 {call}" in output
+
+
+def test_the_demo_has_a_short_form_in_a_folder_of_its_own(sandbox):
+    _, calls = demo(sandbox, DEMO_SHORT="1")
+    assert "-output=output/demo_short" in calls[1]
+    assert calls[1].endswith("-opts TRAIN.NUM_EPOCHS 2")
+    _, calls = demo(sandbox, DEMO_EPOCHS="3", DEMO_OUTPUT="elsewhere")
+    assert "-output=elsewhere " in calls[1] and calls[1].endswith("TRAIN.NUM_EPOCHS 3")
+
+
+# ------------------------------------------------------ run_train_multi.sh, run_eval_multi.sh
+def test_the_launch_scripts_have_sensible_defaults(sandbox):
+    train = sandbox.run("run_train_multi.sh", DRY_RUN="1").stdout.split()
+    assert train == [
+        "python3",
+        "./main_multi_gpu.py",
+        "-cfg=./configs/resmlp_24_224.yaml",
+        "-dataset=imagenet2012",
+        "-data_path=/dataset/imagenet",
+        "-batch_size=256",
+    ]
+    evaluate = sandbox.run("run_eval_multi.sh", DRY_RUN="1").stdout.split()
+    assert evaluate == [*train, "-eval", "-pretrained=./resmlp_24_224.pdparams"]
+    assert not sandbox.calls()
+
+
+@pytest.mark.parametrize("script", ["run_train_multi.sh", "run_eval_multi.sh"])
+def test_every_setting_of_a_launch_comes_from_the_environment(sandbox, script):
+    settings = {
+        "CFG": ("c.yaml", "-cfg=c.yaml"),
+        "DATASET": ("imagefolder", "-dataset=imagefolder"),
+        "DATA_PATH": ("my data", "-data_path=my data"),
+        "BATCH_SIZE": ("7", "-batch_size=7"),
+        "PRETRAINED": ("w.pdparams", "-pretrained=w.pdparams"),
+        "OUTPUT": ("out", "-output=out"),
+        "NPROCS": ("2", "-nprocs=2"),
+        "AMP": ("1", "-amp"),
+    }
+    if script == "run_train_multi.sh":
+        settings["RESUME"] = ("auto", "-resume=auto")
+        settings["ACCUM_ITER"] = ("4", "-accum_iter=4")
+    values = {name: value for name, (value, _) in settings.items()}
+    result = sandbox.run(script, "-opts", "SEED", "1", GPUS="0,1", PYTHON="python3", **values)
+    assert result.returncode == 0, result.stderr
+    (call,) = sandbox.calls()
+    assert all(f" {flag} " in call for _, flag in settings.values()), call
+    assert call.startswith("./main_multi_gpu.py ") and call.endswith(" -opts SEED 1")
+    assert result.stdout.startswith("CUDA_VISIBLE_DEVICES=0,1 python3 ")
+
+
+def test_several_nodes_are_started_by_paddles_launcher(sandbox):
+    nodes = {"NNODES": "2", "MASTER": "10.0.0.1:6170"}
+    sandbox.run("run_train_multi.sh", NODE_RANK="1", NPROCS="4", OUTPUT="out", **nodes)
+    (call,) = sandbox.calls()
+    assert call.startswith(
+        "-m paddle.distributed.launch --nnodes 2 --master 10.0.0.1:6170 --rank 1 "
+        "--nproc_per_node 4 --log_dir out/launcher ./main_multi_gpu.py -cfg="
+    )
+    missing = sandbox.run("run_train_multi.sh", **nodes)
+    assert missing.returncode != 0 and "NODE_RANK" in missing.stderr and not sandbox.calls()
+
+
+def test_the_launch_scripts_work_from_any_folder(sandbox, tmp_path):
+    script = sandbox.folder / "run_train_multi.sh"
+    result = subprocess.run(
+        ["sh", script],
+        env={**os.environ, "DRY_RUN": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert f"{sandbox.folder}/main_multi_gpu.py" in result.stdout
+    assert f"-cfg={sandbox.folder}/configs/" in result.stdout
