@@ -24,7 +24,7 @@ from errors import WeightsError
 
 SUFFIXES = ("", ".pdparams", ".safetensors")
 KEYS = ("auto", "model", "model_ema")
-NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
+_NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -169,8 +169,8 @@ def write_weights(state: Mapping[str, Any], path: str | os.PathLike) -> None:
         from safetensors.numpy import save
 
         data = save(arrays, metadata={"format": "np"})
-    else:  # with its table of names paddle.load gives tensors, as for a file of paddle.save
-        data = pickle.dumps({**arrays, NAME_TABLE: {name: name for name in arrays}}, protocol=4)
+    else:
+        data = pickle.dumps(arrays, protocol=4)
     write_atomically(data, path)
 
 
@@ -228,7 +228,7 @@ def _without_name_table(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     return {
-        name: _without_name_table(value) for name, value in content.items() if name != NAME_TABLE
+        name: _without_name_table(value) for name, value in content.items() if name != _NAME_TABLE
     }
 
 

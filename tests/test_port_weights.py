@@ -1,0 +1,275 @@
+"""Porting between PyTorch's names and ours, checked against a forward pass in NumPy float64."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import paddle
+import pytest
+
+from config import get_config
+from errors import UserError, WeightsError
+from port_weights import export_timm_weights, load_timm_weights, names, verify
+from port_weights.architecture import infer
+from port_weights.torch_files import read_torch_weights
+from port_weights.zoo import ZOO
+from resmlp import ResMLP, load_state
+from weights import read_weights, write_weights
+
+DIM, GRID, PATCH, HIDDEN, DEPTH, CLASSES = 6, 2, 4, 24, 2, 5
+
+
+def torch_state(style: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """A state dict as timm or facebookresearch/deit names and shapes it, all values random."""
+    rng = np.random.default_rng(seed)
+    tokens = GRID * GRID
+    affine = (1, 1, DIM) if style == "timm" else (DIM,)
+    stem, mix, mlp, scale = {
+        "timm": ("stem.proj", "linear_tokens", "mlp_channels", "ls"),
+        "facebook": ("patch_embed.proj", "attn", "mlp", "gamma_"),
+    }[style]
+    shapes = {f"{stem}.weight": (DIM, 3, PATCH, PATCH), f"{stem}.bias": (DIM,)}
+    for block in range(DEPTH):
+        prefix = f"blocks.{block}"
+        shapes |= {
+            f"{prefix}.{scale}1": (DIM,),
+            f"{prefix}.{scale}2": (DIM,),
+            f"{prefix}.norm1.alpha": affine,
+            f"{prefix}.norm1.beta": affine,
+            f"{prefix}.{mix}.weight": (tokens, tokens),
+            f"{prefix}.{mix}.bias": (tokens,),
+            f"{prefix}.norm2.alpha": affine,
+            f"{prefix}.norm2.beta": affine,
+            f"{prefix}.{mlp}.fc1.weight": (HIDDEN, DIM),
+            f"{prefix}.{mlp}.fc1.bias": (HIDDEN,),
+            f"{prefix}.{mlp}.fc2.weight": (DIM, HIDDEN),
+            f"{prefix}.{mlp}.fc2.bias": (DIM,),
+        }
+    shapes |= {"norm.alpha": affine, "norm.beta": affine}
+    shapes |= {"head.weight": (CLASSES, DIM), "head.bias": (CLASSES,)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def forward(state: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
+    """The official model in float64, from timm's names (paper, eq. 1 to 3)."""
+    p = {name: value.astype(np.float64) for name, value in state.items()}
+    patches = images.reshape(len(images), 3, GRID, PATCH, GRID, PATCH).transpose(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(len(images), GRID * GRID, -1)
+    x = patches @ p["stem.proj.weight"].reshape(DIM, -1).T + p["stem.proj.bias"]
+    gelu = np.vectorize(lambda v: v * 0.5 * (1.0 + math.erf(v / math.sqrt(2.0))))
+    for block in range(DEPTH):
+        q = {n.split(".", 2)[2]: v for n, v in p.items() if n.startswith(f"blocks.{block}.")}
+        y = q["norm1.alpha"] * x + q["norm1.beta"]
+        y = np.einsum("oi,bic->boc", q["linear_tokens.weight"], y)
+        x = x + q["ls1"] * (y + q["linear_tokens.bias"][:, None])
+        y = q["norm2.alpha"] * x + q["norm2.beta"]
+        y = gelu(y @ q["mlp_channels.fc1.weight"].T + q["mlp_channels.fc1.bias"])
+        x = x + q["ls2"] * (y @ q["mlp_channels.fc2.weight"].T + q["mlp_channels.fc2.bias"])
+    x = (p["norm.alpha"] * x + p["norm.beta"]).mean(axis=1)
+    return x @ p["head.weight"].T + p["head.bias"]
+
+
+def as_timm(state: dict[str, np.ndarray], style: str) -> dict[str, np.ndarray]:
+    """facebookresearch/deit's names as timm's, for `forward`; the same values in the same order."""
+    return dict(zip(torch_state("timm"), state.values())) if style == "facebook" else state
+
+
+def assert_bit_identical(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+@pytest.fixture(params=names.FORMATS)
+def style(request):
+    return request.param
+
+
+def run(*arguments) -> None:
+    load_timm_weights.main([*map(str, arguments), "-proof", "keys"])
+
+
+def test_the_ported_model_computes_what_the_official_one_does(tmp_path, style, capsys):
+    state = torch_state(style)
+    write_weights(state, tmp_path / "x.safetensors")
+    run("-checkpoint", tmp_path / "x.safetensors", "-output", tmp_path / "x.pdparams")
+    model = ResMLP(
+        image_size=GRID * PATCH, patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_classes=CLASSES
+    )
+    load_state(model, read_weights(tmp_path / "x").state)
+    images = np.random.default_rng(1).normal(size=(3, 3, 8, 8)).astype(np.float32)
+    found = model(paddle.to_tensor(images)).numpy()
+    expected = forward(as_timm(state, style), images)
+    assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
+    report = capsys.readouterr().out
+    assert f"{style} names, {len(state)} tensors: image_size 8" in report
+    assert "sha256" in report
+    rows = [line for line in report.splitlines() if " -> " in line]
+    assert len(rows) == len(state)
+    assert sum(row.endswith(" transposed") for row in rows) == 3 * DEPTH + 1
+    assert sum(row.endswith(" reshaped") for row in rows) == (style == "facebook") * (4 * DEPTH + 2)
+
+
+def test_export_and_port_are_bit_exact_both_ways(tmp_path, style):
+    state = torch_state(style)
+    write_weights(state, tmp_path / "a.safetensors")
+    run("-checkpoint", tmp_path / "a.safetensors", "-output", tmp_path / "a.pdparams")
+    export_timm_weights.main(
+        [str(tmp_path / "a"), "-output", str(tmp_path / "b.safetensors"), "--format", style]
+    )
+    back, key = read_torch_weights(str(tmp_path / "b.safetensors"))
+    assert_bit_identical(back, state)
+    assert key == ""
+    run("-checkpoint", tmp_path / "b.safetensors", "-output", tmp_path / "b.pdparams")
+    assert_bit_identical(read_weights(tmp_path / "b").state, read_weights(tmp_path / "a").state)
+
+
+def test_one_format_can_be_turned_into_the_other(tmp_path):
+    ported, _ = names.to_paddle(torch_state("timm"), "timm")
+    exported, _ = names.from_paddle(ported, "facebook")
+    assert_bit_identical(exported, torch_state("facebook"))
+
+
+def test_square_layers_are_transposed_by_their_name():
+    state = torch_state("timm")
+    ported, _ = names.to_paddle(state, "timm")
+    weight = state["blocks.1.linear_tokens.weight"]
+    np.testing.assert_array_equal(ported["mixer_layers.1.linear_tokens.weight"], weight.T)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("blocks.1.ls1"), "missing: mixer_layers.1.ls1"),
+        (lambda s: s.update(extra=s["norm.beta"]), r"unexpected: extra \(not ResMLP's\)"),
+        (
+            lambda s: s.update({"mixer_layers.1.ls1": s.pop("blocks.1.ls1")}),
+            r"missing: mixer_layers.1.ls1; unexpected: mixer_layers.1.ls1 \(not ResMLP's\)",
+        ),
+        (
+            lambda s: s.update({"blocks.0.attn.bias": s.pop("blocks.0.linear_tokens.bias")}),
+            r"missing: .*linear_tokens.bias; unexpected: blocks.0.attn.bias",
+        ),
+        (
+            lambda s: s.update({"blocks.1.ls1": s["blocks.1.ls1"][:-1]}),
+            r"mixer_layers.1.ls1 \[5\], needed \[6\]",
+        ),
+        (
+            lambda s: s.update({"blocks.1.norm1.alpha": np.ones((6, 1, 1), np.float32)}),
+            r"norm1.alpha \[6, 1, 1\], needed \[1, 1, 6\]",
+        ),
+        (
+            lambda s: s.update(
+                {"blocks.1.mlp_channels.fc1.weight": s["blocks.1.mlp_channels.fc1.weight"].T}
+            ),
+            r"fc1.weight \[24, 6\], needed \[6, 24\] \(transposed\?\)",
+        ),
+        (lambda s: s.pop("stem.proj.weight"), "neither timm's names"),
+        (lambda s: s.pop("blocks.0.linear_tokens.weight"), "there is no mixer_layers.0.linear_"),
+        (
+            lambda s: s.update({"head.weight": np.float32([np.nan])}),
+            "NaN or infinite .*head.weight",
+        ),
+        (lambda s: s.clear(), "no weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, change, message):
+    state = torch_state("timm")
+    change(state)
+    write_weights(state, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        run("-checkpoint", tmp_path / "x.safetensors", "-output", tmp_path / "x.pdparams")
+    assert not (tmp_path / "x.pdparams").exists()
+
+
+def test_paddles_own_names_are_told_apart(tmp_path):
+    ported, _ = names.to_paddle(torch_state("timm"), "timm")
+    write_weights(ported, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="Paddle's already: use the file with -pretrained"):
+        run("-checkpoint", tmp_path / "x.safetensors")
+
+
+def test_wrappers_of_data_parallel_models_are_taken_off(tmp_path):
+    state = torch_state("facebook")
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    write_weights(wrapped, tmp_path / "x.safetensors")
+    assert_bit_identical(read_torch_weights(str(tmp_path / "x.safetensors"))[0], state)
+
+
+def test_the_architecture_is_read_off_the_shapes_and_checked_against_a_config(tmp_path):
+    ported, _ = names.to_paddle(torch_state("timm"), "timm")
+    assert infer(ported)._asdict() == dict(
+        image_size=8, patch_size=4, in_channels=3, num_classes=5, embed_dim=6, depth=2, mlp_ratio=4
+    )
+    write_weights(torch_state("timm"), tmp_path / "x.safetensors")
+    text = "DATA: {IMAGE_SIZE: 8}\nMODEL: {NUM_CLASSES: 5, MIXER: {PATCH_SIZE: 4, EMBED_DIM: 6,"
+    (tmp_path / "right.yaml").write_text(f"{text} DEPTH: 2}}}}\n")
+    (tmp_path / "wrong.yaml").write_text(f"{text} DEPTH: 3}}}}\n")
+    arguments = ["-checkpoint", tmp_path / "x.safetensors", "-output", tmp_path / "x.pdparams"]
+    with pytest.raises(WeightsError, match="MODEL.MIXER.DEPTH is 3, the file has 2$"):
+        run(*arguments, "--cfg", tmp_path / "wrong.yaml")
+    run(*arguments, "--cfg", tmp_path / "right.yaml")
+
+
+def test_a_file_without_a_head_becomes_a_model_of_features(tmp_path, capsys):
+    state = {n: v for n, v in torch_state("facebook").items() if not n.startswith("head")}
+    write_weights(state, tmp_path / "x.safetensors")
+    run("-checkpoint", tmp_path / "x.safetensors", "-output", tmp_path / "x.pdparams")
+    assert "no head in the file" in capsys.readouterr().out
+    assert infer(read_weights(tmp_path / "x").state).num_classes == 0
+
+
+def test_pth_files_without_torch_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "x.pth").write_bytes(b"PK\x03\x04" + bytes(64))
+    with pytest.raises(WeightsError, match="pip install -r port_weights/requirements.txt"):
+        run("-checkpoint", tmp_path / "x.pth")
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+    for arguments, message in (
+        ([], "give one of -model"),
+        (["-model", "resmlp_24_224.fb_in1k", "-checkpoint", "x"], "give one of -model"),
+        (["-model", "resmlp_24"], "unknown; choose one of resmlp_12_224.fb_in1k"),
+        (["-checkpoint", str(tmp_path / "none.pth")], "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_timm_weights.main(arguments)
+
+
+def test_an_export_of_what_is_no_resmlp_is_refused(tmp_path):
+    ported, _ = names.to_paddle(torch_state("timm"), "timm")
+    write_weights({**ported, "extra": ported["norm.beta"]}, tmp_path / "x.pdparams")
+    with pytest.raises(WeightsError, match="unexpected: extra"):
+        export_timm_weights.main([str(tmp_path / "x"), "-output", str(tmp_path / "y.safetensors")])
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_the_proof_fails_above_its_tolerance_and_for_nan():
+    logits = np.array([[1.0, -2.0, 0.5]], np.float32)
+    verify.check(verify.compare_logits(logits, logits))
+    for other in (logits * (1 + 3e-5), np.full_like(logits, np.nan)):
+        with pytest.raises(WeightsError, match="the port is wrong"):
+            verify.check(verify.compare_logits(logits, other))
+    assert not verify.compare_logits(logits, -logits).top5_agree
+
+
+def test_the_checksum_sees_one_bit_a_name_and_a_shape():
+    state = {"a": np.ones((2, 3), np.float32)}
+    one_bit = state["a"].copy()
+    one_bit[1, 2] = np.nextafter(np.float32(1), np.float32(2))
+    others = ({"a": one_bit}, {"b": state["a"]}, {"a": state["a"].reshape(3, 2)})
+    assert verify.checksum(state) == verify.checksum({"a": state["a"].copy()})
+    assert len({verify.checksum(s) for s in (state, *others)}) == 4
+
+
+def test_the_zoo_has_timms_eleven_weights_and_their_configs_build_them():
+    assert len({weights.timm for weights in ZOO}) == len({w.name for w in ZOO}) == 11
+    sizes = {"12": (12, 384, 16), "24": (24, 384, 16), "36": (36, 384, 16), "big": (24, 768, 8)}
+    for weights in ZOO:
+        mixer = get_config(f"{load_timm_weights.CONFIGS}/{weights.config}.yaml").MODEL.MIXER
+        found = (mixer.DEPTH, mixer.EMBED_DIM, mixer.PATCH_SIZE)
+        assert found == sizes[weights.timm.split("_")[1]], weights.name
