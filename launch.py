@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -155,9 +156,16 @@ def _end(workers: list) -> None:
         worker.join()
 
 
+def _follow_parent() -> None:
+    """Ends this process when its parent is gone (killed, out of memory)."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _worker(config, steps) -> None:
     if sys.platform == "linux":  # Paddle leaves `spawn` behind: loader workers would get a copy of
         multiprocessing.set_start_method("fork", force=True)  # the data set each
+    threading.Thread(target=_follow_parent, daemon=True).start()
     rank = dist.ParallelEnv().rank
 
     def on_step(step):
