@@ -1,0 +1,198 @@
+"""The hand-written CPU branches equal the layers they replace, forward and backward."""
+
+import copy
+
+import numpy as np
+import paddle
+import pytest
+from paddle.distributed.fleet.utils import recompute
+
+import fused_block
+from resmlp import ResBlock, ResMLP
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """In float64 the two paths agree to rounding, 1e-15: a wrong formula cannot hide."""
+    paddle.set_default_dtype("float64")
+    paddle.seed(0)
+    yield
+    paddle.set_default_dtype("float32")
+
+
+@pytest.fixture
+def layers_only(monkeypatch):
+    """Calls a function with the fused branches switched off."""
+
+    def call(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_block, "usable", lambda block, x: False)
+            return function(*args)
+
+    return call
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Counts what goes through the fused branches."""
+    calls = []
+    original = fused_block.mix_channels
+    monkeypatch.setattr(
+        fused_block, "mix_channels", lambda *args: calls.append(1) or original(*args)
+    )
+    return calls
+
+
+def random_block(**settings) -> ResBlock:
+    """A block whose every parameter, zeros and ones too, is random."""
+    block = ResBlock(dim=6, num_tokens=5, **settings)
+    for parameter in block.parameters():
+        parameter.set_value(paddle.randn(parameter.shape))
+    return block
+
+
+def outputs_and_gradients(block, x) -> dict:
+    """The block's output and every gradient of a random projection of it, by name."""
+    x = x.detach()
+    x.stop_gradient = False
+    block.clear_gradients()
+    paddle.seed(1)  # the same drop path masks
+    y = block(x)
+    projection = paddle.to_tensor(np.random.default_rng(0).standard_normal(y.shape))
+    (y * projection).sum().backward()
+    found = {name: p.grad for name, p in block.named_parameters()}
+    found = {name: None if grad is None else grad.numpy().copy() for name, grad in found.items()}
+    return {"output": y.numpy(), "x": x.grad.numpy(), **found}
+
+
+def assert_equal(found: dict, expected: dict, tolerance: float = 1e-12):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert found[name] is None, name
+        else:
+            scale = abs(value).max() or 1.0
+            np.testing.assert_allclose(
+                found[name], value, rtol=0, atol=tolerance * scale, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_outputs_and_all_gradients_equal_the_layers(drop_path, layers_only, fused_calls):
+    block, x = random_block(drop_path=drop_path), paddle.randn([4, 5, 6])
+    expected = layers_only(outputs_and_gradients, block, x)
+    assert not fused_calls
+    assert_equal(outputs_and_gradients(block, x), expected)
+    assert fused_calls
+
+
+def test_eval_mode_equals_the_layers_with_and_without_gradients(layers_only):
+    block, x = random_block(drop_path=0.5), paddle.randn([3, 5, 6])
+    block.eval()
+    expected = layers_only(block, x).numpy()
+    np.testing.assert_allclose(block(x).numpy(), expected, rtol=1e-12)
+    with paddle.no_grad():
+        np.testing.assert_allclose(block(x).numpy(), expected, rtol=1e-12)
+
+
+def test_float32_agrees_to_rounding(layers_only):
+    paddle.set_default_dtype("float32")
+    block, x = random_block(), paddle.randn([3, 5, 6])
+    for weight in block.parameters():
+        weight.set_value(weight * 0.3)
+    assert_equal(
+        outputs_and_gradients(block, x), layers_only(outputs_and_gradients, block, x), 1e-5
+    )
+
+
+def test_a_layer_scale_of_a_millionth_keeps_its_gradients(layers_only):
+    block, x = random_block(), paddle.randn([3, 5, 6])
+    block.ls1.set_value(paddle.full_like(block.ls1, 1e-6))
+    block.ls2.set_value(paddle.full_like(block.ls2, 1e-6))
+    assert_equal(
+        outputs_and_gradients(block, x), layers_only(outputs_and_gradients, block, x), 1e-9
+    )
+
+
+@pytest.mark.parametrize("frozen", ["linear_tokens.weight", "norm2.alpha", "mlp_channels.fc2.bias"])
+def test_a_frozen_parameter_gets_no_gradient_and_the_others_keep_theirs(frozen, layers_only):
+    block, x = random_block(), paddle.randn([3, 5, 6])
+    dict(block.named_parameters())[frozen].stop_gradient = True
+    expected = layers_only(outputs_and_gradients, block, x)
+    assert expected[frozen] is None
+    assert_equal(outputs_and_gradients(block, x), expected)
+
+
+def test_an_input_without_gradient_is_fine(layers_only):
+    block, x = random_block(), paddle.randn([3, 5, 6])  # x.stop_gradient is True
+    gradients = []
+    for call in (lambda f: f(), layers_only):
+        block.clear_gradients()
+        call(lambda: block(x).sum()).backward()
+        gradients.append({name: p.grad.numpy().copy() for name, p in block.named_parameters()})
+    assert_equal(*gradients)
+
+
+def test_gradients_accumulate_over_two_backward_calls(layers_only):
+    block, x = random_block(), paddle.randn([4, 5, 6])
+    whole = outputs_and_gradients(block, x)
+    block.clear_gradients()
+    projection = paddle.to_tensor(np.random.default_rng(0).standard_normal(x.shape))
+    for half in (slice(0, 2), slice(2, 4)):
+        (block(x[half]) * projection[half]).sum().backward()
+    for name, parameter in block.named_parameters():
+        np.testing.assert_allclose(parameter.grad.numpy(), whole[name], rtol=1e-9, atol=1e-12)
+
+
+def test_recompute_gives_the_same_gradients(fused_calls):
+    block, x = random_block(drop_path=0.5), paddle.randn([4, 5, 6])
+    expected = outputs_and_gradients(block, x)
+
+    class Recomputed(paddle.nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return recompute(self.block, x)
+
+    found = outputs_and_gradients(Recomputed(), x)
+    assert len(fused_calls) == 3  # once before, twice with recompute
+    assert_equal({name.replace("block.", ""): value for name, value in found.items()}, expected)
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        lambda block, called: block.norm2.register_forward_post_hook(lambda *_: called.append(1)),
+        lambda block, called: block.mlp_channels.fc1.register_forward_pre_hook(
+            lambda *_: called.append(1)
+        ),
+    ],
+)
+def test_a_hook_on_a_part_of_the_block_is_called(listen):
+    block, called = random_block(), []
+    listen(block, called)
+    block(paddle.randn([2, 5, 6]))
+    assert called == [1]
+
+
+def test_dropout_inside_the_mlp_uses_the_layers_while_training(fused_calls):
+    block = random_block(dropout=0.5)
+    block(paddle.randn([2, 5, 6]))
+    assert not fused_calls
+    block.eval()
+    block(paddle.randn([2, 5, 6]))
+    assert fused_calls
+
+
+def test_a_traced_model_is_made_of_layers(fused_calls, tmp_path):
+    model = ResMLP(image_size=8, patch_size=4, embed_dim=6, depth=2, num_classes=3)
+    model.eval()
+    spec = paddle.static.InputSpec([None, 3, 8, 8], "float64", "image")
+    static = paddle.jit.to_static(copy.deepcopy(model), input_spec=[spec], full_graph=True)
+    images = paddle.randn([2, 3, 8, 8])
+    found = static(images).numpy()
+    assert not fused_calls
+    np.testing.assert_allclose(found, model(images).numpy(), rtol=1e-9)
+    assert fused_calls
