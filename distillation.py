@@ -1,0 +1,205 @@
+"""The teacher of a distillation: a frozen network that sees the images as it was trained to.
+
+TRAIN.TEACHER_MODEL is one of
+
+- the prefix of a network saved by ``paddle.jit.save`` (``PREFIX.json`` or ``PREFIX.pdmodel``, with
+  ``PREFIX.pdiparams``), weights included;
+- a YAML file of another ResMLP, with TRAIN.TEACHER_PRETRAINED;
+- a name of ``paddle.vision.models``, with TRAIN.TEACHER_PRETRAINED.
+
+Build it after the student and its optimizer: a network built earlier shifts the automatic names of
+Paddle's parameters, by which optimizer states are stored.
+"""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable
+
+import paddle
+import paddle.nn.functional as F
+
+import safe_pickle
+from errors import ConfigError, WeightsError
+from resmlp import build_resmlp, load_state
+from weights import read_weights, shorten
+
+
+class Teacher:
+    """A frozen network, with its own normalisation and input size.
+
+    Args:
+        network: images -> logits ``[B, K]`` (or a tuple that begins with them).
+        image_size: H and W of its input, in pixels.
+        mean, std: normalisation of its input, a number per channel.
+        student_mean, student_std: normalisation of the images it is given.
+    """
+
+    def __init__(
+        self,
+        network: paddle.nn.Layer,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+    ):
+        network.eval()
+        for parameter in network.parameters():
+            parameter.stop_gradient = True
+        self.network = network
+        self.image_size = image_size
+        # ((x * student_std + student_mean) - mean) / std, as one scale and one shift
+        scale = [old / new for old, new in zip(student_std, std)]
+        shift = [(old - new) / s for old, new, s in zip(student_mean, mean, std)]
+        self.scale = self.shift = None
+        if any(s != 1 for s in scale) or any(shift):
+            self.scale = paddle.to_tensor(scale, dtype="float32").reshape([1, -1, 1, 1])
+            self.shift = paddle.to_tensor(shift, dtype="float32").reshape([1, -1, 1, 1])
+
+    @paddle.no_grad()
+    def __call__(self, images: paddle.Tensor) -> paddle.Tensor:
+        """Logits ``[B, K]`` of the student's augmented and normalised images ``[B, 3, H, W]``."""
+        if self.scale is not None:
+            images = images * self.scale + self.shift
+        size = [self.image_size, self.image_size]
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bicubic")
+        logits = self.network(images)
+        # googlenet adds the logits of its side branches
+        return logits[0] if isinstance(logits, (tuple, list)) else logits
+
+
+def build_teacher(config, load_config: Callable | None = None) -> Teacher:
+    """Builds the teacher of TRAIN.TEACHER_* and tries it on two blank images.
+
+    Args:
+        config: the student's. Its DATA.IMAGE_SIZE, IMAGENET_MEAN and IMAGENET_STD stand in for a
+            TRAIN.TEACHER_IMAGE_SIZE, _MEAN or _STD of None, except where the teacher is a YAML
+            file: that has its own.
+        load_config: path of a YAML file -> config.
+
+    Raises:
+        ConfigError: no such teacher, no weights for it, or it does not fit images or classes.
+        WeightsError: its weights cannot be read, or do not fit.
+    """
+    train, data = config.TRAIN, config.DATA
+    name, classes = train.TEACHER_MODEL, config.MODEL.NUM_CLASSES
+    if not name:
+        raise ConfigError(
+            f"TRAIN.DISTILLATION_TYPE is {train.DISTILLATION_TYPE}, but TRAIN.TEACHER_MODEL is None"
+        )
+    if Path(name).suffix in (".yaml", ".yml"):
+        teacher_config = load_config(name)
+        data = teacher_config.DATA
+        network = _resmlp(teacher_config, name, train.TEACHER_PRETRAINED, classes)
+    elif (prefix := _saved_prefix(name)) is not None:
+        network = _saved_network(prefix, train.TEACHER_PRETRAINED)
+    else:
+        network = _vision_model(name, train.TEACHER_PRETRAINED, classes)
+    teacher = Teacher(
+        network,
+        train.TEACHER_IMAGE_SIZE or data.IMAGE_SIZE,
+        train.TEACHER_MEAN or data.IMAGENET_MEAN,
+        train.TEACHER_STD or data.IMAGENET_STD,
+        config.DATA.IMAGENET_MEAN,
+        config.DATA.IMAGENET_STD,
+    )
+    _try_out(teacher, name, config)
+    return teacher
+
+
+def _resmlp(teacher_config, name: str, weights: str | None, classes: int) -> paddle.nn.Layer:
+    found = teacher_config.MODEL.NUM_CLASSES
+    if found != classes:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {name} has MODEL.NUM_CLASSES {found}, the student {classes}"
+        )
+    state = _teacher_state(name, weights)
+    network = build_resmlp(teacher_config)
+    load_state(network, state)
+    return network
+
+
+def _vision_model(name: str, weights: str | None, classes: int) -> paddle.nn.Layer:
+    known = [n for n in paddle.vision.models.__all__ if n.islower()]  # the others are classes
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL is {name!r}: no network saved by paddle.jit.save (there is no "
+            f"{name}.json or .pdmodel), no YAML file, no name of paddle.vision.models{hint}"
+        )
+    state = _teacher_state(name, weights)
+    network = getattr(paddle.vision.models, name)(pretrained=False, num_classes=classes)
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    found = {key: value.shape for key, value in state.items()}
+    differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if differ:
+        raise WeightsError(
+            f"{weights}: not the weights of {name} with {classes} classes (MODEL.NUM_CLASSES); "
+            f"missing, unexpected or of another shape: {shorten(differ)}"
+        )
+    network.set_state_dict(state)
+    return network
+
+
+def _teacher_state(name: str, weights: str | None) -> dict:
+    if not weights:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {name} needs TRAIN.TEACHER_PRETRAINED, its weight file: "
+            "an untrained teacher teaches noise"
+        )
+    return read_weights(weights).state
+
+
+def _saved_prefix(name: str) -> str | None:
+    """The prefix of a network saved by `paddle.jit.save`; None where there is none."""
+    path = Path(name)
+    prefix = str(path.with_suffix("")) if path.suffix in (".json", ".pdmodel") else name
+    exists = any(Path(prefix + suffix).is_file() for suffix in (".json", ".pdmodel"))
+    return prefix if exists else None
+
+
+def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:
+    if weights:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {prefix} holds its own weights: leave TRAIN.TEACHER_PRETRAINED "
+            "at None"
+        )
+    notes = Path(prefix + ".pdiparams.info")
+    if notes.exists():  # jit.load would unpickle it: refuse what is not plain data
+        safe_pickle.load(notes)
+    try:
+        return paddle.jit.load(prefix)
+    except Exception as error:  # ValueError, RuntimeError, or what Paddle's C++ makes of it
+        raise WeightsError(
+            f"TRAIN.TEACHER_MODEL {prefix}: damaged, incomplete, or of another Paddle version "
+            f"({_last_line(error)})"
+        ) from error
+
+
+def _try_out(teacher: Teacher, name: str, config) -> None:
+    """Two blank images: finds a wrong input size or class count before training starts."""
+    size, classes = config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES
+    try:
+        shape = teacher(paddle.zeros([2, config.DATA.IMAGE_CHANNELS, size, size])).shape
+    except Exception as error:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {name} does not take images of {teacher.image_size} pixels in "
+            f"batches of any size; set TRAIN.TEACHER_IMAGE_SIZE ({_last_line(error)})"
+        ) from error
+    if shape != [2, classes]:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {name} gives {shape[1:]} values for an image, not one for each "
+            f"of MODEL.NUM_CLASSES {classes}"
+        )
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,155 @@
+"""Training losses: (binary) cross-entropy to smoothed or mixed targets, and distillation.
+
+All of them compute in float32, whatever the logits are, and return the mean over the batch.
+"""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+from typing import Callable
+
+import paddle
+import paddle.nn.functional as F
+
+from errors import ConfigError
+from mixup import smooth_one_hot
+
+Criterion = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
+
+
+def build_criterion(config) -> Criterion:
+    """The loss of TRAIN.LOSS: a function of logits ``[B, K]`` and targets, see the classes.
+
+    Raises:
+        ConfigError: there is no such loss.
+    """
+    train = config.TRAIN
+    if train.LOSS == "ce":
+        return CrossEntropy(train.SMOOTHING)
+    if train.LOSS == "bce":
+        return BinaryCrossEntropy(train.SMOOTHING, train.BCE_TARGET_THRESHOLD)
+    raise ConfigError(f"TRAIN.LOSS is {train.LOSS!r}; choose one of ce, bce")
+
+
+def build_distillation_loss(config) -> DistillationLoss | None:
+    """The loss of TRAIN.DISTILLATION_TYPE; None for ``none``."""
+    train = config.TRAIN
+    if train.DISTILLATION_TYPE == "none":
+        return None
+    return DistillationLoss(
+        train.DISTILLATION_TYPE, train.DISTILLATION_ALPHA, train.DISTILLATION_TAU
+    )
+
+
+class CrossEntropy:
+    """Cross-entropy to the labels, smoothed, or to targets that mixup has smoothed already.
+
+    Args:
+        smoothing: of labels, see `smooth_one_hot`.
+    """
+
+    def __init__(self, smoothing: float = 0.0):
+        self.smoothing = smoothing
+
+    def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
+        """Computes the loss.
+
+        Args:
+            logits: ``[B, K]``.
+            targets: ``[B]`` class indices (int64), or ``[B, K]`` probabilities.
+
+        Returns:
+            float32 scalar: mean over B.
+        """
+        log_probabilities = F.log_softmax(logits.astype("float32"))
+        return -(_dense(targets, logits, self.smoothing) * log_probabilities).sum(axis=1).mean()
+
+
+class BinaryCrossEntropy:
+    """One yes-or-no question for each class, as in ResNet strikes back (arXiv 2110.00476).
+
+    Equal to timm's ``BinaryCrossEntropy``: the mean over images *and* classes.
+
+    Args:
+        smoothing: of labels, see `smooth_one_hot`. Mixed targets are smoothed already.
+        target_threshold: targets above it become 1 and all others 0, so that every class in a
+            mixed image counts as fully present (the article; its training used 0.2). None: the
+            targets stay soft.
+    """
+
+    def __init__(self, smoothing: float = 0.0, target_threshold: float | None = None):
+        self.smoothing = smoothing
+        self.target_threshold = target_threshold
+
+    def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
+        """Computes the loss.
+
+        Args:
+            logits: ``[B, K]``.
+            targets: ``[B]`` class indices (int64), or ``[B, K]`` shares of the classes.
+
+        Returns:
+            float32 scalar: mean over B and K.
+        """
+        targets = _dense(targets, logits, self.smoothing)
+        if self.target_threshold is not None:
+            targets = (targets > self.target_threshold).astype("float32")
+        return F.binary_cross_entropy_with_logits(logits.astype("float32"), targets)
+
+
+class DistillationLoss:
+    """Adds what a teacher says to the loss of the labels, on the same output of the student.
+
+    ``(1 - alpha) * loss + alpha * distillation``. ResMLP's distilled models (paper, section 3.4)
+    use ``hard`` with alpha 0.5: the mean of the two losses.
+
+    Args:
+        kind: ``hard``: cross-entropy to the teacher's most probable class. ``soft``: divergence
+            KL(teacher || student) of the two distributions at temperature tau, times tau squared
+            (which keeps the size of its gradient), *averaged over images and classes* as DeiT's
+            code does it: K times smaller than a mean over images, so choose alpha near 1.
+        alpha: share of the distillation, 0 to 1.
+        tau: temperature of ``soft``.
+    """
+
+    def __init__(self, kind: str = "hard", alpha: float = 0.5, tau: float = 1.0):
+        if kind not in ("hard", "soft"):
+            raise ConfigError(
+                f"TRAIN.DISTILLATION_TYPE is {kind!r}; choose one of none, hard, soft"
+            )
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+
+    def __call__(
+        self, loss: paddle.Tensor, logits: paddle.Tensor, teacher_logits: paddle.Tensor
+    ) -> paddle.Tensor:
+        """Computes the loss.
+
+        Args:
+            loss: scalar, the student's loss to the labels.
+            logits: ``[B, K]``, the student's.
+            teacher_logits: ``[B, K]``; no gradient flows into them.
+
+        Returns:
+            float32 scalar.
+        """
+        logits = logits.astype("float32")
+        teacher = teacher_logits.detach().astype("float32")
+        if self.kind == "hard":
+            distillation = F.cross_entropy(logits, teacher.argmax(axis=1))
+        else:
+            student = F.log_softmax(logits / self.tau)
+            teacher = F.log_softmax(teacher / self.tau)
+            distillation = (teacher.exp() * (teacher - student)).mean() * self.tau**2
+        return loss * (1 - self.alpha) + distillation * self.alpha
+
+
+def _dense(targets: paddle.Tensor, logits: paddle.Tensor, smoothing: float) -> paddle.Tensor:
+    """Targets ``[B, K]`` in float32, from labels or as they are."""
+    if targets.ndim == 1:
+        return smooth_one_hot(targets, logits.shape[1], smoothing)
+    if targets.shape != logits.shape:
+        raise ValueError(f"targets {targets.shape} do not fit logits {logits.shape}")
+    return targets.astype("float32")

@@ -1,0 +1,143 @@
+"""Random erasing of a whole batch on the device (arXiv 1708.04896), with timm's distributions.
+
+The boxes are drawn by NumPy on the host. The device touches only what they cross: rows of pixels
+are gathered, filled between two columns, and put back, without a loop over images.
+"""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import math
+
+import numpy as np
+import paddle
+
+from errors import ConfigError
+
+MODES = ("const", "rand", "pixel")
+AREA = (0.02, 1 / 3)  # share of the image
+LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height / width
+TRIES = 10
+
+
+def draw_boxes(
+    rng: np.random.Generator, batch: int, height: int, width: int, prob: float, max_count: int = 1
+) -> np.ndarray:
+    """Draws the boxes to erase.
+
+    An image is chosen with probability ``prob`` and gets 1 to ``max_count`` boxes. Area and aspect
+    ratio (uniform, log-uniform) are drawn until the box fits; after `TRIES` there is none.
+
+    Args:
+        rng: source of randomness.
+        batch: B, images.
+        height, width: of an image, in pixels.
+        prob: probability that an image is chosen.
+        max_count: boxes of an image at most. The area is divided by the image's number of boxes.
+
+    Returns:
+        ``[B, max_count, 4]`` int64: top, bottom, left, right, the second and last exclusive. A box
+        that is not there is empty.
+    """
+    count = rng.integers(1, max_count + 1, size=(batch, 1))
+    wanted = (rng.random((batch, 1)) < prob) & (np.arange(max_count) < count)
+    tries = (batch, max_count, TRIES)
+    area = rng.uniform(*AREA, size=tries) * (height * width) / count[:, :, None]
+    aspect = np.exp(rng.uniform(*LOG_ASPECT, size=tries))
+    h = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    w = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (h < height) & (w < width)
+    first = fits.argmax(axis=2)[:, :, None]
+    fits, h, w = (np.take_along_axis(a, first, axis=2)[:, :, 0] for a in (fits, h, w))
+    exists = wanted & fits
+    h, w = h * exists, w * exists
+    top = rng.integers(0, height - h + 1)
+    left = rng.integers(0, width - w + 1)
+    return np.stack([top, top + h, left, left + w], axis=2)
+
+
+class RandomErasing:
+    """Erases boxes of normalised images.
+
+    Args:
+        prob: probability that an image is erased.
+        mode: what a box is filled with: ``const`` zero, the mean of the normalised data; ``rand``
+            a random colour, normal in each channel; ``pixel`` normal noise.
+        max_count: boxes of an image at most.
+        split: leave the first half of a batch alone, for losses that compare clean and augmented
+            halves (timm's two splits).
+    """
+
+    def __init__(
+        self, prob: float = 0.25, mode: str = "pixel", max_count: int = 1, split: bool = False
+    ):
+        if mode not in MODES:
+            raise ConfigError(
+                f"TRAIN.RANDOM_ERASE_MODE is {mode!r}; choose one of {', '.join(MODES)}"
+            )
+        self.prob = prob
+        self.mode = mode
+        self.max_count = max_count
+        self.split = split
+
+    @classmethod
+    def from_config(cls, config) -> RandomErasing | None:
+        """Reads TRAIN.RANDOM_ERASE_*; None where its probability is 0."""
+        train = config.TRAIN
+        if not train.RANDOM_ERASE_PROB:
+            return None
+        return cls(
+            prob=train.RANDOM_ERASE_PROB,
+            mode=train.RANDOM_ERASE_MODE,
+            max_count=train.RANDOM_ERASE_COUNT,
+            split=train.RANDOM_ERASE_SPLIT,
+        )
+
+    def __call__(self, images: paddle.Tensor, rng: np.random.Generator) -> paddle.Tensor:
+        """Erases boxes of a batch.
+
+        Args:
+            images: ``[B, C, H, W]``, normalised.
+            rng: source of the boxes. Noise and colours come from Paddle's generator.
+
+        Returns:
+            ``[B, C, H, W]``; the argument is left as it was.
+        """
+        batch, _, height, width = images.shape
+        boxes = draw_boxes(rng, batch, height, width, self.prob, self.max_count)
+        if self.split:
+            boxes[: batch // 2] = 0
+        for number in range(self.max_count):
+            images = self._fill(images, boxes[:, number])
+        return images
+
+    def _fill(self, images: paddle.Tensor, boxes: np.ndarray) -> paddle.Tensor:
+        """Fills one box ``[B, 4]`` of each image."""
+        _, channels, height, width = images.shape
+        top, bottom, left, right = boxes.T[..., None]
+        y, x = np.arange(height), np.arange(width)
+        crossed = (y >= top) & (y < bottom)  # [B, H]
+        rows = np.flatnonzero(np.repeat(crossed, channels, axis=0))  # [R] of B * C * H
+        if not rows.size:
+            return images
+        planes = rows // height  # [R] of B * C
+        inside = ((x >= left) & (x < right)).astype("uint8")  # [B, W]; gather takes no bool
+
+        inside = paddle.gather(paddle.to_tensor(inside), paddle.to_tensor(planes // channels))
+        rows = paddle.to_tensor(rows)
+        pixels = images.reshape([-1, width])  # [B * C * H, W]
+        filled = paddle.where(
+            inside.astype("bool"), self._noise(planes, width), paddle.gather(pixels, rows)
+        )
+        return paddle.scatter(pixels, rows, filled).reshape(images.shape)
+
+    def _noise(self, planes: np.ndarray, width: int) -> paddle.Tensor:
+        """What to fill rows with, ``[R, W]``; ``planes`` ``[R]`` says whose they are."""
+        shape = [len(planes), width]
+        if self.mode == "const":
+            return paddle.zeros(shape)
+        if self.mode == "pixel":
+            return paddle.randn(shape)
+        colours = paddle.randn([int(planes[-1]) + 1, 1])  # [B * C, 1], as far as needed
+        return paddle.gather(colours, paddle.to_tensor(planes)).expand(shape)
