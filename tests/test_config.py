@@ -1,0 +1,187 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import check_config, get_arguments, get_config, update_config
+from config_rules import RULES
+from errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+ZOO = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a YAML file; returns its path."""
+
+    def write(text, name="x.yaml"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def from_flags(*flags):
+    return update_config(get_config(), get_arguments(list(flags)))
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_every_key_has_a_rule_and_every_default_obeys_it():
+    defaults = dict(leaves(get_config()))
+    assert set(RULES) == set(defaults) - {"BASE"}
+    for key, rule in RULES.items():
+        value = rule(defaults[key])
+        assert value == defaults[key] and type(value) is type(defaults[key]), key
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_config_of_the_zoo_is_valid_and_survives_being_written(name, write):
+    config = check_config(get_config(str(ROOT / "configs" / name)))
+    assert f"{config.MODEL.NAME}.yaml" == name
+    assert get_config(write(config.dump())) == config
+
+
+def test_the_defaults_are_the_papers_recipe():
+    train = get_config(str(ROOT / "configs" / "resmlp_12_224.yaml")).TRAIN
+    assert (train.OPTIMIZER.NAME, train.BASE_LR, train.LINEAR_SCALED_LR) == ("lamb", 5e-3, 2048)
+    assert (train.WEIGHT_DECAY, train.NUM_EPOCHS, train.WARMUP_EPOCHS) == (0.2, 400, 5)
+    assert (train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.SMOOTHING) == (0.8, 1.0, 0.1)
+    assert (train.RANDOM_ERASE_PROB, train.REPEATED_AUG, train.END_LR) == (0.25, 3, 1e-5)
+
+
+def test_a_ppvit_file_merges_unchanged(write):
+    config = get_config(
+        write(
+            "DATA:\n    IMAGE_SIZE: 224\n    CROP_PCT: 0.875\nMODEL:\n    TYPE: ResMLP\n"
+            "    NAME: resmlp_24_224\n    MIXER:\n        PATCH_SIZE: 16\n"
+            "        HIDDEN_SIZE: 384\n        NUM_LAYERS: 24\n"
+        )
+    )
+    assert (config.MODEL.MIXER.EMBED_DIM, config.MODEL.MIXER.DEPTH) == (384, 24)
+
+
+def test_base_files_come_first_and_are_relative_to_the_file(write, tmp_path):
+    (tmp_path / "sub").mkdir()
+    write("SEED: 1\nTRAIN: {BASE_LR: 0.1}", "sub/base.yaml")
+    config = get_config(write("BASE: [sub/base.yaml]\nSEED: 2"))
+    assert (config.SEED, config.TRAIN.BASE_LR) == (2, 0.1)
+
+
+def test_a_base_may_leave_consistency_to_its_heir(write):
+    write("DATA: {IMAGE_SIZE: 28}", "base.yaml")
+    config = get_config(write("BASE: [base.yaml]\nMODEL: {MIXER: {PATCH_SIZE: 4}}"))
+    assert config.DATA.IMAGE_SIZE == 28
+
+
+def test_zero_false_and_none_can_be_set(write):
+    config = get_config(write("SEED: 3\nAMP: True\nTRAIN: {GRAD_CLIP: 2.0}"))
+    flags = "-opts SEED 0 AMP False TRAIN.GRAD_CLIP None TRAIN.MIXUP_PROB 0"
+    update_config(config, get_arguments(flags.split()))
+    assert (config.SEED, config.AMP, config.TRAIN.GRAD_CLIP) == (0, False, None)
+    assert config.TRAIN.MIXUP_PROB == 0.0
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(write):
+    assert get_config(write("TRAIN: {BASE_LR: 5e-3}")).TRAIN.BASE_LR == 5e-3
+
+
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_flags_work_with_one_dash_or_two_and_with_either_separator(dashes):
+    config = from_flags(f"{dashes}batch_size=8", f"{dashes}data-path", "x", f"{dashes}eval")
+    assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL) == (8, 8)
+    assert (config.DATA.DATA_PATH, config.EVAL) == ("x", True)
+
+
+def test_batch_size_eval_wins_over_batch_size():
+    config = from_flags("-batch_size_eval", "3", "-batch_size", "8")
+    assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL) == (8, 3)
+
+
+def test_opts_take_tuples_and_lists():
+    config = from_flags(
+        "-opts", "TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", "TRAIN.CROP_SCALE", "[0.5,1]"
+    )
+    assert config.TRAIN.OPTIMIZER.BETAS == (0.9, 0.95)
+    assert config.TRAIN.CROP_SCALE == (0.5, 1.0)
+
+
+BAD_FILES = {
+    "DATA:\n  BATCHSIZE: 3": r"x.yaml:2: unknown .* DATA.BATCHSIZE; did you mean DATA.BATCH_SIZE",
+    "FOO: {}": r"x.yaml:1: unknown config key FOO",
+    "DATA: 4": r"x.yaml:1: DATA is a section; set one of BATCH_SIZE",
+    "DATA: {BATCH_SIZE: -4}": r"BATCH_SIZE is -4; expected a whole number of at least 1",
+    "DATA: {BATCH_SIZE: 2.5}": r"DATA.BATCH_SIZE is 2.5",
+    "DATA: {BATCH_SIZE: yes}": r"DATA.BATCH_SIZE is True",
+    "DATA: {BATCH_SIZE: {a: 1}}": r"DATA.BATCH_SIZE takes a value, found a section",
+    "DATA: {CROP_PCT: 3}": r"DATA.CROP_PCT is 3; expected a number above 0.0 and at most 1.0",
+    "DATA: {IMAGE_SIZE: 225}": r"IMAGE_SIZE is 225, not a multiple .* for example 224 or 240",
+    "TRAIN: {BASE_LR: fast}": r"TRAIN.BASE_LR is 'fast'; expected a number above 0",
+    "TRAIN: {BASE_LR: .nan}": r"TRAIN.BASE_LR is nan",
+    "TRAIN: {OPTIMIZER: {NAME: adam2}}": r"NAME is 'adam2'; expected one of lamb, adamw, sgd",
+    "TRAIN: {NUM_EPOCHS: 4}": r"WARMUP_EPOCHS is 5, which leaves nothing of TRAIN.NUM_EPOCHS 4",
+    "TRAIN: {CROP_SCALE: [1.0, 0.5]}": r"smaller first",
+    "SEED: 1\nSEED: 2": r"x.yaml:2: SEED is given twice",
+    "a: [1,": r"x.yaml:\d: not valid YAML",
+    "- 1": r"expected `KEY: value` lines, found a sequence",
+    "BASE: x.yaml": r"BASE leads back to this file",
+    "BASE: gone.yaml": r"gone.yaml: no such config file",
+    "EVAL: !!python/object/apply:os.system [ls]": r"x.yaml:1: EVAL: not a plain value",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_mistake_in_a_file_is_named_with_its_place(text, write):
+    with pytest.raises(ConfigError, match=BAD_FILES[text]):
+        get_config(write(text))
+
+
+BAD_FLAGS = {
+    "-foo": "unrecognized arguments: -foo",
+    "-batch_size x": "invalid int value: 'x'",
+    "-batch_size 0": "-batch_size: DATA.BATCH_SIZE is 0",
+    "-opts SEED": "-opts takes KEY VALUE pairs",
+    "-opts TRAIN.BETAS 1": "did you mean TRAIN.OPTIMIZER.BETAS",
+    "-opts SEED [": "-opts: SEED: cannot read the value",
+    "-image_size 100": "DATA.IMAGE_SIZE is 100, not a multiple",
+    "-cfg configs/resmlp_25_224.yaml": "no such config file",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_mistake_on_the_command_line_is_named(flags):
+    with pytest.raises(ConfigError, match=BAD_FLAGS[flags]):
+        from_flags(*flags.split())
+
+
+def test_a_value_that_explodes_when_shown_is_refused_quickly(write):
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+    )
+    with pytest.raises(ConfigError):
+        get_config(write(f"DATA:\n  IMAGENET_MEAN: &z [[[1]]]\n{bomb}"))
+
+
+def test_config_needs_no_paddle():
+    code = "import sys, config; sys.exit('paddle' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_hand_edited_config_is_checked():
+    config = get_config()
+    config.TRAIN.SMOOTHING = "much"
+    with pytest.raises(ConfigError, match="TRAIN.SMOOTHING is 'much'"):
+        check_config(config)
+
+
+def test_the_tree_is_plain_yaml(write):
+    assert yaml.safe_load(get_config().dump())["DATA"]["BATCH_SIZE"] == 256

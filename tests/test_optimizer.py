@@ -1,0 +1,230 @@
+import logging
+
+import numpy as np
+import paddle
+import pytest
+
+from config import get_config
+from errors import CheckpointError
+from optimizer import (
+    build_optimizer,
+    clip_gradients,
+    decayed_parameters,
+    layer_scale_of_rate,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+)
+from resmlp import ResMLP
+
+
+def tiny(depth=2):
+    return ResMLP(image_size=16, patch_size=8, num_classes=3, embed_dim=8, depth=depth)
+
+
+def config_for(name="adamw", **train):
+    config = get_config()
+    config.TRAIN.OPTIMIZER.NAME = name
+    for key, value in train.items():
+        config.TRAIN[key] = value
+    return config
+
+
+def step(model, optimizer, images, lr=0.01, clip=None):
+    optimizer.set_lr(lr)
+    (model(images) ** 2).mean().backward()
+    clip_gradients(model.parameters(), clip)
+    optimizer.step()
+    optimizer.clear_grad()
+
+
+# --------------------------------------------------------------------------- learning rate
+def test_warmup_replaces_the_start_of_the_cosine_as_in_timm():
+    config = config_for(BASE_LR=1.0, LINEAR_SCALED_LR=None, NUM_EPOCHS=10, WARMUP_EPOCHS=2.0)
+    config.TRAIN.WARMUP_START_LR, config.TRAIN.END_LR = 0.1, 0.2
+    assert learning_rate(config, 0, 1) == 0.1
+    assert np.isclose(learning_rate(config, 1, 1), 0.55)
+    assert np.isclose(learning_rate(config, 2, 1), 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * 0.2)))
+    assert np.isclose(learning_rate(config, 5, 1), 0.6)
+    assert learning_rate(config, 10, 1) == learning_rate(config, 12.5, 1) == 0.2
+
+
+def test_scaling_by_batch_moves_the_base_rate_only():
+    config = config_for(BASE_LR=1.0, LINEAR_SCALED_LR=512, WARMUP_EPOCHS=5.0)
+    assert learning_rate(config, 0, 2048) == config.TRAIN.WARMUP_START_LR
+    assert np.isclose(learning_rate(config, 5, 2048) / learning_rate(config, 5, 512), 4, rtol=1e-4)
+
+
+def test_step_and_constant_schedules():
+    config = config_for(BASE_LR=1.0, LINEAR_SCALED_LR=None, WARMUP_EPOCHS=0.0)
+    config.TRAIN.LR_SCHEDULER.NAME = "constant"
+    assert learning_rate(config, 399, 1) == 1.0
+    config.TRAIN.LR_SCHEDULER.NAME = "step"
+    rates = [learning_rate(config, epoch, 1) for epoch in (29.9, 30, 60, 95)]
+    assert np.allclose(rates, [1, 0.1, 0.01, 0.001])
+    config.TRAIN.LR_SCHEDULER.MILESTONES = ""
+    config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 10.0
+    assert np.isclose(learning_rate(config, 25, 1), 0.01)
+
+
+# --------------------------------------------------------------------------- weight decay
+def test_decay_is_for_matrices_and_the_patch_convolution_only():
+    expected = {"patch_embed.patch_embed.weight", "head.weight"}
+    for block in range(2):
+        for layer in ("linear_tokens", "mlp_channels.fc1", "mlp_channels.fc2"):
+            expected.add(f"mixer_layers.{block}.{layer}.weight")
+    assert decayed_parameters(tiny()) == expected
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_only_decayed_parameters_shrink_under_zero_gradients(name):
+    model = tiny()
+    for parameter in model.parameters():
+        parameter.set_value(paddle.ones_like(parameter))
+    optimizer = build_optimizer(config_for(name, WEIGHT_DECAY=0.5), model)
+    optimizer.set_lr(0.1)
+    (sum(p.sum() for p in model.parameters()) * 0).backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not np.allclose(p.numpy(), 1.0)}
+    assert moved == decayed_parameters(model)
+
+
+def test_the_log_says_how_many_tensors_are_decayed(caplog):
+    logging.getLogger("resmlp").propagate = True
+    with caplog.at_level(logging.INFO, logger="resmlp"):
+        build_optimizer(config_for("lamb"), tiny())
+    assert "weight decay 0.2 on 8 tensors" in caplog.text and "none on 22" in caplog.text
+
+
+# ------------------------------------------------------------------ against NumPy, float64
+def reference(name, weights, grads_of, steps, lr, decay, decayed):
+    """LAMB, AdamW and Nesterov momentum, written out in float64."""
+    m = {k: np.zeros_like(v) for k, v in weights.items()}
+    v = {k: np.zeros_like(x) for k, x in weights.items()}
+    for t in range(1, steps + 1):
+        grads = grads_of(t)
+        for key, w in weights.items():
+            g, wd = grads[key], decay if key in decayed else 0.0
+            if name == "sgd":
+                g = g + wd * w
+                m[key] = 0.9 * m[key] + g
+                weights[key] = w - lr * (g + 0.9 * m[key])
+                continue
+            m[key] = 0.9 * m[key] + 0.1 * g
+            v[key] = 0.999 * v[key] + 0.001 * g**2
+            update = (m[key] / (1 - 0.9**t)) / (np.sqrt(v[key] / (1 - 0.999**t)) + 1e-8)
+            if name == "adamw":
+                weights[key] = w * (1 - lr * wd) - lr * update
+                continue
+            update = update + wd * w
+            trust = 1.0
+            if wd:
+                trust = np.linalg.norm(w) / np.linalg.norm(update)
+            weights[key] = w - lr * trust * update
+    return weights
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_fifty_steps_agree_with_a_reference_in_float64(name):
+    rng = np.random.default_rng(0)
+    model = tiny(depth=1)
+    weights = {k: p.numpy().astype("float64") for k, p in model.named_parameters()}
+    grads = [
+        {k: rng.normal(size=w.shape).astype("float32") for k, w in weights.items()}
+        for _ in range(50)
+    ]
+    optimizer = build_optimizer(config_for(name, WEIGHT_DECAY=0.1), model)
+    optimizer.set_lr(0.003)
+    for step_grads in grads:
+        for key, parameter in model.named_parameters():
+            parameter.grad = paddle.to_tensor(step_grads[key])
+        optimizer.step()
+        optimizer.clear_grad()
+    expected = reference(
+        name, weights, lambda t: grads[t - 1], 50, 0.003, 0.1, decayed_parameters(model)
+    )
+    for key, parameter in model.named_parameters():
+        assert np.abs(parameter.numpy() - expected[key]).max() < 2e-6, key
+
+
+# ---------------------------------------------------------------------------- layer decay
+def test_layer_decay_falls_from_the_head_to_the_patches():
+    assert layer_scale_of_rate("head.weight", 12, 0.5) == 1.0
+    assert layer_scale_of_rate("norm.alpha", 12, 0.5) == 1.0
+    assert layer_scale_of_rate("mixer_layers.11.ls1", 12, 0.5) == 0.5
+    assert layer_scale_of_rate("mixer_layers.0.ls1", 12, 0.5) == 0.5**12
+    assert layer_scale_of_rate("patch_embed.patch_embed.bias", 12, 0.5) == 0.5**13
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_layer_decay_scales_the_steps(name):
+    moves = []
+    for decay in (None, 0.25):
+        paddle.seed(1)
+        model = tiny(depth=1)
+        start = {k: p.numpy() for k, p in model.named_parameters()}
+        optimizer = build_optimizer(config_for(name, LAYER_DECAY=decay, WEIGHT_DECAY=0.0), model)
+        step(model, optimizer, paddle.ones([2, 3, 16, 16]) * 3, lr=0.01)
+        moves.append({k: np.abs(p.numpy() - start[k]).max() for k, p in model.named_parameters()})
+    assert np.isclose(moves[1]["head.bias"], moves[0]["head.bias"], rtol=1e-3)
+    ratio = moves[1]["patch_embed.patch_embed.bias"] / moves[0]["patch_embed.patch_embed.bias"]
+    assert np.isclose(ratio, 0.0625, rtol=0.02)
+
+
+# ------------------------------------------------------------------------------- clipping
+def test_clipping_scales_all_gradients_together():
+    model = tiny()
+    (model(paddle.ones([2, 3, 16, 16])).sum() * 100).backward()
+    grads = [p.grad.numpy().astype("float64") for p in model.parameters()]
+    norm = np.sqrt(sum((g**2).sum() for g in grads))
+    assert np.isclose(float(clip_gradients(model.parameters(), 0.5)), norm, rtol=1e-5)
+    for parameter, grad in zip(model.parameters(), grads):
+        assert np.allclose(parameter.grad.numpy(), grad * 0.5 / norm, rtol=1e-4, atol=1e-9)
+
+
+def test_small_gradients_are_not_clipped():
+    model = tiny()
+    model(paddle.ones([2, 3, 16, 16])).mean().backward()
+    before = model.head.weight.grad.numpy()
+    clip_gradients(model.parameters(), 1e6)
+    assert (model.head.weight.grad.numpy() == before).all()
+
+
+# ------------------------------------------------------------------------------ its state
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_training_continues_exactly_from_a_saved_state(name):
+    images = paddle.randn([4, 3, 16, 16])
+    model = tiny()
+    optimizer = build_optimizer(config_for(name), model)
+    for _ in range(3):
+        step(model, optimizer, images)
+    weights = {k: v.numpy() for k, v in model.state_dict().items()}
+    saved = optimizer_state(optimizer, model)
+    saved = {k: {s: np.asarray(v.numpy()) for s, v in slots.items()} for k, slots in saved.items()}
+    for _ in range(3):
+        step(model, optimizer, images)
+
+    tiny()  # shifts Paddle's automatic names
+    again = tiny()
+    again.set_state_dict(weights)
+    other = build_optimizer(config_for(name), again)
+    load_optimizer_state(other, again, saved)
+    for _ in range(3):
+        step(again, other, images)
+    for a, b in zip(model.parameters(), again.parameters()):
+        assert (a.numpy() == b.numpy()).all()
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    model = tiny()
+    optimizer = build_optimizer(config_for("sgd"), model)
+    step(model, optimizer, paddle.ones([2, 3, 16, 16]))
+    state = {
+        k: {s: v.numpy() for s, v in slots.items()}
+        for k, slots in optimizer_state(optimizer, model).items()
+    }
+    other = build_optimizer(config_for("adamw"), model)
+    with pytest.raises(CheckpointError, match="set TRAIN.OPTIMIZER.NAME as it was"):
+        load_optimizer_state(other, model, state)
+    with pytest.raises(CheckpointError, match="of another model"):
+        load_optimizer_state(optimizer, tiny(depth=3), state)
