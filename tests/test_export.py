@@ -1,0 +1,245 @@
+"""Exported files compute what the model computes, say how to be used, and run on their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_run import NAMES, ROOT, logits_by_hand, make_images, make_run, run_tool
+
+import tools.export as export_module
+from config import get_config
+from errors import UserError
+from images import read_image
+from tools.common import load_model, run_config
+from tools.export import export, verification_images
+from tools.infer_exported import ModelError, classify, load, open_paddle, preprocess
+from tools.predict import predict
+from transforms import build_eval_transform
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.229, 0.224, 0.225)  # tiny_run's, and the default
+UNSEEN = np.random.default_rng(7).integers(0, 256, [5, 16, 16, 3], dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def logits(weights):
+    return logits_by_hand(weights, UNSEEN, MEAN, STD)
+
+
+def softmax(logits):
+    exp = np.exp(logits.astype("float64") - logits.max(1, keepdims=True))
+    return exp / exp.sum(1, keepdims=True)
+
+
+def normalized(images):
+    x = (images / 255.0 - np.array(MEAN)) / np.array(STD)
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2).astype("float32"))
+
+
+def require(name):
+    if name == "onnx":
+        for package in ("paddle2onnx", "onnx", "onnxruntime"):
+            pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module", params=["paddle", "onnx"])
+def exported(request, weights, tmp_path_factory):
+    """The folder, the file and the metadata of a model that was exported as it is."""
+    require(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    metadata = export(weights, folder, [request.param])
+    return folder, model_file(folder), metadata
+
+
+@pytest.fixture(scope="module", params=["paddle", "onnx"])
+def exported_whole(request, weights, tmp_path_factory):
+    """The file of a model with preprocessing and softmax inside."""
+    require(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    export(weights, folder, [request.param], with_preprocessing=True)
+    return model_file(folder)
+
+
+def model_file(folder):
+    (file,) = (
+        file
+        for file in folder.iterdir()
+        if file.suffix in (".onnx", ".pdmodel") or file.name == "model.json"
+    )
+    return file
+
+
+def assert_near(found, expected):
+    """Within 1e-5 of the largest output, the bar for every export."""
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_logits_of_any_batch_are_the_eager_models(exported, logits, batch):
+    _, file, _ = exported
+    found = load(file).run(normalized(UNSEEN[:batch]))
+    assert_near(found, logits[:batch])
+    assert (found.argmax(1) == logits[:batch].argmax(1)).all()
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_whole_model_maps_bytes_to_probabilities(exported_whole, logits, batch):
+    assert_near(load(exported_whole).run(UNSEEN[:batch]), softmax(logits[:batch]))
+
+
+def test_both_kinds_give_probabilities_when_loaded(exported, exported_whole, logits):
+    for file in (exported[1], exported_whole):
+        assert_near(load(file)(UNSEEN), softmax(logits))
+
+
+def test_the_metadata_says_how_to_use_the_file(exported):
+    folder, file, returned = exported
+    metadata = load(file).metadata
+    assert metadata["preprocessing_inside"] is False
+    assert metadata["image_size"] == 16 and metadata["crop_pct"] == 0.8
+    assert metadata["mean"] == list(MEAN) and metadata["class_names"] == list(NAMES)
+    assert metadata["verified_on"] == "16 generated images"
+    assert 0 < metadata["largest_difference"] <= 1e-5
+    assert list(returned["largest_difference"].values()) == [metadata["largest_difference"]]
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def test_safetensors_can_be_trained_on_from(weights, tmp_path, logits):
+    safetensors = pytest.importorskip("safetensors")
+    export(weights, tmp_path, ["safetensors"])
+    file = tmp_path / "model.safetensors"
+    model = load_model(run_config(file, weights.with_name("config.yaml")))
+    np.testing.assert_array_equal(
+        model.head.weight.numpy(), load_model(run_config(weights)).head.weight.numpy()
+    )
+    with safetensors.safe_open(file, "np") as opened:
+        metadata = {key: json.loads(text) for key, text in opened.metadata().items()}
+    assert metadata["largest_difference"] == 0 and metadata["class_names"] == list(NAMES)
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_a_file_that_computes_something_else_is_not_left_behind(
+    weights, tmp_path, monkeypatch, wrong
+):
+    fold = export_module.fold
+
+    def fold_wrongly(model):
+        folded = fold(model)
+        folded.head.bias.set_value(folded.head.bias + wrong * folded.head.bias.abs().max())
+        return folded
+
+    monkeypatch.setattr(export_module, "fold", fold_wrongly)
+    with pytest.raises(UserError, match="off by"):
+        export(weights, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_before_anything_is_done(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install paddle2onnx onnx onnxruntime"):
+        export("nowhere.pdparams", formats=["onnx"])
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(UserError, match="'tflite'; choose from paddle, onnx, safetensors"):
+        export("nowhere.pdparams", formats=["tflite"])
+
+
+def test_verification_prefers_given_images_then_the_validation_data(weights, tmp_path):
+    given = make_images(tmp_path / "given", 2)
+    data = tmp_path / "data"
+    paths = make_images(data / "val", 20)
+    lines = [f"{os.path.relpath(path, data)} {i % 4}\n" for i, path in enumerate(paths)]
+    (data / "val_list.txt").write_text("".join(lines))
+    config = run_config(weights, opts=["DATA.DATA_PATH", str(data)])
+    batch, described = verification_images(config, given)
+    assert described == "2 given images" and batch.shape == (2, 16, 16, 3)
+    batch, described = verification_images(config)
+    assert described == "16 validation images"
+    last = build_eval_transform(config)(read_image(paths[-1]))
+    np.testing.assert_array_equal(batch[-1], last)  # spread over all of them
+
+
+@pytest.mark.parametrize("size, crop_pct", [(16, 1.0), (16, 0.8), (28, 0.9), (224, 0.875)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_images_are_prepared_as_in_training_pixel_by_pixel(size, crop_pct, interpolation):
+    config = get_config()
+    config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT = size, crop_pct
+    config.DATA.INTERPOLATION = interpolation
+    transform = build_eval_transform(config)
+    metadata = {"image_size": size, "crop_pct": crop_pct, "interpolation": interpolation}
+    rng = np.random.default_rng(0)
+    for height, width in [(16, 16), (33, 50), (51, 34), (300, 17), (257, 255), (20, 20)]:
+        image = Image.fromarray(rng.integers(0, 256, [height, width, 3], dtype=np.uint8))
+        np.testing.assert_array_equal(preprocess(image, metadata), transform(image))
+
+
+def test_classes_are_those_of_predict(exported, weights, tmp_path):
+    paths = make_images(tmp_path, 3)
+    for result, (path, entries) in zip(predict(paths, weights), classify(load(exported[1]), paths)):
+        assert path == result["image"]
+        for entry, (label, share) in zip(result["predictions"], entries):
+            assert label == entry["class"] and abs(share - entry["confidence"]) < 1e-5
+
+
+def test_bfloat16_is_near(weights, tmp_path, logits):
+    export(weights, tmp_path)
+    found = open_paddle(model_file(tmp_path), bf16=True)(normalized(UNSEEN))
+    assert np.abs(found - logits).max() < 0.05 * np.abs(logits).max()
+
+
+def test_inference_needs_none_of_the_training_code(exported_whole, tmp_path):
+    """One script and the model, copied elsewhere."""
+    (image,) = make_images(tmp_path, 1)
+    shutil.copytree(exported_whole.parent, tmp_path / "model")
+    shutil.copy(ROOT / "tools" / "infer_exported.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "infer_exported.py", f"model/{exported_whole.name}", image, "-top_k", "2"],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    header, *rows = done.stdout.splitlines()[-3:]
+    assert header.split() == ["image", "confidence", "class"]
+    assert all(row.split("  ")[-1] in NAMES for row in rows)
+
+
+def test_a_model_without_metadata_is_refused(exported, tmp_path):
+    folder, file, _ = exported
+    for part in folder.iterdir():
+        if not part.name.endswith(".metadata.json"):
+            shutil.copy(part, tmp_path)
+    if file.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(str(file))
+        del model.metadata_props[:]
+        onnx.save(model, str(tmp_path / file.name))
+    with pytest.raises(ModelError, match="metadata"):
+        load(tmp_path / file.name)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("model.onnx", None), ("model.onnx", b"x"), ("a.pt", b"")]
+)
+def test_what_is_no_model_is_refused(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=name.split(".")[0]):
+        load(tmp_path / name)
+
+
+def test_the_script_reports_the_difference(weights, tmp_path):
+    done = run_tool("export", "-pretrained", weights, "-output", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "verified on 16 generated images\npaddle: largest difference " in done.stdout

@@ -1,0 +1,236 @@
+"""Classifies images with an exported model, with Paddle Inference or onnxruntime.
+
+    python infer_exported.py exported/model.onnx photo.jpg other.png
+    python infer_exported.py exported/model.json photo.jpg -bf16
+
+This one file is all that a server needs beside the exported model: NumPy, Pillow, and Paddle or
+onnxruntime. It imports nothing of the training code. How to prepare an image, and the names of the
+classes, stand in the model's metadata, which tools/export.py writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from PIL import Image
+
+_RESAMPLING = {
+    "nearest": Image.NEAREST,
+    "bilinear": Image.BILINEAR,
+    "bicubic": Image.BICUBIC,
+    "lanczos": Image.LANCZOS,
+    "box": Image.BOX,
+    "hamming": Image.HAMMING,
+}
+
+_KEYS = (  # of the metadata
+    *("preprocessing_inside", "image_size", "crop_pct", "interpolation", "mean", "std"),
+    "class_names",
+)
+
+Run = Callable[[np.ndarray], np.ndarray]  # an array as the file takes it -> its output [B, K]
+
+
+class ModelError(Exception):
+    """A model or image that cannot be used; the message is one line."""
+
+
+# ---------------------------------------------------------------------------------- models
+class ExportedModel:
+    """A model with its metadata: ``model(images)`` takes uint8 ``[B, H, W, 3]``.
+
+    Attributes:
+        metadata: what export.py wrote about the model.
+        run: float32 or uint8 array in, as the file takes it -> its output ``[B, K]``.
+    """
+
+    def __init__(self, metadata: dict, run: Run):
+        self.metadata = metadata
+        self.run = run
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``."""
+        if self.metadata["preprocessing_inside"]:
+            return self.run(images)
+        mean = np.array(self.metadata["mean"], np.float32)
+        std = np.array(self.metadata["std"], np.float32)
+        normalized = (images.astype(np.float32) / 255 - mean) / std
+        logits = self.run(np.ascontiguousarray(normalized.transpose(0, 3, 1, 2)))
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exp / exp.sum(axis=1, keepdims=True)
+
+
+def load(
+    path: str | os.PathLike, bf16: bool = False, gpu: bool = False, threads: int | None = None
+) -> ExportedModel:
+    """Opens an exported model.
+
+    Args:
+        path: ``model.onnx``; or ``model.json`` or ``model.pdmodel`` of Paddle.
+        bf16: compute in bfloat16 (Paddle Inference on CPU): twice as fast where the processor has
+            the instructions, logits to about two digits.
+        gpu: run on the first GPU.
+        threads: CPU threads; None: one per core.
+
+    Raises:
+        ModelError: no such model, no metadata, a missing package.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".json", ".pdmodel"):
+        raise ModelError(f"{path}: expected model.onnx, model.json or model.pdmodel")
+    if not path.is_file():
+        raise ModelError(f"{path}: no such model")
+    if path.suffix == ".onnx":
+        if bf16:
+            raise ModelError("-bf16 is for Paddle models")
+        run, metadata = open_onnx(path, gpu, threads)
+    else:
+        described = path.with_name(f"{path.stem}.metadata.json")
+        try:
+            metadata = json.loads(described.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{described}: {getattr(error, 'strerror', None) or error}") from None
+        run = open_paddle(path, bf16, gpu, threads)
+    missing = [key for key in _KEYS if key not in metadata]
+    if missing:
+        raise ModelError(f"{path}: not from export.py: its metadata lacks {', '.join(missing)}")
+    return ExportedModel(metadata, run)
+
+
+def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tuple[Run, dict]:
+    """Opens a file in onnxruntime; returns what runs it, and its metadata."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ModelError(f"{path}: running it needs `pip install onnxruntime`") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or os.cpu_count()
+    options.log_severity_level = 3  # errors
+    providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        texts = session.get_modelmeta().custom_metadata_map
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+    except Exception as error:  # onnxruntime's own classes, which it does not export
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path}: onnxruntime cannot open it: {reason}") from None
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0], metadata
+
+
+def open_paddle(
+    path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
+) -> Run:
+    """Opens a file in Paddle Inference; returns what runs it."""
+    warnings.filterwarnings("ignore", message="No ccache found")  # nothing is compiled here
+    try:
+        from paddle import inference
+    except ImportError:
+        raise ModelError(f"{path}: running it needs `pip install paddlepaddle`") from None
+    config = inference.Config(str(path), str(path.with_suffix(".pdiparams")))
+    config.disable_glog_info()
+    if gpu:
+        config.enable_use_gpu(256, 0)  # MB to begin with, device
+    else:
+        config.disable_gpu()
+        config.enable_mkldnn()
+        config.set_cpu_math_library_num_threads(threads or os.cpu_count())
+        if bf16:
+            config.enable_mkldnn_bfloat16()
+    try:
+        predictor = inference.create_predictor(config)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(f"{path}: Paddle Inference cannot open it: {reason}") from None
+    source = predictor.get_input_handle(predictor.get_input_names()[0])
+    target = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    def run(images: np.ndarray) -> np.ndarray:
+        source.copy_from_cpu(images)
+        predictor.run()
+        return target.copy_to_cpu()
+
+    return run
+
+
+# ---------------------------------------------------------------------------------- images
+def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
+    """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, as the
+    evaluation in training does (and timm and torchvision), pixel by pixel.
+
+    Returns:
+        uint8 ``[image_size, image_size, 3]``.
+    """
+    size = metadata["image_size"]
+    short = int(size / metadata["crop_pct"])
+    width, height = image.size
+    if width <= height:
+        resized = short, int(short * height / width)
+    else:
+        resized = int(short * width / height), short
+    image = image.convert("RGB")
+    if resized != image.size:
+        image = image.resize(resized, _RESAMPLING[metadata["interpolation"]])
+    left, top = (int(round((side - size) / 2.0)) for side in resized)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def classify(
+    model: ExportedModel, paths: Sequence[str], top_k: int = 5, batch_size: int = 8
+) -> Iterator[tuple[str, list[tuple[int, float]]]]:
+    """Yields for every image its path and ``(label, probability)``, the most likely first.
+
+    Raises:
+        ModelError: an image that cannot be read.
+    """
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        images = []
+        for path in batch:
+            try:
+                with Image.open(path) as image:
+                    images.append(preprocess(image, model.metadata))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ModelError(f"{path}: {getattr(error, 'strerror', None) or error}")
+        for path, row in zip(batch, model(np.stack(images))):
+            order = np.argsort(-row, kind="stable")[:top_k]
+            yield path, [(int(label), float(row[label])) for label in order]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("model", help="model.onnx, model.json or model.pdmodel")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("-top_k", "--top_k", "--top-k", type=int, default=5, metavar="K")
+    parser.add_argument("-batch_size", "--batch_size", "--batch-size", type=int, default=8)
+    parser.add_argument("-threads", "--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("-bf16", "--bf16", action="store_true", help="bfloat16, Paddle on CPU")
+    parser.add_argument("-gpu", "--gpu", action="store_true", help="run on the first GPU")
+    args = parser.parse_args()
+    try:
+        if args.top_k < 1 or args.batch_size < 1:
+            raise ModelError("-top_k and -batch_size are at least 1")
+        model = load(args.model, args.bf16, args.gpu, args.threads)
+        results = list(classify(model, args.images, args.top_k, args.batch_size))
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    width = max(map(len, args.images))
+    print(f"{'image':{width}}  confidence  class")
+    for path, entries in results:
+        for label, share in entries:
+            print(f"{path:{width}}  {100 * share:8.2f} %  {model.metadata['class_names'][label]}")
+            path = ""  # named once
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
