@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
     ["errors", "runtime"],
-    ["safe_pickle", "config_rules", "samplers", "transforms", "auto_augment", "images"],
-    ["config", "weights", "dashboard"],
+    ["safe_pickle", "config_rules", "samplers", "auto_augment", "images"],
+    ["config", "weights", "dashboard", "transforms"],
     ["utils", "fused_block"],
     ["resmlp", "checkpoint", "datasets", "mixup"],
     ["folding", "run_folder", "random_erasing", "losses", "optimizer", "model_ema"],

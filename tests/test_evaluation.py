@@ -1,0 +1,58 @@
+import numpy as np
+import paddle
+import pytest
+
+from errors import UserError
+from evaluation import evaluate
+from utils import Process
+
+
+class Loader(list):
+    """Batches of logits in place of images, with labels."""
+
+    def __init__(self, logits, labels, batch):
+        cuts = range(0, len(labels), batch)
+        super().__init__(
+            (paddle.to_tensor(logits[i : i + batch]), paddle.to_tensor(labels[i : i + batch]), None)
+            for i in cuts
+        )
+
+
+def run(logits, labels, batch=4, **options):
+    loader = Loader(logits.astype("float32"), labels, batch)
+    return evaluate(lambda x: x, loader, Process(), logits.shape[1], **options)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 100])
+def test_metrics_are_numpys_for_any_batch_size(batch):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=[50, 9]), rng.integers(0, 9, 50)
+    found = run(logits, labels, batch)
+    order = np.argsort(-logits, axis=1)
+    top1 = 100 * np.mean(order[:, 0] == labels)
+    top5 = 100 * np.mean((order[:, :5] == labels[:, None]).any(1))
+    shifted = logits - logits.max(1, keepdims=True)
+    loss = np.mean(np.log(np.exp(shifted).sum(1)) - shifted[np.arange(50), labels])
+    assert (found.top1, found.top5, found.images) == (top1, top5, 50)
+    assert np.isclose(found.loss, loss, rtol=1e-6)
+
+
+def test_top5_is_capped_by_the_number_of_classes():
+    found = run(np.eye(3)[[0, 1, 2]], np.array([0, 0, 0]))
+    assert found.top5 == 100.0 and np.isclose(found.top1, 100 / 3)
+
+
+def test_equal_logits_are_not_all_called_right():
+    assert run(np.zeros([10, 10]), np.arange(10)).top1 == 10.0
+
+
+def test_the_confusion_matrix_counts_labels_against_predictions():
+    found = run(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 1, 2]), confusion=True)
+    assert found.confusion.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+
+
+def test_a_logit_that_is_not_finite_is_an_error():
+    logits = np.eye(3)
+    logits[1, 1] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        run(logits, np.arange(3))

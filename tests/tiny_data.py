@@ -1,0 +1,61 @@
+"""A tiny data set that can be learned, and a config for it, for tests that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from config import get_config, update_config
+
+CONFIG = """
+DATA: {DATASET: imagefolder, IMAGE_SIZE: 16, CROP_PCT: 1.0, BATCH_SIZE: 8, NUM_WORKERS: 0}
+MODEL: {NAME: tiny, NUM_CLASSES: 3, DROPPATH: 0.0, MIXER: {PATCH_SIZE: 8, EMBED_DIM: 16, DEPTH: 2}}
+TRAIN:
+  NUM_EPOCHS: 2
+  WARMUP_EPOCHS: 0
+  BASE_LR: 0.003
+  LINEAR_SCALED_LR: null
+  REPEATED_AUG: 1
+  RAND_AUGMENT: False
+  COLOR_JITTER: 0.0
+  CROP_SCALE: [1.0, 1.0]
+  CROP_RATIO: [1.0, 1.0]
+  HFLIP: 0.0
+  MIXUP_ALPHA: 0.0
+  CUTMIX_ALPHA: 0.0
+  RANDOM_ERASE_PROB: 0.0
+  OPTIMIZER: {NAME: adamw}
+REPORT_FREQ: 1
+"""
+
+
+def make_data(folder: Path, train: int = 24, val: int = 9) -> Path:
+    """Writes noise images of three colours as ``train/<class>`` and ``val/<class>``."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            label = number % 3
+            pixels = rng.integers(0, 128, [16, 16, 3])
+            pixels[..., label] += 100
+            path = folder / split / f"class_{label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype("uint8")).save(path)
+    return folder
+
+
+def make_config(folder: Path, data: Path, *opts):
+    """A frozen config that trains on ``data`` into ``folder/run``; opts are KEY VALUE pairs."""
+    path = folder / "tiny.yaml"
+    path.write_text(CONFIG)
+    config = get_config(str(path))
+    config.DATA.DATA_PATH, config.SAVE = str(data), str(folder / "run")
+
+    class Arguments:
+        pass
+
+    Arguments.opts = [str(item) for item in opts]
+    update_config(config, Arguments)
+    config.freeze()
+    return config
