@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import NAMES, ROOT, logits_by_hand, make_images, make_run, run_tool
 
 import tools.export as export_module
 from config import get_config
@@ -20,6 +19,8 @@ from tools.export import export, verification_images
 from tools.infer_exported import ModelError, classify, load, open_paddle, preprocess
 from tools.predict import predict
 from transforms import build_eval_transform
+
+from .tiny_run import NAMES, ROOT, logits_by_hand, make_images, make_run, run_tool
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.229, 0.224, 0.225)  # tiny_run's, and the default
 UNSEEN = np.random.default_rng(7).integers(0, 256, [5, 16, 16, 3], dtype=np.uint8)
