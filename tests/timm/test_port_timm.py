@@ -1,0 +1,130 @@
+"""All four architectures at full size, both namings, both directions, against timm itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+timm = pytest.importorskip("timm")
+
+from port_weights import export_timm_weights, load_timm_weights, verify  # noqa: E402
+from port_weights.zoo import ZOO  # noqa: E402
+
+ARCHITECTURES = ("resmlp_12_224", "resmlp_24_224", "resmlp_36_224", "resmlp_big_24_224")
+
+
+def random_model(name: str):
+    """timm's model with unseen weights, each tensor large enough to matter in the logits."""
+    torch.manual_seed(ARCHITECTURES.index(name))
+    model = timm.create_model(name).eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            noise = torch.randn_like(value)
+            if key.endswith((".ls1", ".ls2")):
+                value.copy_(0.3 + 0.03 * noise)  # small: depth shall not blow up the logits
+            elif key.endswith(".alpha"):
+                value.copy_(1.0 + 0.1 * noise)
+            else:
+                value.copy_(noise / value[0].numel() ** 0.5 if value.ndim > 1 else 0.1 * noise)
+    return model
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def reference(request):
+    return random_model(request.param)
+
+
+def facebook_names(state: dict) -> dict:
+    """timm's state dict as facebookresearch/deit names it: what timm's own filter undoes."""
+    renamed = {}
+    for name, value in state.items():
+        for ours, theirs in (
+            ("stem.", "patch_embed."),
+            ("linear_tokens", "attn"),
+            ("mlp_channels", "mlp"),
+            (".ls", ".gamma_"),
+        ):
+            name = name.replace(ours, theirs)
+        renamed[name] = value.reshape(-1) if name.endswith((".alpha", ".beta")) else value
+    return renamed
+
+
+@pytest.mark.parametrize("style", ["timm", "facebook"])
+def test_a_port_proves_itself_and_goes_back_bit_for_bit(reference, tmp_path, style, capsys):
+    state = reference.state_dict()
+    wrapped = {"model": facebook_names(state)} if style == "facebook" else state
+    torch.save(wrapped, tmp_path / "x.pth")
+    arguments = ["-checkpoint", str(tmp_path / "x.pth"), "-output", str(tmp_path / "x.pdparams")]
+    load_timm_weights.main([*arguments, "-proof", "timm"])
+    report = capsys.readouterr().out
+    print(report)
+    assert f"{style} names" in report and "top-5 agree" in report
+
+    suffix = "safetensors" if style == "timm" else "pth"
+    output = str(tmp_path / f"back.{suffix}")
+    export_timm_weights.main([str(tmp_path / "x"), "-output", output, "-format", style])
+    if style == "timm":
+        from safetensors.torch import load_file
+
+        back = load_file(output)
+    else:
+        back = torch.load(output, weights_only=True)
+    expected = facebook_names(state) if style == "facebook" else state
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], value) for name, value in expected.items())
+    fresh = timm.create_model(reference.default_cfg["architecture"])
+    filtered = timm.models.mlp_mixer.checkpoint_filter_fn(back, fresh)
+    fresh.load_state_dict(filtered, strict=True)
+
+
+def test_a_wrong_port_fails_its_proof():
+    state = {n: value.numpy() for n, value in random_model("resmlp_12_224").state_dict().items()}
+    wrong = {**state, "blocks.3.linear_tokens.weight": state["blocks.3.linear_tokens.weight"].T}
+    ported, _ = load_timm_weights.names.to_paddle(wrong, "timm")
+    architecture = load_timm_weights.infer(ported)
+    model = load_timm_weights.ResMLP(**architecture._asdict())
+    load_timm_weights.load_state(model, ported)
+    comparison = verify.compare_with_timm(model, state, architecture, images=1)
+    with pytest.raises(verify.WeightsError, match="the port is wrong"):
+        verify.check(comparison)
+
+
+def test_the_zoo_agrees_with_timms_own_table():
+    tags = set(timm.list_models("resmlp_*", pretrained=True))
+    assert {weights.timm for weights in ZOO} == tags
+    for weights in ZOO:
+        config = timm.get_pretrained_cfg(weights.timm)
+        assert config.url == weights.url
+        assert (config.crop_pct, config.interpolation) == (0.875, "bicubic")
+        assert config.input_size == (3, 224, 224)
+        assert config.mean == pytest.approx((0.485, 0.456, 0.406))
+
+
+def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_path):
+    from argparse import Namespace
+
+    from errors import WeightsError
+    from port_weights.torch_files import read_torch_weights
+
+    tensors = {"a": torch.ones(2, dtype=torch.bfloat16)}
+    content = {"model": tensors, "epoch": 3, "args": Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "x.pth")
+    state, key = read_torch_weights(str(tmp_path / "x.pth"))
+    assert key == "model" and state["a"].dtype == np.float32
+    torch.save({"model": tensors, "model_ema": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
+    assert read_torch_weights(str(tmp_path / "x.pth"))[1] == "model_ema"
+    assert read_torch_weights(str(tmp_path / "x.pth"), "model")[0]["a"].sum() == 2
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"model": tensors, "x": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match="torch refuses it: .*open") as caught:
+        read_torch_weights(str(tmp_path / "evil.pth"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:200])
+    with pytest.raises(WeightsError, match="torch refuses it"):
+        read_torch_weights(str(tmp_path / "cut.pth"))
