@@ -12,6 +12,7 @@ and no idle worker holds memory. Whatever goes wrong in one reaches the caller a
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from glob import glob
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import runtime  # noqa: F401  (before Paddle)
@@ -316,18 +318,19 @@ class Loader:
         except StopIteration:
             raise DataError("the data loader ended before its last batch") from None
         except (SystemError, RuntimeError) as error:
-            deaths = [w.exitcode for w in iterator._workers if w.exitcode is not None]
+            code = _first_exit_code(iterator._workers)
             for worker in iterator._workers:
                 worker.kill()
             if expired.is_set():
-                raise DataError(
+                problem = (
                     f"the data loader delivered no batch for {self.timeout:g} s "
                     "(DATA.WORKER_TIMEOUT): slow or hanging storage?"
-                ) from None
-            deaths = [w.exitcode for w in iterator._workers if w.exitcode]
-            if not deaths:
-                raise DataError(f"the data loader failed: {error}") from error
-            raise DataError(f"a data loader worker died ({_describe_exit(deaths[0])})") from None
+                )
+            elif code is not None:
+                problem = f"a data loader worker died ({_describe_exit(code)})"
+            else:
+                problem = f"the data loader failed: {error}"
+            raise DataError(problem) from error
         finally:
             timer.cancel()
 
@@ -366,8 +369,17 @@ def _stop(iterator) -> None:
         worker.join(max(0.0, deadline - time.monotonic()))
         worker.kill()
         worker.join()
-        if worker.exitcode:
-            _remove_batches(worker.pid)
+        _remove_batches(worker.pid)
+
+
+def _first_exit_code(workers: list) -> int | None:
+    """The exit code of a worker that is dead or dying; None where all live on."""
+    ending = wait([worker.sentinel for worker in workers], _DEATH_CHECK)
+    for worker in workers:
+        if worker.sentinel in ending:
+            worker.join()
+            return worker.exitcode
+    return None
 
 
 def _start_worker(worker_id: int) -> None:
@@ -382,6 +394,8 @@ def _start_worker(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, _leave)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != multiprocessing.parent_process().pid:  # killed before that line
+        os._exit(1)
     runtime.set_threads(1)
 
 
@@ -420,7 +434,7 @@ def _shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool
 
 
 def _describe_exit(code: int) -> str:
-    if code > 0:
+    if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
     hint = {"SIGKILL": ", out of memory?", "SIGBUS": f", {_SHM} full?"}.get(name, "")

@@ -1,0 +1,463 @@
+"""Datasets and loaders: the same batches for any number of workers, and every fault one error."""
+
+import glob
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+from config import get_config
+from datasets import Loader, build_dataset, build_loader
+from errors import DataError
+
+NUM_IMAGES, NUM_CLASSES, SIZE = 23, 5, 8
+
+
+def random_transform(image, rng):
+    """Keeps the image's colour in one pixel; the others are random."""
+    array = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    array[0, 0] = np.asarray(image)[0, 0]
+    return array
+
+
+@pytest.fixture(autouse=True)
+def plain_transforms(monkeypatch):
+    monkeypatch.setattr(datasets, "build_train_transform", lambda config: random_transform)
+    monkeypatch.setattr(datasets, "build_eval_transform", lambda config: np.array)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A data folder of uniform images; the red of image i is i, its label i % 5."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        lines = []
+        for i in range(NUM_IMAGES):
+            Image.new("RGB", (SIZE, SIZE), (i, 0, 0)).save(tmp_path / split / f"{i}.png")
+            lines.append(f"{split}/{i}.png {i % NUM_CLASSES}\n")
+        (tmp_path / f"{split}_list.txt").write_text("".join(lines))
+    config = get_config()
+    config.MODEL.NUM_CLASSES = NUM_CLASSES
+    config.DATA.DATA_PATH = str(tmp_path)
+    config.DATA.IMAGE_SIZE = SIZE
+    config.DATA.BATCH_SIZE = 4
+    config.DATA.NUM_WORKERS = 0
+    config.TRAIN.REPEATED_AUG = 1
+    return config
+
+
+Arrays = namedtuple("Arrays", "images labels indices")
+
+
+def run(loader):
+    """A pass over the data as arrays, so that no tensor outlives it."""
+    return [Arrays(b.images.numpy(), b.labels.numpy(), list(b.indices)) for b in loader]
+
+
+def passes(config, split="train", epochs=(0,), skip=0, **kwargs):
+    loader = build_loader(config, split, **kwargs)
+    result = []
+    for epoch in epochs:
+        if split == "train":
+            loader.set_epoch(epoch, skip)
+        result += run(loader)
+    return result
+
+
+def assert_equal(some, others):
+    assert len(some) == len(others) > 0
+    for a, b in zip(some, others):
+        assert a.indices == b.indices
+        np.testing.assert_array_equal(a.labels, b.labels)
+        np.testing.assert_array_equal(a.images, b.images)
+
+
+def no_worker_is_left():
+    shared = [f for child in workers_started for f in glob.glob(f"/dev/shm/paddle_{child}_*")]
+    return not multiprocessing.active_children() and not shared
+
+
+workers_started = []
+
+
+@pytest.fixture
+def watched_workers(monkeypatch):
+    """Remembers the process ids of workers, to ask afterwards what they left behind."""
+    workers_started.clear()
+    start = datasets._start
+
+    def remember(loader):
+        iterator = start(loader)
+        workers_started.extend(worker.pid for worker in iterator._workers)
+        return iterator
+
+    monkeypatch.setattr(datasets, "_start", remember)
+    yield workers_started
+    assert workers_started
+    assert no_worker_is_left()
+
+
+# -------------------------------------------------------------------------------- batches
+def test_a_batch_is_uint8_images_int64_labels_and_their_indices(config):
+    loader = build_loader(config, "train")
+    assert len(loader) == NUM_IMAGES // 4
+    for batch in loader:
+        assert list(batch.images.shape) == [4, SIZE, SIZE, 3]
+        assert str(batch.images.dtype) == "paddle.uint8"
+        assert str(batch.labels.dtype) == "paddle.int64"
+        assert batch.images.numpy()[:, 0, 0, 0].tolist() == batch.indices
+        assert batch.labels.numpy().tolist() == [i % NUM_CLASSES for i in batch.indices]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_goes_in_order_with_a_small_last_batch(config, workers):
+    config.DATA.NUM_WORKERS = workers
+    config.DATA.BATCH_SIZE_EVAL = 10
+    batches = passes(config, "val")
+    assert [batch.indices for batch in batches] == [
+        list(range(0, 10)),
+        list(range(10, 20)),
+        list(range(20, 23)),
+    ]
+    assert all(
+        (b.images == np.array(b.indices)[:, None, None, None] * [1, 0, 0]).all() for b in batches
+    )
+
+
+def test_evaluation_shares_every_image_once_among_processes(config):
+    seen = []
+    for rank in range(3):
+        seen += [i for batch in passes(config, "val", rank=rank, world=3) for i in batch.indices]
+    assert sorted(seen) == list(range(NUM_IMAGES))
+
+
+def test_a_process_without_images_to_evaluate_gets_no_batch(config):
+    config.DATA.NUM_WORKERS = 2
+    loader = build_loader(config, "val", rank=30, world=31)
+    assert (len(loader), list(loader)) == (0, [])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_changes_nothing(config, workers, watched_workers):
+    alone = passes(config, epochs=(0, 1))
+    config.DATA.NUM_WORKERS = workers
+    assert_equal(passes(config, epochs=(0, 1)), alone)
+
+
+def test_batches_through_pipes_equal_those_through_shared_memory(config, monkeypatch):
+    alone, lines = passes(config), []
+    config.DATA.NUM_WORKERS = 2
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: usage(4 * 4 * SIZE**2 * 3))
+    assert_equal(passes(config, log=lines.append), alone)
+    assert len(lines) == 1 and "--shm-size" in lines[0]
+
+
+def test_enough_shared_memory_is_used_without_a_word(config):
+    config.DATA.NUM_WORKERS = 2
+    lines = []
+    assert build_loader(config, "train", log=lines.append).shared_memory
+    assert not lines
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(config, workers, repeats):
+    config.DATA.NUM_WORKERS = workers
+    config.TRAIN.REPEATED_AUG = repeats
+    assert_equal(passes(config, epochs=(3,), skip=2), passes(config, epochs=(3,))[2:])
+
+
+def test_resuming_does_not_decode_what_was_seen(config, monkeypatch):
+    paths = []
+    read = datasets.read_image
+    monkeypatch.setattr(datasets, "read_image", lambda path: paths.append(path) or read(path))
+    passes(config, skip=3)
+    assert len(paths) == (NUM_IMAGES // 4 - 3) * 4
+
+
+def test_two_processes_see_what_one_with_twice_the_batch_sees_pixel_by_pixel(config):
+    ranks = [passes(config, epochs=(1,), rank=rank, world=2) for rank in range(2)]
+    config.DATA.BATCH_SIZE = 8
+    for k, batch in enumerate(passes(config, epochs=(1,))):
+        for rank in range(2):
+            assert ranks[rank][k].indices == batch.indices[rank::2]
+            np.testing.assert_array_equal(ranks[rank][k].images, batch.images[rank::2])
+
+
+def test_the_copies_of_repeated_augmentation_differ(config):
+    config.TRAIN.REPEATED_AUG = 3
+    config.DATA.BATCH_SIZE = 9
+    batch = passes(config)[0]
+    for i in range(0, 9, 3):
+        assert len(set(batch.indices[i : i + 3])) == 1
+        assert len({image.tobytes() for image in batch.images[i : i + 3]}) == 3
+
+
+def test_seed_and_epoch_change_the_pixels(config):
+    def pixels(seed, epoch):
+        config.SEED = seed
+        return {
+            i: image.tobytes()
+            for batch in passes(config, epochs=(epoch,))
+            for i, image in zip(batch.indices, batch.images)
+        }
+
+    base = pixels(0, 0)
+    assert base == pixels(0, 0)
+    for other in (pixels(1, 0), pixels(0, 1)):
+        assert all(other[i] != base[i] for i in base.keys() & other.keys())
+
+
+@pytest.mark.parametrize("drop,lengths", [(True, [4] * 5), (False, [4] * 5 + [3])])
+def test_the_last_small_batch_is_dropped_or_kept(config, drop, lengths):
+    config.DATA.DROP_LAST = drop
+    assert [len(batch.indices) for batch in passes(config)] == lengths
+
+
+def test_class_folders_need_no_lists(config, tmp_path):
+    for i in range(NUM_IMAGES):
+        for split in ("train", "val"):
+            folder = tmp_path / split / f"class {i % NUM_CLASSES}"
+            folder.mkdir(exist_ok=True)
+            os.rename(tmp_path / split / f"{i}.png", folder / f"{i}.png")
+    for split in ("train", "val"):
+        os.remove(tmp_path / f"{split}_list.txt")
+    config.DATA.DATASET = "imagefolder"
+    for split in ("train", "val"):
+        for batch in passes(config, split):
+            np.testing.assert_array_equal(batch.images[:, 0, 0, 0] % NUM_CLASSES, batch.labels)
+
+
+# -------------------------------------------------------------------------------- mistakes
+def test_a_missing_folder_list_or_first_image_says_what_to_do(config, tmp_path):
+    os.remove(tmp_path / "train/0.png")
+    with pytest.raises(DataError, match=r"train_list.txt:1: .*train/0.png: no such file"):
+        build_dataset(config, "train")
+    os.remove(tmp_path / "train_list.txt")
+    with pytest.raises(DataError, match="make_lists.py"):
+        build_dataset(config, "train")
+    config.DATA.DATA_PATH = str(tmp_path / "none")
+    with pytest.raises(DataError, match="none: no such data folder.*-data_path"):
+        build_dataset(config, "train")
+
+
+def test_a_training_set_smaller_than_one_step_says_so(config):
+    config.DATA.BATCH_SIZE = 12
+    with pytest.raises(DataError, match="23 images do not fill one step of 2 x 12"):
+        build_loader(config, "train", world=2)
+    config.DATA.DROP_LAST = False
+    assert len(build_loader(config, "train", world=2)) == 1
+
+
+def spoil(tmp_path, *numbers, split="train"):
+    for i in numbers:
+        (tmp_path / split / f"{i}.png").write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_stops_the_run_and_is_named_with_its_line(config, tmp_path, workers):
+    config.DATA.NUM_WORKERS = workers
+    os.remove(tmp_path / "train/7.png")
+    config.DATA.DROP_LAST = False
+    with pytest.raises(DataError) as caught:
+        passes(config)
+    assert str(caught.value).startswith(
+        f"{tmp_path}/train_list.txt:8: {tmp_path}/train/7.png: no such file ("
+    )
+    assert "make_lists.py -verify" in str(caught.value)
+    assert no_worker_is_left()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_replaced_by_the_next_counted_and_listed(config, tmp_path, workers):
+    spoil(tmp_path, 3, 4, 22)
+    config.DATA.BAD_IMAGE = "skip"
+    config.DATA.NUM_WORKERS = workers
+    config.DATA.DROP_LAST = False
+    lines = []
+    loader = build_loader(config, "train", log=lines.append)
+    seen = sorted(i for batch in run(loader) for i in batch.indices)
+    assert seen == sorted([*(set(range(NUM_IMAGES)) - {3, 4, 22}), 5, 5, 0])
+    assert lines[0] == "skipped 3 unreadable images in this epoch:"
+    for line, number in zip(lines[1:], (3, 4, 22)):
+        assert f"train_list.txt:{number + 1}: " in line and "not an image" in line
+    assert set(loader.skipped) == {3, 4, 22}
+    del lines[:]
+    run(loader)  # counted anew
+    assert lines[0] == "skipped 3 unreadable images in this epoch:"
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_more_skipped_images_than_the_limit_stop_the_run(config, tmp_path, limit):
+    spoil(tmp_path, 3, 10, 17)
+    config.DATA.BAD_IMAGE = "skip"
+    config.DATA.BAD_IMAGE_LIMIT = limit
+    config.DATA.DROP_LAST = False
+    if limit == 3:
+        assert len(passes(config, log=lambda line: None)) == 6
+    else:
+        with pytest.raises(DataError, match="more than 2 unreadable.*BAD_IMAGE_LIMIT.*train/"):
+            passes(config)
+
+
+def test_a_data_set_of_nothing_but_bad_images_ends(config, tmp_path):
+    spoil(tmp_path, *range(NUM_IMAGES))
+    config.DATA.BAD_IMAGE = "skip"
+    with pytest.raises(DataError, match="not an image"):
+        passes(config)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_never_skips(config, tmp_path, workers):
+    spoil(tmp_path, 6, split="val")
+    config.DATA.BAD_IMAGE = "skip"
+    config.DATA.NUM_WORKERS = workers
+    with pytest.raises(DataError, match="val_list.txt:7: .*not an image"):
+        passes(config, "val")
+
+
+def test_a_failing_transform_arrives_with_its_traceback_and_is_not_skipped(config, monkeypatch):
+    def fail(image, rng):
+        return 1 // 0
+
+    monkeypatch.setattr(datasets, "build_train_transform", lambda config: fail)
+    config.DATA.BAD_IMAGE = "skip"
+    config.DATA.NUM_WORKERS = 2
+    with pytest.raises(DataError, match="(?s)png: transform failed.*in fail.*ZeroDivisionError"):
+        passes(config)
+
+
+# -------------------------------------------------------------------------------- processes
+def faulty_loader(config, monkeypatch, act, timeout=60.0):
+    """A loader with two workers, one of which calls `act` at image 11."""
+
+    def transform(image, rng):
+        if image.getpixel((0, 0))[0] == 11:
+            act()
+        return random_transform(image, rng)
+
+    monkeypatch.setattr(datasets, "build_train_transform", lambda config: transform)
+    config.DATA.NUM_WORKERS = 2
+    config.DATA.WORKER_TIMEOUT = timeout
+    config.DATA.DROP_LAST = False
+    return build_loader(config, "train")
+
+
+@pytest.mark.parametrize(
+    "act,described",
+    [
+        (lambda: os._exit(3), "exit code 3"),
+        (lambda: os._exit(0), "exit code 0"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL, out of memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "SIGBUS, /dev/shm full"),
+    ],
+)
+def test_a_worker_that_dies_is_one_error_that_says_how(
+    config, monkeypatch, watched_workers, act, described
+):
+    with pytest.raises(DataError, match=f"worker died .{described}"):
+        run(faulty_loader(config, monkeypatch, act))
+
+
+def test_a_worker_that_hangs_is_an_error_after_the_time_limit(config, monkeypatch, watched_workers):
+    forever = threading.Event().wait
+    with pytest.raises(DataError, match=r"no batch for 1.5 s \(DATA.WORKER_TIMEOUT\)"):
+        run(faulty_loader(config, monkeypatch, forever, timeout=1.5))
+
+
+def test_a_loader_can_be_used_again_after_an_error(config, monkeypatch):
+    loader = faulty_loader(config, monkeypatch, lambda: os._exit(3))
+    for _ in range(2):
+        with pytest.raises(DataError):
+            run(loader)
+
+
+def test_a_pass_that_is_left_early_ends_its_workers(config, watched_workers):
+    config.DATA.NUM_WORKERS = 2
+    config.DATA.BATCH_SIZE = 1
+    batches = iter(build_loader(config, "train"))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert no_worker_is_left()
+
+
+def test_a_workers_death_raises_nowhere_but_in_the_loader(config, watched_workers):
+    """Paddle's handler would raise SystemError in the line where the main thread happens to be."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    config.DATA.NUM_WORKERS = 2
+    config.DATA.BATCH_SIZE = 1  # more batches than are prepared ahead
+    batches = iter(build_loader(config, "train"))
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()  # the main thread goes on meanwhile
+    with pytest.raises(DataError, match="worker died"):
+        for _ in batches:
+            pass
+
+
+def test_workers_stand_outside_the_main_process_group(config, monkeypatch):
+    def group(image, rng):
+        return np.array([os.getpgid(0) == os.getpid()], np.uint8)
+
+    monkeypatch.setattr(datasets, "build_train_transform", lambda config: group)
+    config.DATA.NUM_WORKERS = 2
+    assert all(batch.images.all() for batch in passes(config))
+
+
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
+    """They hold the writing end of a pipe: its end of file says that all of them are gone."""
+    reading, writing = os.pipe()
+    script = f"""
+import os, sys
+sys.path.insert(0, {os.path.dirname(os.path.abspath(datasets.__file__))!r})
+import numpy as np
+import datasets, samplers
+
+class Data:
+    def __len__(self):
+        return 64
+    def __getitem__(self, key):
+        return datasets._Sample(np.zeros((8, 8, 3), np.uint8), 0, key[2])
+
+for batch in datasets.Loader(Data(), samplers.TrainBatchSampler(64, 4), 2):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[writing],
+    )
+    os.close(writing)
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        ready, _, _ = select.select([reading], [], [], 20)
+        assert ready and os.read(reading, 1) == b""
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+        os.close(reading)
+
+
+def test_the_loader_needs_no_config(config):
+    dataset = build_dataset(config, "val")
+    loader = Loader(dataset, datasets.EvalBatchSampler(len(dataset), 23))
+    assert run(loader)[0].indices == list(range(NUM_IMAGES))
+    assert loader.num_images == NUM_IMAGES
