@@ -32,7 +32,7 @@ import numpy as np
 import paddle
 
 from errors import DataError
-from images import BadImage, ImageIndex, class_names, read_image, read_list, scan_folder
+from images import BadImage, ImageIndex, class_names, open_image, read_image, read_list, scan_folder
 from samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from transforms import build_eval_transform, build_train_transform
 
@@ -96,8 +96,7 @@ class ImageDataset:
         skipped: list[tuple[int, str]] = []
         while True:
             try:
-                image = read_image(self.files.path(index))
-                array = self.transform(image, sample_rng(self.seed, epoch, position))
+                array = self._load(index, sample_rng(self.seed, epoch, position))
                 return _Sample(array, self.files.labels[index], index, skipped)
             except BadImage as bad:
                 error = f"{self.files.where(index)}: {bad.reason}"
@@ -108,6 +107,17 @@ class ImageDataset:
                 return _no_sample(f"{error} ({_BAD_IMAGE_HINT})")
             skipped.append((index, error))
             index = (index + 1) % len(self)
+
+    def _load(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        path = self.files.path(index)
+        try:
+            with open_image(path) as image:  # unread: the transform may decode a JPEG smaller
+                return self.transform(image, rng)
+        except BadImage:
+            raise
+        except Exception:
+            read_image(path)  # raises BadImage where the file is to blame
+            raise
 
 
 def _no_sample(error: str) -> _Sample:

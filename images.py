@@ -27,7 +27,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 
-# Pillow warns above its limit and raises above twice the limit; `read_image` raises above it.
+# Pillow warns above its limit and raises above twice the limit; `open_image` raises above it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -39,11 +39,11 @@ class BadImage(DataError):
         self.path, self.reason = path, reason
 
 
-def read_image(path: str) -> Image.Image:
-    """Decodes an image file to RGB as timm reads it: ``convert("RGB")``, EXIF rotation ignored.
+def open_image(path: str) -> Image.Image:
+    """Opens an image file, to be used in ``with``; its pixels are decoded when they are asked for.
 
     Raises:
-        BadImage: missing, unreadable, empty, truncated, not an image, larger than Pillow's limit.
+        BadImage: missing, unreadable, empty, not an image, larger than Pillow's limit.
     """
     try:
         info = os.stat(path)
@@ -51,23 +51,41 @@ def read_image(path: str) -> Image.Image:
             raise BadImage(path, "not a regular file")
         if info.st_size == 0:
             raise BadImage(path, "the file is empty")
-        with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
-            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if pixels == 0:
-                raise BadImage(path, f"{image.width} x {image.height} pixels")
-            if limit is not None and pixels > limit:
-                raise BadImage(path, f"{pixels:,} pixels, more than Pillow's limit of {limit:,}")
+        image = Image.open(path, formats=_FORMATS)
+        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if 0 < pixels <= (limit or pixels):
+            return image
+        image.close()
+        if pixels:
+            raise BadImage(path, f"{pixels:,} pixels, more than Pillow's limit of {limit:,}")
+        raise BadImage(path, f"{image.width} x {image.height} pixels")
+    except Exception as error:
+        raise _bad_image(path, error) from None
+
+
+def read_image(path: str) -> Image.Image:
+    """Decodes an image file to RGB as timm reads it: ``convert("RGB")``, EXIF rotation ignored.
+
+    Raises:
+        BadImage: as `open_image`; also truncated or broken files.
+    """
+    try:
+        with open_image(path) as image:
             return image.convert("RGB")
-    except BadImage:
-        raise
-    except FileNotFoundError:
-        raise BadImage(path, "no such file") from None
-    except PermissionError:
-        raise BadImage(path, "permission denied") from None
-    except Image.UnidentifiedImageError:
-        raise BadImage(path, "not an image of a known format") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})") from None
+        raise _bad_image(path, error) from None
+
+
+def _bad_image(path: str, error: Exception) -> BadImage:
+    if isinstance(error, BadImage):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return BadImage(path, "no such file")
+    if isinstance(error, PermissionError):
+        return BadImage(path, "permission denied")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return BadImage(path, "not an image of a known format")
+    return BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})")
 
 
 class ImageIndex:

@@ -179,8 +179,8 @@ def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(config, workers, repea
 
 def test_resuming_does_not_decode_what_was_seen(config, monkeypatch):
     paths = []
-    read = datasets.read_image
-    monkeypatch.setattr(datasets, "read_image", lambda path: paths.append(path) or read(path))
+    opened = datasets.open_image
+    monkeypatch.setattr(datasets, "open_image", lambda path: paths.append(path) or opened(path))
     passes(config, skip=3)
     assert len(paths) == (NUM_IMAGES // 4 - 3) * 4
 
@@ -276,6 +276,17 @@ def test_a_bad_image_stops_the_run_and_is_named_with_its_line(config, tmp_path, 
     )
     assert "make_lists.py -verify" in str(caught.value)
     assert no_worker_is_left()
+
+
+def test_an_image_that_breaks_while_the_transform_reads_it_counts_as_bad(config, tmp_path):
+    noise = Image.effect_noise((64, 64), 50).convert("RGB")
+    noise.save(tmp_path / "train/7.png")  # whole header, half the pixels
+    os.truncate(tmp_path / "train/7.png", (tmp_path / "train/7.png").stat().st_size // 2)
+    config.DATA.DROP_LAST = False
+    with pytest.raises(DataError, match="train/7.png: cannot be decoded .OSError.*truncated"):
+        passes(config)
+    config.DATA.BAD_IMAGE = "skip"
+    assert len(passes(config, log=lambda line: None)) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import images
 from errors import DataError
 from images import BadImage, class_names, find_classes, read_image, read_list, scan_folder
 
@@ -281,7 +280,7 @@ def test_a_file_that_may_not_be_read_says_permission_denied(tmp_path, monkeypatc
     def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(images, "open", refuse, raising=False)
+    monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(BadImage, match="permission denied"):
         read_image(path)
 
