@@ -1,0 +1,431 @@
+"""RandAugment, AutoAugment and 3-Augment: what is drawn, and what it does to the pixels.
+
+Drawing and doing are separate. `Policy.draw` is a pure function of a random generator and returns
+the operations with their arguments; `apply_op` turns one of them into pixels and draws nothing.
+
+A *level* is timm's "magnitude": 10 is the strongest that the papers use. Ranges and names follow
+timm, so that its strings (``rand-m9-mstd0.5-inc1``) mean the same here. Imports no Paddle.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Callable, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from errors import ConfigError
+
+MAX_LEVEL = 10.0
+RESAMPLE = Image.Resampling  # an operation that moves pixels interpolates with one of these
+
+
+class DrawnOp(NamedTuple):
+    """One decision: the operation, its argument (None where it has none), its interpolation."""
+
+    name: str
+    argument: float | None
+    resample: int
+
+
+# ---- pixels ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _table(op: str, argument: int) -> list[int]:
+    """The 3 x 256 output values of an operation that looks at one value at a time."""
+    values = range(256)
+    if op == "posterize":  # keep the highest bits; ImageOps.posterize refuses to keep none
+        table = [value & (256 - (1 << (8 - argument))) for value in values]
+    elif op == "solarize":
+        table = [value if value < argument else 255 - value for value in values]
+    else:  # add to the dark half
+        table = [min(255, value + argument) if value < 128 else value for value in values]
+    return table * 3
+
+
+def _posterize(image, bits, _resample, _fill):
+    return image if bits >= 8 else image.point(_table("posterize", bits))
+
+
+def _solarize(image, threshold, _resample, _fill):
+    return image.point(_table("solarize", threshold))
+
+
+def _solarize_add(image, amount, _resample, _fill):
+    return image.point(_table("solarize_add", amount))
+
+
+def _enhance(enhancer):
+    return lambda image, factor, _resample, _fill: enhancer(image).enhance(factor)
+
+
+def _affine(matrix_of):
+    """The pixel function of a map; `matrix_of(argument, width, height)` takes output to input."""
+
+    def pixels(image, argument, resample, fill):
+        matrix = matrix_of(argument, *image.size)
+        return image.transform(
+            image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=fill
+        )
+
+    return pixels
+
+
+def _rotate(image, degrees, resample, fill):
+    return image.rotate(degrees, resample=resample, fillcolor=fill)
+
+
+def _blur(image, radius, _resample, _fill):
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+# ---- level -> argument -------------------------------------------------------------------------
+
+
+class _Op(NamedTuple):
+    pixels: Callable  # (image, argument, resample, fill) -> image
+    argument: Callable | None = None  # (level / 10, sign) -> argument
+    signed: bool = False  # half of the draws go the other way
+    moves: bool = False  # interpolates between pixels
+    spread: tuple[float, float] | None = None  # the argument is uniform in here, at any level
+
+
+def _signed(largest: float) -> Callable:
+    return lambda strength, sign: sign * (strength * largest)
+
+
+def _factor(strength, _sign):
+    """0.1 ... 1.9: *level 5 changes nothing* (TPU EfficientNet)."""
+    return strength * 1.8 + 0.1
+
+
+def _factor_increasing(strength, sign):
+    """1 +- up to 0.9: the higher the level, the stronger, in either direction."""
+    return max(0.1, 1.0 + sign * (strength * 0.9))
+
+
+def _bits(strength, _sign):
+    return int(strength * 4)
+
+
+def _threshold(strength, _sign):
+    return min(256, int(strength * 256))
+
+
+_COLOR = _enhance(ImageEnhance.Color)
+_CONTRAST = _enhance(ImageEnhance.Contrast)
+_BRIGHTNESS = _enhance(ImageEnhance.Brightness)
+_SHARPNESS = _enhance(ImageEnhance.Sharpness)
+_MOVES = {"signed": True, "moves": True}
+
+OPS = {
+    "AutoContrast": _Op(lambda image, *_: ImageOps.autocontrast(image)),
+    "Equalize": _Op(lambda image, *_: ImageOps.equalize(image)),
+    "Invert": _Op(lambda image, *_: ImageOps.invert(image)),
+    "Rotate": _Op(_rotate, _signed(30.0), **_MOVES),
+    "Posterize": _Op(_posterize, _bits),
+    "PosterizeIncreasing": _Op(_posterize, lambda strength, sign: 4 - _bits(strength, sign)),
+    "PosterizeOriginal": _Op(_posterize, lambda strength, sign: 4 + _bits(strength, sign)),
+    "Solarize": _Op(_solarize, _threshold),
+    "SolarizeIncreasing": _Op(_solarize, lambda strength, sign: 256 - _threshold(strength, sign)),
+    "SolarizeAdd": _Op(_solarize_add, lambda strength, _: min(128, int(strength * 110))),
+    "Color": _Op(_COLOR, _factor),
+    "ColorIncreasing": _Op(_COLOR, _factor_increasing, signed=True),
+    "Contrast": _Op(_CONTRAST, _factor),
+    "ContrastIncreasing": _Op(_CONTRAST, _factor_increasing, signed=True),
+    "Brightness": _Op(_BRIGHTNESS, _factor),
+    "BrightnessIncreasing": _Op(_BRIGHTNESS, _factor_increasing, signed=True),
+    "Sharpness": _Op(_SHARPNESS, _factor),
+    "SharpnessIncreasing": _Op(_SHARPNESS, _factor_increasing, signed=True),
+    "ShearX": _Op(_affine(lambda shear, w, h: (1, shear, 0, 0, 1, 0)), _signed(0.3), **_MOVES),
+    "ShearY": _Op(_affine(lambda shear, w, h: (1, 0, 0, shear, 1, 0)), _signed(0.3), **_MOVES),
+    # Translations are a part of the width or height, not a number of pixels.
+    "TranslateXRel": _Op(_affine(lambda x, w, h: (1, 0, x * w, 0, 1, 0)), _signed(0.45), **_MOVES),
+    "TranslateYRel": _Op(_affine(lambda y, w, h: (1, 0, 0, 0, 1, y * h)), _signed(0.45), **_MOVES),
+    "Grayscale": _Op(lambda image, *_: image.convert("L").convert("RGB")),
+    "GaussianBlur": _Op(_blur, spread=(0.1, 2.0)),
+}
+
+# RandAugment's set (arXiv:1909.13719, table 6, without Identity and Cutout), where 10 is not always
+# the strongest level, and timm's "increasing" variant of it, where it is.
+RAND_OPS = [
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness"),
+    *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+]
+_HAS_INCREASING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+RAND_INCREASING_OPS = [
+    name + "Increasing" if name in _HAS_INCREASING else name for name in RAND_OPS
+]
+
+
+def op_argument(name: str, level: float, sign: int = 1) -> float | None:
+    """The argument of an operation at a level.
+
+    Args:
+        name: A key of `OPS`.
+        level: Severity, 0 to 10 (timm's magnitude).
+        sign: +1 or -1, the direction of an operation that has two.
+
+    Returns:
+        Degrees, bits, a threshold, a factor, ... or None for an operation without argument.
+    """
+    argument = OPS[name].argument
+    return None if argument is None else argument(level / MAX_LEVEL, sign)
+
+
+def apply_op(
+    name: str,
+    image: Image.Image,
+    argument: float | None = None,
+    resample: int = RESAMPLE.BICUBIC,
+    fill: tuple[int, int, int] = (128, 128, 128),
+) -> Image.Image:
+    """One operation on an RGB image, pixel by pixel as timm's.
+
+    Args:
+        name: A key of `OPS`.
+        image: RGB, any size.
+        argument: As `op_argument` returns it.
+        resample: Interpolation of an operation that moves pixels.
+        fill: Colour of what comes into view from outside.
+    """
+    return OPS[name].pixels(image, argument, resample, fill)
+
+
+# ---- decisions ---------------------------------------------------------------------------------
+
+
+class Policy:
+    """Draws a list of operations for each image and applies them.
+
+    Args:
+        name: What was configured, for `repr`.
+        choices: What one of is drawn from: each a list of `(operation, probability, level)`.
+        layers: How many of the choices an image gets, drawn with replacement.
+        level_std: Standard deviation of the level; infinite: uniform from 0 to the level.
+        level_max: The drawn level is clamped to 0 ... `level_max`.
+        resamples: The interpolations that an operation draws from.
+        fill: Colour of what comes into view from outside, the dataset's mean.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        choices: Sequence[Sequence[tuple[str, float, float]]],
+        layers: int = 1,
+        level_std: float = 0.0,
+        level_max: float = MAX_LEVEL,
+        resamples: Sequence[int] = (RESAMPLE.BICUBIC,),
+        fill: tuple[int, int, int] = (128, 128, 128),
+    ):
+        self.name = name
+        self.choices = choices
+        self.layers = layers
+        self.level_std = level_std
+        self.level_max = level_max
+        self.resamples = resamples
+        self.fill = fill
+
+    def __repr__(self) -> str:
+        return (
+            f"Policy({self.name}: {self.layers} of {len(self.choices)}, "
+            f"level_std={self.level_std:g}, level_max={self.level_max:g}, fill={self.fill})"
+        )
+
+    def draw(self, rng: np.random.Generator) -> list[DrawnOp]:
+        """The operations of one image, in order: a pure function of the generator's state."""
+        drawn = []
+        for choice in rng.integers(len(self.choices), size=self.layers):
+            for name, probability, level in self.choices[choice]:
+                if rng.random() < probability:
+                    drawn.append(self._draw_op(name, level, rng))
+        return drawn
+
+    def _draw_op(self, name: str, level: float, rng: np.random.Generator) -> DrawnOp:
+        op = OPS[name]
+        resample = self.resamples[0]
+        if op.moves and len(self.resamples) > 1:
+            resample = self.resamples[rng.integers(len(self.resamples))]
+        if op.spread:
+            return DrawnOp(name, rng.uniform(*op.spread), resample)
+        if self.level_std == math.inf:
+            level = rng.uniform(0.0, level)
+        elif self.level_std > 0:
+            level = rng.normal(level, self.level_std)
+        level = min(max(level, 0.0), self.level_max)
+        sign = -1 if op.signed and rng.random() < 0.5 else 1
+        return DrawnOp(name, op_argument(name, level, sign), resample)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        for name, argument, resample in self.draw(rng):
+            image = apply_op(name, image, argument, resample, self.fill)
+        return image
+
+
+def rand_augment(
+    layers: int = 2,
+    level: float = MAX_LEVEL,
+    level_std: float = 0.0,
+    level_max: float = MAX_LEVEL,
+    increasing: bool = False,
+    probability: float = 0.5,
+    **kwargs,
+) -> Policy:
+    """RandAugment (arXiv:1909.13719) with timm's magnitude noise and probability per operation.
+
+    Args:
+        layers: Operations an image, drawn with replacement.
+        level: Severity, of 10.
+        level_std, level_max: See `Policy`.
+        increasing: Every operation gets stronger with the level.
+        probability: With which each drawn operation is then applied.
+        kwargs: `resamples` and `fill` of `Policy`.
+    """
+    names = RAND_INCREASING_OPS if increasing else RAND_OPS
+    choices = [[(name, probability, level)] for name in names]
+    name = f"RandAugment(level={level:g}, probability={probability:g}, increasing={increasing})"
+    return Policy(name, choices, layers, level_std, level_max, **kwargs)
+
+
+def _sub_policies(text: str) -> list[list[tuple[str, float, float]]]:
+    """Reads lines of `Operation probability level, Operation probability level`."""
+    lines = [line.split(",") for line in text.strip().splitlines()]
+    ops = [[part.split() for part in line] for line in lines]
+    return [[(name, float(p), float(level)) for name, p, level in line] for line in ops]
+
+
+# arXiv:1805.09501, appendix, the ImageNet policy (its repeated lines count).
+_ORIGINAL = """
+PosterizeOriginal 0.4 8, Rotate 0.6 9
+Solarize 0.6 5, AutoContrast 0.6 5
+Equalize 0.8 8, Equalize 0.6 3
+PosterizeOriginal 0.6 7, PosterizeOriginal 0.6 6
+Equalize 0.4 7, Solarize 0.2 4
+Equalize 0.4 4, Rotate 0.8 8
+Solarize 0.6 3, Equalize 0.6 7
+PosterizeOriginal 0.8 5, Equalize 1.0 2
+Rotate 0.2 3, Solarize 0.6 8
+Equalize 0.6 8, PosterizeOriginal 0.4 6
+Rotate 0.8 8, Color 0.4 0
+Rotate 0.4 9, Equalize 0.6 2
+Equalize 0.0 7, Equalize 0.8 8
+Invert 0.6 4, Equalize 1.0 8
+Color 0.6 4, Contrast 1.0 8
+Rotate 0.8 8, Color 1.0 2
+Color 0.8 8, Solarize 0.8 7
+Sharpness 0.4 7, Invert 0.6 8
+ShearX 0.6 5, Equalize 1.0 9
+Color 0.4 0, Equalize 0.6 3
+Equalize 0.4 7, Solarize 0.2 4
+Solarize 0.6 5, AutoContrast 0.6 5
+Invert 0.6 4, Equalize 1.0 8
+Color 0.6 4, Contrast 1.0 8
+Equalize 0.8 8, Equalize 0.6 3
+"""
+
+# The policy of the TPU EfficientNet code.
+_V0 = """
+Equalize 0.8 1, ShearY 0.8 4
+Color 0.4 9, Equalize 0.6 3
+Color 0.4 1, Rotate 0.6 8
+Solarize 0.8 3, Equalize 0.4 7
+Solarize 0.4 2, Solarize 0.6 2
+Color 0.2 0, Equalize 0.8 8
+Equalize 0.4 8, SolarizeAdd 0.8 3
+ShearX 0.2 9, Rotate 0.6 8
+Color 0.6 1, Equalize 1.0 2
+Invert 0.4 9, Rotate 0.6 0
+Equalize 1.0 9, ShearY 0.6 3
+Color 0.4 7, Equalize 0.6 0
+Posterize 0.4 6, AutoContrast 0.4 7
+Solarize 0.6 8, Color 0.6 9
+Solarize 0.2 4, Rotate 0.8 9
+Rotate 1.0 7, TranslateYRel 0.8 9
+ShearX 0.0 0, Solarize 0.8 4
+ShearY 0.8 0, Color 0.6 4
+Color 1.0 0, Rotate 0.6 2
+Equalize 0.8 4, Equalize 0.0 8
+Equalize 1.0 4, AutoContrast 0.6 2
+ShearY 0.4 7, SolarizeAdd 0.6 7
+Posterize 0.8 2, Solarize 0.6 10
+Solarize 0.6 8, Equalize 0.6 1
+Color 0.8 6, Rotate 0.4 5
+"""
+
+# DeiT III (arXiv:2204.07118, section 3.2): one of three, always applied, at full strength.
+_THREE = """
+Solarize 1.0 5
+Grayscale 1.0 10
+GaussianBlur 1.0 10
+"""
+
+# The variants with `r` posterize as Google's later code does: more with the level.
+POLICIES = {
+    "original": _sub_policies(_ORIGINAL),
+    "originalr": _sub_policies(_ORIGINAL.replace("PosterizeOriginal", "PosterizeIncreasing")),
+    "v0": _sub_policies(_V0),
+    "v0r": _sub_policies(_V0.replace("Posterize", "PosterizeIncreasing")),
+    "3a": _sub_policies(_THREE),
+}
+
+
+def _level_std(text: str) -> float:
+    value = float(text)
+    return math.inf if value > 100 else value  # as timm: more than 100 means uniform
+
+
+# Section of a `rand-...` string -> the argument of `rand_augment`, and how to read it.
+_RAND_SECTIONS = {
+    "m": ("level", int),
+    "n": ("layers", int),
+    "p": ("probability", float),
+    "mstd": ("level_std", _level_std),
+    "mmax": ("level_max", int),
+    "inc": ("increasing", lambda text: bool(int(text))),
+}
+
+
+def _read_sections(sections: Sequence[str], known: dict, where: str) -> dict:
+    """`["m9", "mstd0.5"]` -> `{"level": 9, "level_std": 0.5}`."""
+    options = {}
+    for section in sections:
+        match = re.fullmatch(r"([a-z]+)(\d.*)", section)
+        try:
+            argument, read = known[match[1]]
+            options[argument] = read(match[2])
+        except (TypeError, KeyError, ValueError):  # no number, an unknown name, a bad number
+            names = ", ".join(f"{name}<number>" for name in known) or "none"
+            raise ConfigError(f"{where}: bad section {section!r}; known are: {names}") from None
+    return options
+
+
+def build_policy(text: str, key: str, **kwargs) -> Policy:
+    """The policy that a string of timm's names.
+
+    Args:
+        text: `rand` (with sections `m` level, `n` layers, `p` probability, `mstd`, `mmax`, `inc`;
+            timm's defaults) or one of `POLICIES` (with `mstd`), sections joined by `-`.
+        key: The config key it comes from, for the error.
+        kwargs: `resamples` and `fill` of `Policy`.
+
+    Raises:
+        ConfigError: An unknown policy or section.
+    """
+    policy, *sections = text.split("-")
+    where = f"{key} is {text!r}"
+    if policy == "rand":
+        options = _read_sections(sections, _RAND_SECTIONS, where)
+        if not 0 <= options.get("probability", 0) <= 1:
+            raise ConfigError(f"{where}: p is a probability, from 0 to 1")
+        return rand_augment(**options, **kwargs)
+    if policy not in POLICIES:
+        raise ConfigError(f"{where}; choose rand-... or one of {', '.join(POLICIES)}")
+    # 3-Augment is always at full strength.
+    known = {} if policy == "3a" else {"mstd": _RAND_SECTIONS["mstd"]}
+    return Policy(text, POLICIES[policy], **_read_sections(sections, known, where), **kwargs)

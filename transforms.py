@@ -1,0 +1,320 @@
+"""Image pipelines: a PIL image in, a uint8 array ``[H, W, 3]`` out.
+
+Normalising, random erasing and mixing happen later, in batches, on the device. Everything random
+comes from the `numpy.random.Generator` that the caller passes, and what is drawn (`draw_crop`,
+`draw_jitter`, `Policy.draw`) is separate from what is done to the pixels. Imports no Paddle, so
+that loader workers start quickly and stay small.
+
+Images may be passed unread (as `PIL.Image.open` returns them) and in any mode. Passing JPEG files
+unread lets the training pipeline decode a large photograph at a half, a quarter or an eighth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from auto_augment import Policy, build_policy, rand_augment
+from errors import ConfigError
+
+_RESAMPLE = {
+    name: Image.Resampling[name.upper()]
+    for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+}
+# Affine operations can interpolate with the first three only; `random` draws one per operation.
+_TRAIN_RESAMPLES = {name: (_RESAMPLE[name],) for name in ("nearest", "bilinear", "bicubic")}
+_TRAIN_RESAMPLES["random"] = (_RESAMPLE["bilinear"], _RESAMPLE["bicubic"])
+
+
+class Box(NamedTuple):
+    """A rectangle of whole pixels, in PIL's order."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, read, as `image.convert("RGB")` but without copying one that is RGB."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+def resized_size(width: int, height: int, short: int) -> tuple[int, int]:
+    """Width and height after resizing the short side to `short`; the long one is rounded down."""
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
+
+
+def center_box(width: int, height: int, size: int) -> Box:
+    """The central square of `size`, which sticks out (evenly) where the image is smaller.
+
+    Odd margins are split as torchvision does: rounded to even inside, the smaller half to the left
+    and top outside.
+    """
+
+    def start(length: int) -> int:
+        margin = length - size
+        return round(margin / 2) if margin >= 0 else -(-margin // 2)
+
+    left, top = start(width), start(height)
+    return Box(left, top, left + size, top + size)
+
+
+class EvalTransform:
+    """Resize the short side, crop the centre: the pixels of torchvision's on PIL.
+
+    Args:
+        size: Side of the result, pixels.
+        crop_pct: Part of the resized short side that the crop keeps: the image is first resized to
+            `floor(size / crop_pct)`, as timm does.
+        resample: Interpolation, one of PIL's.
+    """
+
+    def __init__(self, size: int, crop_pct: float, resample: int):
+        self.size = size
+        self.crop_pct = crop_pct
+        self.short = math.floor(size / crop_pct)
+        self.resample = resample
+
+    def __repr__(self) -> str:
+        name = Image.Resampling(self.resample).name.lower()
+        return f"EvalTransform(resize {self.short} {name}, center crop {self.size})"
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        image = to_rgb(image)
+        image = image.resize(resized_size(*image.size, self.short), self.resample)
+        # Outside of the image, crop() pads with black, as torchvision.
+        return np.array(image.crop(center_box(*image.size, self.size)))
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def draw_crop(
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> Box:
+    """The box of a random resized crop (Inception; torchvision's and timm's formula).
+
+    Args:
+        width, height: Of the image, pixels.
+        scale: Smallest and largest part of the area.
+        ratio: Smallest and largest width / height, drawn log-uniformly.
+        rng: The source of every draw.
+
+    Returns:
+        A box inside the image. After ten draws that do not fit: the largest central one.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(rng.integers(width - w + 1))
+            top = int(rng.integers(height - h + 1))
+            return Box(left, top, left + w, top + h)
+
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return Box(left, top, left + w, top + h)
+
+
+def read_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """The crop in RGB, from a JPEG decoded at 1/2, 1/4 or 1/8 where that loses nothing.
+
+    Args:
+        image: Any mode; an image that is read already, or no JPEG, is used at its full size.
+        box: In pixels of the full image.
+        size: The side that the crop will be resized to. The reduced crop is at least so large.
+    """
+    width, height = image.size
+    smallest = min(box.right - box.left, box.bottom - box.top)
+    for divisor in (8, 4, 2):
+        if smallest >= divisor * size:
+            image.draft(image.mode, (width // divisor, height // divisor))
+            break
+    if image.size != (width, height):
+        x, y = image.size[0] / width, image.size[1] / height
+        box = Box(*(round(edge * scale) for edge, scale in zip(box, (x, y, x, y))))
+    return to_rgb(image).crop(box)
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation, in random order, each by a factor of 1 +- strength.
+
+    Args:
+        strength: Half the width of the range of the factors (torchvision's `ColorJitter(s, s, s)`).
+    """
+
+    OPS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def __repr__(self) -> str:
+        return f"ColorJitter({self.strength:g})"
+
+    def draw(self, rng: np.random.Generator) -> list[tuple[int, float]]:
+        """Index into `OPS` and factor, in the order of application."""
+        order = rng.permutation(len(self.OPS))
+        factors = rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, len(self.OPS))
+        return [(int(op), float(factor)) for op, factor in zip(order, factors)]
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        for op, factor in self.draw(rng):
+            image = self.OPS[op](image).enhance(factor)
+        return image
+
+
+class TrainTransform:
+    """Random resized crop, flips, then the augmentations, in timm's order.
+
+    Args:
+        size: Side of the result, pixels.
+        scale, ratio: See `draw_crop`.
+        hflip, vflip: Probability of each flip.
+        resamples: The interpolations that the crop draws from.
+        augmentations: Called one after the other with an RGB image and the generator.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        hflip: float,
+        vflip: float,
+        resamples: Sequence[int],
+        augmentations: Sequence[Policy | ColorJitter],
+    ):
+        self.size = size
+        self.scale = scale
+        self.ratio = ratio
+        self.hflip = hflip
+        self.vflip = vflip
+        self.resamples = resamples
+        self.augmentations = augmentations
+
+    def __repr__(self) -> str:
+        names = "|".join(Image.Resampling(resample).name.lower() for resample in self.resamples)
+        return (
+            f"TrainTransform(crop {self.size} {names} scale={self.scale} ratio={self.ratio}, "
+            f"hflip={self.hflip:g}, vflip={self.vflip:g}, {list(self.augmentations)})"
+        )
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        box = draw_crop(*image.size, self.scale, self.ratio, rng)
+        resample = self.resamples[rng.integers(len(self.resamples))]
+        image = read_crop(image, box, self.size).resize((self.size, self.size), resample)
+        if rng.random() < self.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if rng.random() < self.vflip:
+            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        for augment in self.augmentations:
+            image = augment(image, rng)
+        return np.array(image)
+
+
+# ---- from the config ---------------------------------------------------------------------------
+
+
+def _choose(key: str, value: object, choices: dict):
+    if value not in choices:
+        raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
+    return choices[value]
+
+
+def build_eval_transform(config) -> EvalTransform:
+    """The evaluation pipeline: `PIL.Image -> uint8 [H, W, 3]`.
+
+    Args:
+        config: Uses DATA.IMAGE_SIZE, DATA.CROP_PCT, DATA.INTERPOLATION.
+
+    Raises:
+        ConfigError: An unknown interpolation.
+    """
+    resample = _choose("DATA.INTERPOLATION", config.DATA.INTERPOLATION, _RESAMPLE)
+    return EvalTransform(config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT, resample)
+
+
+def build_augmentations(config) -> list[Policy | ColorJitter]:
+    """The augmentations behind crop and flips, as the config switches them.
+
+    The first of these that is on: THREE_AUGMENT (with colour jitter, as DeiT III), RAND_AUGMENT,
+    AUTO_AUGMENT, and colour jitter alone.
+
+    Args:
+        config: Uses DATA.TRAIN_INTERPOLATION, DATA.IMAGENET_MEAN and TRAIN's augmentation keys.
+
+    Raises:
+        ConfigError: An unknown policy, a bad section of its string, an unknown interpolation.
+    """
+    train = config.TRAIN
+    common = {
+        "resamples": _choose(
+            "DATA.TRAIN_INTERPOLATION", config.DATA.TRAIN_INTERPOLATION, _TRAIN_RESAMPLES
+        ),
+        "fill": tuple(min(255, round(255 * mean)) for mean in config.DATA.IMAGENET_MEAN),
+    }
+    jitter = [ColorJitter(train.COLOR_JITTER)] if train.COLOR_JITTER else []
+
+    if train.THREE_AUGMENT:
+        return [build_policy("3a", "TRAIN.THREE_AUGMENT", **common), *jitter]
+    if isinstance(train.RAND_AUGMENT, str):
+        return [build_policy(train.RAND_AUGMENT, "TRAIN.RAND_AUGMENT", **common)]
+    if train.RAND_AUGMENT:
+        policy = rand_augment(
+            layers=train.RAND_AUGMENT_LAYERS,
+            level=train.RAND_AUGMENT_MAGNITUDE,
+            level_std=train.RAND_AUGMENT_MAGNITUDE_STD,
+            increasing=train.RAND_AUGMENT_INCREASING,
+            probability=train.RAND_AUGMENT_PROB,
+            **common,
+        )
+        return [policy]
+    if train.AUTO_AUGMENT:
+        text = "original" if train.AUTO_AUGMENT is True else train.AUTO_AUGMENT
+        policy = build_policy(text, "TRAIN.AUTO_AUGMENT", **common)
+        return [policy, *jitter] if text.startswith("3a") else [policy]
+    return jitter
+
+
+def build_train_transform(config) -> TrainTransform:
+    """The training pipeline: `(PIL.Image, np.random.Generator) -> uint8 [H, W, 3]`.
+
+    Args:
+        config: Uses DATA.IMAGE_SIZE, DATA.TRAIN_INTERPOLATION, TRAIN.CROP_SCALE, CROP_RATIO, HFLIP,
+            VFLIP and what `build_augmentations` uses.
+
+    Raises:
+        ConfigError: As `build_augmentations`.
+    """
+    data, train = config.DATA, config.TRAIN
+    return TrainTransform(
+        size=data.IMAGE_SIZE,
+        scale=tuple(train.CROP_SCALE),
+        ratio=tuple(train.CROP_RATIO),
+        hflip=train.HFLIP,
+        vflip=train.VFLIP,
+        resamples=_choose("DATA.TRAIN_INTERPOLATION", data.TRAIN_INTERPOLATION, _TRAIN_RESAMPLES),
+        augmentations=build_augmentations(config),
+    )
