@@ -1,13 +1,14 @@
-"""The two branches of a ResMLP block with hand-written gradients, for eager mode on a CPU.
+"""ResMLP's operators for eager mode on a CPU: a block's two branches with hand-written gradients.
 
-The same function as `resmlp.ResBlock` spelled out in layers, to rounding, in about half the time
-of a training step. What the layers lose on a CPU, and what is done here instead:
+The same functions as the layers of `resmlp`, to rounding, in about half the time of a training
+step. What the layers lose on a CPU, and what is done here instead:
 
 - Affine and LayerScale sweep over ``[B, N, C]`` activations, forward and backward. Both are
   linear, so they are folded into the weights, and their gradients come out of the gradients of
   the folded weights.
 - A bias gradient is a column sum, which Paddle's CPU reduction does ten to a hundred times slower
   than the same sum written as a product with a row of ones.
+- The patch convolution is a matrix product, once the image is cut.
 - Residual and bias additions ride along in the matrix product (``addmm``).
 
 On a GPU the layers are used instead: there AMP casts each product, a fold of a LayerScale of 1e-6
@@ -21,24 +22,33 @@ from __future__ import annotations
 
 import paddle
 import paddle.nn.functional as F
+from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.autograd.py_layer import once_differentiable
 
 
-def usable(block, x) -> bool:
-    """Whether the fused branches compute what the layers of a `resmlp.ResBlock` would.
+def usable(layer, x) -> bool:
+    """Whether the functions below compute what the parts of ``layer`` would.
 
-    Not while a graph is traced or exported, not on a GPU, not with dropout inside the MLP, and not
-    when someone listens to a part of the block with a hook (which would never be called).
+    Not while a graph is traced or exported, not on a GPU, not with a dropout that is on, and not
+    when someone listens to a part with a hook (which would never be called).
     """
     return (
         paddle.in_dynamic_mode()
         and x.place.is_cpu_place()
-        and not (block.training and block.mlp_channels.dropout.p)
         and not any(
-            part._forward_pre_hooks or part._forward_post_hooks for part in block.sublayers()
+            part._forward_pre_hooks
+            or part._forward_post_hooks
+            or (isinstance(part, nn.Dropout) and part.training and part.p)
+            for part in layer.sublayers()
         )
     )
+
+
+def embed_patches(images, conv):
+    """A convolution whose stride is its kernel, as a matrix product: ``[B, N, C]`` tokens."""
+    patches = F.unfold(images, conv.weight.shape[2:], conv.weight.shape[2:])  # [B, 3 * p * p, N]
+    return paddle.matmul(patches, conv.weight.flatten(1).t(), transpose_x=True) + conv.bias
 
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
@@ -102,25 +112,26 @@ class _MixTokens(PyLayer):
 
 
 def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, gelu):
-    """With alpha and beta in the first linear layer (w1, bias1), and scale in the second."""
+    """With alpha and beta in the first linear layer, and scale in the second."""
+    folded1, folded2 = alpha.reshape([-1, 1]) * w1, w2 * scale  # [C, H], [H, C]
     rows = x.reshape([-1, x.shape[-1]])  # [M, C]
-    folded1 = alpha.reshape([-1, 1]) * w1  # [C, H]
     before = paddle.addmm(bias1 + paddle.matmul(beta.flatten(), w1), rows, folded1)  # [M, H]
     hidden = gelu(before)
     if mask is None:
-        y = paddle.addmm(rows + bias2 * scale, hidden, w2 * scale)  # [M, C]
-        return y.reshape(x.shape), before, hidden
-    y = paddle.addmm(bias2 * scale, hidden, w2 * scale).reshape(x.shape)
-    return y.multiply_(mask).add_(x), before, hidden
+        y = paddle.addmm(rows + bias2 * scale, hidden, folded2).reshape(x.shape)
+    else:
+        y = paddle.addmm(bias2 * scale, hidden, folded2).reshape(x.shape)
+        y.multiply_(mask).add_(x)
+    return y, before, hidden, folded1, folded2
 
 
 class _MixChannels(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, mask):
-        y, before, hidden = _channels_forward(
+        y, before, hidden, folded1, folded2 = _channels_forward(
             x, alpha, beta, w1, bias1, w2, bias2, scale, mask, _recorded_gelu
         )
-        ctx.save_for_backward(x, alpha, beta, w1, w2, bias2, scale, mask)
+        ctx.save_for_backward(x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2)
         ctx.gelu = before, hidden
         _remember_needed(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale)
         return y
@@ -128,20 +139,19 @@ class _MixChannels(PyLayer):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, alpha, beta, w1, w2, bias2, scale, mask = ctx.saved_tensor()
+        x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2 = ctx.saved_tensor()
         before, hidden = ctx.gelu
         del ctx.gelu
         channels = x.shape[-1]
         branch = (grad if mask is None else grad * mask).reshape([-1, channels])  # [M, C]
-        d_folded2 = paddle.matmul(hidden.detach(), branch, transpose_x=True)  # of w2 * scale
+        d_folded2 = paddle.matmul(hidden.detach(), branch, transpose_x=True)  # [H, C]
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_hidden = paddle.matmul(branch, w2 * scale, transpose_y=True)  # [M, H]
+        d_hidden = paddle.matmul(branch, folded2, transpose_y=True)  # [M, H]
         (d_before,) = paddle.grad(hidden, before, d_hidden)
         del before, hidden, d_hidden  # the largest activations: free them before the next product
         d_folded1 = paddle.matmul(x.reshape([-1, channels]), d_before, transpose_x=True)  # [C, H]
         d_bias1 = _column_sum(d_before)
-        folded1_t = (alpha.reshape([-1, 1]) * w1).t()
-        d_x = paddle.addmm(grad.reshape([-1, channels]), d_before, folded1_t)
+        d_x = paddle.addmm(grad.reshape([-1, channels]), d_before, folded1.t())
         return _only_needed(
             ctx,
             d_x.reshape(x.shape),

@@ -7,8 +7,8 @@ import paddle
 import pytest
 from paddle.distributed.fleet.utils import recompute
 
-import fused_block
-from resmlp import ResBlock, ResMLP
+import cpu_ops
+from resmlp import PatchEmbedding, ResBlock, ResMLP
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def layers_only(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(fused_block, "usable", lambda block, x: False)
+            patch.setattr(cpu_ops, "usable", lambda block, x: False)
             return function(*args)
 
     return call
@@ -36,10 +36,8 @@ def layers_only(monkeypatch):
 def fused_calls(monkeypatch):
     """Counts what goes through the fused branches."""
     calls = []
-    original = fused_block.mix_channels
-    monkeypatch.setattr(
-        fused_block, "mix_channels", lambda *args: calls.append(1) or original(*args)
-    )
+    original = cpu_ops.mix_channels
+    monkeypatch.setattr(cpu_ops, "mix_channels", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -75,6 +73,12 @@ def assert_equal(found: dict, expected: dict, tolerance: float = 1e-12):
             np.testing.assert_allclose(
                 found[name], value, rtol=0, atol=tolerance * scale, err_msg=name
             )
+
+
+def test_patch_embedding_equals_the_convolution(layers_only):
+    embedding, images = PatchEmbedding(12, 4, 3, 6), paddle.randn([2, 3, 12, 12])
+    expected = layers_only(outputs_and_gradients, embedding, images)
+    assert_equal(outputs_and_gradients(embedding, images), expected)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
