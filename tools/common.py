@@ -1,14 +1,13 @@
-"""What the tools share: flags, a progress bar, finding a run's config, HTML pages. (No Paddle.)"""
+"""What the tools share: flags, a run's config and model, pictures, HTML pages."""
 
 from __future__ import annotations
 
 import argparse
 import base64
 import html
+import io
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from config import get_config, update_config
@@ -40,22 +39,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"command line: {message} (see -h)")
-
-
-def progress(items: Iterable, total: int, label: str) -> Iterator:
-    """Yields ``items``, with a progress bar on stderr where that is a terminal."""
-    visible = sys.stderr.isatty() and total > 1
-    start, done = time.monotonic(), 0
-    for done, item in enumerate(items, 1):
-        yield item
-        if visible:
-            left = (time.monotonic() - start) / done * max(total - done, 0)
-            bar = "#" * (24 * done // max(total, done))
-            print(
-                f"\r{label} [{bar:24}] {done}/{total}, {left:.0f} s left ", end="", file=sys.stderr
-            )
-    if visible:
-        print(f"\r{label}: {done} in {time.monotonic() - start:.1f} s{'':40}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- trained models
@@ -112,7 +95,26 @@ def load_model(config):
     return model
 
 
-# --------------------------------------------------------------------------------- HTML pages
+# ------------------------------------------------------------------------ pictures and pages
+def new_figure(width: float, height: float, **options):
+    """A Matplotlib figure (inches) outside of pyplot: no window, no state that others share.
+
+    Raises:
+        UserError: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need `pip install matplotlib`") from None
+    return Figure(figsize=(width, height), **options)
+
+
+def render(figure, format: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=format, dpi=110)
+    return buffer.getvalue()
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -8,7 +8,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from errors import UserError, run_as_script
-from tools.common import Parser, html_page, html_table, write_file
+from tools.common import Parser, html_page, html_table, new_figure, render, write_file
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
 
@@ -34,6 +33,10 @@ class Run:
     def steps_per_epoch(self) -> float | None:
         """Optimizer steps; None before the first epoch has ended."""
         return self.epoch[-1]["step"] / self.epoch[-1]["epoch"] if self.epoch else None
+
+    @property
+    def last_step(self) -> int:
+        return max(record["step"] for record in self.step + self.epoch)
 
     def values(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Optimizer steps and values of the records that have ``key``."""
@@ -127,23 +130,21 @@ def plot_metrics(
     """
     runs = [read_metrics(folder) for folder in folders]
     figure = _figure(runs)
-    write_file(output_png, _render(figure, "png"))
+    write_file(output_png, render(figure, "png"))
     if output_html:
-        svg = _render(figure, "svg").decode("utf-8")
+        svg = render(figure, "svg").decode("utf-8")
         sections = [("Results", _results(runs)), ("Curves", svg[svg.index("<svg") :])]
         title = "Training run" + ("s " if len(runs) > 1 else " ") + ", ".join(r.name for r in runs)
         write_file(output_html, html_page(title, sections))
 
 
 def _figure(runs: list[Run]):
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise UserError("drawing curves needs `pip install matplotlib`") from None
+    figure = new_figure(12, 8, layout="constrained")
+    from matplotlib.lines import Line2D
 
     in_epochs = all(run.steps_per_epoch for run in runs)
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    scales = [run.steps_per_epoch if in_epochs else 1 for run in runs]
+    end = max(run.last_step / scale for run, scale in zip(runs, scales))
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # inches
     for axes, (title, unit, curves) in zip(figure.subplots(2, 2).flat, _PANELS):
         shown = []
@@ -154,9 +155,8 @@ def _figure(runs: list[Run]):
                     continue
                 shown += [curve] if curve not in shown else []
                 color = curve.color if len(runs) == 1 else _COLORS[number % len(_COLORS)]
-                scale = run.steps_per_epoch if in_epochs else 1
                 axes.plot(
-                    [step / scale for step in steps],
+                    [step / scales[number] for step in steps],
                     values,
                     curve.style,
                     color=color,
@@ -166,7 +166,7 @@ def _figure(runs: list[Run]):
         axes.set(title=title, ylabel=unit, xlabel="epoch" if in_epochs else "optimizer step")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.02 * end)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if shown and title.startswith("Speed"):
             axes.set_ylim(0, axes.dataLim.ymax * 1.1)  # from zero: a dip shows in its true size
@@ -193,12 +193,6 @@ def _key(line, curve: Curve, many: bool):
     """A line for the legend: black where the colours stand for the runs."""
     color = "black" if many else curve.color
     return line([], [], linestyle=curve.style, color=color, alpha=curve.alpha)
-
-
-def _render(figure, format: str) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=format, dpi=110)
-    return buffer.getvalue()
 
 
 def _results(runs: list[Run]) -> str:

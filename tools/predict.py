@@ -28,9 +28,17 @@ import paddle.nn.functional as F
 from errors import UserError, run_as_script
 from images import class_names as data_class_names
 from images import list_images, read_class_names, read_image
-from tools.common import IMAGENET_CLASSES, Parser, load_model, progress, run_config, write_file
+from tools.common import (
+    IMAGENET_CLASSES,
+    Parser,
+    load_model,
+    new_figure,
+    render,
+    run_config,
+    write_file,
+)
 from transforms import build_eval_transform
-from utils import Normalize
+from utils import Normalize, ProgressLine
 
 GRID_LIMIT = 64  # pictures in a grid
 
@@ -71,12 +79,14 @@ def predict(
     names = find_class_names(config, class_names)
     model = load_model(config)
     results, views = [], []
-    batches = classify(model, config, paths, batch_size)
-    for batch, probabilities in progress(batches, math.ceil(len(paths) / batch_size), "predict"):
+    progress = ProgressLine("predict")
+    for batch, probabilities in classify(model, config, paths, batch_size):
         views += list(batch[: GRID_LIMIT - len(views)]) if grid else []
         for row in probabilities:
             path = paths[len(results)]
             results.append({"image": path, "predictions": _top(row, names, top_k)})
+        progress(len(results), len(paths))
+    progress.end()
     if grid:
         write_file(grid, _draw_grid(results, views))
     return results
@@ -173,14 +183,10 @@ def as_csv(results: Sequence[dict]) -> str:
 
 def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
     """A PNG of what the model saw, each picture over its three likeliest classes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("-grid needs `pip install matplotlib`") from None
     columns = min(len(views), 4 if len(views) <= 16 else 8)
     rows = math.ceil(len(views) / columns)
     height = 2.9 * rows  # inches: 2 for a picture, 0.25 above it, 0.65 below it for the classes
-    figure = Figure(figsize=(2.1 * columns, height))
+    figure = new_figure(2.1 * columns, height)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     figure.subplots_adjust(0.02, 0.65 / height, 0.98, 1 - 0.25 / height, wspace=0.05, hspace=0.45)
     for axis in axes:
@@ -202,9 +208,7 @@ def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
                 fontweight="bold" if line == 0 else "normal",
                 color="black" if line == 0 else "dimgray",
             )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return render(figure)
 
 
 def main() -> None:

@@ -1,0 +1,202 @@
+"""Pictures: the numbers behind them are exact, and the page that gathers them is whole."""
+
+import re
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from config import get_config
+from errors import UserError
+from resmlp import ResMLP
+from tools.common import load_model, run_config
+from tools.visualize import (
+    BATCH,
+    _choose_layers,
+    _mosaic,
+    contributions,
+    draw_contributions,
+    draw_token_mixing,
+    magnitudes,
+    token_maps,
+    training_batch,
+    visualize,
+)
+
+from .tiny_run import make_images, make_run, run_tool
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return load_model(run_config(weights))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder with four classes; every image has one colour, which tells which it is."""
+    lines = []
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for i in range(24):
+        name = f"train/{i}.png"
+        Image.new("RGB", (16, 16), (10 * i, 100, 200)).save(tmp_path / "data" / name)
+        lines.append(f"{name} {i % 4}\n")
+    (tmp_path / "data" / "train_list.txt").write_text("".join(lines))
+    return tmp_path / "data"
+
+
+def quiet_config(data, **train):
+    """No augmentation but what a test asks for."""
+    config = get_config()
+    config.DATA.DATA_PATH, config.DATA.IMAGE_SIZE = str(data), 16
+    config.MODEL.NUM_CLASSES, config.MODEL.MIXER.PATCH_SIZE = 4, 4
+    quiet = {"RAND_AUGMENT": False, "COLOR_JITTER": 0.0, "HFLIP": 0.0, "REPEATED_AUG": 1}
+    quiet.update(RANDOM_ERASE_PROB=0.0, MIXUP_ALPHA=0.0, CUTMIX_ALPHA=0.0, SMOOTHING=0.0)
+    config.TRAIN.update({**quiet, **train})
+    config.freeze()
+    return config
+
+
+def random_images(count):
+    return paddle.to_tensor(np.random.default_rng(3).normal(size=[count, 3, 16, 16]), "float32")
+
+
+def test_contributions_and_bias_sum_to_the_logits(model):
+    images = paddle.to_tensor(
+        np.random.default_rng(3).normal(size=[3, 3, 16, 16]).astype("float32")
+    )
+    terms, logits = contributions(model, images)
+    assert terms.shape == (3, 4, 4, 4) and np.ptp(terms) > 0.1
+    expected = model(images).numpy()
+    np.testing.assert_array_equal(logits, expected)
+    total = terms.astype("float64").sum((1, 2)) + model.head.bias.numpy()
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_contribution_is_the_normalised_token_times_the_head(model):
+    images = paddle.to_tensor(
+        np.random.default_rng(4).normal(size=[2, 3, 16, 16]).astype("float32")
+    )
+    x = model.patch_embed(images)
+    for block in model.mixer_layers:
+        x = block(x)
+    norm = {name: p.numpy().astype("float64") for name, p in model.norm.named_parameters()}
+    tokens = norm["alpha"] * x.numpy() + norm["beta"]  # [B, N, C]
+    expected = tokens @ model.head.weight.numpy() / 16
+    terms, _ = contributions(model, images)
+    np.testing.assert_allclose(terms.reshape(2, 16, 4), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_patchs_contribution_stands_where_the_patch_is():
+    model = ResMLP(image_size=12, patch_size=4, num_classes=2, embed_dim=8, depth=0)
+    model.eval()
+    image = np.zeros([1, 3, 12, 12], "float32")
+    image[:, :, 4:8, 8:12] = 1.0  # row 1, column 2: without blocks nothing else can change
+    black, _ = contributions(model, paddle.zeros([1, 3, 12, 12]))
+    terms, _ = contributions(model, paddle.to_tensor(image))
+    changed = np.abs(terms - black).max(axis=-1)[0] > 1e-6
+    assert [tuple(place) for place in np.argwhere(changed)] == [(1, 2)]
+
+
+def test_a_map_holds_what_an_output_token_takes_from_each_input_token(model):
+    block, x = model.mixer_layers[1], np.random.default_rng(5).normal(size=[16])
+    mixed = block.linear_tokens(paddle.to_tensor(x.astype("float32"))).numpy()
+    maps = token_maps(model, 1)
+    expected = (maps * x.reshape(4, 4)).sum((1, 2)) + block.linear_tokens.bias.numpy()
+    np.testing.assert_allclose(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid, side", [(4, 4), (6, 6), (9, 6), (14, 6)])
+def test_a_mosaic_shows_the_central_maps_and_marks_their_own_patch(grid, side):
+    maps = np.eye(grid**2).reshape(-1, grid, grid)  # every token looks at itself only
+    mosaic, (x, y) = _mosaic(maps)
+    assert np.nansum(mosaic) == side**2
+    assert (mosaic[y, x] == 1).all()
+    assert np.isnan(mosaic).sum() == mosaic.size - (side * grid) ** 2  # the gaps between maps
+    first_own = np.argwhere(maps[:, (grid - side) // 2, (grid - side) // 2] == 1)[0, 0]
+    np.testing.assert_array_equal(mosaic[:grid, :grid], maps[first_own])
+
+
+def test_magnitudes_are_absolute_values_layer_by_layer(model):
+    found = magnitudes(model)
+    assert set(found) == {f"norm{i}.{n}" for i in (1, 2) for n in ("alpha", "beta")} | {
+        "ls1",
+        "ls2",
+    }
+    for name, values in found.items():
+        parameters = dict(model.mixer_layers[1].named_parameters())
+        np.testing.assert_array_equal(values[1], np.abs(parameters[name].numpy().ravel()))
+
+
+def test_a_batch_without_augmentation_is_the_training_images(data):
+    images, targets = training_batch(quiet_config(data))
+    assert images.shape == (BATCH, 16, 16, 3) and images.dtype == np.uint8
+    number = images[:, 8, 8, 0] // 10
+    assert len(set(number)) == BATCH and (images[..., 0] == 10 * number[:, None, None]).all()
+    np.testing.assert_array_equal(targets, np.eye(4)[number % 4])
+
+
+def test_a_mixed_batch_shows_both_images_and_their_shares(data):
+    images, targets = training_batch(quiet_config(data, CUTMIX_ALPHA=1.0))
+    clean, labels = training_batch(quiet_config(data))
+    changed = (images != clean).any(axis=(-1)).mean(axis=(1, 2))
+    assert changed.max() > 0
+    for image in range(BATCH):
+        share = 1 - changed[image]  # of the image's own class, where the two differ
+        own, other = labels[image].argmax(), labels[BATCH - 1 - image].argmax()
+        if own != other:
+            np.testing.assert_allclose(targets[image, own], share, atol=1e-6)
+
+
+def test_layers_are_spread_from_the_first_to_the_last():
+    assert _choose_layers((), 3) == [0, 1, 2]
+    assert _choose_layers((), 24) == [0, 5, 9, 14, 18, 23]
+    assert _choose_layers((3, 1), 3) == [2, 0]
+    with pytest.raises(UserError, match="layer 4: the model has layers 1 to 3"):
+        _choose_layers((4,), 3)
+
+
+def test_every_chosen_layer_has_a_picture(model):
+    figure = draw_token_mixing(model, [1, 0])
+    assert [axis.get_title().split(",")[0] for axis in figure.axes] == ["layer 2", "layer 1"]
+
+
+def test_the_two_likeliest_classes_are_explained():
+    logits = np.array([[0.0, 3.0, -1.0, 2.0]])
+    terms = np.random.default_rng(0).normal(size=[1, 4, 4, 4])
+    views = np.zeros([1, 16, 16, 3], "u1")
+    figure = draw_contributions(views, terms, logits, ["a", "b", "c", "$d"])
+    titles = [axis.get_title() for axis in figure.axes[:3]]
+    assert titles == ["image", "b\nlogit 3.00", "$d\nlogit 2.00"]
+    np.testing.assert_array_equal(figure.axes[1].images[1].get_array(), terms[0, ..., 1])
+    figure = draw_contributions(views, terms, logits, ["a", "b", "c", "d"], label=2)
+    assert figure.axes[1].get_title() == "c\nlogit -1.00"
+
+
+def test_a_class_that_is_not_there_is_refused(weights, tmp_path):
+    with pytest.raises(UserError, match="class 4: the model has classes 0 to 3"):
+        visualize(weights, tmp_path / "out", images=make_images(tmp_path, 1), label=4)
+
+
+def test_the_page_gathers_all_pictures_and_needs_nothing_else(weights, data, tmp_path):
+    opts = ["DATA.DATA_PATH", str(data), "DATA.BATCH_SIZE", "4"]
+    files = visualize(weights, tmp_path / "out", images=make_images(tmp_path, 2), opts=opts)
+    names = ["token_mixing.png", "magnitudes.png", "contributions.png", "batch.png"]
+    assert [file.name for file in files] == [*names, "index.html"]
+    for file in files[:-1]:
+        assert np.asarray(Image.open(file).convert("L")).std() > 10  # not blank
+    page = files[-1].read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
+
+
+def test_the_script_leaves_out_what_it_has_no_data_for(weights, tmp_path):
+    done = run_tool("visualize", "-pretrained", weights, "-output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"token_mixing.png", "magnitudes.png", "index.html"}

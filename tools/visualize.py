@@ -1,0 +1,360 @@
+"""Pictures of what a ResMLP has learned, and of what it is trained on: PNG files and one HTML page.
+
+    python tools/visualize.py -pretrained output/run/best.pdparams -images photo.jpg other.jpg
+
+- token_mixing.png: rows of the token-mixing matrices as maps over the patch grid (paper, figure 2)
+- magnitudes.png: LayerScale and Affine, layer by layer
+- contributions.png: what each patch of an image adds to the logit of a class; exact, because the
+  head is linear in the mean of the tokens
+- batch.png: a training batch after augmentation, erasing and mixing
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import runtime  # noqa: F401  isort: skip
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from datasets import build_loader
+from errors import UserError, run_as_script
+from images import read_image
+from mixup import Mixup, smooth_one_hot
+from random_erasing import RandomErasing
+from resmlp import ResMLP
+from tools.common import (
+    Parser,
+    html_image,
+    html_page,
+    load_model,
+    new_figure,
+    render,
+    run_config,
+    write_file,
+)
+from tools.predict import find_class_names, find_images
+from transforms import build_eval_transform
+from utils import Normalize, step_rng
+
+MAX_LAYERS = 6  # layers whose token mixing is drawn where none are chosen
+MAX_SIDE = 6  # maps along a side of a layer's mosaic: the central ones, as in the paper
+MAX_IMAGES = 6
+BATCH = 16  # training images
+
+_TEXTS = {  # picture -> heading, explanation
+    "token_mixing": (
+        "Token mixing",
+        "One map for each output patch, placed where that patch is in the image (the central ones "
+        "of a large grid). A map shows how much the output patch, marked by a dot, takes from each "
+        "input patch: red adds, blue subtracts. Each layer has its own scale.",
+    ),
+    "magnitudes": (
+        "LayerScale and Affine",
+        "Magnitude by layer: the median over the channels, and the range of the middle 80 %. "
+        "LayerScale is how much a branch adds to the residual stream; alpha and beta are the scale "
+        "and shift of the Affine layers that stand where other networks normalise.",
+    ),
+    "contributions": (
+        "What every patch contributes",
+        "The head is linear in the mean of the tokens, so a logit is exactly the sum of one term "
+        "for each patch and the bias. Red patches speak for the class, blue ones against it.",
+    ),
+    "batch": (
+        "A training batch",
+        "Images as the model sees them in training, after augmentation, random erasing and mixing, "
+        "with the shares of their targets.",
+    ),
+}
+
+
+# --------------------------------------------------------------------------------- quantities
+def token_maps(model: ResMLP, layer: int) -> np.ndarray:
+    """What each output token takes from each input token, ``[N, grid, grid]``, N = grid * grid."""
+    weight = model.mixer_layers[layer].linear_tokens.weight.numpy()  # [tokens in, tokens out]
+    grid = model.patch_embed.grid_size
+    return weight.T.reshape(-1, grid, grid)
+
+
+def magnitudes(model: ResMLP) -> dict[str, np.ndarray]:
+    """Absolute values of LayerScale and Affine, name -> ``[layers, C]``."""
+    blocks = model.mixer_layers
+    parameters = {
+        "ls1": [block.ls1 for block in blocks],
+        "ls2": [block.ls2 for block in blocks],
+        "norm1.alpha": [block.norm1.alpha for block in blocks],
+        "norm2.alpha": [block.norm2.alpha for block in blocks],
+        "norm1.beta": [block.norm1.beta for block in blocks],
+        "norm2.beta": [block.norm2.beta for block in blocks],
+    }
+    return {n: np.abs(np.stack([p.numpy().ravel() for p in ps])) for n, ps in parameters.items()}
+
+
+@paddle.no_grad()
+def contributions(model: ResMLP, images: paddle.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What each patch adds to each logit.
+
+    The logits are ``head(mean_n norm(x_n))``, so patch n adds ``norm(x_n) . W[:, k] / N`` to logit
+    k, and the logit is the sum of these terms and the bias.
+
+    Args:
+        model: in evaluation mode, with a head.
+        images: normalised, ``[B, 3, height, width]``.
+
+    Returns:
+        Contributions ``[B, grid, grid, K]`` and logits ``[B, K]``, float32.
+    """
+    x = model.patch_embed(images)
+    for block in model.mixer_layers:
+        x = block(x)
+    grid = model.patch_embed.grid_size
+    terms = paddle.matmul(model.norm(x), model.head.weight) / grid**2  # [B, N, C] -> [B, N, K]
+    return terms.reshape([-1, grid, grid, model.num_classes]).numpy(), model(images).numpy()
+
+
+def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
+    """The first batch of a run: what the model gets, made visible again.
+
+    Returns:
+        uint8 ``[B, H, W, 3]`` and targets ``[B, K]``.
+
+    Raises:
+        DataError: the config's data folder cannot be used.
+    """
+    config = config.clone()
+    config.defrost()
+    config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS, config.DATA.DROP_LAST = size, 0, False
+    mean, std = config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
+    rng = step_rng(config.SEED, 0, 0, 0)
+    batch = next(iter(build_loader(config, "train")))
+    images = Normalize(mean, std)(batch.images)
+    erase, mix = RandomErasing.from_config(config), Mixup.from_config(config)
+    if erase is not None:
+        images = erase(images, rng)
+    if mix is not None:
+        images, targets = mix(images, batch.labels, rng)
+    else:
+        targets = smooth_one_hot(batch.labels, config.MODEL.NUM_CLASSES, config.TRAIN.SMOOTHING)
+    pixels = images.numpy().transpose(0, 2, 3, 1) * np.array(std) + np.array(mean)
+    return (255 * pixels).round().clip(0, 255).astype(np.uint8), targets.numpy()
+
+
+# ----------------------------------------------------------------------------------- pictures
+def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
+    """A mosaic of maps for every layer."""
+    columns = min(len(layers), 3)
+    rows = -(-len(layers) // columns)
+    figure = new_figure(4 * columns, 4.2 * rows, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, layer in zip(axes, layers):
+        mosaic, dots = _mosaic(token_maps(model, layer))
+        limit = np.nanquantile(np.abs(mosaic), 0.995)
+        axis.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.plot(*dots, ".", color="black", markersize=2)
+        axis.set_title(f"layer {layer + 1}, scale ±{limit:.2g}")
+    return figure
+
+
+def _mosaic(maps: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The central maps side by side with a gap between, and where each one's own patch is."""
+    grid = maps.shape[-1]
+    side = min(grid, MAX_SIDE)
+    first = (grid - side) // 2
+    mosaic = np.full([side * (grid + 1) - 1] * 2, np.nan)
+    x, y = [], []
+    for row in range(side):
+        for column in range(side):
+            top, left = row * (grid + 1), column * (grid + 1)
+            own_row, own_column = first + row, first + column
+            own_map = maps[own_row * grid + own_column]
+            mosaic[top : top + grid, left : left + grid] = own_map
+            y.append(top + own_row)
+            x.append(left + own_column)
+    return mosaic, (np.array(x), np.array(y))
+
+
+def draw_magnitudes(model: ResMLP):
+    values = magnitudes(model)
+    layers = np.arange(1, len(model.mixer_layers) + 1)
+    figure = new_figure(13, 4, layout="constrained")
+    panels = (
+        ("LayerScale", {"ls1": "token mixing", "ls2": "channel MLP"}),
+        ("Affine alpha", {"norm1.alpha": "before token mixing", "norm2.alpha": "before the MLP"}),
+        ("Affine beta", {"norm1.beta": "before token mixing", "norm2.beta": "before the MLP"}),
+    )
+    for axis, (title, curves) in zip(figure.subplots(1, 3), panels):
+        for (name, label), color in zip(curves.items(), ("#0072b2", "#d55e00")):
+            low, middle, high = np.quantile(values[name], [0.1, 0.5, 0.9], axis=1)
+            axis.plot(layers, middle, "o-", color=color, label=label, markersize=4)
+            axis.fill_between(layers, low, high, color=color, alpha=0.15)
+        axis.set(title=title, xlabel="layer", ylabel="absolute value")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    return figure
+
+
+def draw_contributions(
+    views: np.ndarray,
+    terms: np.ndarray,
+    logits: np.ndarray,
+    names: Sequence[str],
+    label: int | None = None,
+):
+    """Each image, and its patches' contributions to its two likeliest classes or to ``label``.
+
+    Args:
+        views: what the model saw, uint8 ``[B, H, W, 3]``.
+        terms, logits: from `contributions`.
+        names: of the classes.
+        label: a class; None: the two likeliest of each image.
+    """
+    classes = (
+        np.argsort(-logits, axis=1)[:, :2] if label is None else np.full([len(views), 1], label)
+    )
+    count, size = classes.shape[1], views.shape[1]
+    figure = new_figure(2.8 * (1 + count) + 0.6, 3.2 * len(views), layout="constrained")
+    for axes, view, term, logit, chosen in zip(
+        figure.subplots(len(views), 1 + count, squeeze=False), views, terms, logits, classes
+    ):
+        limit = np.abs(term[..., chosen]).max()
+        axes[0].imshow(view)
+        axes[0].set_title("image", fontsize=9)
+        for axis, k in zip(axes[1:], chosen):
+            axis.imshow(view.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale, to colour it
+            shown = axis.imshow(
+                term[..., k],
+                cmap="RdBu_r",
+                vmin=-limit,
+                vmax=limit,
+                alpha=0.6,
+                extent=(-0.5, size - 0.5, size - 0.5, -0.5),
+            )
+            title = f"{names[k].split(',')[0][:24]}\nlogit {logit[k]:.2f}"
+            axis.set_title(title, fontsize=9, parse_math=False)
+        figure.colorbar(shown, ax=axes[1:], shrink=0.8)
+        for axis in axes:
+            axis.axis("off")
+    return figure
+
+
+def draw_batch(images: np.ndarray, targets: np.ndarray, names: Sequence[str]):
+    columns = min(len(images), 8)
+    rows = -(-len(images) // columns)
+    figure = new_figure(1.7 * columns, 2.2 * rows, layout="constrained")
+    for axis in figure.subplots(rows, columns, squeeze=False).flat:
+        axis.axis("off")
+    for axis, image, target in zip(figure.axes, images, targets):
+        axis.imshow(image)
+        top = [k for k in np.argsort(-target)[:2] if target[k] > 0.05 or k == target.argmax()]
+        lines = [f"{100 * target[k]:.0f} % {names[k].split(',')[0][:18]}" for k in top]
+        axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
+    return figure
+
+
+# ---------------------------------------------------------------------------------- the tool
+def visualize(
+    pretrained: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+    cfg: str | os.PathLike | None = None,
+    images: Iterable[str | os.PathLike] = (),
+    layers: Sequence[int] = (),
+    label: int | None = None,
+    class_names: str | os.PathLike | None = None,
+    opts: Sequence[str] = (),
+) -> list[Path]:
+    """Draws the pictures, and a page ``index.html`` that gathers them.
+
+    Args:
+        pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
+        output: folder; None: ``pictures`` beside the weights.
+        cfg: YAML file; None: ``config.yaml`` beside the weights.
+        images: images to explain; none: no contributions.png.
+        layers: whose token mixing to draw, from 1; none: some, evenly spread.
+        label: class to explain; None: the two likeliest of each image.
+        class_names: text file, one name a line; None: see `predict.find_class_names`.
+        opts: further config keys, ``KEY, VALUE, ...``.
+
+    Returns:
+        The files. batch.png is among them where the config's data folder is there.
+
+    Raises:
+        UserError: weights, images or data that cannot be used; a layer or class that is not there.
+    """
+    config = run_config(pretrained, cfg, opts)
+    model = load_model(config)
+    names = find_class_names(config, class_names)
+    figures = {
+        "token_mixing": draw_token_mixing(model, _choose_layers(layers, len(model.mixer_layers))),
+        "magnitudes": draw_magnitudes(model),
+    }
+    paths = find_images(images)[:MAX_IMAGES] if images else []
+    if paths:
+        if not 0 <= (label or 0) < model.num_classes:
+            raise UserError(f"class {label}: the model has classes 0 to {model.num_classes - 1}")
+        transform = build_eval_transform(config)
+        normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+        views = np.stack([transform(read_image(path)) for path in paths])
+        terms, logits = contributions(model, normalize(paddle.to_tensor(views)))
+        figures["contributions"] = draw_contributions(views, terms, logits, names, label)
+    if os.path.isdir(config.DATA.DATA_PATH):
+        figures["batch"] = draw_batch(*training_batch(config), names)
+
+    output = Path(output or Path(config.MODEL.PRETRAINED).with_name("pictures"))
+    files, sections = [], []
+    for name, figure in figures.items():
+        files.append(output / f"{name}.png")
+        write_file(files[-1], render(figure))
+        heading, text = _TEXTS[name]
+        sections.append((heading, f"<p>{text}</p>\n{html_image(files[-1], heading)}"))
+    files.append(output / "index.html")
+    write_file(files[-1], html_page(f"{config.MODEL.NAME}: what it has learned", sections))
+    return files
+
+
+def _choose_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """Layers from 0: the given ones, which count from 1, or some from the first to the last."""
+    wrong = [layer for layer in layers if not 1 <= layer <= depth]
+    if wrong:
+        raise UserError(f"layer {wrong[0]}: the model has layers 1 to {depth}")
+    if layers:
+        return [layer - 1 for layer in layers]
+    return sorted(set(np.linspace(0, depth - 1, MAX_LAYERS).round().astype(int).tolist()))
+
+
+def main() -> None:
+    parser = Parser("Draws what a ResMLP has learned and what it is trained on.")
+    parser.model_flags()
+    parser.flag("output", "folder (default: `pictures` beside the weights)", metavar="DIR")
+    parser.flag("images", "images to explain", nargs="+", default=(), metavar="FILE")
+    parser.flag(
+        "layers", "layers whose token mixing to draw, from 1", nargs="+", type=int, default=()
+    )
+    parser.flag("label", "class to explain (default: the two likeliest)", type=int, metavar="K")
+    parser.flag("class_names", "text file, one name a line", metavar="FILE")
+    args = parser.parse_args()
+    files = visualize(
+        args.pretrained,
+        args.output,
+        args.cfg,
+        args.images,
+        args.layers,
+        args.label,
+        args.class_names,
+        args.opts,
+    )
+    print("\n".join(f"wrote {file}" for file in files))
+
+
+if __name__ == "__main__":
+    run_as_script(main)
