@@ -35,7 +35,7 @@ class BadImage(DataError):
     """An image file that is missing or cannot be decoded: `path` and `reason`."""
 
     def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{printable(path)}: {reason}")
         self.path, self.reason = path, reason
 
 
@@ -127,7 +127,7 @@ class ImageIndex:
     def where(self, index: int) -> str:
         """The path of an entry for a message, after ``list_file:line`` if it has one."""
         line = f"{self.list_file}:{self._lines[index]}: " if self.list_file else ""
-        return line + self.path(index)
+        return line + printable(self.path(index))
 
 
 def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) -> ImageIndex:
@@ -242,6 +242,11 @@ def list_images(folder: str) -> list[str]:
             if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]
     return sorted(found)
+
+
+def printable(path: str) -> str:
+    """The path with whatever is not UTF-8 in it escaped, so that any terminal can show it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_class_names(path: str, num_classes: int) -> list[str]:

@@ -1,0 +1,355 @@
+"""Makes train_list.txt, val_list.txt and classes.txt for a folder of images; nothing is copied.
+
+python tools/make_lists.py flowers -val_fraction 0.2 -verify    # flowers/<class>/<image>
+python tools/make_lists.py imagenet                              # imagenet/{train,val}/<class>/...
+python tools/make_lists.py photos/labels.csv                     # lines of path,label
+
+The lists lie in the folder itself (a CSV's: the one it lies in), so that the mains take it with
+`-dataset imagenet2012 -data_path FOLDER`. Labels count the classes in the order of their names;
+a CSV's whole numbers are ordered by value. Where there are train/ and val/, they are the split.
+Else the classes (those in train/, if it is there alone) are split each by its share, with a seed,
+and identical files stay on one side.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import csv
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from errors import DataError, run_as_script
+from images import BadImage, find_classes, list_images, read_image, read_list
+from tools.common import Parser
+from utils import ProgressLine
+
+FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
+
+Entry = tuple[str, str]  # (path relative to the data folder, class name)
+
+
+@dataclass
+class Split:
+    """The images of a data folder, by side."""
+
+    root: str
+    classes: list[str]  # by label; empty where lists that were there have been checked
+    train: list[Entry]
+    val: list[Entry]
+
+
+def make_lists(
+    source: str,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    verify: bool = False,
+    force: bool = False,
+    workers: int | None = None,
+    log: Callable[[str], None] = print,
+) -> Split:
+    """Splits the images of a folder or CSV file and writes the three files beside them.
+
+    Args:
+        source: a folder with a folder per class, or with train/ and val/ of such; or a CSV file.
+        val_fraction: share of each class's images to validate on, where there is no val/.
+        seed: of that split.
+        verify: first decode every image. Where the lists are there already, check those, and
+            write nothing.
+        force: replace lists that are there.
+        workers: processes that decode; None: one a core.
+        log: takes one line of text.
+
+    Raises:
+        DataError: no such layout, unusable names, the same content on both sides, images that
+            cannot be decoded (each is logged), lists that are there already.
+    """
+    if not 0 < val_fraction < 1:
+        raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
+    root = source if os.path.isdir(source) else os.path.dirname(source) or "."
+    there = [path for name in FILES if os.path.exists(path := os.path.join(root, name))]
+    if there and not force and not verify:
+        raise DataError(f"{there[0]} is there already; -force replaces it, -verify checks it")
+    only_check = bool(there) and not force
+    split = _read_lists(root) if only_check else _find_split(source, root, val_fraction, seed, log)
+    if verify:
+        paths = [os.path.join(root, path) for path, _ in split.train + split.val]
+        check_images(paths, workers, log)
+    if only_check:
+        return split
+    _write_lists(split)
+    counts = f"{len(split.train)} images to train on, {len(split.val)} to validate on"
+    log(f"{root}: {counts}, {len(split.classes)} classes")
+    log(
+        f"use them with: -dataset imagenet2012 -data_path {root} "
+        f"-opts MODEL.NUM_CLASSES {len(split.classes)}"
+    )
+    return split
+
+
+# --------------------------------------------------------------------------- what is there
+def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> Split:
+    if not os.path.isdir(source):
+        entries, sides = _read_csv(source, root), None
+        classes = sorted({name for _, name in entries})
+        if all(name.isdigit() for name in classes):
+            classes.sort(key=int)
+    elif all(os.path.isdir(os.path.join(root, side)) for side in ("train", "val")):
+        sides = [_scan(root, side) for side in ("train", "val")]
+        classes = find_classes(root)
+        unknown = sorted({name for _, name in sides[1]} - set(classes))
+        if unknown:
+            raise DataError(f"{root}/val: class {unknown[0]!r} is not among the folders of train")
+        entries = sides[0] + sides[1]
+    else:
+        entries, sides = _scan(root, "train") or _scan(root, ""), None
+        classes = sorted({name for _, name in entries})
+    if len(classes) < 2:
+        raise DataError(
+            f"{source}: found {len(classes)} classes; expected <class>/<image>, or train/<class>/"
+            "<image> and val/<class>/<image>, or a CSV file of path,label"
+        )
+    for path, name in entries:
+        _check_names(path, name)
+    twins = find_identical(root, [path for path, _ in entries])
+    if sides is not None:
+        _refuse_leaks(root, twins, {path for path, _ in sides[1]})
+        return Split(root, classes, *sides)
+    if twins:
+        first = twins[0]
+        log(
+            f"{len(twins)} groups of identical files (such as {first[0]} and {first[1]}): "
+            "each stays on one side"
+        )
+    return Split(root, classes, *_divide(entries, twins, val_fraction, seed))
+
+
+def _scan(root: str, side: str) -> list[Entry]:
+    """The images of ``root/side/<class>/``."""
+    folder = os.path.join(root, side)
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as found:
+        names = sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
+    return [
+        (os.path.relpath(path, root), name)
+        for name in names
+        for path in list_images(os.path.join(folder, name))
+    ]
+
+
+def _read_csv(file: str, root: str) -> list[Entry]:
+    """Lines of ``path,label``; paths are relative to the file's folder. A header is passed over."""
+    entries = []
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            reader = csv.reader(stream)
+            for row in reader:
+                fields = [field.strip() for field in row]
+                if not any(fields) or (not entries and fields[0].lower() in _HEADERS):
+                    continue
+                where = f"{file}:{reader.line_num}"
+                if len(fields) != 2 or not all(fields):
+                    raise DataError(f"{where}: expected path,label, got {','.join(row)!r}")
+                path = os.path.relpath(os.path.join(root, fields[0]), root)
+                if path.split(os.sep)[0] == os.pardir:
+                    raise DataError(f"{where}: {fields[0]!r} is not inside the folder of the file")
+                if not os.path.isfile(os.path.join(root, path)):
+                    raise DataError(f"{where}: {os.path.join(root, path)}: no such file")
+                entries.append((path, fields[1]))
+    except (OSError, csv.Error, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{file}: {reason.lower()}") from None
+    repeated = [path for path, count in Counter(path for path, _ in entries).items() if count > 1]
+    if repeated:
+        raise DataError(f"{file}: {repeated[0]!r} is listed more than once")
+    return entries
+
+
+_HEADERS = ("path", "file", "filename", "image", "name")
+
+
+def _check_names(path: str, name: str) -> None:
+    """Refuses what a list file cannot express."""
+    if "\n" in path or path != path.rstrip():
+        raise DataError(f"{path!r}: a path in a list file cannot hold line breaks or end in spaces")
+    if "\n" in name or name != name.strip() or not name:
+        raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES}")
+
+
+def _read_lists(root: str) -> Split:
+    sides = []
+    for name in (TRAIN_LIST, VAL_LIST):
+        index = read_list(os.path.join(root, name), root, 10**9, allow_outside=True)
+        sides.append([(os.fsdecode(index.name(i)), "") for i in range(len(index))])
+    return Split(root, [], *sides)
+
+
+# ------------------------------------------------------------------------------- splitting
+def find_identical(root: str, paths: Sequence[str]) -> list[list[str]]:
+    """Groups of files with the same content.
+
+    Only files of one size are read, and only those that begin alike are read to their end.
+    """
+    signature: dict[str, tuple] = dict.fromkeys(paths, ())
+    suspects = list(paths)
+    with ThreadPoolExecutor() as pool:
+        for look in (os.path.getsize, _digest_head, _digest):
+            try:
+                values = list(pool.map(look, [os.path.join(root, path) for path in suspects]))
+            except OSError as error:
+                raise DataError(f"{error.filename}: {(error.strerror or '').lower()}") from None
+            for path, value in zip(suspects, values):
+                signature[path] += (value,)
+            counts = Counter(signature[path] for path in suspects)
+            suspects = [path for path in suspects if counts[signature[path]] > 1]
+    groups = defaultdict(list)
+    for path in suspects:
+        groups[signature[path]].append(path)
+    return list(groups.values())
+
+
+def _digest_head(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(4096)).digest()
+
+
+def _digest(path: str) -> bytes:
+    digest = hashlib.blake2b()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _refuse_leaks(root: str, twins: list[list[str]], val: set[str]) -> None:
+    leaks = [group for group in twins if 0 < sum(path in val for path in group) < len(group)]
+    if leaks:
+        train_path = next(path for path in leaks[0] if path not in val)
+        val_path = next(path for path in leaks[0] if path in val)
+        raise DataError(
+            f"{root}: {train_path} and {val_path} are the same image, and "
+            f"{len(leaks) - 1} more are in both train and val: remove one of each"
+        )
+
+
+def _divide(
+    entries: list[Entry], twins: list[list[str]], val_fraction: float, seed: int
+) -> tuple[list[Entry], list[Entry]]:
+    """Splits every class by `val_fraction`; identical files count as one.
+
+    Both sides get at least one of each class that has two.
+    """
+    class_of = dict(entries)
+    later = {path for group in twins for path in group[1:]}
+    group_of = {group[0]: group for group in twins}
+    by_class = defaultdict(list)
+    for path, name in entries:
+        if path not in later:
+            by_class[name].append(group_of.get(path, [path]))
+    chosen: set[str] = set()
+    for number, name in enumerate(sorted(by_class)):
+        groups = by_class[name]
+        count = min(max(round(len(groups) * val_fraction), 1), len(groups) - 1)
+        order = np.random.default_rng((seed, number)).permutation(len(groups))
+        chosen.update(path for i in order[:count] for path in groups[i])
+    train = [(path, name) for path, name in class_of.items() if path not in chosen]
+    val = [(path, name) for path, name in class_of.items() if path in chosen]
+    return train, val
+
+
+# -------------------------------------------------------------------- checking and writing
+def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str], None]) -> None:
+    """Decodes every image, in parallel, with a progress bar.
+
+    Raises:
+        DataError: some cannot be decoded; each was logged.
+    """
+    progress, bad = ProgressLine("verify"), []
+    try:
+        with ProcessPoolExecutor(workers) as pool:
+            for done, reason in enumerate(pool.map(_problem, paths, chunksize=16), 1):
+                if reason:
+                    bad.append(reason)
+                progress(done, len(paths))
+    except BrokenProcessPool:
+        raise DataError("a process that decoded images died; out of memory?") from None
+    finally:
+        progress.end()
+    for line in bad:
+        log(line)
+    if bad:
+        raise DataError(f"{len(bad)} of {len(paths)} images cannot be decoded")
+    log(f"all {len(paths)} images can be decoded")
+
+
+def _problem(path: str) -> str | None:
+    try:
+        read_image(path)
+    except BadImage as error:
+        return str(error)
+    return None
+
+
+def _write_lists(split: Split) -> None:
+    label = {name: str(i) for i, name in enumerate(split.classes)}
+    contents = {
+        TRAIN_LIST: [f"{_listed(path)} {label[name]}" for path, name in split.train],
+        VAL_LIST: [f"{_listed(path)} {label[name]}" for path, name in split.val],
+        CLASSES: split.classes,
+    }
+    try:
+        for name, lines in contents.items():
+            path = os.path.join(split.root, name)
+            with open(f"{path}.tmp", "wb") as file:
+                file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
+                file.flush()
+                os.fsync(file.fileno())
+        for name in contents:
+            path = os.path.join(split.root, name)
+            os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise DataError(f"{split.root}: cannot write the lists: {error.strerror}") from None
+
+
+def _listed(path: str) -> str:
+    """The path so that a list file's reader does not take its line for a comment."""
+    return os.path.join(".", path) if path.startswith("#") else path
+
+
+def main() -> None:
+    parser = Parser("Makes train_list.txt, val_list.txt and classes.txt for a folder of images.")
+    parser.add_argument(
+        "source",
+        help="a folder with a folder per class, or with train/ and val/ of such; "
+        "or a CSV file of path,label",
+    )
+    parser.flag(
+        "val_fraction",
+        "share of each class to validate on, where there is no val/ (default: 0.1)",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+    )
+    parser.flag("seed", "of the split (default: 0)", type=int, default=0, metavar="N")
+    parser.flag(
+        "verify",
+        "decode every image and list the bad ones; checks lists that are there already",
+        action="store_true",
+    )
+    parser.flag("force", "replace lists that are there already", action="store_true")
+    parser.flag("workers", "processes for -verify (default: one a core)", type=int, metavar="N")
+    args = parser.parse_args()
+    make_lists(args.source, args.val_fraction, args.seed, args.verify, args.force, args.workers)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
