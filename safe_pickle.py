@@ -30,9 +30,9 @@ class _Pending:
 
 
 def _dtype(code: str, *_: Any) -> _Pending:
-    dtype = np.dtype(str(code))
+    dtype = np.dtype(code if type(code) is str else object)
     if dtype.kind not in "biuf" or dtype.itemsize > 8:  # no objects, records, dates, strings
-        raise WeightsError(f"an array of type {code!r}, which is not plain numbers")
+        raise WeightsError(f"an array of type {dtype.name}, which is not plain numbers")
     # state: version, byte order, and six fields that only records and dates use
     return _Pending(lambda state: dtype.newbyteorder(state[1]))
 
@@ -48,9 +48,11 @@ def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
         raise WeightsError("an array that is not plain numbers")
     if type(data) is str:  # as Python 2 wrote bytes
         data = data.encode("latin1")
+    if type(data) not in (bytes, bytearray):
+        raise WeightsError("an array that is not plain numbers")
     if any(type(size) is not int or size < 0 for size in shape):  # -1 would mean "the rest"
         raise ValueError("bad shape")
-    array = np.frombuffer(bytes(data), dtype) if data else np.empty(0, dtype)
+    array = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
     array = array.reshape(shape, order=order)
     array.flags.writeable = False
     return array
@@ -78,7 +80,7 @@ def _tuple(items: Any = ()) -> Any:
 def _encode(text: str, encoding: str) -> bytes:
     """Protocol 2 has no bytes and writes them as text to be encoded."""
     if encoding not in ("latin1", "latin-1"):
-        raise WeightsError(f"text to be encoded as {encoding!r}")
+        raise WeightsError("text to be encoded otherwise than as latin-1")
     return text.encode("latin1")
 
 
@@ -106,21 +108,22 @@ _LITERALS = {
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("INT", "LONG", "FLOAT", "UNICODE", "STRING"),  # of protocol 0, as are PUT, GET, LIST, DICT
 }
-_BEGINNINGS = (
-    "PROTO",
-    "MARK",
-    "GLOBAL",
-    "EMPTY_DICT",
-    "EMPTY_LIST",
-)  # the last four: protocol 0, 1
+# How a pickle of ours can begin; without PROTO it is of protocol 0 or 1.
+_BEGINNINGS = ("PROTO", "MARK", "GLOBAL", "EMPTY_DICT", "EMPTY_LIST")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Machine:
-    """The stack machine: `run` carries out one instruction."""
+    """The stack machine: `run` carries out one instruction.
 
-    def __init__(self) -> None:
+    Args:
+        budget: how many characters, bytes and items may be handed to functions, in all. What is
+            remembered can be handed over again and again, and most functions copy it.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
         self.stack: list = []
         self.marked: list[list] = []  # the stacks below each MARK
         self.memo: dict[int, Any] = {}
@@ -136,6 +139,13 @@ class _Machine:
     def pop_mark(self) -> list:
         items, self.stack = self.stack, self.marked.pop()
         return items
+
+    def pay(self, arguments: tuple) -> tuple:
+        sized = (str, bytes, bytearray, list, tuple, dict)
+        self.budget -= sum(len(item) for item in arguments if isinstance(item, sized))
+        if self.budget < 0:
+            raise WeightsError("more data than bytes")
+        return arguments
 
     def run(self, name: str, argument: Any) -> None:
         push = self.stack.append
@@ -177,16 +187,15 @@ class _Machine:
         elif name == "GLOBAL":
             push(_Name(argument.replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
-            module, attribute = self.pop(2)
-            push(_Name(f"{module}.{attribute}"))
+            push(_Name(".".join(self.pop(2))))
         elif name == "REDUCE":
             function, arguments = self.pop(2)
-            push(function.call(arguments))
+            push(function.call(self.pay(arguments)))
         elif name == "BUILD":
             pending, state = self.pop(2)
             if not isinstance(pending, _Pending):
                 raise WeightsError("an object that is not plain data")
-            pending.value = pending.fill(state)
+            pending.value = pending.fill(self.pay(state))
             push(pending.value)
         elif name not in ("PROTO", "FRAME", "STOP"):
             what = f"{name} ({argument})" if isinstance(argument, str) else name
@@ -241,9 +250,9 @@ def load(path: str | os.PathLike) -> Any:
     Raises:
         WeightsError: the file is damaged, or asks for anything but plain data.
     """
-    machine = _Machine()
     try:
         with open(path, "rb") as file:
+            machine = _Machine(budget=4 * os.fstat(file.fileno()).st_size)
             for opcode, argument, position in pickletools.genops(file):
                 if position == 0 and opcode.name not in _BEGINNINGS:
                     raise ValueError("not a pickle")

@@ -197,6 +197,17 @@ class Call:
         return self.function, self.arguments
 
 
+class Built:
+    """Pickles as an array of bytes, with anything in the place of the bytes."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __reduce__(self):
+        function, arguments, state = np.zeros(3, np.uint8).__reduce__()
+        return function, arguments, (*state[:-1], self.data)
+
+
 def hostile_files(state, marker):
     """Name -> (content of the file, a part of the message)."""
     good = pickle.dumps(state, protocol=4)
@@ -232,7 +243,7 @@ def hostile_files(state, marker):
     yield "eval", dump({"model": Call(eval, touch)}), "builtins.eval"
     yield "exec, protocol 0", dump(Call(exec, touch), protocol=0), "builtins.exec"
     yield "exec, protocol 2", dump(Call(exec, touch), protocol=2), "exec"
-    yield "a call hidden in an object array", replaced(np.array([Call(exec, touch)])), "type 'O8'"
+    yield "a call hidden in an object array", replaced(np.array([Call(exec, touch)])), "type object"
     yield "a call as a dict's key", dump({Call(exec, touch): 1}), "exec"
     yield "INST", b"(S'" + touch.encode() + b"'\nibuiltins\nexec\n.", "INST .builtins exec"
     yield "OBJ", b"(cbuiltins\nexec\n(V" + touch.encode() + b"\no.", "exec"
@@ -254,6 +265,11 @@ def hostile_files(state, marker):
     yield "a billion laughs", dump(laughs), "more than"
     yield "a hundred thousand brackets", b"\x80\x02" + b"(" * 10**5 + b"t" * 10**5 + b".", "nested"
     yield "a memo index of 2^31", b"\x80\x02Nr\xff\xff\xff\x7f.", "holds a NoneType"
+    text = b"X" + struct.pack("<I", 10**6) + b"x" * 10**6 + b"q\x01"
+    again = b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00latin1\x86R"  # h: from the memo
+    yield "one text encoded 100 times", b"\x80\x03](" + text + again * 100 + b"e.", "more data than"
+    yield "a number for an array's bytes", dump(Built(10**12)), "not plain numbers"
+    yield "lists for a name", b"\x80\x04]]\x93.", "truncated, damaged"
     yield "a string of 2^40 bytes", b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.", "truncated"
     huge = dump(np.zeros(3, np.float32)).replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85")
     yield "an array larger than its bytes", huge, "truncated, damaged"
@@ -261,10 +277,10 @@ def hostile_files(state, marker):
     yield "no state dict", dump([1, 2, 3]), "holds a list"
     yield "an empty dict", dump({}), "no weights"
     yield "a number for an array", changed(x=3), "floating point .int.: x"
-    yield "strings", replaced(np.array(["a", "b"])), "'U1'"
+    yield "strings", replaced(np.array(["a", "b"])), "type str32"
     yield "integers", replaced(value.astype(np.int64)), "floating point .int64.: mixer_layers.0"
-    yield "complex numbers", replaced(value.astype(np.complex64)), "'c8'"
-    yield "records", replaced(np.zeros(3, [("a", "f4"), ("b", "O")])), "'V12'"
+    yield "complex numbers", replaced(value.astype(np.complex64)), "type complex64"
+    yield "records", replaced(np.zeros(3, [("a", "f4"), ("b", "O")])), "type void96"
     yield "NaN", replaced(np.full_like(value, np.nan)), f"NaN or infinite values in {name}"
     yield "infinity", replaced(np.full_like(value, np.inf)), f"NaN or infinite values in {name}"
     yield "float64 beyond float32", replaced(np.full(value.shape, 1e300)), "NaN or infinite"
