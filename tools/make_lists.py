@@ -30,7 +30,6 @@ import numpy as np
 from errors import DataError, run_as_script
 from images import BadImage, find_classes, list_images, read_image, read_list
 from tools.common import Parser
-from utils import ProgressLine
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
 
@@ -273,6 +272,8 @@ def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str],
     Raises:
         DataError: some cannot be decoded; each was logged.
     """
+    from utils import ProgressLine  # imports Paddle, which nothing else here needs
+
     progress, bad = ProgressLine("verify"), []
     try:
         with ProcessPoolExecutor(workers) as pool:
