@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
 import checkpoint
 from dashboard import build_dashboard
@@ -46,7 +47,6 @@ from utils import (
     ProgressLine,
     StopSignal,
     TrainingError,
-    any_rank,
     duration,
     from_main,
     main_first,
@@ -142,6 +142,7 @@ class Place:
     best_top1: float = -1.0  # percent; of the EMA where there is one
     best_epoch: int = 0
     skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
+    skipped_in_a_row: int = 0  # of those that count against NONFINITE_LIMIT
 
 
 @dataclass
@@ -150,9 +151,9 @@ class StepRecord:
 
     step: int
     lr: float
-    loss_sum: paddle.Tensor  # float64 scalar, over this rank's images
-    norm: paddle.Tensor  # float32 scalar, gradient norm before clipping
-    indices: list  # of the images, to name them when the loss is not finite
+    numbers: paddle.Tensor  # float64 [4]: the sum of this rank's losses; over all ranks that sum
+    # and how many were signalled; the gradient norm before clipping
+    indices: list  # of this rank's images, to name them when the loss is not finite
 
 
 class Trainer:
@@ -215,8 +216,7 @@ class Trainer:
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
         self.signal = StopSignal()
         self.unchecked: list[StepRecord] = []
-        self.skipped_in_a_row = 0
-        self.local_loss, self.local_count, self.norm = 0.0, 0, 0.0  # since `_collect_losses`
+        self.norm, self.stop = 0.0, False  # of the last step looked at
 
     # ------------------------------------------------------------------------------- loops
     def fit(self) -> dict:
@@ -240,7 +240,7 @@ class Trainer:
         """Trains the rest of an epoch, from where `place` stands."""
         config, place, accum = self.config, self.place, self.config.TRAIN.ACCUM_ITER
         first = place.samples // self.samples_per_step
-        if first == self.steps_per_epoch:
+        if first >= self.steps_per_epoch:
             return  # the run was stopped in the evaluation of this epoch
         self.network.train()
         self.train_loader.set_epoch(epoch, skip_batches=first * accum)
@@ -262,8 +262,8 @@ class Trainer:
             report = end or (step + 1) % config.REPORT_FREQ == 0
             save = bool(config.SAVE_STEPS) and place.step % config.SAVE_STEPS == 0
             stop = self._asked_to_stop()
-            if report or save or stop:
-                self._collect_losses()
+            if report or save:
+                self._steps_are_finite()
             if report:
                 self._report(meter, epoch, step, lr)
             if stop or (save and not end):
@@ -277,18 +277,22 @@ class Trainer:
     def _train_step(self, window: list, rng: np.random.Generator, lr: float) -> None:
         """One optimizer step over the batches of an accumulation window."""
         total = sum(len(batch.indices) for batch in window)
+        fused = self.config.TRAIN.RECOMPUTE and self.process.world > 1
         losses = []
         for number, batch in enumerate(window):
             images, targets = self._augment(batch, rng)
-            with self._no_sync(number + 1 < len(window)), autocast(self.config, self.process):
+            local = fused or number + 1 < len(window)
+            with self._no_sync(local), autocast(self.config, self.process):
                 loss = self._loss(images, targets)
                 # Each image of the window weighs the same, whatever the size of its batch.
                 self.scaler.scale(loss * (len(batch.indices) / total)).backward()
             losses.append(loss.detach().astype("float64") * len(batch.indices))
+        if fused:  # recomputation in backward and DataParallel's hooks exclude each other
+            fused_allreduce_gradients(self.model.parameters(), None)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
         indices = [index for batch in window for index in batch.indices]
-        self.unchecked.append(StepRecord(self.place.step, lr, paddle.add_n(losses), norm, indices))
+        self._record(lr, paddle.add_n(losses), norm, indices)
         if not self._look_before_each_step() or self._steps_are_finite():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -296,6 +300,14 @@ class Trainer:
                 applied = paddle.isfinite(norm) if self.scaler.is_enable() else None
                 self.ema.update(self.place.step, applied)
         self.optimizer.clear_grad()
+
+    def _record(self, lr: float, loss: paddle.Tensor, norm: paddle.Tensor, indices: list) -> None:
+        """Keeps a step's numbers; all ranks get the same totals, so that they decide alike."""
+        totals = paddle.stack([loss, paddle.full_like(loss, float(self.signal.received))])
+        if self.process.world > 1:
+            paddle.distributed.all_reduce(totals)
+        numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
+        self.unchecked.append(StepRecord(self.place.step, lr, numbers, indices))
 
     def _augment(self, batch, rng: np.random.Generator):
         """uint8 ``[B, H, W, 3]`` and labels -> normalised ``[B, 3, H, W]`` and targets."""
@@ -359,17 +371,20 @@ class Trainer:
             with autocast(self.config, self.process):
                 return model(self.normalize(images))
 
-        def check():
-            if self.signal.received:
-                raise Preempted(f"stopped in evaluation; saved in {self.folder.path}")
-
         model.eval()
         progress = ProgressLine(f"{label}: evaluation", self.process.main)
         classes = self.config.MODEL.NUM_CLASSES
         metrics = evaluate(
-            predict, self.val_loader, self.process, classes, check=check, progress=progress
+            predict,
+            self.val_loader,
+            self.process,
+            classes,
+            stop=lambda: self.signal.received,
+            progress=progress,
         )
         progress.end()
+        if metrics is None:
+            raise Preempted(f"stopped in evaluation; saved in {self.folder.path}")
         _log.info(f"{label}: {metrics}")
         return metrics
 
@@ -391,48 +406,55 @@ class Trainer:
         records, self.unchecked = self.unchecked, []
         if not records:
             return True
-        numbers = paddle.stack(
-            [paddle.stack([r.loss_sum, r.norm.astype("float64")]) for r in records]
-        ).numpy()
-        finite = True
-        for record, (loss_sum, norm) in zip(records, numbers.tolist()):
-            if np.isfinite(loss_sum):
-                self.local_loss += loss_sum
-                self.local_count += len(record.indices)
+        numbers = paddle.stack([record.numbers for record in records]).numpy().tolist()
+        finite, place = True, self.place
+        for record, (own_loss, loss, stop, norm) in zip(records, numbers):
+            self.stop = stop > 0
+            if np.isfinite(loss):
+                count = len(record.indices) * self.process.world
+                place.epoch_loss += loss
+                place.epoch_count += count
+                place.report_loss += loss
+                place.report_count += count
                 self.norm = norm
-            if np.isfinite(loss_sum) and np.isfinite(norm):
-                self.skipped_in_a_row = 0
+            if np.isfinite(loss) and np.isfinite(norm):
+                place.skipped_in_a_row = 0
                 continue
-            self.place.skipped_steps += 1
-            if np.isfinite(loss_sum) and self.scaler.is_enable():
+            place.skipped_steps += 1
+            if np.isfinite(loss) and self.scaler.is_enable():
                 continue
             finite = False
-            self.skipped_in_a_row += 1
+            place.skipped_in_a_row += 1
             limit = self.config.TRAIN.NONFINITE_LIMIT
-            if self.config.TRAIN.NONFINITE == "stop" or self.skipped_in_a_row > limit:
-                raise self._nonfinite_error(record, loss_sum, norm)
-            _log.warning(f"step {record.step}: skipped, loss sum {loss_sum}, gradient norm {norm}")
+            if self.config.TRAIN.NONFINITE == "stop" or place.skipped_in_a_row > limit:
+                raise self._nonfinite_error(record, own_loss, loss, norm)
+            _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
         return finite
 
-    def _nonfinite_error(self, record: StepRecord, loss_sum: float, norm: float) -> TrainingError:
-        """Writes what is needed to reproduce the step, and says where it is."""
-        rank, files = self.process.rank, self.train_loader.dataset.files
-        path = self.folder.path / f"nonfinite.rank{rank}.json"
+    def _nonfinite_error(self, record, own_loss: float, loss: float, norm: float) -> TrainingError:
+        """Writes what is needed to reproduce the step, on every rank, and says where it is."""
+        rank, world, files = self.process.rank, self.process.world, self.train_loader.dataset.files
         facts = {
             "epoch": self.place.epoch + 1,
             "step": record.step,
             "rank": rank,
             "lr": record.lr,
             "loss_scale": float(self.scaler.state_dict().get("scale", 1.0)),
-            "loss": loss_sum / len(record.indices),
+            "loss": own_loss / len(record.indices),
             "gradient_norm": norm,
+            "seed": self.config.SEED,
             "images": [files.path(index) for index in record.indices],
         }
+        path = self.folder.path / f"nonfinite.rank{rank}.json"
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        what = "gradient" if np.isfinite(loss_sum) else "loss"
+        wrong = [float(r == rank and not np.isfinite(own_loss)) for r in range(world)]
+        wrong = [r for r, flag in enumerate(sum_over_ranks(wrong, self.process)) if flag]
+        where = f"rank {', '.join(map(str, wrong))}" if wrong else "all ranks together"
+        what = "gradient" if np.isfinite(loss) else "loss"
+        listed = self.folder.path / f"nonfinite.rank{wrong[0] if len(wrong) == 1 else '*'}.json"
         return TrainingError(
-            f"rank {rank}, step {record.step}: the {what} is not finite (learning rate "
-            f"{record.lr:.3g}); the batch is listed in {path}; the last checkpoint is "
+            f"{where}, step {record.step}: the {what} is not finite (learning rate "
+            f"{record.lr:.3g}); the batch is listed in {listed}; the last checkpoint is "
             f"{self.folder.path / checkpoint.LAST}. A lower TRAIN.BASE_LR, a longer "
             f"TRAIN.WARMUP_EPOCHS or TRAIN.GRAD_CLIP usually helps; TRAIN.NONFINITE skip goes on"
         )
@@ -442,25 +464,11 @@ class Trainer:
 
         On GPU the device is only looked at every `SYNC_STEPS_GPU` steps; finiteness then too.
         """
-        if self.process.on_gpu and self.place.step % SYNC_STEPS_GPU:
-            return False
-        self._steps_are_finite()
-        return any_rank(self.signal.received, self.process)
+        if not self.process.on_gpu or self.place.step % SYNC_STEPS_GPU == 0:
+            self._steps_are_finite()
+        return self.stop
 
     # ----------------------------------------------------------------------------- reports
-    def _collect_losses(self) -> None:
-        """Adds this rank's and the others' losses since the last time to `place`."""
-        self._steps_are_finite()
-        loss, count = sum_over_ranks([self.local_loss, self.local_count], self.process)
-        self.local_loss, self.local_count = 0.0, 0
-        place = self.place
-        place.epoch_loss, place.epoch_count = (
-            place.epoch_loss + loss,
-            place.epoch_count + int(count),
-        )
-        place.report_loss += loss
-        place.report_count += int(count)
-
     def _report(self, meter: Meter, epoch: int, step: int, lr: float) -> None:
         """Logs a line, records it, and starts the next interval."""
         place, world = self.place, self.process.world

@@ -15,7 +15,7 @@ import paddle
 import paddle.nn.functional as F
 
 from errors import UserError
-from utils import Process, sum_over_ranks
+from utils import Process, sum_over_ranks, wait_for_all
 
 
 @dataclass
@@ -43,9 +43,9 @@ def evaluate(
     process: Process,
     num_classes: int,
     confusion: bool = False,
-    check: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Metrics:
+) -> Metrics | None:
     """Evaluates a classifier on a loader's whole data set.
 
     Sums stay on the device and are reduced once, as integers and float64, so the counts are the
@@ -57,8 +57,11 @@ def evaluate(
         process: this process; all ranks must call together.
         num_classes: K; top-5 is top-K where K is smaller.
         confusion: also count labels against predictions.
-        check: called before each batch; may raise to stop.
+        stop: asked before each batch whether to break off.
         progress: called after each batch with batches done and in all.
+
+    Returns:
+        The metrics, the same on every rank; None when any rank broke off.
 
     Raises:
         UserError: a logit is not finite.
@@ -68,8 +71,11 @@ def evaluate(
     loss_sum = paddle.zeros([], "float64")
     hits = paddle.zeros([2], "int64")  # top-1, top-k
     seen, matrix = 0, np.zeros([num_classes, num_classes], "int64") if confusion else None
+    stopped = False
     for number, (images, labels, _) in enumerate(loader):
-        check()
+        stopped = stop()
+        if stopped:
+            break
         logits = predict(images).astype("float32")
         losses = F.cross_entropy(logits, labels, reduction="none").astype("float64")
         top = paddle.topk(logits, k, axis=-1)[1]  # [B, k]
@@ -80,9 +86,12 @@ def evaluate(
         if confusion:
             np.add.at(matrix, (labels.numpy(), top[:, 0].numpy()), 1)
         progress(number + 1, len(loader))
-    loss, top1, topk, total = sum_over_ranks(
-        [float(loss_sum), *hits.numpy().tolist(), seen], process
+    wait_for_all(process)  # loading may keep one rank longer than a collective waits
+    loss, top1, topk, total, stopped = sum_over_ranks(
+        [float(loss_sum), *hits.numpy().tolist(), seen, stopped], process
     )
+    if stopped:
+        return None
     if not np.isfinite(loss):
         raise UserError(
             "evaluation: the loss is not finite; the weights hold or produce inf or NaN"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runtime  # noqa: F401  isort: skip
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import wait
 
 import paddle.distributed as dist
 
@@ -22,39 +24,50 @@ from engine import run
 from errors import ConfigError, UserError
 from run_folder import choose_folder
 from tools.plot_metrics import plot_metrics
-from utils import PREEMPTED, Preempted, gpu_count
+from utils import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count
 
-_GRACE = 5.0  # seconds between asking a process to end and ending it
+_GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
+_FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
 _PREEMPTION_GRACE = 60.0  # seconds to save after SIGTERM
+_TEXT_LIMIT = 8000  # characters of a rank's last words: fits a pipe's buffer, so it never blocks
+_log = logging.getLogger("resmlp")
 
 
 def run_here(config, on_step: Callable[[int], None] = lambda step: None, label: str = "") -> int:
-    """Runs this process's part of a run; turns how it ends into an exit code and a line at most.
+    """Runs this process's part of a run; shows how it ends, unless all went well.
 
     Args:
         config: the frozen config.
         on_step: see `engine.run`.
-        label: put before messages, e.g. the rank.
+        label: put before each line, e.g. the rank.
 
     Returns:
         0; 2 after a user's mistake; `utils.PREEMPTED` when it saved and stopped on request; 1
         after an unexpected error, whose traceback is shown.
     """
+    code, text = _run(config, on_step)
+    for line in text.splitlines():
+        print(f"{label}{line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
+    """The exit code of this process's part of a run, and what there is to say about it."""
     try:
         result = run(config, get_config, on_step)
         if result["rank"] == 0 and not config.EVAL:
             plot_metrics([result["folder"]], result["folder"] / "curves.png")
-        return 0
+        return 0, ""
     except Preempted as stop:
-        print(f"{label}{stop}; -resume auto goes on from there", file=sys.stderr, flush=True)
-        return PREEMPTED
+        code, text = PREEMPTED, f"{stop}; -resume auto goes on from there"
     except UserError as error:
-        print(f"error: {label}{error}", file=sys.stderr, flush=True)
-        return 2
-    except Exception:
-        text = "".join(f"{label}{line}\n" for line in traceback.format_exc().splitlines())
-        print(text, end="", file=sys.stderr, flush=True)
-        return 1
+        code, text = 2, f"error: {error}"
+    except Exception as error:
+        summary = str(error).rpartition("Error Message Summary:")[2].strip("-\n ")  # Paddle's form
+        summary = f"{type(error).__name__}: {' '.join(summary.split())[:300]}"
+        code, text = 1, f"{traceback.format_exc()}error: {summary}"
+    _log.debug(text)  # to the rank's own log; the terminal is the caller's
+    return code, text
 
 
 def launch(config) -> int:
@@ -70,10 +83,13 @@ def launch(config) -> int:
     Raises:
         ConfigError: more processes than GPUs.
     """
-    launched = int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1
-    if launched:
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1:
         rank = os.environ.get("PADDLE_TRAINER_ID", "?")
-        return run_here(config, label=f"[rank {rank}] ")
+        stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
+        threading.Thread(target=_follow_parent, args=(os.getppid(), stop), daemon=True).start()
+        code = run_here(config, label=f"[rank {rank}] ")
+        sys.stdout.flush()
+        os._exit(code)  # no atexit hook may wait for a rank that is gone
     gpus = gpu_count()
     count = config.DIST.NPROCS if config.DIST.NPROCS > 0 else max(gpus, 1)
     if gpus and count > gpus:
@@ -84,94 +100,136 @@ def launch(config) -> int:
 
 
 def _spawn(config, count: int) -> int:
+    """Runs ``count`` ranks of a job on this machine; see `launch`."""
     config = config.clone()
     config.defrost()
-    config.SAVE = str(choose_folder(config))  # so that the message below can name it
+    config.SAVE = str(choose_folder(config))  # so that the message about a failure can name it
     config.freeze()
     os.environ.setdefault("GLOG_minloglevel", "2")  # no progress notes of the key-value store
     warnings.filterwarnings("ignore", message=".*CPUONLY mode", category=UserWarning)
-    steps = multiprocessing.get_context("spawn").Array("q", count, lock=False)
-    context = dist.spawn(_worker, args=(config, steps), nprocs=count, join=False)
+    spawning = multiprocessing.get_context("spawn")
+    steps = spawning.Array("q", count, lock=False)
+    readers, writers = zip(*(spawning.Pipe(duplex=False) for _ in range(count)))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is passed on
+    context = dist.spawn(_worker, (config, steps, writers), nprocs=count, join=False)
     workers = context.processes
-    asked = []
+    asked: list[float] = []
 
     def forward(number, frame):
-        asked.append(time.time())
+        asked.append(time.monotonic())
         for worker in workers:
             if worker.is_alive():
-                os.kill(worker.pid, number)
+                worker.terminate()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    failed = _watch(workers, asked)
-    if failed is None:
-        return PREEMPTED if any(w.exitcode == PREEMPTED for w in workers) else 0
-    code = workers[failed].exitcode
-    if code == 2:  # the rank has said what was wrong
-        return code
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"ended with exit code {code}"
-    )
-    print(
-        f"error: rank {failed} {how} after step {steps[failed]}; the other ranks were stopped. "
-        f"-resume auto goes on from the last checkpoint, {os.path.join(config.SAVE, LAST)}",
-        file=sys.stderr,
-        flush=True,
-    )
-    return code if code > 0 else 1
+    endings = _watch(workers, readers, asked)
+    _end(workers)
+    return _tell(endings, list(steps), os.path.join(config.SAVE, LAST), bool(asked))
 
 
-def _watch(workers: list, asked: list[float]) -> int | None:
-    """Waits for all; ends all when one fails. Returns the rank that failed first, or None."""
-    while True:
-        multiprocessing.connection.wait([w.sentinel for w in workers if w.is_alive()], timeout=0.5)
-        failed = [r for r, w in enumerate(workers) if w.exitcode not in (None, 0, PREEMPTED)]
-        if failed:
-            _end(workers)
-            return failed[0]
-        if not any(worker.is_alive() for worker in workers):
-            return None
-        stopped = any(worker.exitcode == PREEMPTED for worker in workers)
-        if asked and (time.time() - asked[0] > _PREEMPTION_GRACE or stopped and _linger(workers)):
-            _end(workers)
-            return None
+def _watch(workers: list, readers: tuple, asked: list[float]) -> dict[int, tuple[int, str]]:
+    """Waits until every rank has ended, or one has failed and the others had time to say why.
 
+    Args:
+        workers: the ranks' processes.
+        readers: a pipe from each, with its exit code and text.
+        asked: times of the signals that were passed on to the ranks.
 
-def _linger(workers: list) -> bool:
-    """Gives the last ranks a moment to follow those that have stopped; whether any has not."""
-    end = time.time() + _GRACE
-    for worker in workers:
-        worker.join(max(0.0, end - time.time()))
-    return any(worker.is_alive() for worker in workers)
+    Returns:
+        Exit code and text of the ranks that have ended; a killed rank has no text.
+    """
+    endings: dict[int, tuple[int, str]] = {}
+    deadline = float("inf")
+    while len(endings) < len(workers) and time.monotonic() < deadline:
+        going = [rank for rank in range(len(workers)) if rank not in endings]
+        wait([x for rank in going for x in (readers[rank], workers[rank].sentinel)], timeout=0.2)
+        now = time.monotonic()
+        for rank in going:
+            if readers[rank].poll():
+                endings[rank] = readers[rank].recv()
+            elif workers[rank].exitcode is not None:
+                endings[rank] = workers[rank].exitcode, ""
+        codes = {code for code, _ in endings.values()}
+        if codes - {0, PREEMPTED} or len(asked) > 1 and asked[-1] - asked[0] > SIGNAL_GRACE:
+            deadline = min(deadline, now + _FAILURE_GRACE)
+        if PREEMPTED in codes:
+            deadline = min(deadline, now + _GRACE)
+        if asked:
+            deadline = min(deadline, asked[0] + _PREEMPTION_GRACE)
+    return endings
 
 
 def _end(workers: list) -> None:
     """Ends what is still alive. A save under way loses nothing: it is renamed only when whole."""
     for worker in workers:
-        if worker.is_alive():
-            worker.kill()
+        worker.kill()
     for worker in workers:
         worker.join()
 
 
-def _follow_parent() -> None:
-    """Ends this process when its parent is gone (killed, out of memory)."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def _tell(endings: dict, steps: list[int], last: str, asked: bool) -> int:
+    """Says in one line how the ranks ended, unless all went well; returns the exit code."""
+    failed = {rank: end for rank, end in endings.items() if end[0] not in (0, PREEMPTED)}
+    preempted = [text for code, text in endings.values() if code == PREEMPTED]
+    if asked and not preempted and not any(steps):
+        return _say("stopped; there was nothing to save yet", 128 + signal.SIGTERM)
+    if not failed:
+        return _say(preempted[0], PREEMPTED) if preempted else 0
+
+    # One rank's failure breaks the connections of the others: name the cause, not a consequence.
+    rank = min(failed, key=lambda rank: _consequence(failed[rank][0]))
+    code, text = failed[rank]
+    if code == 1:
+        trace, _, text = text.rpartition("error: ")
+        print("".join(f"[rank {rank}] {line}\n" for line in trace.splitlines()), file=sys.stderr)
+    elif code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        text = f"it was killed by {name}{hint}"
+    reason = text.removeprefix("error: ") or f"it ended with exit code {code}"
+    if code == 2 and len(failed) == len(steps) and len(set(failed.values())) == 1:
+        return _say(f"error: {reason}", code)  # the same on every rank, and it says where
+    saved = f"-resume auto goes on from {last}" if os.path.exists(last) else "nothing was saved yet"
+    return _say(f"error: rank {rank}, after step {steps[rank]}: {reason}; {saved}", max(code, 1))
 
 
-def _worker(config, steps) -> None:
+def _consequence(code: int) -> int:
+    """Sorts exit codes from cause to consequence: killed, a user's mistake, an exception, and
+    SIGABRT, with which Paddle ends when another rank is gone.
+    """
+    if code == -signal.SIGABRT:
+        return 3
+    return {2: 1, 1: 2}.get(code, 0)
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _follow_parent(parent: int, end: Callable[[], None]) -> None:
+    """Calls ``end`` when the parent process is gone (killed, out of memory)."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    end()
+
+
+def _worker(config, steps, writers) -> None:
+    """One rank of a spawned job."""
     if sys.platform == "linux":  # Paddle leaves `spawn` behind: loader workers would get a copy of
         multiprocessing.set_start_method("fork", force=True)  # the data set each
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    end = lambda: os._exit(1)  # noqa: E731
+    threading.Thread(target=_follow_parent, args=(os.getppid(), end), daemon=True).start()
     rank = dist.ParallelEnv().rank
 
     def on_step(step):
         steps[rank] = step
 
-    code = run_here(config, on_step, f"[rank {rank}] ")
+    code, text = _run(config, on_step)
     sys.stdout.flush()
     sys.stderr.flush()
+    writers[rank].send((code, text[-_TEXT_LIMIT:]))
+    if code not in (0, PREEMPTED):
+        threading.Event().wait()  # to be ended: closed connections would make the others fail too
     os._exit(code)  # no atexit hook may wait for a rank that is gone

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ import paddle.distributed as dist
 from errors import UserError
 
 PREEMPTED = 75  # exit code of a run that saved on SIGTERM or Ctrl-C and wants to be resumed
+SIGNAL_GRACE = 1.0  # seconds within which signals count as one: a scheduler sends SIGTERM to every
+# process of a job, and a terminal Ctrl-C, and the parent of the ranks passes on its own
+_JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
 _log = logging.getLogger("resmlp")
 
 
@@ -29,7 +33,7 @@ class Preempted(Exception):
 
 
 class TrainingError(UserError):
-    """Training cannot go on: a loss or gradient is not finite."""
+    """Training cannot go on: a loss or gradient is not finite. All ranks raise it together."""
 
 
 # --------------------------------------------------------------------------------- processes
@@ -54,10 +58,14 @@ def gpu_count() -> int:
 def prepare_process() -> Process:
     """Chooses the device, joins the other processes where a launcher started several, and opens
     the log. One process makes no collective calls at all.
+
+    Raises:
+        UserError: rank 0 cannot be reached, or the port that it shall listen on is in use.
     """
     on_gpu = gpu_count() > 0
     world = int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
     if world > 1:
+        _find_rank_0(int(os.environ["PADDLE_TRAINER_ID"]))
         dist.init_parallel_env()  # takes the device that the launcher gave to this rank
         process = Process(dist.get_rank(), dist.get_world_size(), on_gpu)
     else:
@@ -71,17 +79,47 @@ def prepare_process() -> Process:
     return process
 
 
+def _find_rank_0(rank: int) -> None:
+    """Looks whether the ranks can meet. Paddle itself would abort, or try for 15 minutes."""
+    address = os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"]
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = address.split(",")[0]
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + _JOIN_TIMEOUT
+    while True:
+        try:
+            if rank == 0:
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Paddle does
+                    return probe.bind(("", int(port)))
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, ValueError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            if rank == 0:
+                raise UserError(f"rank 0 cannot listen at {address}: {reason}; choose another port")
+            if time.monotonic() > deadline or not isinstance(error, OSError):
+                raise UserError(
+                    f"rank {rank} cannot reach rank 0 at {address}: {reason}; is it running, and "
+                    f"is the port open between the nodes?"
+                )
+            time.sleep(0.5)
+
+
 def _open_log(process: Process) -> None:
-    """Rank 0 talks to the terminal; the others only to their files (see run_folder.py)."""
-    _log.setLevel(logging.INFO)
+    """Rank 0 talks to the terminal, the others only in warnings; each has a file of its own, see
+    run_folder.py. Debug messages go to the files alone.
+    """
+    _log.setLevel(logging.DEBUG)
     _log.propagate = False
     for handler in list(_log.handlers):  # of an earlier run in this process
         handler.close()
         _log.removeHandler(handler)
-    if process.main:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        _log.addHandler(handler)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setLevel(logging.INFO if process.main else logging.WARNING)
+    label = "" if process.main else f"[rank {process.rank}] "
+    handler.setFormatter(logging.Formatter(f"{label}%(message)s"))
+    _log.addHandler(handler)
 
 
 def sum_over_ranks(values: list[float], process: Process) -> list[float]:
@@ -91,11 +129,6 @@ def sum_over_ranks(values: list[float], process: Process) -> list[float]:
     tensor = paddle.to_tensor(np.array(values, "float64"))
     dist.all_reduce(tensor)
     return tensor.numpy().tolist()
-
-
-def any_rank(flag: bool, process: Process) -> bool:
-    """Whether the flag is set on any rank; the same answer on every rank."""
-    return sum_over_ranks([float(flag)], process)[0] > 0
 
 
 def from_main(value, process: Process):
@@ -111,24 +144,33 @@ def from_main(value, process: Process):
 def main_first(process: Process):
     """Rank 0 runs the body for as long as it takes while the others wait for it.
 
-    They wait on the job's key-value store, not in a collective: gloo gives up on those after 30
-    seconds, whatever one asks for. Yields whether this is rank 0.
+    Yields whether this is rank 0.
     """
-    if process.world == 1:
-        yield True
-        return
-    global _meetings
-    _meetings += 1
-    store = dist.collective._default_store
-    key = f"resmlp/main_first/{_meetings}"
     if process.main:
         try:
             yield True
         finally:
-            store.set(key, b"done")
+            wait_for_all(process)
     else:
         yield False
-        store.wait(key)
+        wait_for_all(process)
+
+
+def wait_for_all(process: Process) -> None:
+    """Returns when every rank has called it, however long that takes.
+
+    They wait on the job's key-value store, not in a collective: gloo gives up on those after 30
+    seconds, whatever one asks for.
+    """
+    if process.world == 1:
+        return
+    global _meetings
+    _meetings += 1
+    store = dist.collective._default_store
+    key = f"resmlp/meeting/{_meetings}"
+    if store.add(key, 1) == process.world:
+        store.set(f"{key}/all", b"here")
+    store.wait(f"{key}/all")
 
 
 _meetings = 0
@@ -235,10 +277,13 @@ def duration(seconds: float) -> str:
 
 # ----------------------------------------------------------------------------------- signals
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the training loop looks; a second one exits at once."""
+    """Remembers SIGTERM or Ctrl-C until the training loop looks; a second one exits at once (after
+    `SIGNAL_GRACE`).
+    """
 
     def __init__(self):
         self.received = False
+        self._first = 0.0
         self._pid = os.getpid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -247,6 +292,8 @@ class StopSignal:
         if os.getpid() != self._pid:  # a forked loader worker: not its business
             return
         if self.received:
-            os._exit(128 + number)
-        self.received = True
+            if time.monotonic() - self._first > SIGNAL_GRACE:
+                os._exit(128 + number)
+            return
+        self.received, self._first = True, time.monotonic()
         os.write(2, b"stopping: saving at the next step (a second signal exits at once)\n")
