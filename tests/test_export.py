@@ -230,6 +230,12 @@ def test_a_model_without_metadata_is_refused(exported, tmp_path):
         load(tmp_path / file.name)
 
 
+def test_a_broken_image_is_named(exported, tmp_path):
+    (tmp_path / "x.jpg").write_text("not a JPEG")
+    with pytest.raises(ModelError, match=r"x\.jpg: cannot be read"):
+        list(classify(load(exported[1]), [str(tmp_path / "x.jpg")]))
+
+
 @pytest.mark.parametrize(
     "name, content", [("model.onnx", None), ("model.onnx", b"x"), ("a.pt", b"")]
 )

@@ -163,7 +163,7 @@ def test_the_grid_shows_the_pictures(weights, images, tmp_path):
 def test_the_script_reads_paths_from_standard_input_and_prints_json(weights, images, tmp_path):
     done = run_tool(
         "predict", "-", "-pretrained", weights, "--top-k", "2", "-json",
-        cwd=tmp_path, stdin="\n".join(images) + "\n",
+        cwd=tmp_path, stdin="\n\n".join(images) + "\n",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == predict(images, weights, top_k=2)

@@ -294,7 +294,7 @@ def _staging(output: str | os.PathLike) -> Iterator[Path]:
             for file in Path(folder).iterdir():
                 os.replace(file, output / file.name)
     except OSError as error:
-        raise UserError(f"-output {output}: cannot be written: {error.strerror}") from None
+        raise UserError(f"-output {output}: cannot be written: {error.strerror or error}") from None
 
 
 def main() -> None:

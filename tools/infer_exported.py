@@ -31,6 +31,7 @@ _RESAMPLING = {
     "hamming": Image.HAMMING,
 }
 
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow decodes itself
 _KEYS = (  # of the metadata
     *("preprocessing_inside", "image_size", "crop_pct", "interpolation", "mean", "std"),
     "class_names",
@@ -196,10 +197,11 @@ def classify(
         images = []
         for path in batch:
             try:
-                with Image.open(path) as image:
+                with Image.open(path, formats=_FORMATS) as image:
                     images.append(preprocess(image, model.metadata))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ModelError(f"{path}: {getattr(error, 'strerror', None) or error}")
+            except Exception as error:  # decoders raise whatever a broken file leads them to
+                reason = getattr(error, "strerror", None) or error
+                raise ModelError(f"{path}: cannot be read: {reason}") from None
         for path, row in zip(batch, model(np.stack(images))):
             order = np.argsort(-row, kind="stable")[:top_k]
             yield path, [(int(label), float(row[label])) for label in order]

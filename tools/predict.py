@@ -99,7 +99,7 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
         UserError: a source that names none.
     """
     paths = []
-    for source in map(os.fspath, sources):
+    for source in filter(None, map(os.fspath, sources)):
         if os.path.isdir(source):
             found = list_images(source)
         elif os.path.exists(source) or not glob.has_magic(source):
@@ -228,7 +228,7 @@ def main() -> None:
         raise UserError("command line: -json and -csv: choose one")
     images = []
     for source in args.images:
-        images += [line.rstrip("\n") for line in sys.stdin] if source == "-" else [source]
+        images += sys.stdin.read().splitlines() if source == "-" else [source]
     results = predict(
         images,
         args.pretrained,
