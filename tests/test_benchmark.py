@@ -1,0 +1,161 @@
+"""tools/benchmark.py measures what it says, prints what it promises, and refuses the rest."""
+
+import json
+import statistics
+
+import paddle
+import pytest
+
+from config import get_config
+from errors import UserError
+from resmlp import build_resmlp
+from tools import benchmark as tool
+from tools.benchmark import Job, benchmark
+
+KEYS = {
+    *("model", "mode", "backend", "dtype", "batch_size", "threads", "images_per_second"),
+    *("ms_per_step", "peak_memory_mb", "gemm_peak_gflops", "gemm_efficiency", "speedup"),
+}
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """A tiny model; the machine's peak is said to be 2 GFLOP/s, so that it need not be measured."""
+    monkeypatch.setattr(tool, "gemm_peak", lambda dtype, threads: 2.0)
+    monkeypatch.setattr(tool, "SETTLE_SECONDS", 0.0)
+    config = get_config()
+    config.defrost()
+    config.DATA.IMAGE_SIZE, config.DATA.NUM_WORKERS, config.DATA.DATA_PATH = 16, 0, "no/such"
+    config.MODEL.NAME, config.MODEL.NUM_CLASSES = "tiny", 3
+    config.MODEL.MIXER.PATCH_SIZE, config.MODEL.MIXER.EMBED_DIM, config.MODEL.MIXER.DEPTH = 4, 8, 2
+    config.freeze()
+    return config
+
+
+@pytest.mark.parametrize("backend", tool.BACKENDS)
+def test_every_backend_gives_every_figure(config, backend):
+    (result,) = benchmark(Job(config, "infer", batch_size=2, backend=backend), rounds=2)
+    assert set(result) == KEYS
+    assert (result["model"], result["mode"], result["backend"]) == ("tiny", "infer", backend)
+    assert (result["batch_size"], result["threads"], result["dtype"]) == (2, 1, "float32")
+    assert result["images_per_second"] > 0
+    assert result["peak_memory_mb"] > 50
+
+
+def test_the_figures_follow_from_the_median_time(config, monkeypatch):
+    times = iter([1.0, 8.0, 2.0, 2.0, 4.0, 4.0])  # Paddle's and the rival's, in alternation
+    monkeypatch.setattr(tool, "_seconds", lambda step: next(times))
+
+    class Rival:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def seconds(self):
+            return next(times)
+
+        def memory(self):
+            return 7.0
+
+    monkeypatch.setattr(tool, "_Rival", Rival)
+    job = Job(config, "train", batch_size=4)
+    own, rival = benchmark(job, rounds=3, compare=["timm"])
+    assert own["ms_per_step"] == 2000.0 and own["images_per_second"] == 2.0
+    assert own["gemm_efficiency"] == round(job.gflops / 2.0 / 2.0, 3)
+    assert rival["ms_per_step"] == 4000.0 and rival["peak_memory_mb"] == 7.0
+    assert rival["speedup"] == statistics.median([8.0 / 1.0, 2.0 / 2.0, 4.0 / 4.0])
+    assert own["speedup"] == 1.0
+
+
+def test_a_training_step_counts_three_times_the_operations_of_a_forward_pass(config):
+    forward = Job(config, "infer", batch_size=2).gflops
+    tokens, dim, hidden = 16, 8, 32
+    block = 2 * (tokens * tokens * dim + 2 * tokens * dim * hidden)
+    by_hand = 2 * (2 * tokens * 48 * dim + 2 * block + 2 * dim * 3) / 1e9
+    assert forward == pytest.approx(by_hand)
+    assert Job(config, "train", batch_size=2).gflops == pytest.approx(3 * forward)
+
+
+def test_the_train_mode_trains(config):
+    paddle.seed(0)
+    model = build_resmlp(config)
+    before = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    step = tool._train_step(Job(config, "train", 2), model, paddle.randn([2, 3, 16, 16]))
+    step()
+    changed = [
+        abs(value.numpy() - before[name]).max() for name, value in model.state_dict().items()
+    ]
+    assert min(changed) > 0
+
+
+def test_the_data_mode_augments_jpeg_files_to_the_models_size(config, monkeypatch):
+    shapes = []
+    build = tool.build_train_transform
+
+    def spy(config):
+        transform = build(config)
+        return lambda image, rng: shapes.append((image.size, transform(image, rng).shape))
+
+    monkeypatch.setattr(tool, "build_train_transform", spy)
+    (result,) = benchmark(Job(config, "data", batch_size=3), rounds=2)
+    assert set(shapes) == {((500, 375), (16, 16, 3))}
+    assert len(shapes) == 3 * 3  # warm-up and two rounds
+    assert result["gemm_efficiency"] == 0.0
+
+
+def test_the_step_mode_times_every_part_and_their_sum(config):
+    (result,) = benchmark(Job(config, "step", batch_size=4), rounds=1)
+    parts = ["data", "augment", "forward", "backward", "optimizer", "ema", "logging"]
+    assert list(result["parts_ms"]) == parts
+    assert sum(result["parts_ms"].values()) == pytest.approx(result["ms_per_step"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ({"mode": "fly"}, "choose from"),
+        ({"backend": "tensorrt"}, "choose from"),
+        ({"dtype": "int3"}, "choose from"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"mode": "train", "backend": "inference"}, "-mode infer"),
+        ({"dtype": "bfloat16"}, "-backend inference"),
+        ({"dtype": "float16", "backend": "inference"}, "on a CPU"),
+    ],
+)
+def test_what_does_not_exist_is_refused_in_one_line(config, arguments, word):
+    with pytest.raises(UserError, match=word) as error:
+        Job(config, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_timm_is_one_line(config, monkeypatch):
+    monkeypatch.setattr(tool.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="pip install torch timm") as error:
+        benchmark(Job(config, "infer", 1), rounds=1, compare=["timm"])
+    assert "\n" not in str(error.value)
+
+
+def test_the_peak_is_that_of_a_product_of_known_size(monkeypatch):
+    monkeypatch.setattr(tool, "GEMM_SIZE", 64)
+    times = iter([4.0, 1.0, 2.0])
+    monkeypatch.setattr(tool, "GEMM_ROUNDS", 3)
+    monkeypatch.setattr(tool, "_seconds", lambda step: next(times))
+    assert tool.gemm_peak("float32", 1) == pytest.approx(2e-9 * 64**3)
+
+
+def test_json_is_one_object_a_line_and_the_table_names_its_columns(config, capsys, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(config.dump())
+    command = ["-cfg", str(tmp_path / "tiny.yaml"), "-batch_size", "2", "-rounds", "1"]
+    tool.main([*command, "-json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert set(json.loads(line)) == KEYS
+    tool.main([*command, "--batch-size", "3"])
+    process, header, row = capsys.readouterr().out.splitlines()
+    assert process.startswith("process:")
+    assert header.split()[:5] == ["model", "mode", "backend", "dtype", "batch"]
+    assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]

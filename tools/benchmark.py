@@ -1,0 +1,495 @@
+"""Measures a model's speed beside the machine's own limit, and beside timm in alternation.
+
+    python tools/benchmark.py -cfg configs/resmlp_12_224.yaml -mode train -batch_size 32
+    python tools/benchmark.py -cfg ... -mode infer -backend inference -dtype bfloat16 -json
+    python tools/benchmark.py -cfg ... -mode infer -compare timm timm_compile
+    python tools/benchmark.py -cfg ... -mode step -opts DATA.DATA_PATH /dataset/imagenet
+
+Modes: `infer` (forward), `train` (forward, backward, AdamW), `data` (JPEG to augmented uint8, on
+one core), `step` (a training step of the config's recipe, part by part). Times are medians of
+interleaved rounds; the efficiency is model FLOPs over time over the largest matrix product rate
+that this process reaches in the same precision. docs/performance.md tells how to read them.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import runtime  # noqa: F401  isort: skip
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from PIL import Image
+
+from config import get_config, update_config
+from datasets import build_loader
+from errors import UserError, run_as_script
+from folding import fold
+from images import read_image
+from losses import build_criterion
+from mixup import Mixup
+from model_ema import ModelEma
+from optimizer import build_optimizer, clip_gradients
+from random_erasing import RandomErasing
+from resmlp import build_resmlp
+from tools.benchmark_timm import peak_memory_mb
+from tools.common import Parser
+from tools.infer_exported import open_paddle
+from tools.model_info import config_info
+from transforms import build_train_transform
+from utils import Normalize, step_rng
+
+MODES = ("infer", "train", "data", "step")
+BACKENDS = ("eager", "to_static", "inference")
+DTYPES = ("float32", "bfloat16", "float16")
+RIVALS = ("timm", "timm_compile")
+SETTLE_SECONDS = 0.3  # OpenMP threads spin for 0.2 s after their work, and would disturb the next
+GEMM_SIZE, GEMM_ROUNDS = 2048, 20
+JPEG_SIZE = (500, 375)  # pixels, about ImageNet's
+
+Step = Callable[[], None]
+
+
+@dataclass
+class Job:
+    """What is to be measured.
+
+    Attributes:
+        config: the resolved config.
+        mode: one of `MODES`.
+        batch_size: images in a step.
+        threads: CPU threads.
+        dtype: one of `DTYPES`.
+        backend: one of `BACKENDS`; only `infer` knows more than ``eager``.
+    """
+
+    config: object
+    mode: str = "infer"
+    batch_size: int = 32
+    threads: int = 1
+    dtype: str = "float32"
+    backend: str = "eager"
+
+    def __post_init__(self):
+        for name, choices in (("mode", MODES), ("backend", BACKENDS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"-{name} is {getattr(self, name)!r}; choose from {choices}")
+        if self.batch_size < 1:
+            raise UserError("-batch_size is at least 1")
+        if self.mode != "infer" and self.backend != "eager":
+            raise UserError(f"-backend {self.backend} is for -mode infer")
+        if self.dtype != "float32" and not on_gpu():
+            if self.dtype == "float16" or (self.mode, self.backend) != ("infer", "inference"):
+                raise UserError(
+                    f"-dtype {self.dtype}: on a CPU Paddle has lower precision only as "
+                    "-mode infer -backend inference -dtype bfloat16"
+                )
+        elif self.dtype != "float32" and self.backend == "inference":
+            raise UserError(f"-dtype {self.dtype} on a GPU is for -backend eager or to_static")
+
+    @property
+    def gflops(self) -> float:
+        """Floating point operations of a step, 1e9; a backward pass counts as two forward."""
+        if self.mode == "data":
+            return 0.0
+        passes = 1 if self.mode == "infer" else 3
+        return passes * 2e-9 * config_info(self.config).macs * self.batch_size
+
+    def for_timm(self, compiled: bool, files: Sequence[str]) -> dict:
+        """The same work, as `benchmark_timm` takes it."""
+        mixer = self.config.MODEL.MIXER
+        return {
+            "mode": self.mode,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+            "compile": compiled,
+            "files": list(files),
+            "image_size": self.config.DATA.IMAGE_SIZE,
+            "num_classes": self.config.MODEL.NUM_CLASSES,
+            "patch_size": mixer.PATCH_SIZE,
+            "embed_dim": mixer.EMBED_DIM,
+            "depth": mixer.DEPTH,
+            "mlp_ratio": mixer.MLP_RATIO,
+            "drop_path": self.config.MODEL.DROPPATH,
+        }
+
+
+def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[dict]:
+    """Measures a job, and rivals in alternation with it.
+
+    Args:
+        job: what to measure.
+        rounds: timed steps of each; every step of one is followed by a step of the next.
+        compare: of `RIVALS`; they run in float32 whatever the job's dtype, as the yardstick.
+
+    Returns:
+        A dict for Paddle and one for each rival, in the order of ``compare``: ``model, mode,
+        backend, dtype, batch_size, threads, images_per_second, ms_per_step, peak_memory_mb,
+        gemm_peak_gflops, gemm_efficiency``, and ``speedup``: the median over rounds of the
+        rival's time over Paddle's (1.0 for Paddle). In mode ``step`` also ``parts_ms``.
+
+    Raises:
+        UserError: a combination that does not exist, or torch or timm is missing.
+    """
+    if job.mode == "step":
+        if compare:
+            raise UserError("-compare is for -mode infer, train and data")
+        return [_measure_parts(job, rounds)]
+    runtime.set_threads(job.threads)
+    with ExitStack() as stack:
+        files = stack.enter_context(_sample_jpegs()) if job.mode == "data" else []
+        step = stack.enter_context(_paddle_step(job, files))
+        rivals = [stack.enter_context(_Rival(name, job, files)) for name in compare]
+        step()  # warm up: first products, memory, kernel choice
+        times = _alternate([lambda: _seconds(step), *(rival.seconds for rival in rivals)], rounds)
+        memory = [_peak_memory_mb(), *(rival.memory() for rival in rivals)]
+    labels = [(job.backend, job.dtype), *((name, "float32") for name in compare)]
+    peaks = _peaks(job, {dtype for _, dtype in labels})
+    return [_result(job, *found, times[0], peaks) for found in zip(labels, times, memory)]
+
+
+def gemm_peak(dtype: str = "float32", threads: int | None = None) -> float:
+    """The rate of a large square matrix product in this process, GFLOP/s: the machine's limit."""
+    runtime.set_threads(threads)
+    if on_gpu() or dtype == "float32":
+        factor = paddle.randn([GEMM_SIZE, GEMM_SIZE]).astype(dtype)
+        products, step = 1, lambda: factor.matmul(factor)
+        seconds = min(_seconds(step) for _ in range(GEMM_ROUNDS))
+    else:  # on a CPU only Paddle Inference has it: several products outweigh the copy in and out
+        products = 4
+        layers = [nn.Linear(GEMM_SIZE, GEMM_SIZE, bias_attr=False) for _ in range(products)]
+        rows = np.ones([GEMM_SIZE, GEMM_SIZE], "float32")
+        with _predictor(nn.Sequential(*layers), [None, GEMM_SIZE], dtype, threads) as run:
+            seconds = min(_seconds(lambda: run(rows)) for _ in range(GEMM_ROUNDS))
+    return 2e-9 * products * GEMM_SIZE**3 / seconds
+
+
+def on_gpu() -> bool:
+    return paddle.device.get_device().startswith("gpu")
+
+
+# ---------------------------------------------------------------------------- the Paddle side
+@contextmanager
+def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
+    """A function that does one step of the job."""
+    if job.mode == "data":
+        yield _data_step(job, files)
+        return
+    model, size = build_resmlp(job.config), job.config.DATA.IMAGE_SIZE
+    images = paddle.randn([job.batch_size, job.config.DATA.IMAGE_CHANNELS, size, size])
+    if job.mode == "train":
+        yield _train_step(job, model, images)
+    elif job.backend == "inference":
+        shape, array = [None, *images.shape[1:]], images.numpy()
+        with _predictor(fold(model), shape, job.dtype, job.threads) as run:
+            yield lambda: run(array)
+    else:
+        model.eval()
+        if job.backend == "to_static":
+            model = paddle.jit.to_static(fold(model), full_graph=True)
+
+        @paddle.no_grad()
+        def step():
+            with _autocast(job.dtype):
+                model(images)
+
+        yield step
+
+
+def _train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
+    """Forward, backward and AdamW on one batch that stays: the same work as the rival's."""
+    labels = paddle.randint(0, job.config.MODEL.NUM_CLASSES, [job.batch_size])
+    optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters())
+    model.train()
+
+    def step():
+        with _autocast(job.dtype):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        loss.item()
+
+    return step
+
+
+def _data_step(job: Job, files: Sequence[str]) -> Step:
+    """Decoding and augmentation of a batch as a loader worker does it."""
+    transform, rng = build_train_transform(job.config), np.random.default_rng(0)
+
+    def step():
+        for number in range(job.batch_size):
+            transform(read_image(files[number % len(files)]), rng)
+
+    return step
+
+
+@contextmanager
+def _predictor(layer: nn.Layer, shape: list, dtype: str, threads: int | None) -> Iterator[Callable]:
+    """A layer in Paddle Inference, as tools/export and tools/infer_exported deploy it."""
+    spec = paddle.static.InputSpec(shape, "float32", "x")
+    with tempfile.TemporaryDirectory() as folder:
+        paddle.jit.save(layer, f"{folder}/model", input_spec=[spec])
+        model = next(p for p in Path(folder).iterdir() if p.suffix in (".json", ".pdmodel"))
+        yield open_paddle(model, bf16=dtype == "bfloat16", gpu=on_gpu(), threads=threads)
+
+
+def _autocast(dtype: str):
+    level = "O0" if dtype == "float32" else "O1"
+    return paddle.amp.auto_cast(level != "O0", level=level, dtype=dtype.replace("32", "16"))
+
+
+def _peak_memory_mb() -> float:
+    if on_gpu():
+        return paddle.device.cuda.max_memory_allocated() / 2**20
+    return peak_memory_mb()
+
+
+# -------------------------------------------------------------------- a training step, by part
+def _measure_parts(job: Job, rounds: int) -> dict:
+    """Times the parts of the recipe's training step, each waited for on its own."""
+    runtime.set_threads(job.threads)
+    times = defaultdict(list)
+
+    def timed(part: str, function: Callable, *args):
+        start = time.perf_counter()
+        value = function(*args)
+        _synchronize()
+        times[part].append(time.perf_counter() - start)
+        return value
+
+    config = job.config
+    model = build_resmlp(config)
+    model.train()
+    ema = ModelEma(model, config.TRAIN.MODEL_EMA_DECAY)
+    optimizer, criterion = build_optimizer(config, model), build_criterion(config)
+    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    erase, mixup = RandomErasing.from_config(config), Mixup.from_config(config)
+
+    def augment(images, labels, rng):
+        images = normalize(images)
+        images = images if erase is None else erase(images, rng)
+        return (images, labels) if mixup is None else mixup(images, labels, rng)
+
+    def optimize():
+        clip_gradients(model.parameters(), config.TRAIN.GRAD_CLIP)
+        optimizer.step()
+        optimizer.clear_grad()
+
+    with _batches(job) as batches:
+        for step in range(rounds + 1):  # the first is the warm-up
+            images, labels = timed("data", next, batches)
+            rng = step_rng(config.SEED, 0, 0, step)
+            images, targets = timed("augment", augment, images, labels, rng)
+            with _autocast(job.dtype):
+                loss = timed("forward", lambda x, t: criterion(model(x), t), images, targets)
+            timed("backward", loss.backward)
+            timed("optimizer", optimize)
+            timed("ema", ema.update, step)
+            timed("logging", loss.item)
+    parts = {part: 1e3 * statistics.median(values[1:]) for part, values in times.items()}
+    totals = [sum(values) for values in zip(*(values[1:] for values in times.values()))]
+    label, memory, peaks = (job.backend, job.dtype), _peak_memory_mb(), _peaks(job, {job.dtype})
+    result = _result(job, label, totals, memory, totals, peaks)
+    return {**result, "parts_ms": {part: round(value, 3) for part, value in parts.items()}}
+
+
+@contextmanager
+def _batches(job: Job) -> Iterator[Iterator]:
+    """Batches of the training loader over and over; generated images where there are no data."""
+    config = job.config.clone()
+    config.defrost()
+    config.DATA.BATCH_SIZE = job.batch_size
+    with ExitStack() as stack:
+        if not Path(config.DATA.DATA_PATH).is_dir():
+            files = stack.enter_context(_sample_jpegs(max(64, job.batch_size)))
+            config.DATA.DATA_PATH = str(Path(files[0]).parent)
+            config.DATA.DATASET = "imagenet2012"
+        loader = build_loader(config, "train")
+
+        def endless():
+            epoch = 0
+            while True:
+                loader.set_epoch(epoch)
+                yield from ((batch.images, batch.labels) for batch in loader)
+                epoch += 1
+
+        batches = endless()
+        stack.callback(batches.close)
+        yield batches
+
+
+@contextmanager
+def _sample_jpegs(count: int = 16) -> Iterator[list[str]]:
+    """Photograph-like JPEG files of ImageNet's usual size, and their list, in a folder."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{folder}/{number}.jpg" for number in range(count)]
+        for file in files:
+            coarse = Image.fromarray(rng.integers(0, 256, [12, 16, 3], dtype=np.uint8))
+            pixels = np.asarray(coarse.resize(JPEG_SIZE, Image.BICUBIC), np.int16)
+            noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255)  # as grain
+            Image.fromarray(noisy.astype(np.uint8)).save(file, quality=90)
+        lines = "".join(f"{number}.jpg 0\n" for number in range(count))
+        Path(folder, "train_list.txt").write_text(lines)
+        yield files
+
+
+# --------------------------------------------------------------------------------- the rivals
+class _Rival:
+    """timm in a child process, which sleeps while Paddle is measured."""
+
+    def __init__(self, name: str, job: Job, files: Sequence[str]):
+        if name not in RIVALS:
+            raise UserError(f"-compare is {name!r}; choose from {RIVALS}")
+        settings = json.dumps(job.for_timm(name == "timm_compile", files))
+        script = Path(__file__).with_name("benchmark_timm.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> _Rival:
+        if self._process.stdout.readline().strip() != "ready":
+            lines = self._process.communicate()[1].strip().splitlines() or ["it ended"]
+            raise UserError(f"-compare: timm did not start ({lines[-1]}); pip install torch timm")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.communicate()  # end of input: it leaves
+
+    def seconds(self) -> float:
+        return self._ask("step")
+
+    def memory(self) -> float:
+        return self._ask("memory")
+
+    def _ask(self, request: str) -> float:
+        print(request, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+
+# ---------------------------------------------------------------------------- time and report
+def _alternate(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Seconds of every side, round by round: what disturbs the machine meets all sides."""
+    times = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, found in zip(sides, times):
+            if len(sides) > 1:
+                time.sleep(SETTLE_SECONDS)
+            found.append(side())
+    return times
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if on_gpu():
+        paddle.device.synchronize()
+
+
+def _peaks(job: Job, dtypes: set[str]) -> dict[str, float]:
+    """The GEMM peak in each precision, measured last: it must not warm or fill the memory."""
+    if job.mode == "data":  # no products there
+        return dict.fromkeys(dtypes, 0.0)
+    return {dtype: gemm_peak(dtype, job.threads) for dtype in dtypes}
+
+
+def _result(
+    job: Job, label: tuple, times: list, memory_mb: float, own_times: list, peaks: dict
+) -> dict:
+    backend, dtype = label
+    seconds, peak = statistics.median(times), peaks[dtype]
+    return {
+        "model": job.config.MODEL.NAME,
+        "mode": job.mode,
+        "backend": backend,
+        "dtype": dtype,
+        "batch_size": job.batch_size,
+        "threads": 1 if job.mode == "data" else job.threads,
+        "images_per_second": round(job.batch_size / seconds, 2),
+        "ms_per_step": round(1e3 * seconds, 3),
+        "peak_memory_mb": round(memory_mb, 1),
+        "gemm_peak_gflops": round(peak, 1),
+        "gemm_efficiency": round(job.gflops / seconds / peak, 3) if peak else 0.0,
+        "speedup": round(statistics.median(t / own for t, own in zip(times, own_times)), 3),
+    }
+
+
+def as_table(results: Sequence[dict]) -> str:
+    """Results for people; the last column says how much longer than Paddle a rival takes."""
+    columns = {
+        "model": "model",
+        "mode": "mode",
+        "backend": "backend",
+        "dtype": "dtype",
+        "batch_size": "batch",
+        "threads": "threads",
+        "images_per_second": "images/s",
+        "ms_per_step": "ms/step",
+        "peak_memory_mb": "peak MB",
+        "gemm_peak_gflops": "GEMM GFLOP/s",
+        "gemm_efficiency": "efficiency",
+        "speedup": "time/ours",
+    }
+    rows = [list(columns.values())] + [[str(r[key]) for key in columns] for r in results]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    for result in results:
+        parts = result.get("parts_ms", {})
+        total = sum(parts.values())
+        lines += [f"{k:>10} {v:10.2f} ms {100 * v / total:6.1f} %" for k, v in parts.items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("Measures speed and memory of a model beside the machine's limit.")
+    parser.flag("cfg", "YAML config of the model", metavar="FILE")
+    parser.flag("mode", ", ".join(MODES), default="infer")
+    parser.flag("batch_size", "images in a step", type=int, default=32, metavar="N")
+    parser.flag("threads", "CPU threads (default: all cores)", type=int, metavar="N")
+    parser.flag("dtype", ", ".join(DTYPES), default="float32")
+    parser.flag("backend", ", ".join(BACKENDS) + " (-mode infer)", default="eager")
+    parser.flag("rounds", "timed steps", type=int, default=10, metavar="N")
+    parser.flag("compare", "run beside it: " + ", ".join(RIVALS), nargs="+", default=())
+    parser.flag("json", "one JSON object a line", action="store_true")
+    parser.flag("opts", "config keys: -opts MODEL.DROPPATH 0 ...", nargs="+", metavar="KEY VALUE")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise UserError("-rounds is at least 1")
+    config = update_config(get_config(), argparse.Namespace(cfg=args.cfg, opts=args.opts))
+    config.freeze()
+    threads = args.threads or runtime.default_threads()
+    job = Job(config, args.mode, args.batch_size, threads, args.dtype, args.backend)
+    if not args.json:
+        print(runtime.describe())
+    results = benchmark(job, args.rounds, args.compare)
+    print("\n".join(map(json.dumps, results)) if args.json else as_table(results))
+
+
+if __name__ == "__main__":
+    run_as_script(main)

@@ -1,0 +1,109 @@
+"""The PyTorch side of tools/benchmark.py: the same work by timm, in a process of its own.
+
+Settings come as JSON in the first argument. After that every line on standard input is a request,
+``step`` or ``memory``, and its answer is one number on standard output: seconds, or megabytes.
+Nothing here imports Paddle, and `peak_memory_mb` is all that the Paddle side shares.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from functools import partial
+from typing import Callable
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process so far, MB."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def build_step(settings: dict) -> Callable[[], None]:
+    """One step of the work that ``settings`` (see `benchmark.Job.for_timm`) describes."""
+    if settings["mode"] == "data":
+        return _data_step(settings)
+    import torch
+    from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+
+    torch.set_num_threads(settings["threads"])
+    model = MlpMixer(
+        num_classes=settings["num_classes"],
+        img_size=settings["image_size"],
+        patch_size=settings["patch_size"],
+        num_blocks=settings["depth"],
+        embed_dim=settings["embed_dim"],
+        mlp_ratio=settings["mlp_ratio"],
+        drop_path_rate=settings["drop_path"],
+        block_layer=partial(ResBlock, init_values=0.1),
+        norm_layer=Affine,
+    )
+    batch, size = settings["batch_size"], settings["image_size"]
+    images = torch.randn(batch, 3, size, size)
+    if settings["mode"] == "train":
+        labels = torch.randint(settings["num_classes"], (batch,))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        model.train()
+
+        def step():
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+        return step
+    model.eval()
+    run = torch.compile(model) if settings["compile"] else model
+
+    def step():
+        with torch.inference_mode():
+            run(images)
+
+    return step
+
+
+def _data_step(settings: dict) -> Callable[[], None]:
+    """The training pipeline of timm and torchvision on PIL, without normalisation: to uint8."""
+    from PIL import Image
+    from timm.data import create_transform
+
+    transform = create_transform(
+        settings["image_size"],
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        use_prefetcher=True,  # leaves out the conversion to float
+    )
+    files = []
+    for name in settings["files"]:
+        with open(name, "rb") as file:
+            files.append(file.read())
+
+    def step():
+        for number in range(settings["batch_size"]):
+            with Image.open(io.BytesIO(files[number % len(files)])) as image:
+                transform(image.convert("RGB"))
+
+    return step
+
+
+def main() -> None:
+    step = build_step(json.loads(sys.argv[1]))
+    step()  # warm up
+    print("ready", flush=True)
+    for request in sys.stdin:
+        if request.strip() == "memory":
+            print(peak_memory_mb(), flush=True)
+            continue
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()
