@@ -12,10 +12,14 @@ import pickle
 import re
 import shutil
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from errors import CheckpointError, UserError
 from weights import safe_load
@@ -58,7 +62,7 @@ def save(state: dict, path: str | os.PathLike) -> None:
             os.fsync(file.fileno())
         _replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written: {error.strerror or error}; the earlier "
             f"checkpoints are untouched"
@@ -77,8 +81,27 @@ def duplicate(path: str | os.PathLike, name: str) -> None:
             shutil.copyfile(path, temporary)
         _replace(temporary, path.with_name(name))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise CheckpointError(f"{path.with_name(name)}: cannot be written: {error.strerror}")
+
+
+class Writer:
+    """Writes in the background, one thing at a time, while training goes on."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Starts ``write()`` in a thread, after the one before it (see `finish`)."""
+        self.finish()
+        self._pending = self._pool.submit(write)
+
+    def finish(self, wait: bool = True) -> None:
+        """Waits for what was started (or only looks whether it is done); raises what it raised."""
+        if self._pending is not None and (wait or self._pending.done()):
+            pending, self._pending = self._pending, None
+            pending.result()
 
 
 def load(path: str | os.PathLike) -> dict:
@@ -115,17 +138,22 @@ def load_newest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
         CheckpointError: there are checkpoints, and none is whole.
     """
     folder = Path(folder)
-    kept = sorted(_kept_epochs(folder), reverse=True)
-    names = [LAST, *(epoch_name(epoch) for epoch in kept), BEST]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    for path in found:
+    names = [LAST, *map(epoch_name, _kept_epochs(folder)), BEST]
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    newest = None
+    for path in paths:
         try:
-            return load(path), path
+            state = load(path)
         except CheckpointError as error:
-            _log.warning(f"{error}; trying the one before it")
-    if found:
-        raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints is whole")
-    return None
+            _log.warning(f"{error}; looking for an earlier one")
+            continue
+        if newest is None or state["place"]["step"] > newest[0]["place"]["step"]:
+            newest = state, path
+        if path.name == LAST:  # always the newest, if it is whole
+            break
+    if paths and newest is None:
+        raise CheckpointError(f"{folder}: none of its {len(paths)} checkpoints is whole")
+    return newest
 
 
 def rotate(folder: str | os.PathLike, keep: int, keep_every: int) -> None:
@@ -152,6 +180,24 @@ def checksum(tree: Any, value: int = 0) -> int:
     return value
 
 
+def config_changes(old: str, new: str) -> list[str]:
+    """What differs between two configs dumped as YAML, one ``KEY old -> new`` each."""
+
+    def leaves(tree: dict, prefix: str = "") -> dict:
+        found: dict = {}
+        for key, value in tree.items():
+            inner = isinstance(value, dict)
+            found.update(leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+        return found
+
+    before, after = leaves(yaml.safe_load(old)), leaves(yaml.safe_load(new))
+    return [
+        f"{key} {before.get(key, '(none)')} -> {after.get(key, '(none)')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, after) != after.get(key, before)
+    ]
+
+
 def _kept_epochs(folder: Path) -> list[int]:
     names = os.listdir(folder) if folder.is_dir() else []
     return [int(match[1]) for match in map(_EPOCH.fullmatch, names) if match]
@@ -165,3 +211,8 @@ def _replace(temporary: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _discard(temporary: Path) -> None:
+    with suppress(OSError):
+        temporary.unlink()

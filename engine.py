@@ -55,6 +55,7 @@ from utils import (
     seed_everything,
     step_rng,
     sum_over_ranks,
+    wait_for_all,
 )
 
 SYNC_STEPS_GPU = 10  # steps between looks at the device (finite? asked to stop?); on CPU each step
@@ -83,8 +84,7 @@ def run(
     """
     process = prepare_process()
     folder = from_main(str(choose_folder(config)), process)
-    resuming = config.MODEL.RESUME is not None
-    folder = RunFolder(Path(folder), process.rank, not config.EVAL, resuming)
+    folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
     if config.AMP and not process.on_gpu:
         _log.info("AMP: Paddle has no mixed precision on CPU, running in float32")
     if config.EVAL:
@@ -212,8 +212,10 @@ class Trainer:
         self.mixup = Mixup.from_config(config)
         self.network = self.model
         if process.world > 1:  # gradients are averaged over ranks, in buckets of 25 MB
+            wait_for_all(process)  # starting may take one rank longer than a collective waits
             self.network = paddle.DataParallel(self.model)
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
+        self.writer = checkpoint.Writer()
         self.signal = StopSignal()
         self.unchecked: list[StepRecord] = []
         self.norm, self.stop = 0.0, False  # of the last step looked at
@@ -226,6 +228,7 @@ class Trainer:
         for epoch in range(self.place.epoch, self.total_epochs):
             self._train_epoch(epoch)
             metrics = self._finish_epoch(epoch) or metrics
+        self._finish_saving()
         self.dashboard.close()
         best, epoch = self.place.best_top1, self.place.best_epoch
         if epoch:
@@ -269,6 +272,7 @@ class Trainer:
             if stop or (save and not end):
                 self._save()
             if stop:
+                self._finish_saving()
                 raise Preempted(f"stopped after step {place.step}; saved in {self.folder.path}")
             progress(step + 1, self.steps_per_epoch)
         progress.end()
@@ -384,6 +388,7 @@ class Trainer:
         )
         progress.end()
         if metrics is None:
+            self._finish_saving()
             raise Preempted(f"stopped in evaluation; saved in {self.folder.path}")
         _log.info(f"{label}: {metrics}")
         return metrics
@@ -471,6 +476,7 @@ class Trainer:
     # ----------------------------------------------------------------------------- reports
     def _report(self, meter: Meter, epoch: int, step: int, lr: float) -> None:
         """Logs a line, records it, and starts the next interval."""
+        self._finish_saving(wait=False)
         place, world = self.place, self.process.world
         seconds, data_share = meter.read()
         loss = place.report_loss / max(place.report_count, 1)
@@ -528,21 +534,37 @@ class Trainer:
 
     # --------------------------------------------------------------------------- checkpoints
     def _save(self, *names: str) -> None:
-        """Rank 0 saves ``last``, and gives it more names; the others wait."""
+        """Rank 0 saves ``last`` and gives it more names, in the background; the others wait until
+        it has copied the state.
+        """
         with main_first(self.process) as main:
             if not main:
                 return
-            path = self.folder.path / checkpoint.LAST
+            self._finish_saving()
             try:
-                checkpoint.save(checkpoint.to_numpy(self._state()), path)
-                for name in names:
-                    checkpoint.duplicate(path, name)
+                self.folder.flush_metrics()
+                state = checkpoint.to_numpy(self._state())
+                self.writer.start(lambda: self._write(state, names))
             except CheckpointError as error:
-                if self.config.SAVE_FAILURE == "stop":
-                    raise
-                _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
-            config = self.config
-            checkpoint.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
+                self._saving_failed(error)
+
+    def _write(self, state: dict, names: tuple[str, ...]) -> None:
+        path, config = self.folder.path / checkpoint.LAST, self.config
+        checkpoint.save(state, path)
+        for name in names:
+            checkpoint.duplicate(path, name)
+        checkpoint.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
+
+    def _finish_saving(self, wait: bool = True) -> None:
+        try:
+            self.writer.finish(wait)
+        except CheckpointError as error:
+            self._saving_failed(error)
+
+    def _saving_failed(self, error: CheckpointError) -> None:
+        if self.config.SAVE_FAILURE == "stop":
+            raise error
+        _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
 
     def _state(self) -> dict:
         state = {
@@ -553,6 +575,7 @@ class Trainer:
             "place": asdict(self.place),
             "metrics_lines": self.folder.metrics_lines,
             "config": self.config.dump(),
+            "processes": self.process.world,
         }
         if self.ema is not None:
             state["model_ema"] = self.ema.model.state_dict()
@@ -564,12 +587,15 @@ class Trainer:
         if not resume:
             return None
         if resume == "auto":  # rank 0 chooses, so that all take the same
-            found = checkpoint.load_newest(self.folder.path) if self.process.main else None
+            with main_first(self.process) as main:
+                found = checkpoint.load_newest(self.folder.path) if main else None
             resume = from_main(str(found[1]) if found else None, self.process)
             if resume is None:
                 _log.info(f"resume auto: no checkpoint in {self.folder.path} yet, starting anew")
                 self.folder.rewind_metrics(0)
                 return None
+            if found:
+                return found[0]
         return checkpoint.load(resume)
 
     def _restore(self, saved: dict) -> None:
@@ -581,6 +607,12 @@ class Trainer:
             self.scaler.load_state_dict(saved["scaler"])
         self.place = Place(**saved["place"])
         self.folder.rewind_metrics(saved["metrics_lines"])
+        changes = checkpoint.config_changes(saved["config"], self.config.dump())
+        if saved["processes"] != self.process.world:
+            changes.append(f"processes {saved['processes']} -> {self.process.world}")
+        for change in changes:
+            if not change.startswith(("MODEL.RESUME ", "SAVE ")):
+                _log.info(f"changed since the checkpoint: {change}")
         place = self.place
         where = f"epoch {place.epoch}" + (f" and {place.samples} images" if place.samples else "")
         _log.info(f"resumed after {where}, step {place.step}")

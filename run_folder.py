@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from checkpoint import BEST, LAST
-from errors import UserError
+from errors import CheckpointError, UserError
 
 try:
     import fcntl
@@ -50,37 +51,41 @@ class RunFolder:
         path: from `choose_folder`.
         rank: this process.
         training: evaluation writes beside a training run without disturbing it.
-        resuming: the folder may hold an earlier part of this run.
+        resume: ``MODEL.RESUME``. With ``auto``, or a file in the folder, it may hold a run.
 
     Raises:
         UserError: the folder cannot be made, holds another run, or one that is still going.
     """
 
-    def __init__(self, path: Path, rank: int, training: bool, resuming: bool = False):
+    def __init__(self, path: Path, rank: int, training: bool, resume: str | None = None):
         self.path = Path(path)
         self.main = rank == 0
-        self.metrics_lines = 0
+        self.metrics_lines = 0  # on the disk
+        self._unwritten: list[str] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if training and self.main:
-                self._claim(resuming)
+                self._claim(resume)
             name = "log" if training else "eval_log"
             self._open_log(self.path / (f"{name}.txt" if self.main else f"{name}.rank{rank}.txt"))
         except OSError as error:
             raise UserError(f"-output {self.path}: cannot be written: {error.strerror or error}")
 
-    def _claim(self, resuming: bool) -> None:
+    def _claim(self, resume: str | None) -> None:
         if fcntl is not None:
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held to the very end)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"-output {self.path}: a run that is still going uses this folder")
-        if not resuming and any((self.path / n).exists() for n in (LAST, BEST, "metrics.jsonl")):
+        own = resume == "auto" or (resume and Path(resume).parent.resolve() == self.path.resolve())
+        if not own and any((self.path / n).exists() for n in (LAST, BEST, "metrics.jsonl")):
             raise UserError(
                 f"-output {self.path}: holds an earlier run; continue it with -resume auto, or "
                 f"name another folder"
             )
+        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
 
     def _open_log(self, path: Path) -> None:
         handler = logging.FileHandler(path)
@@ -88,11 +93,19 @@ class RunFolder:
         logging.getLogger("resmlp").addHandler(handler)
 
     def write(self, name: str, text: str) -> None:
-        """Writes a small text file whole (rank 0)."""
-        if self.main:
-            temporary = self.path / f".{name}.tmp"
+        """Writes a small text file whole (rank 0).
+
+        Raises:
+            UserError: it cannot be written; one of that name is left as it was.
+        """
+        if not self.main:
+            return
+        temporary = self.path / f".{name}.tmp"
+        try:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, self.path / name)
+        except OSError as error:
+            raise UserError(f"{self.path / name}: cannot be written: {error.strerror}")
 
     def rewind_metrics(self, lines: int) -> None:
         """Cuts metrics.jsonl to its first ``lines`` lines: a checkpoint says where it stood."""
@@ -100,15 +113,39 @@ class RunFolder:
             return
         path = self.path / "metrics.jsonl"
         kept = path.read_text(encoding="utf-8").splitlines()[:lines] if path.is_file() else []
+        if len(kept) < lines:
+            _log.warning(f"{path}: has {len(kept)} of the {lines} records up to the checkpoint")
         self.write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
-        self.metrics_lines = lines
+        self.metrics_lines = len(kept)
 
     def add_metrics(self, record: dict) -> None:
-        """Appends one record to metrics.jsonl and to the disk, before any later checkpoint."""
+        """Appends one record to metrics.jsonl; what a full disk refuses is kept for later."""
         if not self.main:
             return
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.metrics_lines += 1
+        self._unwritten.append(json.dumps(record) + "\n")
+        try:
+            self.flush_metrics()
+        except CheckpointError as error:
+            _log.warning(str(error))
+
+    def flush_metrics(self) -> None:
+        """Brings all records to the disk, as there shall be before each checkpoint.
+
+        Raises:
+            CheckpointError: that is not possible; the file ends with the last whole record.
+        """
+        if not self._unwritten:
+            return
+        path = self.path / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab") as file:
+                file.write("".join(self._unwritten).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}")
+        self.metrics_lines += len(self._unwritten)
+        self._unwritten = []
