@@ -1,0 +1,39 @@
+import pytest
+
+from errors import ConfigError, UserError
+from tools.study import ROOT, read_study, run_study, table
+
+from .tiny_data import CONFIG, make_data
+
+
+def test_a_study_trains_every_variant_with_every_seed(tmp_path):
+    data = make_data(tmp_path / "data", train=12, val=6)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    study = {"all": [], "no decay": ["TRAIN.WEIGHT_DECAY", "0"]}
+    arguments = [f"-cfg={tmp_path / 'tiny.yaml'}", f"-data_path={data}"]
+    found = run_study(study, arguments, str(tmp_path / "out"), 1, "main_single_gpu.py")
+    assert set(found) == {"all", "no decay"}
+    assert all(len(values) == 1 and 0 <= values[0] <= 100 for values in found.values())
+    assert (tmp_path / "out" / "no_decay" / "seed_0" / "curves.png").is_file()
+
+
+def test_a_failed_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="odd, seed 0: the run ended with exit code 2"):
+        run_study({"odd": ["NO.KEY", "1"]}, [], str(tmp_path), 1, "main_single_gpu.py")
+
+
+def test_the_table_has_mean_spread_and_difference():
+    text = table({"all": [80.0, 82.0], "less": [78.0, 79.0]})
+    assert "| all | 81.00 ± 1.41 |  | 2 |" in text
+    assert "| less | 78.50 ± 0.71 | -2.50 | 2 |" in text
+
+
+def test_the_ablation_of_the_paper_is_there():
+    study = read_study(str(ROOT / "configs" / "studies" / "ablation.yaml"))
+    assert list(study)[0] == "full recipe" and study["full recipe"] == [] and len(study) == 6
+
+
+def test_a_study_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="expected `variant"):
+        read_study(str(tmp_path / "x.yaml"))

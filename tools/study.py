@@ -1,0 +1,125 @@
+"""Trains variants of a config over several seeds; prints mean and spread as a table.
+
+python tools/study.py configs/studies/ablation.yaml -cfg configs/resmlp_12_224.yaml \
+    -data_path /dataset/imagenet -output output/ablation -seeds 3
+
+The study file maps a variant's name to the config keys that it changes. Run the command again to go
+on after an interruption: finished runs are only read. Accuracies are those after the last epoch.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from errors import ConfigError, UserError, run_as_script
+from tools.common import Parser, write_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_study(path: str) -> dict[str, list[str]]:
+    """Reads a study: name -> ``[KEY, VALUE, ...]``; the first variant is what others are held to.
+
+    Raises:
+        ConfigError: the file is not a mapping of names to mappings of keys.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}")
+    if not isinstance(content, dict) or not all(
+        isinstance(keys, dict) for keys in content.values()
+    ):
+        raise ConfigError(f"{path}: expected `variant: {{KEY: value, ...}}` lines")
+    return {
+        str(name): [str(item) for pair in keys.items() for item in pair]
+        for name, keys in content.items()
+    }
+
+
+def run_study(
+    study: dict[str, list[str]], arguments: list[str], output: str, seeds: int, main: str
+) -> dict[str, list[float]]:
+    """Trains every variant with every seed, one after another.
+
+    Args:
+        study: from `read_study`.
+        arguments: command-line arguments of all runs.
+        output: folder; a run's is ``output/<variant>/seed_<n>``.
+        seeds: runs a variant, with SEED 0, 1, ...
+        main: the main script that trains.
+
+    Returns:
+        Variant -> top-1 of its runs after the last epoch, percent.
+
+    Raises:
+        UserError: a run failed.
+    """
+    results: dict[str, list[float]] = {name: [] for name in study}
+    for seed in range(seeds):  # a first column of results comes early
+        for name, opts in study.items():
+            folder = Path(output) / re.sub(r"\W+", "_", name).strip("_") / f"seed_{seed}"
+            command = [sys.executable, str(ROOT / main), *arguments, f"-output={folder}"]
+            command += ["-resume=auto", "-opts", *opts, "SEED", str(seed)]
+            print(f"$ {' '.join(command)}", flush=True)
+            code = subprocess.run(command).returncode
+            if code:
+                raise UserError(f"{name}, seed {seed}: the run ended with exit code {code}")
+            results[name].append(_last_top1(folder))
+    return results
+
+
+def _last_top1(folder: Path) -> float:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    epochs = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
+    return epochs[-1].get("ema_top1", epochs[-1].get("val_top1"))
+
+
+def table(results: dict[str, list[float]]) -> str:
+    """The results as a Markdown table: mean, sample standard deviation, difference to the first."""
+    lines = ["| variant | top-1, % | difference | seeds |", "|---|---|---|---|"]
+    baseline = None
+    for name, values in results.items():
+        mean = statistics.mean(values)
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        change = "" if baseline is None else f"{mean - baseline:+.2f}"
+        baseline = mean if baseline is None else baseline
+        lines.append(f"| {name} | {mean:.2f}{spread} | {change} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("study", help="YAML file: variant -> config keys")
+    parser.flag("cfg", "YAML config of all variants", metavar="FILE", required=True)
+    parser.flag("data_path", "data folder", metavar="DIR", required=True)
+    parser.flag("output", "folder of the runs", metavar="DIR", required=True)
+    parser.flag("seeds", "runs of each variant (default: 3)", type=int, default=3)
+    parser.flag("multi", "train with main_multi_gpu.py", action="store_true")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        raise UserError(f"-seeds is {args.seeds}; expected at least 1")
+    results = run_study(
+        read_study(args.study),
+        [f"-cfg={args.cfg}", f"-data_path={args.data_path}"],
+        args.output,
+        args.seeds,
+        "main_multi_gpu.py" if args.multi else "main_single_gpu.py",
+    )
+    text = table(results)
+    write_file(Path(args.output) / "results.md", text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
