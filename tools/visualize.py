@@ -151,6 +151,7 @@ def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
     columns = min(len(layers), 3)
     rows = -(-len(layers) // columns)
     figure = new_figure(4 * columns, 4.2 * rows, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, wspace=0.08, hspace=0.05)  # layers apart from maps
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
