@@ -67,7 +67,7 @@ class Teacher:
         if self.scale is not None:
             images = images * self.scale + self.shift
         size = [self.image_size, self.image_size]
-        if images.shape[2:] != size:
+        if list(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bicubic")
         logits = self.network(images)
         # googlenet adds the logits of its side branches
@@ -171,6 +171,8 @@ def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:
             f"TRAIN.TEACHER_MODEL {prefix} holds its own weights: leave TRAIN.TEACHER_PRETRAINED "
             "at None"
         )
+    if not Path(prefix + ".pdiparams").is_file():
+        raise WeightsError(f"TRAIN.TEACHER_MODEL {prefix}: there is no {prefix}.pdiparams")
     notes = Path(prefix + ".pdiparams.info")
     if notes.exists():  # jit.load would unpickle it: refuse what is not plain data
         safe_pickle.load(notes)
@@ -187,7 +189,7 @@ def _try_out(teacher: Teacher, name: str, config) -> None:
     """Two blank images: finds a wrong input size or class count before training starts."""
     size, classes = config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES
     try:
-        shape = teacher(paddle.zeros([2, config.DATA.IMAGE_CHANNELS, size, size])).shape
+        shape = list(teacher(paddle.zeros([2, config.DATA.IMAGE_CHANNELS, size, size])).shape)
     except Exception as error:
         raise ConfigError(
             f"TRAIN.TEACHER_MODEL {name} does not take images of {teacher.image_size} pixels in "

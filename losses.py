@@ -151,5 +151,5 @@ def _dense(targets: paddle.Tensor, logits: paddle.Tensor, smoothing: float) -> p
     if targets.ndim == 1:
         return smooth_one_hot(targets, logits.shape[1], smoothing)
     if targets.shape != logits.shape:
-        raise ValueError(f"targets {targets.shape} do not fit logits {logits.shape}")
+        raise ValueError(f"targets {list(targets.shape)} do not fit logits {list(logits.shape)}")
     return targets.astype("float32")

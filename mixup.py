@@ -185,7 +185,7 @@ class Mixup:
         """Mixes a batch.
 
         Args:
-            images: ``[B, C, H, W]``, floating point.
+            images: ``[B, C, H, W]``, float32.
             labels: ``[B]`` class indices, int64.
             rng: source of all randomness.
 

@@ -122,7 +122,7 @@ class RandomErasing:
         if not rows.size:
             return images
         planes = rows // height  # [R] of B * C
-        inside = ((x >= left) & (x < right)).astype("uint8")  # [B, W]; gather takes no bool
+        inside = ((x >= left) & (x < right)).astype("int32")  # [B, W]; not every gather takes bool
 
         inside = paddle.gather(paddle.to_tensor(inside), paddle.to_tensor(planes // channels))
         rows = paddle.to_tensor(rows)

@@ -1,0 +1,267 @@
+"""The three kinds of teacher, what they see, and which are refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import paddle
+import pytest
+from paddle.static import InputSpec
+
+from config import get_config
+from distillation import Teacher, build_teacher
+from errors import ConfigError, WeightsError
+from resmlp import build_resmlp
+
+CLASSES = 5
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.5]
+
+
+class Probe(paddle.nn.Layer):
+    """Returns the pooled pixels it was given as logits; remembers how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = paddle.nn.Dropout(0.9)
+        self.weight = self.create_parameter([3])
+
+    def forward(self, images):
+        self.seen = self.dropout(images)
+        return images.mean(axis=[2, 3]) * self.weight, "side branch"
+
+
+def make_config(**train):
+    config = get_config()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = CLASSES
+    config.DATA.IMAGE_SIZE = 32
+    config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD = MEAN, STD
+    config.TRAIN.DISTILLATION_TYPE = "hard"
+    for key, value in train.items():
+        config.TRAIN[key] = value
+    return config
+
+
+def make_teacher(**kwargs):
+    settings = dict(image_size=8, mean=MEAN, std=STD, student_mean=MEAN, student_std=STD)
+    return Teacher(Probe(), **{**settings, **kwargs})
+
+
+def make_images(size, batch=2, seed=0):
+    return np.random.default_rng(seed).standard_normal((batch, 3, size, size)).astype("float32")
+
+
+# ------------------------------------------------------------------------------ what it sees
+def test_the_teacher_sees_its_own_normalisation():
+    images = make_images(8)
+    mean, std = [0.1, 0.2, 0.6], [0.3, 0.25, 0.1]
+    teacher = make_teacher(mean=mean, std=std)
+    teacher(paddle.to_tensor(images))
+
+    def column(values):
+        return np.reshape(values, (3, 1, 1))
+
+    pixels = images * column(STD) + column(MEAN)
+    expected = (pixels - column(mean)) / column(std)
+    np.testing.assert_allclose(teacher.network.seen.numpy(), expected, atol=1e-5)
+
+
+def test_images_reach_a_teacher_with_the_same_settings_untouched():
+    images = paddle.to_tensor(make_images(8))
+    teacher = make_teacher()
+    teacher(images)
+    np.testing.assert_array_equal(teacher.network.seen.numpy(), images.numpy())
+
+
+def test_images_are_resized_to_the_teachers_size():
+    ramp = np.broadcast_to(np.linspace(0, 1, 16, dtype="float32"), (1, 3, 16, 16))
+    teacher = make_teacher(image_size=32)
+    teacher(paddle.to_tensor(ramp))
+    seen = teacher.network.seen.numpy()
+    assert seen.shape == (1, 3, 32, 32)
+    pixels = (np.arange(32) + 0.5) / 2 - 0.5  # where they lie among the 16
+    expected = np.broadcast_to(np.clip(pixels / 15, 0, 1), seen.shape)
+    np.testing.assert_allclose(seen, expected, atol=0.01)
+
+
+def test_the_teacher_is_frozen_and_evaluates():
+    teacher = make_teacher()
+    images = paddle.to_tensor(make_images(8), stop_gradient=False)
+    logits = teacher(images)
+    assert logits.shape == [2, 3]  # the first of a tuple
+    assert logits.stop_gradient and all(p.stop_gradient for p in teacher.network.parameters())
+    np.testing.assert_array_equal(teacher.network.seen.numpy(), images.numpy())  # no dropout
+
+
+# ----------------------------------------------------------------------------- three kinds
+def test_a_vision_model_with_weights_is_a_teacher(tmp_path):
+    reference = paddle.vision.models.squeezenet1_1(num_classes=CLASSES)
+    paddle.save(reference.state_dict(), str(tmp_path / "weights.pdparams"))
+    config = make_config(
+        TEACHER_MODEL="squeezenet1_1", TEACHER_PRETRAINED=str(tmp_path / "weights.pdparams")
+    )
+    images = paddle.to_tensor(make_images(32))
+    reference.eval()
+    np.testing.assert_array_equal(build_teacher(config)(images).numpy(), reference(images).numpy())
+
+
+@pytest.fixture
+def small_resmlp(tmp_path):
+    """A YAML file, weights, and the model that they should become."""
+    path = tmp_path / "teacher.yaml"
+    path.write_text(
+        f"DATA: {{IMAGE_SIZE: 16, IMAGENET_MEAN: {MEAN}, IMAGENET_STD: [1.0, 1.0, 1.0]}}\n"
+        f"MODEL: {{NUM_CLASSES: {CLASSES}, MIXER: {{PATCH_SIZE: 8, EMBED_DIM: 8, DEPTH: 1}}}}\n"
+    )
+    model = build_resmlp(get_config(str(path)))
+    weights = str(tmp_path / "teacher.pdparams")
+    paddle.save(model.state_dict(), weights)
+    return str(path), weights, model
+
+
+def test_another_resmlp_is_a_teacher_with_its_own_size_and_normalisation(small_resmlp):
+    path, weights, model = small_resmlp
+    config = make_config(TEACHER_MODEL=path, TEACHER_PRETRAINED=weights)
+    teacher = build_teacher(config, get_config)
+    assert teacher.image_size == 16
+    images = make_images(16)
+    model.eval()
+    expected = model(paddle.to_tensor(images * np.reshape(STD, (3, 1, 1)).astype("float32")))
+    logits = teacher(paddle.to_tensor(images))
+    np.testing.assert_allclose(logits.numpy(), expected.numpy(), atol=1e-5)
+    assert teacher(paddle.to_tensor(make_images(32))).shape == [2, CLASSES]
+
+
+def test_the_config_overrides_size_and_normalisation(small_resmlp):
+    path, weights, model = small_resmlp
+    config = make_config(
+        TEACHER_MODEL=path,
+        TEACHER_PRETRAINED=weights,
+        TEACHER_IMAGE_SIZE=16,
+        TEACHER_MEAN=MEAN,
+        TEACHER_STD=STD,
+    )
+    images = paddle.to_tensor(make_images(16))
+    model.eval()
+    np.testing.assert_allclose(
+        build_teacher(config, get_config)(images).numpy(), model(images).numpy(), atol=1e-6
+    )
+
+
+class Pool(paddle.nn.Layer):
+    def __init__(self, classes):
+        super().__init__()
+        self.head = paddle.nn.Linear(3, classes)
+
+    def forward(self, images):
+        return self.head(images.mean(axis=[2, 3]))
+
+
+def save_pool(prefix, classes=CLASSES):
+    model = Pool(classes)
+    model.eval()
+    paddle.jit.save(model, str(prefix), input_spec=[InputSpec([None, 3, None, None], "float32")])
+    return model
+
+
+def test_a_saved_network_is_a_teacher(tmp_path):
+    model = save_pool(tmp_path / "pool")
+    images = paddle.to_tensor(make_images(32))
+    suffix = ".json" if (tmp_path / "pool.json").exists() else ".pdmodel"
+    for name in ("pool", "pool" + suffix):
+        teacher = build_teacher(make_config(TEACHER_MODEL=str(tmp_path / name)))
+        np.testing.assert_allclose(teacher(images).numpy(), model(images).numpy(), atol=1e-6)
+
+
+# --------------------------------------------------------------------------------- refusals
+def refuse(match, error=ConfigError, load_config=get_config, **train):
+    with pytest.raises(error, match=match):
+        build_teacher(make_config(**train), load_config)
+
+
+def test_no_teacher_is_refused():
+    refuse("TRAIN.DISTILLATION_TYPE is hard, but TRAIN.TEACHER_MODEL is None")
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    refuse("TRAIN.TEACHER_MODEL is 'resnet51'.*did you mean resnet", TEACHER_MODEL="resnet51")
+    refuse("TRAIN.TEACHER_MODEL is 'ResNet'", TEACHER_MODEL="ResNet")
+
+
+def test_a_teacher_without_weights_is_refused(small_resmlp):
+    refuse("resnet50 needs TRAIN.TEACHER_PRETRAINED", TEACHER_MODEL="resnet50")
+    refuse("needs TRAIN.TEACHER_PRETRAINED", TEACHER_MODEL=small_resmlp[0])
+
+
+def test_weights_of_another_network_are_refused(small_resmlp):
+    refuse(
+        "teacher.pdparams: not the weights of squeezenet1_1 with 5 classes",
+        WeightsError,
+        TEACHER_MODEL="squeezenet1_1",
+        TEACHER_PRETRAINED=small_resmlp[1],
+    )
+
+
+def test_another_number_of_classes_is_refused(tmp_path, small_resmlp):
+    save_pool(tmp_path / "pool", classes=7)
+    refuse(r"gives \[7\] values .* MODEL.NUM_CLASSES 5", TEACHER_MODEL=str(tmp_path / "pool"))
+    path, weights, _ = small_resmlp
+    config = make_config(TEACHER_MODEL=path, TEACHER_PRETRAINED=weights)
+    config.MODEL.NUM_CLASSES = 6
+    with pytest.raises(ConfigError, match="has MODEL.NUM_CLASSES 5, the student 6"):
+        build_teacher(config, get_config)
+    other = paddle.vision.models.squeezenet1_1(num_classes=7)
+    paddle.save(other.state_dict(), str(tmp_path / "other.pdparams"))
+    refuse(
+        "not the weights of squeezenet1_1 with 5 classes .* _conv9.weight, _conv9.bias",
+        WeightsError,
+        TEACHER_MODEL="squeezenet1_1",
+        TEACHER_PRETRAINED=str(tmp_path / "other.pdparams"),
+    )
+
+
+def test_an_input_size_that_does_not_fit_is_refused_at_the_start(small_resmlp):
+    path, weights, _ = small_resmlp
+    refuse(
+        "does not take images of 24 pixels.*set TRAIN.TEACHER_IMAGE_SIZE",
+        TEACHER_MODEL=path,
+        TEACHER_PRETRAINED=weights,
+        TEACHER_IMAGE_SIZE=24,
+    )
+
+
+def test_weights_beside_a_saved_network_are_refused(tmp_path):
+    save_pool(tmp_path / "pool")
+    refuse(
+        "holds its own weights",
+        TEACHER_MODEL=str(tmp_path / "pool"),
+        TEACHER_PRETRAINED="x.pdparams",
+    )
+
+
+def test_a_damaged_saved_network_is_refused(tmp_path):
+    save_pool(tmp_path / "pool")
+    os.remove(tmp_path / "pool.pdiparams")
+    refuse("there is no .*pool.pdiparams", WeightsError, TEACHER_MODEL=str(tmp_path / "pool"))
+    for file in ("pool.json", "pool.pdmodel", "pool.pdiparams"):
+        (tmp_path / file).write_bytes(b"{")
+    refuse("pool: damaged, incomplete", WeightsError, TEACHER_MODEL=str(tmp_path / "pool"))
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_saved_network_cannot_run_code_through_its_notes(tmp_path):
+    """paddle.jit.load unpickles PREFIX.pdiparams.info."""
+    save_pool(tmp_path / "pool")
+    trap = tmp_path / "trap"
+    (tmp_path / "pool.pdiparams.info").write_bytes(pickle.dumps(Evil(str(trap))))
+    refuse("refused", WeightsError, TEACHER_MODEL=str(tmp_path / "pool"))
+    assert not trap.exists()

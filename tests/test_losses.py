@@ -1,0 +1,183 @@
+"""The losses against their definitions in NumPy, float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from config import get_config
+from errors import ConfigError
+from losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    DistillationLoss,
+    build_criterion,
+    build_distillation_loss,
+)
+
+BATCH, CLASSES = 6, 9
+
+
+def log_softmax(x):
+    x = x.astype("float64") - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def smoothed(labels, smoothing):
+    return np.eye(CLASSES)[labels] * (1 - smoothing) + smoothing / CLASSES
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    logits = (4 * rng.standard_normal((BATCH, CLASSES))).astype("float32")
+    soft = rng.dirichlet(np.ones(CLASSES), size=BATCH).astype("float32")
+    return logits, rng.integers(CLASSES, size=BATCH), soft
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_cross_entropy_of_labels_honours_the_smoothing(batch, smoothing):
+    logits, labels, _ = batch
+    loss = CrossEntropy(smoothing)(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    expected = -(smoothed(labels, smoothing) * log_softmax(logits)).sum(axis=1).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_cross_entropy_of_soft_targets_takes_them_as_they_are(batch):
+    logits, _, soft = batch
+    soft = 0.7 * soft  # no silent renormalisation either
+    loss = CrossEntropy(0.1)(paddle.to_tensor(logits), paddle.to_tensor(soft))
+    expected = -(soft * log_softmax(logits)).sum(axis=1).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_gradient_of_cross_entropy_is_probability_minus_target(batch):
+    logits, labels, _ = batch
+    x = paddle.to_tensor(logits, stop_gradient=False)
+    CrossEntropy(0.1)(x, paddle.to_tensor(labels)).backward()
+    expected = (np.exp(log_softmax(logits)) - smoothed(labels, 0.1)) / BATCH
+    np.testing.assert_allclose(x.grad.numpy(), expected, atol=1e-7)
+
+
+def binary_cross_entropy(logits, targets):
+    x = logits.astype("float64")
+    return (np.logaddexp(0, x) - targets * x).mean()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_the_mean_over_images_and_classes(batch, smoothing):
+    logits, labels, soft = batch
+    loss = BinaryCrossEntropy(smoothing)
+    of_labels = loss(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    expected = binary_cross_entropy(logits, smoothed(labels, smoothing))
+    assert of_labels.item() == pytest.approx(expected, rel=1e-6)
+    of_soft = loss(paddle.to_tensor(logits), paddle.to_tensor(soft))
+    assert of_soft.item() == pytest.approx(binary_cross_entropy(logits, soft), rel=1e-6)
+
+
+def test_a_threshold_makes_targets_zero_or_one(batch):
+    logits, labels, soft = batch
+    loss = BinaryCrossEntropy(0.1, target_threshold=0.2)
+    assert 0 < (soft > 0.2).sum() < soft.size
+    of_soft = loss(paddle.to_tensor(logits), paddle.to_tensor(soft))
+    assert of_soft.item() == pytest.approx(binary_cross_entropy(logits, soft > 0.2), rel=1e-6)
+    of_labels = loss(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    assert of_labels.item() == pytest.approx(
+        binary_cross_entropy(logits, np.eye(CLASSES)[labels]), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [CrossEntropy(0.1), BinaryCrossEntropy(0.1), BinaryCrossEntropy(0.1, 0.2)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_half_precision_logits_are_computed_in_float32(loss, batch):
+    """60000 is finite in float16, the sum of two of them is not."""
+    logits, labels, _ = batch
+    logits = np.full_like(logits, -60000.0)
+    logits[:, 2] = 60000.0
+    half = paddle.to_tensor(logits.astype("float16"))
+    result = loss(half, paddle.to_tensor(labels))
+    assert result.dtype == paddle.float32
+    full = loss(
+        paddle.to_tensor(logits.astype("float16").astype("float32")), paddle.to_tensor(labels)
+    )
+    assert np.isfinite(result.item()) and result.item() == full.item()
+
+
+def test_half_precision_distillation_is_computed_in_float32(batch):
+    logits, _, _ = batch
+    half = paddle.to_tensor(logits.astype("float16"))
+    for kind in ("hard", "soft"):
+        result = DistillationLoss(kind)(paddle.zeros([]), half, half[::-1])
+        full = DistillationLoss(kind)(
+            paddle.zeros([]), half.astype("float32"), half[::-1].astype("float32")
+        )
+        assert result.dtype == paddle.float32 and result.item() == full.item()
+
+
+def test_targets_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"targets \[2, 4\] do not fit logits \[2, 5\]"):
+        CrossEntropy()(paddle.zeros([2, 5]), paddle.zeros([2, 4]))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_hard_distillation_weighs_the_label_loss_with_that_of_the_teachers_choice(batch, alpha):
+    logits, labels, soft = batch
+    base = CrossEntropy(0.1)(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    distill = DistillationLoss("hard", alpha)
+    loss = distill(base, paddle.to_tensor(logits), paddle.to_tensor(np.log(soft)))
+    of_teacher = -log_softmax(logits)[np.arange(BATCH), soft.argmax(axis=1)].mean()
+    expected = (1 - alpha) * base.item() + alpha * of_teacher
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_soft_distillation_is_the_divergence_at_the_temperature(batch, tau):
+    logits, _, _ = batch
+    teacher = logits[::-1] * 0.5
+    loss = DistillationLoss("soft", 0.3, tau)(
+        paddle.to_tensor(2.0), paddle.to_tensor(logits), paddle.to_tensor(teacher.copy())
+    )
+    p, q = log_softmax(teacher / tau), log_softmax(logits / tau)
+    divergence = (np.exp(p) * (p - q)).mean() * tau**2
+    assert loss.item() == pytest.approx(0.7 * 2.0 + 0.3 * divergence, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_no_gradient_flows_into_the_teacher(batch, kind):
+    logits, _, _ = batch
+    student = paddle.to_tensor(logits, stop_gradient=False)
+    teacher = paddle.to_tensor(logits[::-1].copy(), stop_gradient=False)
+    DistillationLoss(kind)(paddle.zeros([]), student, teacher).backward()
+    assert teacher.grad is None and np.abs(student.grad.numpy()).max() > 0
+
+
+def test_the_config_is_followed(batch):
+    logits, labels, soft = batch
+    config = get_config()
+    config.defrost()
+    train = config.TRAIN
+    train.SMOOTHING = 0.3
+    criterion = build_criterion(config)
+    assert isinstance(criterion, CrossEntropy) and criterion.smoothing == 0.3
+    train.LOSS, train.BCE_TARGET_THRESHOLD = "bce", 0.2
+    criterion = build_criterion(config)
+    assert isinstance(criterion, BinaryCrossEntropy)
+    assert (criterion.smoothing, criterion.target_threshold) == (0.3, 0.2)
+    assert build_distillation_loss(config) is None
+    train.DISTILLATION_TYPE, train.DISTILLATION_ALPHA, train.DISTILLATION_TAU = "soft", 0.7, 3.0
+    distill = build_distillation_loss(config)
+    assert (distill.kind, distill.alpha, distill.tau) == ("soft", 0.7, 3.0)
+
+
+@pytest.mark.parametrize("key", ["LOSS", "DISTILLATION_TYPE"])
+def test_an_unknown_loss_is_refused_by_key(key):
+    config = get_config()
+    config.defrost()
+    config.TRAIN[key] = "focal"
+    build = {"LOSS": build_criterion, "DISTILLATION_TYPE": build_distillation_loss}[key]
+    with pytest.raises(ConfigError, match=f"TRAIN.{key} is 'focal'; choose one of"):
+        build(config)

@@ -1,0 +1,219 @@
+"""Mixup and CutMix of a batch against a plain loop over its images in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from config import get_config
+from errors import ConfigError
+from mixup import MODES, Mixup, cutmix_boxes, cutmix_boxes_minmax, smooth_one_hot
+
+CLASSES = 7
+
+
+def make_batch(batch, height=12, width=9, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((batch, 3, height, width)).astype("float32")
+    return images, rng.integers(CLASSES, size=batch)
+
+
+def call(mixup, images, labels, seed):
+    rng = np.random.default_rng(seed)
+    mixed, targets = mixup(paddle.to_tensor(images), paddle.to_tensor(labels), rng)
+    return mixed.numpy(), targets.numpy()
+
+
+def one_hot(labels, smoothing):
+    return np.eye(CLASSES)[labels] * (1 - smoothing) + smoothing / CLASSES
+
+
+def mix_one_by_one(images, labels, mix, smoothing):
+    """What a plan means, image by image, in float64."""
+    batch, _, height, width = images.shape
+    mixed, targets = images.astype("float64"), np.empty((batch, CLASSES))
+    hot = one_hot(labels, smoothing)
+    for i in range(batch):
+        j, row = batch - 1 - i, min(i, len(mix.strength) - 1)
+        top, bottom, left, right = mix.boxes[row]
+        share = mix.strength[row]
+        box = np.s_[:, top:bottom, left:right]
+        mixed[i][box] = images[i][box] * (1 - share) + images[j][box] * share
+        partner = share * (bottom - top) * (right - left) / (height * width)
+        targets[i] = hot[i] * (1 - partner) + hot[j] * partner
+    return mixed, targets
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_smoothing_spreads_its_share_over_all_classes(smoothing):
+    labels = np.array([3, 0, 6])
+    targets = smooth_one_hot(paddle.to_tensor(labels), CLASSES, smoothing)
+    assert targets.dtype == paddle.float32
+    np.testing.assert_allclose(targets.numpy(), one_hot(labels, smoothing), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("minmax", [None, (0.2, 0.8)])
+def test_a_batch_is_mixed_as_its_images_would_be_one_by_one(mode, batch, minmax):
+    images, labels = make_batch(batch)
+    mixup = Mixup(CLASSES, cutmix_minmax=minmax, prob=0.8, mode=mode, smoothing=0.1)
+    for seed in range(6):
+        mix = mixup.draw(np.random.default_rng(seed), batch, *images.shape[2:])
+        mixed, targets = call(mixup, images, labels, seed)
+        expected_images, expected_targets = mix_one_by_one(images, labels, mix, 0.1)
+        np.testing.assert_allclose(mixed, expected_images, atol=1e-6)
+        np.testing.assert_allclose(targets, expected_targets, atol=1e-6)
+
+
+def test_mixup_blends_the_whole_image_by_lambda():
+    images, labels = make_batch(4)
+    mixed, targets = call(Mixup(CLASSES, cutmix_alpha=0, smoothing=0), images, labels, seed=1)
+    difference = images[::-1] - images
+    share = (mixed - images) / difference
+    np.testing.assert_allclose(share, share[0, 0, 0, 0], rtol=1e-3)
+    hot = np.eye(CLASSES)[labels]
+    np.testing.assert_allclose(targets, hot + (hot[::-1] - hot) * share[0, 0, 0, 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cutmix_lambda_is_corrected_to_the_true_area(mode):
+    labels = np.arange(6)
+    images = np.broadcast_to(labels.reshape(6, 1, 1, 1), (6, 3, 11, 13)).astype("float32")
+    for seed in range(8):
+        cutmix = Mixup(CLASSES, mixup_alpha=0, mode=mode, smoothing=0)
+        mixed, targets = call(cutmix, images, labels, seed)
+        for i in range(6):
+            assert set(np.unique(mixed[i])) <= {i, 5 - i}
+            own = (mixed[i] == i).mean()
+            np.testing.assert_allclose(targets[i, [i, 5 - i]], [own, 1 - own], atol=1e-6)
+
+
+def test_boxes_are_cut_off_at_the_edges_of_the_image():
+    own_share = np.full(4000, 0.5)
+    boxes = cutmix_boxes(np.random.default_rng(0), own_share, 20, 30)
+    top, bottom, left, right = boxes.T
+    assert (top >= 0).all() and (bottom <= 20).all() and (left >= 0).all() and (right <= 30).all()
+    # sqrt(1 - 0.5) of the sides, where not cut off; down to the half of it at the edge
+    assert set(bottom - top) == set(range(7, 15)) and set(right - left) == set(range(11, 22))
+    assert (top == 0).any() and (bottom == 20).any() and (left == 0).any() and (right == 30).any()
+
+
+def test_minmax_boxes_lie_inside_and_keep_the_bounds():
+    boxes = cutmix_boxes_minmax(np.random.default_rng(0), 4000, 20, 30, (0.2, 0.8))
+    top, bottom, left, right = boxes.T
+    assert top.min() == 0 and bottom.max() == 20 and left.min() == 0 and right.max() == 30
+    assert set(bottom - top) == set(range(4, 16)) and set(right - left) == set(range(6, 24))
+
+
+def test_minmax_bounds_that_are_equal_give_one_size():
+    boxes = cutmix_boxes_minmax(np.random.default_rng(0), 50, 20, 30, (0.5, 0.5))
+    assert set(boxes[:, 1] - boxes[:, 0]) == {10} and set(boxes[:, 3] - boxes[:, 2]) == {15}
+
+
+def test_batch_mode_draws_one_plan_and_the_others_one_for_each_pair_or_image():
+    rng = np.random.default_rng(0)
+    assert len(Mixup(CLASSES, mode="batch").draw(rng, 8, 32, 32).strength) == 1
+    pair = Mixup(CLASSES, mode="pair").draw(rng, 8, 32, 32).own_share(32, 32)
+    np.testing.assert_array_equal(pair, pair[::-1])
+    assert len(set(pair)) == 4
+    assert len(set(Mixup(CLASSES, mode="elem").draw(rng, 8, 32, 32).own_share(32, 32))) == 8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_an_odd_batch_the_image_in_the_middle_stays_as_it_is(mode):
+    images, labels = make_batch(5)
+    for seed in range(4):
+        mixed, targets = call(Mixup(CLASSES, mode=mode, smoothing=0.1), images, labels, seed)
+        np.testing.assert_allclose(mixed[2], images[2], atol=1e-6)
+        np.testing.assert_allclose(targets[2], one_hot(labels, 0.1)[2], atol=1e-6)
+        if mode == "batch":
+            assert (mixed[[0, 1, 3, 4]] != images[[0, 1, 3, 4]]).any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("prob, switch_prob", [(0.3, 0.5), (1.0, 0.2), (0.6, 1.0)])
+def test_probabilities_are_kept(prob, switch_prob):
+    mixup = Mixup(CLASSES, prob=prob, switch_prob=switch_prob, mode="elem")
+    mix = mixup.draw(np.random.default_rng(0), 20000, 32, 32)
+    assert np.mean(mix.strength > 0) == pytest.approx(prob, abs=0.01)
+    assert np.mean(mix.strength == 1) == pytest.approx(prob * switch_prob, abs=0.01)
+
+
+def test_what_is_not_mixed_comes_back_with_smoothed_labels():
+    images, labels = make_batch(4)
+    mixed, targets = call(Mixup(CLASSES, prob=1e-12, smoothing=0.1), images, labels, seed=0)
+    np.testing.assert_array_equal(mixed, images)
+    np.testing.assert_allclose(targets, one_hot(labels, 0.1), rtol=1e-6)
+
+
+def test_the_result_is_a_function_of_the_generator_and_the_arguments_are_kept():
+    images, labels = make_batch(6)
+    tensor = paddle.to_tensor(images)
+    mixup = Mixup(CLASSES, mode="elem")
+    results = [
+        mixup(tensor, paddle.to_tensor(labels), np.random.default_rng(seed))[0].numpy()
+        for seed in (3, 3, 4)
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+    assert (results[0] != results[2]).any()
+    np.testing.assert_array_equal(tensor.numpy(), images)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_value_travels_back_to_the_host(mode, monkeypatch):
+    images, labels = map(paddle.to_tensor, make_batch(6))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("waits for the device")
+
+    for name in ("numpy", "item", "tolist", "__bool__", "__float__", "__int__", "__array__"):
+        monkeypatch.setattr(paddle.Tensor, name, refuse, raising=False)
+    Mixup(CLASSES, mode=mode)(images, labels, np.random.default_rng(0))
+
+
+def test_the_config_is_followed():
+    config = get_config()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = 11
+    config.TRAIN.MIXUP_MODE = "elem"
+    config.TRAIN.SMOOTHING = 0.2
+    config.TRAIN.CUTMIX_ALPHA = 0.0
+    mixup = Mixup.from_config(config)
+    mix = mixup.draw(np.random.default_rng(0), 100, 8, 8)
+    assert (mix.boxes == [0, 8, 0, 8]).all() and len(mix.strength) == 100
+    images, labels = paddle.zeros([2, 3, 8, 8]), paddle.to_tensor([0, 0])
+    _, targets = mixup(images, labels, np.random.default_rng(0))
+    assert targets.shape == [2, 11]
+    assert targets.numpy()[0] == pytest.approx([0.8 + 0.2 / 11] + [0.2 / 11] * 10)
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"MIXUP_ALPHA": 0.0, "CUTMIX_ALPHA": 0.0},
+        {"MIXUP_PROB": 0.0},
+    ],
+)
+def test_there_is_no_mixup_where_the_config_turns_it_off(off):
+    config = get_config()
+    config.defrost()
+    for key, value in off.items():
+        config.TRAIN[key] = value
+    assert Mixup.from_config(config) is None
+
+
+def test_minmax_alone_turns_cutmix_on():
+    config = get_config()
+    config.defrost()
+    config.TRAIN.MIXUP_ALPHA = config.TRAIN.CUTMIX_ALPHA = 0.0
+    config.TRAIN.CUTMIX_MINMAX = (0.2, 0.8)
+    mix = Mixup.from_config(config).draw(np.random.default_rng(0), 4, 32, 32)
+    assert (mix.strength == 1).all()
+
+
+def test_a_wrong_mode_or_no_class_is_refused_by_key():
+    with pytest.raises(ConfigError, match="TRAIN.MIXUP_MODE is 'half'; choose one of batch, pair"):
+        Mixup(CLASSES, mode="half")
+    with pytest.raises(ConfigError, match="MODEL.NUM_CLASSES"):
+        Mixup(0)

@@ -1,0 +1,202 @@
+"""Random erasing: which pixels change, and what they become."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+import random_erasing
+from config import get_config
+from errors import ConfigError
+from random_erasing import MODES, RandomErasing, draw_boxes
+
+
+def call(erasing, images, seed=0):
+    paddle.seed(seed)
+    return erasing(paddle.to_tensor(images), np.random.default_rng(seed)).numpy()
+
+
+def erased_pixels(boxes, height, width):
+    """``[B, H, W]``: whether a pixel lies in one of the boxes ``[B, count, 4]``."""
+    result = np.zeros((len(boxes), height, width), bool)
+    for image, image_boxes in zip(result, boxes):
+        for top, bottom, left, right in image_boxes:
+            image[top:bottom, left:right] = True
+    return result
+
+
+def exists(boxes):
+    """``[B, count]``: a box that is not there is empty."""
+    return boxes[..., 1] > boxes[..., 0]
+
+
+def make_images(batch, height=24, width=20):
+    return np.random.default_rng(9).uniform(5, 6, (batch, 3, height, width)).astype("float32")
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_exactly_the_pixels_of_the_boxes_change(mode, count, batch):
+    images = make_images(batch)
+    for seed in range(3):
+        boxes = draw_boxes(np.random.default_rng(seed), batch, 24, 20, 0.5, count)
+        inside = erased_pixels(boxes, 24, 20)[:, None].repeat(3, axis=1)
+        result = call(RandomErasing(0.5, mode, count), images, seed)
+        np.testing.assert_array_equal(result[~inside], images[~inside])
+        assert (np.abs(result[inside]) < 5).all()  # the images are above
+
+
+def test_const_fills_with_zero():
+    images = make_images(8)
+    result = call(RandomErasing(1.0, "const"), images)
+    changed = result != images
+    assert changed.any(axis=(1, 2, 3)).all() and (result[changed] == 0).all()
+
+
+def test_rand_fills_a_box_with_one_colour_a_channel():
+    images = make_images(200)
+    result = call(RandomErasing(1.0, "rand"), images)
+    colours = []
+    for image, changed in zip(result, result != images):
+        found = [np.unique(channel[mask]) for channel, mask in zip(image, changed)]
+        assert all(len(values) == 1 for values in found)
+        colours += [values[0] for values in found]
+    assert len(set(colours)) == 600
+    assert np.mean(colours) == pytest.approx(0, abs=0.15)
+    assert np.std(colours) == pytest.approx(1, abs=0.1)
+
+
+def test_rand_gives_each_box_of_an_image_its_colour():
+    images = make_images(50)
+    boxes = draw_boxes(np.random.default_rng(0), 50, 24, 20, 1.0, 3)
+    result = call(RandomErasing(1.0, "rand", 3), images)
+    for image, changed, image_boxes in zip(result, result != images, boxes):
+        visible = np.unique(image[0][changed[0]])
+        assert 1 <= len(visible) <= exists(image_boxes).sum()
+    two = [i for i in range(50) if len(np.unique(result[i, 0][result[i, 0] < 5])) > 1]
+    assert two
+
+
+def test_pixel_fills_with_independent_normal_noise():
+    images = make_images(300)
+    result = call(RandomErasing(1.0, "pixel"), images)
+    noise = result[result != images]
+    assert noise.mean() == pytest.approx(0, abs=0.02)
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert len(np.unique(noise)) > 0.99 * len(noise)
+
+
+def test_boxes_lie_inside_and_have_the_drawn_areas_and_aspects():
+    boxes = draw_boxes(np.random.default_rng(0), 20000, 224, 224, 1.0)[:, 0]
+    top, bottom, left, right = boxes.T
+    h, w = bottom - top, right - left
+    assert (top >= 0).all() and (bottom <= 224).all() and (left >= 0).all() and (right <= 224).all()
+    area, aspect = h * w / 224**2, h / w
+    assert 0.019 < area.min() < 0.021 and 0.325 < area.max() < 0.336
+    assert 0.28 < aspect.min() < 0.32 and 3.1 < aspect.max() < 3.6
+    assert area.mean() == pytest.approx((0.02 + 1 / 3) / 2, rel=0.03)  # few tries fail
+    assert np.mean(np.log(aspect)) == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.25, 1.0])
+def test_the_probability_is_kept(prob):
+    boxes = draw_boxes(np.random.default_rng(0), 20000, 64, 64, prob)
+    assert np.mean(exists(boxes)) == pytest.approx(prob, abs=0.01)
+
+
+def test_one_to_max_count_boxes_share_the_area():
+    boxes = draw_boxes(np.random.default_rng(0), 20000, 224, 224, 1.0, 3)
+    area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2]) / 224**2
+    count = (area > 0).sum(axis=1)
+    for n in (1, 2, 3):
+        assert np.mean(count == n) == pytest.approx(1 / 3, abs=0.02)
+        assert area[count == n].sum(axis=1).mean() == pytest.approx((0.02 + 1 / 3) / 2, rel=0.03)
+        assert area[count == n].max() < (1 / 3 + 0.01) / n
+
+
+def test_a_box_that_never_fits_is_left_out(monkeypatch):
+    monkeypatch.setattr(random_erasing, "AREA", (2.1, 3.0))
+    assert not exists(draw_boxes(np.random.default_rng(0), 50, 16, 16, 1.0, 2)).any()
+    images = make_images(3)
+    np.testing.assert_array_equal(call(RandomErasing(1.0, "pixel"), images), images)
+
+
+def test_the_first_try_that_fits_is_taken(monkeypatch):
+    """In a wide strip most tries fail: with ten of them nearly every image gets a box."""
+    kwargs = dict(batch=20000, height=4, width=200, prob=1.0)
+    ten = np.mean(exists(draw_boxes(np.random.default_rng(0), **kwargs)))
+    monkeypatch.setattr(random_erasing, "TRIES", 1)
+    one = np.mean(exists(draw_boxes(np.random.default_rng(0), **kwargs)))
+    assert one < 0.3
+    assert ten == pytest.approx(1 - (1 - one) ** 10, abs=0.02)
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+def test_split_leaves_the_first_half_of_the_batch_alone(batch):
+    images = make_images(batch)
+    result = call(RandomErasing(1.0, "pixel", split=True), images)
+    changed = (result != images).any(axis=(1, 2, 3))
+    assert not changed[: batch // 2].any() and changed[batch // 2 :].all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_result_is_a_function_of_both_seeds_and_the_argument_is_kept(mode):
+    images = make_images(8)
+    tensor = paddle.to_tensor(images)
+    erasing = RandomErasing(1.0, mode)
+    results = []
+    for _ in range(2):
+        paddle.seed(5)
+        results.append(erasing(tensor, np.random.default_rng(7)).numpy())
+    np.testing.assert_array_equal(*results)
+    np.testing.assert_array_equal(tensor.numpy(), images)
+
+
+def test_a_transposed_view_is_erased_as_a_copy_of_it():
+    images = paddle.to_tensor(make_images(8).transpose(0, 2, 3, 1)).transpose([0, 3, 1, 2])
+    result = call(RandomErasing(1.0, "const"), images.numpy())
+    view = RandomErasing(1.0, "const")(images, np.random.default_rng(0))
+    np.testing.assert_array_equal(view.numpy(), result)
+
+
+def test_no_noise_is_drawn_for_nothing():
+    paddle.seed(1)
+    before = paddle.get_rng_state()[0]
+    images = paddle.to_tensor(make_images(4))
+    assert RandomErasing(1e-12, "pixel")(images, np.random.default_rng(0)) is images
+    RandomErasing(1.0, "const")(images, np.random.default_rng(0))
+    after = paddle.randn([4]).numpy()
+    paddle.set_rng_state([before])
+    np.testing.assert_array_equal(after, paddle.randn([4]).numpy())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_value_travels_back_to_the_host(mode, monkeypatch):
+    images = paddle.to_tensor(make_images(6))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("waits for the device")
+
+    for name in ("numpy", "item", "tolist", "__bool__", "__float__", "__int__", "__array__"):
+        monkeypatch.setattr(paddle.Tensor, name, refuse, raising=False)
+    RandomErasing(1.0, mode, 2)(images, np.random.default_rng(0))
+
+
+def test_the_config_is_followed():
+    config = get_config()
+    config.defrost()
+    config.TRAIN.RANDOM_ERASE_PROB = 1.0
+    config.TRAIN.RANDOM_ERASE_MODE = "const"
+    config.TRAIN.RANDOM_ERASE_COUNT = 2
+    config.TRAIN.RANDOM_ERASE_SPLIT = True
+    erasing = RandomErasing.from_config(config)
+    assert (erasing.prob, erasing.mode, erasing.max_count, erasing.split) == (1.0, "const", 2, True)
+    config.TRAIN.RANDOM_ERASE_PROB = 0.0
+    assert RandomErasing.from_config(config) is None
+
+
+def test_a_wrong_mode_is_refused_by_key():
+    with pytest.raises(ConfigError, match="TRAIN.RANDOM_ERASE_MODE is 'noise'; choose one of"):
+        RandomErasing(mode="noise")

@@ -1,0 +1,73 @@
+"""The losses against timm's and, for soft distillation, against DeiT's formula in PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+torch = pytest.importorskip("torch")
+timm_loss = pytest.importorskip("timm.loss")
+
+from losses import BinaryCrossEntropy, CrossEntropy, DistillationLoss  # noqa: E402
+
+CLASSES = 50
+
+
+def both(ours, theirs, logits, targets):
+    """Loss and gradient of the logits, by Paddle and by PyTorch."""
+    x = paddle.to_tensor(logits, stop_gradient=False)
+    loss = ours(x, paddle.to_tensor(targets))
+    loss.backward()
+    y = torch.tensor(logits, requires_grad=True)
+    expected = theirs(y, torch.tensor(targets))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    np.testing.assert_allclose(x.grad.numpy(), y.grad.numpy(), atol=1e-7)
+
+
+@pytest.fixture(params=range(3))
+def batch(request):
+    rng = np.random.default_rng(request.param)
+    logits = (3 * rng.standard_normal((16, CLASSES))).astype("float32")
+    soft = rng.dirichlet(np.full(CLASSES, 0.05), size=16).astype("float32")
+    return logits, rng.integers(CLASSES, size=16), soft
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.35])
+def test_label_smoothing_is_timms(batch, smoothing):
+    logits, labels, _ = batch
+    theirs = timm_loss.LabelSmoothingCrossEntropy(smoothing)
+    both(CrossEntropy(smoothing), theirs, logits, labels)
+
+
+def test_soft_targets_are_timms(batch):
+    logits, _, soft = batch
+    both(CrossEntropy(0.1), timm_loss.SoftTargetCrossEntropy(), logits, soft)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms(batch, smoothing, threshold):
+    logits, labels, soft = batch
+    theirs = timm_loss.BinaryCrossEntropy(smoothing, threshold)
+    both(BinaryCrossEntropy(smoothing, threshold), theirs, logits, labels)
+    both(BinaryCrossEntropy(smoothing, threshold), theirs, logits, soft)
+
+
+@pytest.mark.parametrize("alpha, tau", [(0.5, 1.0), (0.1, 3.0), (1.0, 20.0)])
+def test_soft_distillation_is_deits(batch, alpha, tau):
+    logits, labels, _ = batch
+    teacher = np.roll(logits, 1, axis=0)
+
+    def ours(x, targets):
+        base = CrossEntropy(0.1)(x, targets)
+        return DistillationLoss("soft", alpha, tau)(base, x, paddle.to_tensor(teacher))
+
+    def theirs(x, targets):
+        base = timm_loss.LabelSmoothingCrossEntropy(0.1)(x, targets)
+        student, other = (torch.log_softmax(v / tau, 1) for v in (x, torch.tensor(teacher)))
+        divergence = torch.nn.functional.kl_div(student, other, reduction="sum", log_target=True)
+        return base * (1 - alpha) + divergence * tau**2 / x.numel() * alpha
+
+    both(ours, theirs, logits, labels)
