@@ -1,10 +1,11 @@
 #!/bin/sh
 # Sets up an environment, lints, and runs the tests.
 #
-#   sh run_tests.sh [--with-timm] [--faults] [pytest arguments: -k mixup, tests/test_config.py, ...]
+#   sh run_tests.sh [OPTION ...] [pytest arguments: -k mixup, tests/test_config.py, ...]
 #
-#   --with-timm   also the comparisons with timm and torchvision (installs PyTorch: several GB)
-#   --faults      also the tests that kill processes and fill disks
+#   --with-timm     also the comparisons with timm and torchvision (installs PyTorch: several GB)
+#   --with-extras   also what needs ONNX or TensorBoard (tools/requirements.txt)
+#   --faults        also the tests that kill processes and fill disks
 #
 #   PYTHON, DEVICE, PADDLE_VERSION   see setup_env.sh
 set -eu
@@ -12,11 +13,13 @@ cd "$(dirname "$0")"
 . ./setup_env.sh
 
 with_timm=
+with_extras=
 faults=
 count=$#
 while [ "$count" -gt 0 ]; do # our options go, pytest's stay
     case $1 in
     --with-timm) with_timm=yes ;;
+    --with-extras) with_extras=yes ;;
     --faults) faults=yes ;;
     *) set -- "$@" "$1" ;;
     esac
@@ -28,6 +31,7 @@ step "An environment with Paddle"
 setup_env
 ensure requirements-test.txt pytest ruff
 [ -z "$with_timm" ] || ensure port_weights/requirements.txt torch torchvision timm
+[ -z "$with_extras" ] || ensure tools/requirements.txt paddle2onnx onnx onnxruntime tensorboardX
 
 step "Lint"
 lint=passed

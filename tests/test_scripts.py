@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ class Sandbox:
         self.folder.mkdir()
         self.bin.mkdir()
         for path in [*SCRIPTS, *ROOT.glob("requirements*.txt")]:
-            (self.folder / path.name).write_bytes(path.read_bytes())
+            shutil.copy(path, self.folder)
         for name in PYTHONS:
             self.program(name, STAND_IN)
         self.program("nvidia-smi", "#!/bin/sh\nexit 9\n")
