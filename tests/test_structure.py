@@ -10,7 +10,7 @@ LEVELS = [  # a module imports only from levels above its own line
     ["errors", "runtime"],
     ["safe_pickle", "config_rules", "samplers", "auto_augment", "images"],
     ["config", "weights", "dashboard", "transforms"],
-    ["utils", "fused_block"],
+    ["utils", "cpu_ops"],
     ["resmlp", "checkpoint", "datasets", "mixup"],
     ["folding", "run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
     ["distillation", "evaluation"],
