@@ -1,0 +1,123 @@
+"""What each rank of a job checks in test_distributed.py; spawned, so it cannot be in there."""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import os
+import sys
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+from config import get_config
+from evaluation import evaluate
+from resmlp import build_resmlp
+from samplers import EvalBatchSampler
+from utils import Process, from_main, main_first, prepare_process, sum_over_ranks, wait_for_all
+
+CLASSES = 7
+
+
+def logits_of(indices: np.ndarray) -> np.ndarray:
+    """Made-up logits ``[n, K]`` of images, a function of their index."""
+    return np.stack([np.random.default_rng(i).random(CLASSES, "float32") for i in indices])
+
+
+def labels_of(indices: np.ndarray) -> np.ndarray:
+    return np.asarray(indices) * 5 % CLASSES
+
+
+class Loader:
+    """The batches of one rank: an image is its index."""
+
+    def __init__(self, count: int, process: Process):
+        self.sampler = EvalBatchSampler(count, 4, process.rank, process.world)
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        for keys in self.sampler:
+            indices = np.array([index for _, _, index in keys])
+            yield paddle.to_tensor(indices), paddle.to_tensor(labels_of(indices)), list(indices)
+
+
+def evaluation_counts(process: Process) -> None:
+    for count in (1, 7, 1001):
+        metrics = evaluate(
+            lambda images: paddle.to_tensor(logits_of(images.numpy())),
+            Loader(count, process),
+            process,
+            CLASSES,
+            confusion=True,
+        )
+        order = np.argsort(-logits_of(np.arange(count)), axis=1)
+        hits = order == labels_of(np.arange(count))[:, None]
+        assert metrics.images == count
+        assert metrics.top1 == 100 * int(hits[:, 0].sum()) / count
+        assert metrics.top5 == 100 * int(hits[:, :5].sum()) / count
+        assert metrics.confusion.sum() == count
+        assert metrics.confusion.trace() == int(hits[:, 0].sum())
+
+
+def breaking_off(process: Process) -> None:
+    asked = process.rank == 1  # one rank alone is asked to stop; all learn of it
+    metrics = evaluate(
+        lambda images: paddle.to_tensor(logits_of(images.numpy())),
+        Loader(50, process),
+        process,
+        CLASSES,
+        stop=lambda: asked,
+    )
+    assert metrics is None
+
+
+def helpers(process: Process) -> None:
+    assert sum_over_ranks([1.0, 2.0**52 + process.rank], process)[0] == process.world
+    assert from_main(process.rank, process) == 0
+    with main_first(process) as main:
+        assert main == (process.rank == 0)
+    wait_for_all(process)
+
+
+def gradients(process: Process) -> None:
+    """Gradients of N ranks against one process with all images, with and without recomputation."""
+    config = get_config()
+    config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES, config.MODEL.DROPPATH = 16, CLASSES, 0.0
+    mixer = config.MODEL.MIXER
+    mixer.PATCH_SIZE, mixer.EMBED_DIM, mixer.DEPTH = 4, 24, 3
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=[4 * process.world, 3, 16, 16]).astype("float32")
+    labels = rng.integers(CLASSES, size=len(images))
+    paddle.seed(1)
+    model = build_resmlp(config)
+    model.train()
+
+    def backward(network, rows):
+        logits = network(paddle.to_tensor(images[rows]))
+        paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(labels[rows])).backward()
+        grads = [p.grad.numpy() for p in model.parameters()]
+        model.clear_gradients()
+        return grads
+
+    whole = backward(model, slice(None))
+    shared = backward(paddle.DataParallel(model), slice(process.rank, None, process.world))
+    assert max(np.abs(a - b).max() for a, b in zip(whole, shared)) < 1e-6
+    assert max(np.abs(a).max() for a in whole) > 0.01
+
+
+CHECKS = (helpers, evaluation_counts, breaking_off, gradients)
+
+
+def main() -> None:
+    process = prepare_process()
+    for check in CHECKS:
+        check(process)
+        wait_for_all(process)
+        if process.main:
+            print(f"passed: {check.__name__}", flush=True)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,109 @@
+"""Starting runs as a user does, and comparing what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+
+from .tiny_data import CONFIG
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = ROOT / "tests" / "faults" / "driver.py"
+SPEED = {"images_per_second", "data_share", "memory_mb", "seconds"}  # differ from run to run
+
+# Everything random at once, and what has state: EMA, LAMB, windows whose last one is smaller.
+_RECIPE = (
+    "TRAIN.OPTIMIZER.NAME lamb TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.9 TRAIN.ACCUM_ITER 2 "
+    "DATA.DROP_LAST False TRAIN.RAND_AUGMENT True TRAIN.MIXUP_ALPHA 0.8 TRAIN.CUTMIX_ALPHA 1.0 "
+    "TRAIN.HFLIP 0.5 TRAIN.RANDOM_ERASE_PROB 0.5 MODEL.DROPPATH 0.2 TRAIN.CROP_SCALE (0.3,1.0) "
+    "SAVE_STEPS 2 SAVE_FREQ 1 REPORT_FREQ 3"
+)
+RECIPE = _RECIPE.split()
+
+
+def command(data: Path, output: Path, *opts, main="main_single_gpu.py", nprocs: int = 0) -> list:
+    """The command line that trains on ``data`` into ``output``; opts are KEY VALUE pairs."""
+    config = output.parent / "tiny.yaml"
+    config.write_text(CONFIG)
+    flags = ["-cfg", config, "-data_path", data, "-output", output]
+    flags += ["-nprocs", nprocs] if nprocs else []
+    flags += ["-opts", *opts] if opts else []
+    return [sys.executable, *map(str, [ROOT / main, *flags])]
+
+
+def start(words: list, fault: str = "", **environment) -> subprocess.Popen:
+    """Starts a command in a process group of its own; see driver.py for ``fault``."""
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "FAULT": fault, **environment},
+    )
+
+
+def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+    """Waits for a started command; exit code and output. Whatever is left of it is killed."""
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+        raise AssertionError(f"still running after {seconds} s:\n{output}") from None
+    return process.returncode, output
+
+
+def run(words: list, fault: str = "", seconds: float = 120, **environment) -> tuple[int, str]:
+    return finish(start(words, fault, **environment), seconds)
+
+
+def alive(marker: str) -> list[int]:
+    """Processes, zombies included, whose command line or environment holds ``marker``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            if marker.encode() in text and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The records of a run without those fields that measure speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between two runs: every bit of the last checkpoint, and the metrics."""
+    states = [checkpoint.load(folder / checkpoint.LAST) for folder in (one, other)]
+    found: list[str] = []
+    for state in states:
+        del state["config"]  # names the folder
+        del state["place"]["seconds"]
+    _compare(*states, "", found)
+    if metrics(one) != metrics(other):
+        found.append("metrics.jsonl")
+    return found
+
+
+def _compare(a, b, name: str, found: list[str]) -> None:
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        for key in a:
+            _compare(a[key], b[key], f"{name}/{key}", found)
+    elif isinstance(a, np.ndarray):
+        if a.dtype != b.dtype or a.tobytes() != b.tobytes():
+            found.append(name)
+    elif a != b:
+        found.append(f"{name}: {a} {b}")

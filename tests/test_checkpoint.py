@@ -1,0 +1,212 @@
+"""Checkpoints: whole or not there, checked, rotated."""
+
+import errno
+import os
+import pickle
+import threading
+
+import numpy as np
+import paddle
+import pytest
+
+import checkpoint
+from errors import CheckpointError
+
+
+def make_state(step=1, size=1000):
+    rng = np.random.default_rng(step)
+    return {
+        "model": {"weight": rng.random((size, 3)), "scalar": np.float32(2).reshape([])},
+        "optimizer": {"weight": {"moment": np.zeros([0, 3], "float32")}},
+        "scaler": {},
+        "place": {"step": step, "epoch_loss": 0.1 + 0.2, "best_top1": -1.0},
+        "names": ["ä", None, True],
+    }
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return a == b
+
+
+def test_what_is_saved_comes_back_bit_by_bit(tmp_path):
+    state = make_state()
+    state["model"]["nan"] = np.array([np.nan, np.inf, -0.0], "float32")
+    checkpoint.save(state, tmp_path / "last.pdparams")
+    assert same(checkpoint.load(tmp_path / "last.pdparams"), state)
+    assert same(checkpoint.load(tmp_path / "last"), state)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pdparams"]
+
+
+def test_paddle_opens_it_too(tmp_path):
+    checkpoint.save(make_state(), tmp_path / "last.pdparams")
+    loaded = paddle.load(str(tmp_path / "last.pdparams"))
+    assert np.array_equal(np.asarray(loaded["model"]["weight"]), make_state()["model"]["weight"])
+
+
+def test_a_copy_of_the_state_does_not_follow_the_training():
+    weight = paddle.ones([3])
+    copy = checkpoint.to_numpy({"list": [weight], "number": 1})
+    weight.add_(paddle.ones([3]))
+    assert copy["list"][0].tolist() == [1.0, 1.0, 1.0] and copy["number"] == 1
+
+
+@pytest.mark.parametrize("where", np.linspace(0, 0.999, 23))
+def test_one_flipped_bit_anywhere_is_found(tmp_path, where):
+    path = tmp_path / "last.pdparams"
+    checkpoint.save(make_state(size=50), path)
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="last.pdparams"):
+        state = checkpoint.load(path)
+        assert not same(state, make_state(size=50)), "the flip changed nothing"
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_found(tmp_path, share):
+    path = tmp_path / "last.pdparams"
+    checkpoint.save(make_state(), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match="last.pdparams"):
+        checkpoint.load(path)
+
+
+def test_a_missing_file_and_a_file_of_weights_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere.*no such"):
+        checkpoint.load(tmp_path / "nowhere")
+    paddle.save({"w": paddle.ones([2])}, str(tmp_path / "w.pdparams"))
+    with pytest.raises(CheckpointError, match="-pretrained instead of -resume"):
+        checkpoint.load(tmp_path / "w.pdparams")
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "last.pdparams").write_bytes(pickle.dumps({"optimizer": Evil(), "checksum": 0}))
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "last.pdparams")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_keeps_the_earlier_file_and_leaves_nothing(tmp_path, monkeypatch, call):
+    path = tmp_path / "last.pdparams"
+    checkpoint.save(make_state(1), path)
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, call, fail)
+    with pytest.raises(CheckpointError, match="No space left .* earlier checkpoints are untouched"):
+        checkpoint.save(make_state(2), path)
+    monkeypatch.undo()
+    assert same(checkpoint.load(path), make_state(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pdparams"]
+
+
+def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def log_fsync(descriptor):
+        order.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        fsync(descriptor)
+
+    def log_replace(a, b):
+        order.append("rename")
+        replace(a, b)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", log_fsync)
+    monkeypatch.setattr(checkpoint.os, "replace", log_replace)
+    checkpoint.save(make_state(), tmp_path / "last.pdparams")
+    assert order == ["file", "rename", "folder"]
+
+
+def test_a_second_name_outlives_the_next_save(tmp_path):
+    last = tmp_path / "last.pdparams"
+    checkpoint.save(make_state(1), last)
+    checkpoint.duplicate(last, "best.pdparams")
+    checkpoint.save(make_state(2), last)
+    assert same(checkpoint.load(tmp_path / "best.pdparams"), make_state(1))
+    assert same(checkpoint.load(last), make_state(2))
+
+
+def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    checkpoint.save(make_state(1), tmp_path / "last.pdparams")
+    monkeypatch.setattr(checkpoint.os, "link", fail)
+    checkpoint.duplicate(tmp_path / "last.pdparams", "best.pdparams")
+    assert same(checkpoint.load(tmp_path / "best.pdparams"), make_state(1))
+
+
+def fill(folder, **steps):
+    for name, step in steps.items():
+        checkpoint.save(make_state(step), folder / f"{name}.pdparams")
+
+
+def damage(*paths):
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_the_newest_whole_one_is_found(tmp_path, caplog):
+    assert checkpoint.load_newest(tmp_path) is None
+    assert checkpoint.load_newest(tmp_path / "missing") is None
+    fill(tmp_path, epoch_001=10, epoch_002=20, best=15, last=25)
+    assert checkpoint.load_newest(tmp_path)[1].name == "last.pdparams"
+    damage(tmp_path / "last.pdparams")
+    assert checkpoint.load_newest(tmp_path)[1].name == "epoch_002.pdparams"
+    damage(tmp_path / "epoch_002.pdparams")
+    state, path = checkpoint.load_newest(tmp_path)
+    assert (state["place"]["step"], path.name) == (15, "best.pdparams")
+    damage(tmp_path / "epoch_001.pdparams", tmp_path / "best.pdparams")
+    with pytest.raises(CheckpointError, match="none of its 4 checkpoints is whole"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_rotation_keeps_the_newest_and_every_so_many(tmp_path):
+    fill(tmp_path, best=1, last=1, **{f"epoch_{n:03d}": n for n in (1, 2, 3, 4, 5, 6, 999, 1000)})
+    checkpoint.rotate(tmp_path, keep=2, keep_every=3)
+    kept = {path.stem for path in tmp_path.iterdir()}
+    assert kept == {"best", "last", "epoch_003", "epoch_006", "epoch_999", "epoch_1000"}
+    checkpoint.rotate(tmp_path, keep=1, keep_every=0)
+    assert {path.stem for path in tmp_path.iterdir()} == {"best", "last", "epoch_1000"}
+
+
+def test_the_writer_works_behind_training_and_passes_on_what_fails():
+    writer, gate, written = checkpoint.Writer(), threading.Event(), []
+
+    def write():
+        gate.wait()
+        written.append(1)
+
+    writer.start(write)
+    writer.finish(wait=False)
+    assert written == []
+    gate.set()
+    writer.finish()
+    assert written == [1]
+
+    def fail():
+        raise CheckpointError("full")
+
+    writer.start(fail)
+    with pytest.raises(CheckpointError, match="full"):
+        writer.finish()
+    writer.finish()  # said once
+
+
+def test_the_changes_between_configs_are_listed_by_key():
+    old = "A: 1\nB:\n  C: [1, 2]\n  D: x\n  E: null\n"
+    new = "A: 1\nB:\n  C: [1, 3]\n  E: 0\nF: true\n"
+    changes = ["B.C [1, 2] -> [1, 3]", "B.D x -> (none)", "B.E None -> 0", "F (none) -> True"]
+    assert sorted(checkpoint.config_changes(old, new)) == changes
+    assert checkpoint.config_changes(new, new) == []

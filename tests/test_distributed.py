@@ -1,0 +1,75 @@
+"""Many processes do what one does: the same gradients, weights, counts, and shards of an epoch."""
+
+import numpy as np
+import paddle.distributed as dist
+import pytest
+
+import checkpoint
+import engine
+from samplers import train_indices
+
+from . import rank_checks
+from .runs import command, differences, metrics, run
+from .tiny_data import make_config, make_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"), train=40, val=7)
+
+
+def test_three_ranks_count_each_image_once_and_average_gradients_exactly(capfd):
+    context = dist.spawn(rank_checks.main, nprocs=3, join=False)
+    for process in context.processes:
+        process.join(100)
+    output = capfd.readouterr()
+    assert [p.exitcode for p in context.processes] == [0, 0, 0], output.err
+    passed = [line for line in output.out.splitlines() if line.startswith("passed")]
+    assert passed == [f"passed: {check.__name__}" for check in rank_checks.CHECKS]
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data):
+    """50 steps, two batches accumulated a step, EMA, recomputation; evaluation of 7 images."""
+    opts = "TRAIN.NUM_EPOCHS 10 TRAIN.ACCUM_ITER 2 TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.9"
+    opts = [*opts.split(), "TRAIN.OPTIMIZER.NAME", "lamb", "SAVE_STEPS", 3, "TRAIN.RECOMPUTE", True]
+    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
+    engine.run(make_config(tmp_path / "one", data, *opts, "DATA.BATCH_SIZE", 4))
+    opts += ["DATA.BATCH_SIZE", 2]
+    words = command(data, tmp_path / "two" / "run", *opts, main="main_multi_gpu.py", nprocs=2)
+    code, output = run(words)
+    assert code == 0, output
+    one, two = (
+        checkpoint.load(tmp_path / name / "run" / "last.pdparams") for name in ("one", "two")
+    )
+    assert one["place"]["step"] == two["place"]["step"] == 50
+    for key in ("model", "model_ema"):
+        assert max(np.abs(one[key][k] - two[key][k]).max() for k in one[key]) < 1e-5
+    for a, b in zip(metrics(tmp_path / "one" / "run"), metrics(tmp_path / "two" / "run")):
+        assert a.keys() == b.keys()
+        assert all(
+            a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5) for key in a if key != "kind"
+        )
+        assert all(a[key] == b[key] for key in a if key.endswith(("top1", "top5")))
+    assert (tmp_path / "two" / "run" / "log.rank1.txt").stat().st_size > 0
+
+    # The same command again, after a crash in the middle: bit-identical.
+    third = tmp_path / "three" / "run"
+    third.parent.mkdir()
+    words = command(data, third, *opts, main="tests/faults/driver.py", nprocs=2)
+    code, output = run(words, fault="step:1:29:kill")
+    assert code == 1
+    last = output.splitlines()[-1]
+    assert last.startswith("error: rank 1, after step 28: it was killed by SIGKILL"), output
+    assert last.endswith(f"-resume auto goes on from {third}/last.pdparams")
+    code, output = run([*words, "MODEL.RESUME", "auto"])
+    assert code == 0, output
+    assert differences(tmp_path / "two" / "run", third) == []
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_the_number_of_processes_changes_the_shards_not_the_images(world):
+    shards = [train_indices(40, 5, 2, rank, world) for rank in range(world)]
+    assert len({len(shard) for shard in shards}) == 1
+    assert set(np.concatenate(shards)) == set(range(40))
+    order = np.stack(shards, axis=1).ravel()[:40]
+    assert np.array_equal(order, train_indices(40, 5, 2))

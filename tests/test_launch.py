@@ -1,0 +1,246 @@
+"""How the ranks of a job are watched, and how a run says that it ended."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+import launch
+import utils
+from config import get_config
+from errors import ConfigError, UserError
+from utils import PREEMPTED, Preempted, StopSignal
+
+from .runs import alive, run
+from .runs import command as command_for
+from .tiny_data import make_data
+
+_forking = multiprocessing.get_context("fork")
+
+
+def test_how_a_run_ends_decides_the_exit_code(monkeypatch, capsys, tmp_path):
+    config = get_config()
+
+    def ends_with(error):
+        def run(*args):
+            raise error
+
+        monkeypatch.setattr(launch, "run", run)
+        return launch.run_here(config, label="[rank 1] "), capsys.readouterr().err
+
+    assert ends_with(UserError("no data")) == (2, "[rank 1] error: no data\n")
+    code, text = ends_with(Preempted("stopped after step 3"))
+    assert code == PREEMPTED and "step 3; -resume auto goes on from there" in text
+    code, text = ends_with(RuntimeError("odd"))
+    assert code == 1 and text.startswith("[rank 1] Traceback")
+    assert text.endswith("[rank 1] error: RuntimeError: odd\n")
+    monkeypatch.setattr(launch, "run", lambda *args: {"rank": 1})
+    assert launch.run_here(config) == 0
+
+
+def test_the_summary_of_an_error_of_paddle_leaves_out_its_stack(monkeypatch, capsys):
+    text = "\n\n---\nC++ Traceback\n---\n0 f()\n\n-----\nError Message Summary:\n-----\nIt broke.\n"
+
+    def run(*args):
+        raise ValueError(text)
+
+    monkeypatch.setattr(launch, "run", run)
+    launch.run_here(get_config())
+    assert capsys.readouterr().err.endswith("error: ValueError: It broke.\n")
+
+
+# ------------------------------------------------------------------------------ watching
+def rank_that(reader_writer, code, after=0.0, text=None):
+    """A process that ends like a rank, without Paddle."""
+
+    def body():
+        time.sleep(after)
+        if text is not None:
+            reader_writer[1].send((code, text))
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        if text is not None and code not in (0, PREEMPTED):
+            threading.Event().wait()
+        os._exit(code)
+
+    process = _forking.Process(target=body)
+    process.start()
+    return process
+
+
+def watch(*ranks, asked=()):
+    pipes = [_forking.Pipe(duplex=False) for _ in ranks]
+    workers = [rank_that(pipe, **rank) for pipe, rank in zip(pipes, ranks)]
+    start = time.monotonic()
+    endings = launch._watch(workers, [reader for reader, _ in pipes], list(asked))
+    launch._end(workers)
+    assert not any(worker.is_alive() for worker in workers)
+    return endings, time.monotonic() - start
+
+
+FOREVER = dict(code=0, after=3600)
+
+
+def test_all_ranks_that_end_well_are_waited_for():
+    endings, _ = watch(dict(code=0), dict(code=0, after=0.3))
+    assert endings == {0: (0, ""), 1: (0, "")}
+
+
+@pytest.mark.parametrize("code, text", [(-9, None), (3, None), (2, "error: x"), (1, "Traceback")])
+def test_one_failure_ends_all(code, text):
+    endings, seconds = watch(FOREVER, dict(code=code, text=text))
+    assert endings == {1: (code, text or "")}
+    assert seconds < launch._FAILURE_GRACE + 2
+
+
+def test_ranks_that_fail_for_the_same_reason_are_all_heard():
+    ranks = [dict(code=2, text="error: x", after=delay) for delay in (0, 0.2)]
+    assert watch(*ranks, FOREVER)[0] == {0: (2, "error: x"), 1: (2, "error: x")}
+
+
+def test_ranks_that_do_not_follow_one_that_stopped_are_ended(monkeypatch):
+    monkeypatch.setattr(launch, "_GRACE", 0.3)
+    endings, _ = watch(dict(code=PREEMPTED, text="stopped"), FOREVER)
+    assert endings == {0: (PREEMPTED, "stopped")}
+
+
+def test_a_second_signal_ends_all_at_once_and_one_sent_twice_does_not(monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(launch, "_FAILURE_GRACE", 0.1)
+    assert watch(FOREVER, asked=[now - 5, now])[0] == {}
+    assert watch(dict(code=0, after=0.5), asked=[now, now + 0.01])[0] == {0: (0, "")}
+
+
+# ------------------------------------------------------------------------------- telling
+def tell(capsys, endings, steps=(7, 8), asked=False, last="/run/last.pdparams"):
+    code = launch._tell(endings, list(steps), last, asked)
+    return code, capsys.readouterr().err
+
+
+def test_nothing_is_said_when_all_went_well(capsys):
+    assert tell(capsys, {0: (0, ""), 1: (0, "")}) == (0, "")
+
+
+def test_a_killed_rank_is_named_with_its_step_and_the_checkpoint(capsys, tmp_path):
+    (tmp_path / "last.pdparams").touch()
+    ends = {0: (-signal.SIGABRT, ""), 1: (-signal.SIGKILL, "")}
+    code, text = tell(capsys, ends, last=str(tmp_path / "last.pdparams"))
+    assert code == 1
+    assert text == (
+        "error: rank 1, after step 8: it was killed by SIGKILL (out of memory?); "
+        f"-resume auto goes on from {tmp_path}/last.pdparams\n"
+    )
+
+
+def test_the_cause_is_told_and_not_its_consequence(capsys):
+    broken = "Traceback\nerror: RuntimeError: connection reset"
+    code, text = tell(capsys, {0: (1, broken), 1: (2, "error: a.png: truncated")})
+    assert code == 2
+    assert text == "error: rank 1, after step 8: a.png: truncated; nothing was saved yet\n"
+
+
+def test_the_traceback_of_a_rank_carries_its_number(capsys):
+    code, text = tell(capsys, {1: (1, "Traceback\n  here\nerror: ValueError: odd")})
+    assert code == 1 and text.startswith("[rank 1] Traceback\n[rank 1]   here\n")
+    assert text.splitlines()[-1].startswith("error: rank 1, after step 8: ValueError: odd;")
+
+
+def test_what_all_ranks_say_alike_is_said_once(capsys):
+    ends = {0: (2, "error: no data folder"), 1: (2, "error: no data folder")}
+    assert tell(capsys, ends) == (2, "error: no data folder\n")
+
+
+def test_a_stop_on_request_has_its_own_code(capsys):
+    ends = {0: (PREEMPTED, "stopped after step 8"), 1: (1, "Traceback\nerror: gone")}
+    assert tell(capsys, {0: ends[0], 1: (PREEMPTED, "other")}) == (75, "stopped after step 8\n")
+    assert tell(capsys, {1: (-15, "")}, steps=(0, 0), asked=True)[0] == 143
+
+
+# ------------------------------------------------------------------------------- joining
+def join_with(monkeypatch, rank, address):
+    monkeypatch.setattr(utils, "_JOIN_TIMEOUT", 0.0)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("PADDLE_MASTER", address)
+    utils._find_rank_0(rank)
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"rank 0 cannot listen at {address}: .*in use"):
+            join_with(monkeypatch, 0, address)
+        join_with(monkeypatch, 1, address)  # where rank 0 listens
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "no-such-host.invalid:80", "127.0.0.1:x"])
+def test_a_rank_0_that_cannot_be_reached_is_named(monkeypatch, address):
+    with pytest.raises(UserError, match=f"rank 1 cannot reach rank 0 at {address}"):
+        join_with(monkeypatch, 1, address)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "gpu_count", lambda: 2)
+    config = get_config()
+    config.DIST.NPROCS = 3
+    with pytest.raises(ConfigError, match="DIST.NPROCS is 3, but only 2 GPUs are visible"):
+        launch.launch(config)
+
+
+def test_one_visible_gpu_simply_runs(monkeypatch):
+    monkeypatch.setattr(launch, "gpu_count", lambda: 1)
+    monkeypatch.setattr(launch, "run_here", lambda config: "here")
+    assert launch.launch(get_config()) == "here"
+
+
+# ------------------------------------------------------------------------------- signals
+@pytest.fixture
+def handlers():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_is_remembered_and_one_sent_twice_is_one(handlers):
+    stop = StopSignal()
+    assert not stop.received
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received
+
+
+def test_a_second_signal_later_exits_at_once(handlers):
+    child = os.fork()
+    if not child:
+        stop = StopSignal()
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop._first -= 10
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+def test_a_forked_worker_leaves_signals_to_the_main_process(handlers):
+    stop = StopSignal()
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(stop.received)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# ----------------------------------------------------------------------------- for real
+def test_a_mistake_in_two_processes_is_one_line(tmp_path):
+    data = make_data(tmp_path / "data", train=3)  # does not fill a step
+    words = command_for(data, tmp_path / "run", main="main_multi_gpu.py", nprocs=2)
+    code, output = run(words)
+    assert code == 2
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "do not fill one step of 2 x 8" in errors[0]
+    assert "Traceback" not in output and alive(str(tmp_path)) == []

@@ -1,0 +1,193 @@
+"""A run that was interrupted anywhere and resumed ends as one that never was, bit for bit."""
+
+import gc
+import os
+import re
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+import checkpoint
+import datasets
+import engine
+from engine import Trainer
+from errors import CheckpointError
+from utils import Preempted
+
+from .runs import RECIPE, differences, metrics
+from .tiny_data import make_config, make_data
+
+RESUME = ["MODEL.RESUME", "auto"]
+STEPS = 6  # optimizer steps of a run below: 21 images in batches of 4, two a step, two epochs
+
+
+class Crash(Exception):
+    """Stands for a SIGKILL: nothing of the product handles it. (tests/faults kills in earnest.)"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"), train=21, val=7)
+
+
+def config_for(folder, data, *opts):
+    folder.mkdir(exist_ok=True)
+    return make_config(folder, data, *RECIPE, "DATA.BATCH_SIZE", 4, *opts)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return engine.run(config_for(folder, data))["folder"]
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def crash_at_step(number):
+    def on_step(step):
+        if step == number:
+            raise Crash
+
+    return on_step
+
+
+def interrupt(config, error, on_step=lambda step: None):
+    """Runs until ``error``. (pytest.raises would keep the run, and with it the folder's lock.)"""
+    interrupted = False
+    try:
+        engine.run(config, on_step=on_step)
+    except error:
+        interrupted = True
+    assert interrupted
+    gc.collect()
+    for thread in threading.enumerate():  # a crash would end these too
+        if thread.name.startswith("checkpoint"):
+            thread.join()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_crash_after_any_step_leaves_no_trace(tmp_path, data, whole, step):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(step))
+    engine.run(config_for(tmp_path, data, *RESUME))
+    assert differences(tmp_path / "run", whole) == []
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_signal_at_any_step_leaves_no_trace(tmp_path, data, whole, step):
+    def on_step(done):
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupt(config_for(tmp_path, data, "SAVE_STEPS", 0), Preempted, on_step)
+    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] >= step
+    engine.run(config_for(tmp_path, data, *RESUME))
+    assert differences(tmp_path / "run", whole) == []
+
+
+def test_the_number_of_workers_leaves_no_trace(tmp_path, data, whole):
+    interrupt(config_for(tmp_path, data, "DATA.NUM_WORKERS", 2), Crash, crash_at_step(2))
+    engine.run(config_for(tmp_path, data, "DATA.NUM_WORKERS", 1, *RESUME))
+    assert differences(tmp_path / "run", whole) == []
+
+
+@pytest.mark.parametrize("call", [1, 4])  # raw and EMA weights, twice
+def test_a_crash_in_evaluation_costs_no_training(tmp_path, data, whole, monkeypatch, call):
+    calls, original = [], Trainer._evaluate
+
+    def evaluate(self, model, label):
+        calls.append(label)
+        if len(calls) == call:
+            raise Crash
+        return original(self, model, label)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    interrupt(config_for(tmp_path, data), Crash)
+    place = checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]
+    assert place["step"] == STEPS // 2 * ((call + 1) // 2)
+    engine.run(config_for(tmp_path, data, *RESUME))
+    assert differences(tmp_path / "run", whole) == []
+
+
+def test_a_signal_in_evaluation_stops_at_the_next_batch(tmp_path, data, whole, monkeypatch):
+    original = Trainer._evaluate
+
+    def evaluate(self, model, label):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, label)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_evaluate", evaluate)
+        interrupt(config_for(tmp_path, data), Preempted)
+    engine.run(config_for(tmp_path, data, *RESUME))
+    assert differences(tmp_path / "run", whole) == []
+
+
+def test_nothing_that_was_seen_is_decoded_again(tmp_path, data, monkeypatch):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(5))  # saved after step 4
+    positions, original = [], datasets.sample_rng
+
+    def sample_rng(seed, epoch, position):
+        positions.append((epoch, position))
+        return original(seed, epoch, position)
+
+    monkeypatch.setattr(datasets, "sample_rng", sample_rng)
+    engine.run(config_for(tmp_path, data, *RESUME))
+    assert [position for epoch, position in positions if epoch == 1] == list(range(8, 21))
+
+
+def test_the_newest_whole_checkpoint_is_taken_when_the_last_is_damaged(tmp_path, data, whole):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(5))
+    last = tmp_path / "run" / "last.pdparams"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    engine.run(config_for(tmp_path, data, *RESUME))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "last.pdparams" in log and "damaged" in log and "resumed after epoch 1, step 3" in log
+    assert differences(tmp_path / "run", whole) == []
+
+
+def test_what_changed_since_the_checkpoint_is_said(tmp_path, data):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))
+    engine.run(config_for(tmp_path, data, *RESUME, "TRAIN.BASE_LR", 0.001, "DATA.BATCH_SIZE", 8))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    changes = re.findall("changed since the checkpoint: (.*)", log)
+    assert changes == ["DATA.BATCH_SIZE 4 -> 8", "TRAIN.BASE_LR 0.003 -> 0.001"]
+
+
+def test_another_batch_size_goes_on_at_the_same_image(tmp_path, data):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))  # saved after 16 images
+    config = config_for(tmp_path, data, *RESUME, "DATA.BATCH_SIZE", 2)
+    steps = []
+    engine.run(config, on_step=steps.append)
+    assert len(steps) == 2 + 6  # images 17 to 21 in steps of 4; then a whole epoch
+    assert [r["epoch"] for r in metrics(tmp_path / "run") if r["kind"] == "epoch"] == [1, 2]
+
+
+def test_a_run_goes_on_in_another_folder(tmp_path, data, whole):
+    interrupt(config_for(tmp_path / "a", data), Crash, crash_at_step(3))
+    last = tmp_path / "a" / "run" / "last.pdparams"
+    engine.run(config_for(tmp_path / "b", data, "MODEL.RESUME", last))
+    ours = checkpoint.load(tmp_path / "b" / "run" / "last.pdparams")
+    theirs = checkpoint.load(whole / "last.pdparams")
+    assert all(np.array_equal(ours["model"][k], theirs["model"][k]) for k in ours["model"])
+    opts = [*RESUME, "TRAIN.NUM_EPOCHS", 4]
+    interrupt(config_for(tmp_path / "b", data, *opts), Crash, crash_at_step(8))
+    engine.run(config_for(tmp_path / "b", data, *opts))
+    steps = [r["step"] for r in metrics(tmp_path / "b" / "run") if r["kind"] == "step"]
+    assert steps == sorted(set(steps))
+
+
+def test_another_optimizer_is_refused(tmp_path, data):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))
+    with pytest.raises(CheckpointError, match="TRAIN.OPTIMIZER.NAME"):
+        engine.run(config_for(tmp_path, data, *RESUME, "TRAIN.OPTIMIZER.NAME", "sgd"))

@@ -1,0 +1,164 @@
+"""The folder of a run: chosen, claimed, and its metrics kept whole."""
+
+import errno
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+
+import run_folder
+from config import get_config
+from errors import CheckpointError, UserError
+from run_folder import RunFolder, choose_folder
+
+from .runs import ROOT
+
+
+def claim(path, training=True, resume=None, rank=0):
+    gc.collect()  # ends the claims of earlier tests
+    return RunFolder(path, rank, training, resume)
+
+
+def lines(folder):
+    return [json.loads(line)["n"] for line in (folder.path / "metrics.jsonl").open()]
+
+
+def add(folder, *numbers):
+    for number in numbers:
+        folder.add_metrics({"n": number})
+
+
+def test_a_chosen_folder_is_used_and_a_default_one_is_dated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = get_config()
+    first = choose_folder(config)
+    assert first.parent.name == "output" and first.name.startswith("train-")
+    first.mkdir(parents=True)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: first.name[6:])
+    assert choose_folder(config).name == f"{first.name}-2"
+    config.EVAL = True
+    assert choose_folder(config).name.startswith("eval-")
+    config.SAVE = str(tmp_path / "mine")
+    assert choose_folder(config) == tmp_path / "mine"
+
+
+def test_a_resumed_run_goes_on_in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = get_config()
+    for day in ("20260101-00-00-00", "20260102-00-00-00"):
+        (tmp_path / "output" / f"train-{day}").mkdir(parents=True)
+        (tmp_path / "output" / f"train-{day}" / "last.pdparams").touch()
+    config.MODEL.RESUME = "auto"
+    assert choose_folder(config).name == "train-20260102-00-00-00"
+    old = tmp_path / "output" / "train-20260101-00-00-00"
+    (old / "config.yaml").touch()
+    config.MODEL.RESUME = str(old / "last.pdparams")
+    assert choose_folder(config) == old
+
+
+def test_a_second_run_is_refused_while_the_first_is_going(tmp_path):
+    kept = claim(tmp_path)
+    for resume in (None, "auto"):
+        with pytest.raises(UserError, match="still going"):
+            claim(tmp_path, resume=resume)
+    claim(tmp_path, training=False)  # evaluation disturbs nobody
+    claim(tmp_path, rank=1)
+    assert kept.path == tmp_path
+
+
+def test_the_claim_ends_with_its_process(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += "from pathlib import Path; from run_folder import RunFolder; import os, signal\n"
+    code += f"RunFolder(Path({str(tmp_path)!r}), 0, True); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    claim(tmp_path)
+
+
+def test_the_folder_of_another_run_is_refused_whatever_is_resumed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "last.pdparams").touch()
+    for resume in (None, str(tmp_path / "b" / "last.pdparams")):
+        with pytest.raises(UserError, match="holds an earlier run; continue it with -resume auto"):
+            claim(tmp_path / "a", resume=resume)
+    for resume in ("auto", str(tmp_path / "a" / "last.pdparams")):
+        claim(tmp_path / "a", resume=resume)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="-output .*file/run: cannot be written: Not a directory"):
+        claim(tmp_path / "file" / "run")
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".last.pdparams.tmp").write_text("half")
+    claim(tmp_path, resume="auto")
+    assert not (tmp_path / ".last.pdparams.tmp").exists()
+
+
+def test_metrics_are_cut_to_where_the_checkpoint_stood(tmp_path):
+    folder = claim(tmp_path)
+    add(folder, 1, 2, 3)
+    assert folder.metrics_lines == 3
+    folder.rewind_metrics(2)
+    add(folder, 4)
+    assert lines(folder) == [1, 2, 4] and folder.metrics_lines == 3
+
+
+def test_a_half_written_last_line_is_cut_too(tmp_path):
+    folder = claim(tmp_path)
+    add(folder, 1)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"n": ')
+    folder.rewind_metrics(1)
+    add(folder, 2)
+    assert lines(folder) == [1, 2]
+
+
+def test_metrics_that_are_missing_are_counted_as_such(tmp_path):
+    folder = claim(tmp_path)
+    add(folder, 1)
+    folder.rewind_metrics(5)
+    add(folder, 2)
+    assert folder.metrics_lines == 2
+    assert "has 1 of the 5 records" in (tmp_path / "log.txt").read_text()
+
+
+def test_records_that_a_full_disk_refuses_are_written_later_without_a_gap(tmp_path, monkeypatch):
+    folder = claim(tmp_path)
+    add(folder, 1)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder.os, "fsync", full)
+    add(folder, 2, 3)
+    assert lines(folder) == [1] and folder.metrics_lines == 1
+    with pytest.raises(CheckpointError, match="No space left"):
+        folder.flush_metrics()
+    monkeypatch.undo()
+    add(folder, 4)
+    assert lines(folder) == [1, 2, 3, 4] and folder.metrics_lines == 4
+
+
+def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = claim(tmp_path)
+    folder.write("config.yaml", "old")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder.os, "replace", full)
+    with pytest.raises(UserError, match="config.yaml: cannot be written: No space left"):
+        folder.write("config.yaml", "new")
+    assert (tmp_path / "config.yaml").read_text() == "old"
+
+
+def test_only_rank_0_writes_what_is_shared_and_each_rank_has_a_log(tmp_path):
+    folder = claim(tmp_path, rank=3)
+    folder.write("config.yaml", "x")
+    add(folder, 1)
+    folder.rewind_metrics(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.rank3.txt"]
