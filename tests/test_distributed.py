@@ -9,7 +9,7 @@ import engine
 from samplers import train_indices
 
 from . import rank_checks
-from .runs import command, differences, metrics, run
+from .runs import command, metrics, run
 from .tiny_data import make_config, make_data
 
 
@@ -38,32 +38,15 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data):
     words = command(data, tmp_path / "two" / "run", *opts, main="main_multi_gpu.py", nprocs=2)
     code, output = run(words)
     assert code == 0, output
-    one, two = (
-        checkpoint.load(tmp_path / name / "run" / "last.pdparams") for name in ("one", "two")
-    )
+    runs = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    one, two = (checkpoint.load(path / "last.pdparams") for path in runs)
     assert one["place"]["step"] == two["place"]["step"] == 50
     for key in ("model", "model_ema"):
         assert max(np.abs(one[key][k] - two[key][k]).max() for k in one[key]) < 1e-5
-    for a, b in zip(metrics(tmp_path / "one" / "run"), metrics(tmp_path / "two" / "run")):
-        assert a.keys() == b.keys()
-        assert all(
-            a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5) for key in a if key != "kind"
-        )
+    for a, b in zip(*map(metrics, runs)):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
         assert all(a[key] == b[key] for key in a if key.endswith(("top1", "top5")))
-    assert (tmp_path / "two" / "run" / "log.rank1.txt").stat().st_size > 0
-
-    # The same command again, after a crash in the middle: bit-identical.
-    third = tmp_path / "three" / "run"
-    third.parent.mkdir()
-    words = command(data, third, *opts, main="tests/faults/driver.py", nprocs=2)
-    code, output = run(words, fault="step:1:29:kill")
-    assert code == 1
-    last = output.splitlines()[-1]
-    assert last.startswith("error: rank 1, after step 28: it was killed by SIGKILL"), output
-    assert last.endswith(f"-resume auto goes on from {third}/last.pdparams")
-    code, output = run([*words, "MODEL.RESUME", "auto"])
-    assert code == 0, output
-    assert differences(tmp_path / "two" / "run", third) == []
+    assert (runs[1] / "log.rank1.txt").stat().st_size > 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
