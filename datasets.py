@@ -11,6 +11,8 @@ and no idle worker holds memory. Whatever goes wrong in one reaches the caller a
 
 from __future__ import annotations
 
+import runtime  # isort: skip
+
 import ctypes
 import multiprocessing
 import os
@@ -25,9 +27,6 @@ from glob import glob
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-import runtime  # noqa: F401  (before Paddle)
-
-# isort: split
 import numpy as np
 import paddle
 
