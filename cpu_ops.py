@@ -27,7 +27,7 @@ from paddle.autograd import PyLayer
 from paddle.autograd.py_layer import once_differentiable
 
 
-def usable(layer, x) -> bool:
+def usable(layer) -> bool:
     """Whether the functions below compute what the parts of ``layer`` would.
 
     Not while a graph is traced or exported, not on a GPU, not with a dropout that is on, and not
@@ -35,7 +35,7 @@ def usable(layer, x) -> bool:
     """
     return (
         paddle.in_dynamic_mode()
-        and x.place.is_cpu_place()
+        and paddle.get_device() == "cpu"
         and not any(
             part._forward_pre_hooks
             or part._forward_post_hooks

@@ -120,7 +120,7 @@ class PatchEmbedding(nn.Layer):
         )
 
     def forward(self, images):
-        if cpu_ops.usable(self, images):  # the same function, faster on a CPU
+        if cpu_ops.usable(self):  # the same function, faster on a CPU
             return cpu_ops.embed_patches(images, self.patch_embed)
         x = self.patch_embed(images)  # [B, 3, height, width] -> [B, C, grid, grid]
         return x.flatten(2).transpose([0, 2, 1])  # -> [B, N, C]
@@ -182,7 +182,7 @@ class ResBlock(nn.Layer):
         return paddle.matmul(weight, x, transpose_x=True) + bias.unsqueeze(-1)  # [B, N, C]
 
     def forward(self, x):
-        if cpu_ops.usable(self, x):  # the same function, faster on a CPU
+        if cpu_ops.usable(self):  # the same function, faster on a CPU
             mask = self.drop_path.mask
             x = cpu_ops.mix_tokens(x, self.norm1, self.linear_tokens, self.ls1, mask(x))
             return cpu_ops.mix_channels(x, self.norm2, self.mlp_channels, self.ls2, mask(x))

@@ -26,7 +26,7 @@ def layers_only(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(cpu_ops, "usable", lambda block, x: False)
+            patch.setattr(cpu_ops, "usable", lambda layer: False)
             return function(*args)
 
     return call
