@@ -311,6 +311,7 @@ def _read_yaml(path: str) -> yaml.Node | None:
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
         names = os.listdir(folder) if os.path.isdir(folder) else []
+        names = [name for name in names if name.endswith((".yaml", ".yml"))]
         raise ConfigError(f"{path}: no such config file{_suggest(os.path.basename(path), names)}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}")
