@@ -1,0 +1,421 @@
+"""Image pipelines: sizes, determinism, switches, errors. (Against timm: tests/timm.)"""
+
+import copy
+import io
+import math
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+import auto_augment
+from auto_augment import OPS, POLICIES, Policy, apply_op, build_policy, op_argument, rand_augment
+from config import get_config
+from errors import ConfigError
+from transforms import (
+    Box,
+    ColorJitter,
+    build_augmentations,
+    build_eval_transform,
+    build_train_transform,
+    center_box,
+    draw_crop,
+    read_crop,
+    resized_size,
+    to_rgb,
+)
+
+
+@pytest.fixture
+def config():
+    config = get_config()
+    config.DATA.IMAGE_SIZE = 32
+    config.TRAIN.RAND_AUGMENT = False
+    config.TRAIN.COLOR_JITTER = 0.0
+    return config
+
+
+def photo(width=50, height=40, seed=0):
+    """Smooth colours with some noise: every value range is met, and no two pixels are alike."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    array = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    array = array + rng.integers(-9, 10, array.shape)
+    return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
+
+
+def as_jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+SIZES = [(50, 40), (40, 50), (32, 32), (33, 97), (300, 20), (7, 5), (1, 1), (1, 60), (60, 1)]
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_evaluation_returns_contiguous_uint8_of_the_configured_size(config, size):
+    array = build_eval_transform(config)(photo(*size))
+    assert array.shape == (32, 32, 3)
+    assert array.dtype == np.uint8
+    assert array.flags.c_contiguous and array.flags.writeable
+
+
+def test_evaluation_resizes_the_short_side_to_the_floor_of_size_over_crop_pct(config):
+    config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT = 224, 0.9
+    assert build_eval_transform(config).short == 248  # 248.9
+    assert resized_size(500, 375, 256) == (341, 256)
+    assert resized_size(375, 500, 256) == (256, 341)
+
+
+def test_the_centre_crop_splits_an_odd_margin_to_even():
+    assert center_box(257, 259, 256) == (0, 2, 256, 258)  # round(0.5) = 0, round(1.5) = 2
+
+
+def test_the_centre_crop_of_a_small_image_is_padded_with_black(config):
+    config.DATA.CROP_PCT = 1.0
+    transform = build_eval_transform(config)
+    transform.short = 29  # as a size that the crop exceeds by three
+    array = transform(Image.new("RGB", (29, 29), (9, 8, 7)))
+    assert (array[1:30, 1:30] == (9, 8, 7)).all()
+    array[1:30, 1:30] = 0
+    assert not array.any()
+
+
+def test_an_image_of_the_right_size_is_evaluated_untouched(config):
+    config.DATA.CROP_PCT = 1.0
+    image = photo(32, 32)
+    assert np.array_equal(build_eval_transform(config)(image), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16", "LA", "YCbCr"])
+def test_every_mode_is_read_as_pil_converts_it_to_rgb(mode):
+    image = Image.new("I;16", (8, 8), 40000) if mode == "I;16" else photo(8, 8).convert(mode)
+    assert np.array_equal(to_rgb(image), image.convert("RGB"))
+
+
+# ---- random crops and flips --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_training_returns_contiguous_uint8_of_the_configured_size(config, size):
+    config.TRAIN.RAND_AUGMENT = True
+    transform = build_train_transform(config)
+    for seed in range(5):
+        array = transform(photo(*size), np.random.default_rng(seed))
+        assert array.shape == (32, 32, 3)
+        assert array.dtype == np.uint8
+        assert array.flags.c_contiguous and array.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "switch", ["RAND_AUGMENT", "AUTO_AUGMENT", "THREE_AUGMENT", "COLOR_JITTER", None]
+)
+def test_training_is_a_function_of_the_image_and_the_generator(config, switch):
+    if switch:
+        config.TRAIN[switch] = 0.4 if switch == "COLOR_JITTER" else True
+    transform = build_train_transform(config)
+    image = photo()
+    before = np.array(image)
+    first = [transform(image, np.random.default_rng(seed)) for seed in range(8)]
+    again = [transform(image, np.random.default_rng(seed)) for seed in range(8)]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert any(not np.array_equal(first[0], other) for other in first[1:])
+    assert np.array_equal(before, image)  # the next epoch gets the same image
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_crops_lie_inside_the_image(size):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        left, top, right, bottom = draw_crop(*size, (0.08, 1.0), (0.75, 4 / 3), rng)
+        assert 0 <= left < right <= size[0]
+        assert 0 <= top < bottom <= size[1]
+
+
+def test_crops_keep_to_the_scale_and_the_ratio():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        box = draw_crop(600, 600, (0.2, 0.5), (0.75, 4 / 3), rng)
+        width, height = box.right - box.left, box.bottom - box.top
+        assert 0.195 < width * height / 600**2 < 0.505
+        assert 0.74 < width / height < 1.35
+
+
+@pytest.mark.parametrize(
+    "size, box",
+    [((100, 10), (43, 0, 56, 10)), ((10, 100), (0, 43, 10, 56)), ((20, 20), (0, 0, 20, 20))],
+)
+def test_a_crop_that_never_fits_is_the_largest_central_one(size, box):
+    rng = np.random.default_rng(0)
+    assert draw_crop(*size, (4.0, 5.0), (0.75, 4 / 3), rng) == box
+
+
+def test_flips_mirror_the_crop(config):
+    config.TRAIN.CROP_SCALE, config.TRAIN.CROP_RATIO = (1.0, 1.0), (1.0, 1.0)
+    image = photo(32, 32)
+
+    def transformed(hflip, vflip):
+        config.TRAIN.HFLIP, config.TRAIN.VFLIP = hflip, vflip
+        return build_train_transform(config)(image, np.random.default_rng(0))
+
+    plain = np.asarray(image)
+    assert np.array_equal(transformed(0.0, 0.0), plain)
+    assert np.array_equal(transformed(1.0, 0.0), plain[:, ::-1])
+    assert np.array_equal(transformed(0.0, 1.0), plain[::-1])
+    assert np.array_equal(transformed(1.0, 1.0), plain[::-1, ::-1])
+
+
+def test_random_interpolation_is_bilinear_or_bicubic(config):
+    config.DATA.TRAIN_INTERPOLATION = "random"
+    config.TRAIN.CROP_SCALE, config.TRAIN.CROP_RATIO = (1.0, 1.0), (1.0, 1.0)
+    config.TRAIN.HFLIP = 0.0
+    image = photo(64, 64)
+    seen = set()
+    for seed in range(20):
+        array = build_train_transform(config)(image, np.random.default_rng(seed))
+        for name in ("BILINEAR", "BICUBIC"):
+            if np.array_equal(array, image.resize((32, 32), Image.Resampling[name])):
+                seen.add(name)
+                break
+        else:
+            pytest.fail("neither bilinear nor bicubic")
+    assert seen == {"BILINEAR", "BICUBIC"}
+
+
+def test_a_large_crop_of_an_unread_jpeg_is_decoded_at_half_the_size():
+    jpeg = as_jpeg(photo(200, 160))
+    crop = read_crop(jpeg, Box(20, 10, 160, 150), 64)
+    assert jpeg.size == (100, 80)
+    assert crop.size == (70, 70)
+    full = as_jpeg(photo(200, 160)).convert("RGB").crop((20, 10, 160, 150))
+    difference = np.asarray(crop.resize((64, 64)), int) - np.asarray(full.resize((64, 64)))
+    assert abs(difference).mean() < 2.5
+
+
+def test_a_jpeg_is_decoded_whole_where_the_crop_needs_its_pixels():
+    jpeg = as_jpeg(photo(200, 160))
+    assert read_crop(jpeg, Box(0, 0, 127, 150), 64).size == (127, 150)  # 127 < 2 * 64
+    assert jpeg.size == (200, 160)
+
+
+def test_a_large_crop_of_an_image_that_is_read_already_keeps_its_pixels():
+    image = photo(200, 160)
+    assert np.array_equal(
+        read_crop(image, Box(20, 10, 160, 150), 32), image.crop((20, 10, 160, 150))
+    )
+
+
+# ---- operations and policies -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation_keeps_size_and_mode_at_every_level(name):
+    image = photo(23, 17)
+    for level in (0, 3, 5, 9.3, 10):
+        for sign in (1, -1):
+            argument = 1.0 if OPS[name].spread else op_argument(name, level, sign)
+            out = apply_op(name, image, argument)
+            assert (out.size, out.mode) == (image.size, "RGB")
+
+
+def test_the_tables_equal_pils_operations():
+    image = photo()
+    assert np.array_equal(apply_op("Posterize", image, 3), ImageOps.posterize(image, 3))
+    assert np.array_equal(apply_op("Solarize", image, 77), ImageOps.solarize(image, 77))
+
+
+def test_posterizing_to_no_bits_is_black():
+    assert not np.asarray(apply_op("PosterizeIncreasing", photo(), 0)).any()
+
+
+def test_opposite_signs_move_in_opposite_directions():
+    image = photo(20, 20)
+    arguments = [op_argument("TranslateXRel", 10 / 4.5, sign) for sign in (1, -1)]
+    assert arguments == pytest.approx([0.1, -0.1])
+    left, right = (
+        np.asarray(apply_op("TranslateXRel", image, part, Image.Resampling.NEAREST, (1, 2, 3)))
+        for part in (0.1, -0.1)
+    )
+    assert np.array_equal(left[:, :18], np.asarray(image)[:, 2:])
+    assert np.array_equal(right[:, 2:], np.asarray(image)[:, :18])
+    assert (left[:, 18:] == (1, 2, 3)).all() and (right[:, :2] == (1, 2, 3)).all()
+
+
+def test_increasing_operations_change_more_at_higher_levels():
+    image = photo()
+
+    def change(name, level):
+        out = apply_op(name, image, op_argument(name, level))
+        return np.abs(np.asarray(out, int) - np.asarray(image)).mean()
+
+    for name in auto_augment.RAND_INCREASING_OPS:
+        if OPS[name].argument:
+            assert change(name, 9) > change(name, 2), name
+
+
+def test_a_probability_of_zero_draws_nothing_and_of_one_every_layer():
+    rng = np.random.default_rng(0)
+    assert rand_augment(layers=3, probability=0.0).draw(rng) == []
+    assert len(rand_augment(layers=3, probability=1.0).draw(rng)) == 3
+
+
+def test_noisy_levels_stay_between_zero_and_the_maximum():
+    policy = Policy("", [[("Rotate", 1.0, 9.0)]], layers=500, level_std=5.0)
+    degrees = [op.argument for op in policy.draw(np.random.default_rng(0))]
+    assert max(degrees) == 30.0 and min(degrees) == -30.0
+    policy.level_max = 12.0
+    assert max(op.argument for op in policy.draw(np.random.default_rng(0))) == 36.0
+
+
+def test_an_infinite_deviation_draws_levels_uniformly_up_to_the_level():
+    policy = Policy("", [[("Rotate", 1.0, 5.0)]], layers=2000, level_std=math.inf)
+    degrees = np.abs([op.argument for op in policy.draw(np.random.default_rng(0))])
+    assert degrees.max() <= 15.0
+    assert np.histogram(degrees, 3, (0, 15))[0].min() > 600
+
+
+@pytest.mark.parametrize("name, policies", POLICIES.items())
+def test_policies_name_known_operations_with_probabilities_and_levels(name, policies):
+    assert len(policies) == (3 if name == "3a" else 25)
+    for operation, probability, level in (op for policy in policies for op in policy):
+        assert operation in OPS
+        assert 0 <= probability <= 1
+        assert 0 <= level <= 10
+
+
+def test_3_augment_is_grayscale_or_solarize_or_blur_each_a_third():
+    policy = build_policy("3a", "TRAIN.THREE_AUGMENT")
+    rng = np.random.default_rng(0)
+    drawn = [op for _ in range(3000) for op in policy.draw(rng)]
+    counts = {name: 0 for name in ("Grayscale", "Solarize", "GaussianBlur")}
+    for name, argument, _ in drawn:
+        counts[name] += 1
+        if name == "Solarize":
+            assert argument == 128
+        if name == "GaussianBlur":
+            assert 0.1 <= argument <= 2.0
+    assert sum(counts.values()) == 3000
+    assert min(counts.values()) > 900
+
+
+def test_colour_jitter_draws_each_factor_once_in_random_order():
+    jitter = ColorJitter(0.4)
+    rng = np.random.default_rng(0)
+    draws = [jitter.draw(rng) for _ in range(200)]
+    assert {tuple(op for op, _ in draw) for draw in draws} == {
+        (0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0),
+    }  # fmt: skip
+    factors = [factor for draw in draws for _, factor in draw]
+    assert 0.6 <= min(factors) < 0.62 and 1.38 < max(factors) <= 1.4
+
+
+def test_colour_jitter_stronger_than_one_never_inverts():
+    factors = [f for _ in range(50) for _, f in ColorJitter(3.0).draw(np.random.default_rng(_))]
+    assert min(factors) >= 0.0 and max(factors) > 3.0
+
+
+# ---- from the config ---------------------------------------------------------------------------
+
+
+def test_the_numbers_and_timms_string_configure_the_same_rand_augment(config):
+    config.TRAIN.RAND_AUGMENT = True
+    numbers = build_augmentations(config)[0]
+    config.TRAIN.RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+    string = build_augmentations(config)[0]
+    assert vars(numbers) == vars(string)
+    assert numbers.fill == (124, 116, 104)
+
+
+def test_every_section_of_timms_string_is_read():
+    policy = build_policy("rand-m7-n3-p0.3-mstd1.5-mmax12-inc1", "TRAIN.RAND_AUGMENT")
+    assert policy.layers == 3
+    assert policy.level_std == 1.5
+    assert policy.level_max == 12
+    assert policy.choices[4] == [("PosterizeIncreasing", 0.3, 7)]
+    assert build_policy("rand", "").choices[4] == [("Posterize", 0.5, 10.0)]
+    assert build_policy("rand-mstd101", "").level_std == math.inf
+    assert build_policy("original-mstd0.5", "").level_std == 0.5
+
+
+def test_augmentations_win_in_the_order_three_rand_auto_jitter(config):
+    def names():
+        return [getattr(augment, "name", "jitter") for augment in build_augmentations(config)]
+
+    assert names() == []
+    config.TRAIN.COLOR_JITTER = 0.3
+    assert names() == ["jitter"]
+    config.TRAIN.AUTO_AUGMENT = True
+    assert names() == ["original"]
+    config.TRAIN.AUTO_AUGMENT = "v0"
+    assert names() == ["v0"]
+    config.TRAIN.AUTO_AUGMENT = "3a"
+    assert names() == ["3a", "jitter"]
+    config.TRAIN.RAND_AUGMENT = True
+    assert names()[0].startswith("RandAugment") and len(names()) == 1
+    config.TRAIN.THREE_AUGMENT = True
+    assert names() == ["3a", "jitter"]
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "TRAIN.RAND_AUGMENT",
+            "rand-m9-w0",
+            "AUGMENT is 'rand-m9-w0': bad section 'w0'",
+        ),
+        ("TRAIN.RAND_AUGMENT", "rand-m9.5", "bad section 'm9.5'"),
+        ("TRAIN.RAND_AUGMENT", "rand-m", "bad section 'm'"),
+        ("TRAIN.RAND_AUGMENT", "rand--m9", "bad section ''"),
+        ("TRAIN.RAND_AUGMENT", "rand-p2", "p is a probability"),
+        ("TRAIN.RAND_AUGMENT", "random", "TRAIN.RAND_AUGMENT is 'random'; choose rand-"),
+        ("TRAIN.AUTO_AUGMENT", "v1", "TRAIN.AUTO_AUGMENT is 'v1'; choose rand-... or one of orig"),
+        ("TRAIN.AUTO_AUGMENT", "v0-m9", "bad section 'm9'; known are: mstd<number>"),
+        ("TRAIN.AUTO_AUGMENT", "3a-mstd1", "bad section 'mstd1'; known are: none"),
+        ("DATA.TRAIN_INTERPOLATION", "lanczos", "DATA.TRAIN_INTERPOLATION is 'lanczos'; choose"),
+        ("DATA.TRAIN_INTERPOLATION", "cubic", "one of nearest, bilinear, bicubic, random"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_key(config, key, value, message):
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(ConfigError) as error:
+        build_train_transform(config)
+    assert message in str(error.value)
+
+
+def test_an_unknown_evaluation_interpolation_is_refused(config):
+    config.DATA.INTERPOLATION = "random"
+    with pytest.raises(ConfigError, match="DATA.INTERPOLATION is 'random'; choose one of nearest"):
+        build_eval_transform(config)
+
+
+def test_pipelines_travel_to_spawned_workers(config):
+    config.TRAIN.RAND_AUGMENT = True
+    image = photo()
+    train, evaluate = build_train_transform(config), build_eval_transform(config)
+    train_copy, evaluate_copy = pickle.loads(pickle.dumps((train, evaluate)))
+    for seed in range(5):
+        expected = train(image, np.random.default_rng(seed))
+        assert np.array_equal(train_copy(image, np.random.default_rng(seed)), expected)
+    assert np.array_equal(evaluate_copy(image), evaluate(image))
+    assert repr(copy.deepcopy(train)) == repr(train)
+
+
+def test_a_pipeline_says_what_it_does(config):
+    config.TRAIN.RAND_AUGMENT = True
+    text = repr(build_train_transform(config)) + repr(build_eval_transform(config))
+    for part in ("crop 32 bicubic", "hflip=0.5", "RandAugment(level=9", "resize 36 bicubic"):
+        assert part in text
+
+
+def test_workers_need_no_paddle():
+    code = "import sys, transforms; sys.exit('paddle' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
