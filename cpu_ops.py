@@ -70,7 +70,7 @@ def mix_channels(x, norm, mlp, layer_scale, mask):
 def _tokens_forward(x, alpha, beta, w, bias, scale, mask):
     """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
     mixed = paddle.matmul(w, x, transpose_x=True)  # [B, N, C]
-    constant = paddle.outer(w.sum(0), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
+    constant = _outer(w.sum(0), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
     y = mixed * (alpha.flatten() * scale)
     y.add_(constant * scale)
     if mask is not None:
@@ -113,7 +113,7 @@ class _MixTokens(PyLayer):
 
 def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, gelu):
     """With alpha and beta in the first linear layer, and scale in the second."""
-    folded1, folded2 = alpha.reshape([-1, 1]) * w1, w2 * scale  # [C, H], [H, C]
+    folded1, folded2 = _scale_rows(alpha, w1), w2 * scale  # [C, H], [H, C]
     rows = x.reshape([-1, x.shape[-1]])  # [M, C]
     before = paddle.addmm(bias1 + paddle.matmul(beta.flatten(), w1), rows, folded1)  # [M, H]
     hidden = gelu(before)
@@ -155,13 +155,13 @@ class _MixChannels(PyLayer):
         return _only_needed(
             ctx,
             d_x.reshape(x.shape),
-            (d_folded1 * w1).sum(1).reshape(alpha.shape),
+            _row_sum(d_folded1 * w1).reshape(alpha.shape),
             paddle.mv(w1, d_bias1).reshape(beta.shape),
-            alpha.reshape([-1, 1]) * d_folded1 + paddle.outer(beta.flatten(), d_bias1),
+            _scale_rows(alpha, d_folded1).add_(_outer(beta.flatten(), d_bias1)),
             d_bias1,
             d_folded2 * scale,
             d_bias2 * scale,
-            (d_folded2 * w2).sum(0) + d_bias2 * bias2,
+            _column_sum(d_folded2 * w2) + d_bias2 * bias2,
         )
 
 
@@ -176,6 +176,19 @@ def _column_sum(x):
     """The sum over all axes but the last, as a product with ones: ``[..., C] -> [C]``."""
     rows = x.reshape([-1, x.shape[-1]])
     return paddle.matmul(paddle.ones([rows.shape[0]], x.dtype), rows)
+
+
+def _row_sum(x):
+    return paddle.mv(x, paddle.ones([x.shape[1]], x.dtype))
+
+
+def _outer(a, b):
+    return paddle.matmul(a.reshape([-1, 1]), b.reshape([1, -1]))
+
+
+def _scale_rows(a, x):
+    """``a[i] * x[i]``, without the broadcast of ``[C, 1]``, which is slow."""
+    return _outer(a, paddle.ones([x.shape[1]], x.dtype)).multiply_(x)
 
 
 def _remember_needed(ctx, *inputs):
