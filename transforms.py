@@ -147,7 +147,8 @@ def read_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
     Args:
         image: Any mode; an image that is read already, or no JPEG, is used at its full size.
         box: In pixels of the full image.
-        size: The side that the crop will be resized to. The reduced crop is at least so large.
+        size: The side that the crop will be resized to; the reduced crop is not smaller than it
+            (by more than a rounded pixel).
     """
     width, height = image.size
     smallest = min(box.right - box.left, box.bottom - box.top)
