@@ -46,7 +46,7 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does():
     assert (train_indices(100, 1, 0) != train_indices(100, 0, 1)).any()
 
 
-@pytest.mark.parametrize("num_images,world", [(256, 1), (1000, 3), (1023, 4), (5000, 8)])
+@pytest.mark.parametrize("num_images,world", [(256, 1), (300, 3), (1023, 4), (5000, 7)])
 def test_repeated_augmentation_selects_as_many_as_deit(num_images, world):
     expected = num_images // 256 * 256 // world
     for rank in range(world):
