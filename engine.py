@@ -37,7 +37,7 @@ from optimizer import (
     optimizer_state,
 )
 from random_erasing import RandomErasing
-from resmlp import build_resmlp, load_pretrained, load_state
+from resmlp import FLOAT32_LAYERS, build_resmlp, load_pretrained, load_state
 from run_folder import RunFolder, choose_folder
 from utils import (
     Meter,
@@ -198,6 +198,7 @@ class Trainer:
                 dtype=config.AMP_DTYPE,
                 master_weight=True,
                 save_dtype="float32",
+                excluded_layers=FLOAT32_LAYERS,
             )
         if saved:
             self._restore(saved)

@@ -1,0 +1,35 @@
+"""Mixed precision: what can be checked without a GPU, where Paddle has none."""
+
+import numpy as np
+import paddle
+import pytest
+from paddle.amp.auto_cast import amp_initialize
+
+from resmlp import FLOAT32_LAYERS, ResMLP
+
+
+def branch(half, scale, stream):
+    """``x + layer_scale * W y`` with the product in float16, the rest in ``stream``."""
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=384), rng.normal(size=384), rng.normal(size=[384, 384]) * 0.02
+    product = (w.astype(half) @ y.astype(half)).astype(half).astype(stream)
+    x = x.astype(stream)
+    return (x + np.asarray(scale).astype(stream) * product).astype("float64") - x
+
+
+def test_a_layer_scale_of_1e_6_acts_where_the_stream_is_float32_and_is_lost_in_float16():
+    exact = branch("float64", 1e-6, "float64")
+    kept, lost = branch("float16", 1e-6, "float32"), branch("float16", 1e-6, "float16")
+    assert np.abs(kept - exact).max() < 0.2 * np.abs(exact).max()  # float32 next to numbers near 1
+    assert np.corrcoef(kept, exact)[0, 1] > 0.99
+    assert (lost == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_affine_and_layer_scale_keep_float32_parameters_in_o2(dtype):
+    model = ResMLP(image_size=16, patch_size=8, num_classes=3, embed_dim=8, depth=2)
+    amp_initialize([model], dtype, FLOAT32_LAYERS)  # what amp.decorate does on a GPU
+    for name, parameter in model.named_parameters():
+        own = name.endswith((".weight", ".bias"))
+        expected = getattr(paddle, dtype) if own else paddle.float32
+        assert parameter.dtype == expected, name
