@@ -210,7 +210,8 @@ class Normalize:
 
     def __call__(self, images: paddle.Tensor) -> paddle.Tensor:
         x = images.astype("float32") * self.scale + self.shift
-        return x.transpose([0, 3, 1, 2])
+        # a transpose is a view, which each of its readers would copy again
+        return x.transpose([0, 3, 1, 2]).contiguous()
 
 
 def memory_mb(process: Process) -> float:

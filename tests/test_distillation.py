@@ -112,7 +112,7 @@ def small_resmlp(tmp_path):
     """A YAML file, weights, and the model that they should become."""
     path = tmp_path / "teacher.yaml"
     path.write_text(
-        f"DATA: {{IMAGE_SIZE: 16, IMAGENET_MEAN: {MEAN}, IMAGENET_STD: [1.0, 1.0, 1.0]}}\n"
+        "DATA: {IMAGE_SIZE: 16, IMAGENET_MEAN: [0.0, 0.0, 0.0], IMAGENET_STD: [1.0, 1.0, 1.0]}\n"
         f"MODEL: {{NUM_CLASSES: {CLASSES}, MIXER: {{PATCH_SIZE: 8, EMBED_DIM: 8, DEPTH: 1}}}}\n"
     )
     model = build_resmlp(get_config(str(path)))
@@ -128,7 +128,8 @@ def test_another_resmlp_is_a_teacher_with_its_own_size_and_normalisation(small_r
     assert teacher.image_size == 16
     images = make_images(16)
     model.eval()
-    expected = model(paddle.to_tensor(images * np.reshape(STD, (3, 1, 1)).astype("float32")))
+    pixels = images * np.reshape(STD, (3, 1, 1)) + np.reshape(MEAN, (3, 1, 1))
+    expected = model(paddle.to_tensor(pixels.astype("float32")))
     logits = teacher(paddle.to_tensor(images))
     np.testing.assert_allclose(logits.numpy(), expected.numpy(), atol=1e-5)
     assert teacher(paddle.to_tensor(make_images(32))).shape == [2, CLASSES]
