@@ -21,6 +21,8 @@ _log = logging.getLogger("resmlp")
 class Dashboard:
     """Writes nothing: what a run without a dashboard has, and the interface of those that do."""
 
+    active = False  # whether what is written goes anywhere
+
     def scalar(self, name: str, value: float, step: int) -> None:
         """Adds a point to the curve ``name``, at an optimizer step."""
 
@@ -36,6 +38,8 @@ class Dashboard:
 
 class _TensorBoard(Dashboard):
     """Through tensorboardX, which needs neither TensorFlow nor PyTorch."""
+
+    active = True
 
     def __init__(self, folder: Path):
         from tensorboardX import SummaryWriter
@@ -56,6 +60,8 @@ class _TensorBoard(Dashboard):
 
 
 class _VisualDL(Dashboard):
+    active = True
+
     def __init__(self, folder: Path):
         from visualdl import LogWriter
 

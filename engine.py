@@ -21,13 +21,13 @@ import paddle
 from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
 import checkpoint
+from batch_augment import BatchAugment
 from dashboard import build_dashboard
 from datasets import build_loader, class_names
 from distillation import build_teacher
 from errors import CheckpointError, ConfigError
 from evaluation import Metrics, evaluate, write_report
 from losses import build_criterion, build_distillation_loss
-from mixup import Mixup
 from model_ema import ModelEma
 from optimizer import (
     build_optimizer,
@@ -36,7 +36,6 @@ from optimizer import (
     load_optimizer_state,
     optimizer_state,
 )
-from random_erasing import RandomErasing
 from resmlp import FLOAT32_LAYERS, build_resmlp, load_pretrained, load_state
 from run_folder import RunFolder, choose_folder
 from utils import (
@@ -208,9 +207,7 @@ class Trainer:
         if config.TRAIN.DISTILLATION_TYPE != "none":
             self.teacher = build_teacher(config, load_config)
         self.distill = build_distillation_loss(config)
-        self.normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-        self.erase = RandomErasing.from_config(config)
-        self.mixup = Mixup.from_config(config)
+        self.augment = BatchAugment(config)
         self.network = self.model
         if process.world > 1:  # gradients are averaged over ranks, in buckets of 25 MB
             wait_for_all(process)  # starting may take one rank longer than a collective waits
@@ -285,7 +282,9 @@ class Trainer:
         fused = self.config.TRAIN.RECOMPUTE and self.process.world > 1
         losses = []
         for number, batch in enumerate(window):
-            images, targets = self._augment(batch, rng)
+            images, targets = self.augment(batch.images, batch.labels, rng)
+            if number == 0 and self.place.step % self.steps_per_epoch == 0:
+                self._show_images(images)
             local = fused or number + 1 < len(window)
             with self._no_sync(local), autocast(self.config, self.process):
                 loss = self._loss(images, targets)
@@ -313,15 +312,6 @@ class Trainer:
             paddle.distributed.all_reduce(totals)
         numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
         self.unchecked.append(StepRecord(self.place.step, lr, numbers, indices))
-
-    def _augment(self, batch, rng: np.random.Generator):
-        """uint8 ``[B, H, W, 3]`` and labels -> normalised ``[B, 3, H, W]`` and targets."""
-        images, targets = self.normalize(batch.images), batch.labels
-        if self.erase is not None:
-            images = self.erase(images, rng)
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets, rng)
-        return images, targets
 
     def _loss(self, images, targets) -> paddle.Tensor:
         logits = self.network(images)
@@ -374,7 +364,7 @@ class Trainer:
     def _evaluate(self, model, label: str) -> Metrics:
         def predict(images):
             with autocast(self.config, self.process):
-                return model(self.normalize(images))
+                return model(self.augment.normalize(images))
 
         model.eval()
         progress = ProgressLine(f"{label}: evaluation", self.process.main)
@@ -504,11 +494,17 @@ class Trainer:
         place.report_loss, place.report_count = 0.0, 0
         meter.restart()
 
+    def _show_images(self, images: paddle.Tensor) -> None:
+        """Sends the first images of an epoch, as the model gets them, to the dashboard."""
+        if self.dashboard.active:
+            row = np.concatenate(list(self.augment.normalize.undo(images[:8])), axis=1)
+            self.dashboard.image("train/images", row, self.place.epoch + 1)
+
     def _show_epoch(self, record: dict) -> None:
         for name, value in record.items():
             if name.startswith(("val_", "ema_", "train_")):
                 self.dashboard.scalar(f"epoch/{name}", value, record["epoch"])
-        if self.config.DASHBOARD != "none":
+        if self.dashboard.active:
             for name, parameter in self.model.named_parameters():
                 if name.endswith((".ls1", ".ls2")):
                     self.dashboard.histogram(name, parameter.numpy(), record["epoch"])

@@ -213,6 +213,11 @@ class Normalize:
         # a transpose is a view, which each of its readers would copy again
         return x.transpose([0, 3, 1, 2]).contiguous()
 
+    def undo(self, images: paddle.Tensor) -> np.ndarray:
+        """Normalised images ``[B, 3, H, W]`` as uint8 ``[B, H, W, 3]``, to look at."""
+        pixels = (images.transpose([0, 2, 3, 1]) - self.shift) / self.scale
+        return pixels.round().clip(0, 255).numpy().astype(np.uint8)
+
 
 def memory_mb(process: Process) -> float:
     """Peak memory of this process, MB: of the GPU where there is one, else resident."""

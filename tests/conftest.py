@@ -1,3 +1,18 @@
-"""Shared fixtures: the process is prepared as in the mains, and every test gets its own folder."""
+"""Shared fixtures: the process is prepared as in the mains, and no test sees another's log."""
 
-import runtime  # noqa: F401  (before Paddle)
+import runtime  # noqa: F401  isort: skip  (before Paddle)
+
+import logging
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def fresh_log():
+    """Takes away what a run in this process did to the log: its handlers, its reticence."""
+    yield
+    log = logging.getLogger("resmlp")
+    for handler in list(log.handlers):
+        handler.close()
+        log.removeHandler(handler)
+    log.propagate = True

@@ -213,3 +213,28 @@ def test_layer_scale_and_affine_survive_training_without_weight_decay(tmp_path, 
     state = weights_of(tmp_path)
     assert np.abs(state["mixer_layers.0.norm1.alpha"] - 1).max() < 0.01
     assert np.abs(state["mixer_layers.0.ls1"] - 0.1).max() < 0.01
+
+
+def test_the_dashboard_gets_curves_histograms_and_augmented_images(tmp_path, data, monkeypatch):
+    class Recorder(engine.build_dashboard("none", tmp_path).__class__):
+        active, written = True, []
+
+        def scalar(self, name, value, step):
+            self.written.append((name, step))
+
+        def histogram(self, name, values, step):
+            self.written.append((name, step))
+
+        def image(self, name, image, step):
+            assert image.dtype == np.uint8 and image.shape == (16, 8 * 16, 3) and image.std() > 10
+            self.written.append((name, step))
+
+    monkeypatch.setattr(engine, "build_dashboard", lambda kind, folder: Recorder())
+    run(make_config(tmp_path, data))
+    assert {
+        ("train/loss", 6),
+        ("epoch/val_top1", 2),
+        ("train/images", 1),
+        ("train/images", 2),
+    } < set(Recorder.written)
+    assert ("mixer_layers.1.ls2", 2) in Recorder.written

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from batch_augment import BatchAugment
 from datasets import build_loader
 from errors import UserError, run_as_script
 from images import read_image
-from mixup import Mixup, smooth_one_hot
-from random_erasing import RandomErasing
+from mixup import smooth_one_hot
 from resmlp import ResMLP
 from tools.common import (
     Parser,
@@ -130,19 +130,11 @@ def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
     config = config.clone()
     config.defrost()
     config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS, config.DATA.DROP_LAST = size, 0, False
-    mean, std = config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
-    rng = step_rng(config.SEED, 0, 0, 0)
-    batch = next(iter(build_loader(config, "train")))
-    images = Normalize(mean, std)(batch.images)
-    erase, mix = RandomErasing.from_config(config), Mixup.from_config(config)
-    if erase is not None:
-        images = erase(images, rng)
-    if mix is not None:
-        images, targets = mix(images, batch.labels, rng)
-    else:
-        targets = smooth_one_hot(batch.labels, config.MODEL.NUM_CLASSES, config.TRAIN.SMOOTHING)
-    pixels = images.numpy().transpose(0, 2, 3, 1) * np.array(std) + np.array(mean)
-    return (255 * pixels).round().clip(0, 255).astype(np.uint8), targets.numpy()
+    augment, batch = BatchAugment(config), next(iter(build_loader(config, "train")))
+    images, targets = augment(batch.images, batch.labels, step_rng(config.SEED, 0, 0, 0))
+    if targets.ndim == 1:
+        targets = smooth_one_hot(targets, config.MODEL.NUM_CLASSES, config.TRAIN.SMOOTHING)
+    return augment.normalize.undo(images), targets.numpy()
 
 
 # ----------------------------------------------------------------------------------- pictures

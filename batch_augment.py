@@ -1,0 +1,44 @@
+"""What is done to a whole training batch on the device: normalise, erase, mix."""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import numpy as np
+import paddle
+
+from mixup import Mixup
+from random_erasing import RandomErasing
+from utils import Normalize
+
+
+class BatchAugment:
+    """Turns a batch as the loader yields it into what the model and the loss take.
+
+    Args:
+        config: ``DATA.IMAGENET_MEAN/STD``, ``TRAIN.RANDOM_ERASE_*``, ``TRAIN.MIXUP_*`` and
+            ``CUTMIX_*`` are used; parts that are off cost nothing.
+    """
+
+    def __init__(self, config):
+        self.normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+        self.erase = RandomErasing.from_config(config)
+        self.mix = Mixup.from_config(config)
+
+    def __call__(self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
+        """Augments a batch.
+
+        Args:
+            images: uint8 ``[B, H, W, 3]``.
+            labels: int64 ``[B]``.
+            rng: for boxes and shares; erasing noise comes from Paddle's generator.
+
+        Returns:
+            float32 images ``[B, 3, H, W]``, and targets: the labels, or after mixing ``[B, K]``.
+        """
+        images = self.normalize(images)
+        if self.erase is not None:
+            images = self.erase(images, rng)
+        if self.mix is not None:
+            return self.mix(images, labels, rng)
+        return images, labels
