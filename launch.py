@@ -56,7 +56,7 @@ def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
     try:
         result = run(config, get_config, on_step)
         if result["rank"] == 0 and not config.EVAL:
-            plot_metrics([result["folder"]], result["folder"] / "curves.png")
+            _plot(result["folder"])
         return 0, ""
     except Preempted as stop:
         code, text = PREEMPTED, f"{stop}; -resume auto goes on from there"
@@ -68,6 +68,13 @@ def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
         code, text = 1, f"{traceback.format_exc()}error: {summary}"
     _log.debug(text)  # to the rank's own log; the terminal is the caller's
     return code, text
+
+
+def _plot(folder) -> None:
+    try:
+        plot_metrics([folder], folder / "curves.png")
+    except UserError as error:  # a full disk, say: the run itself is well
+        _log.warning(str(error))
 
 
 def launch(config) -> int:

@@ -105,6 +105,8 @@ class RunFolder:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, self.path / name)
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
             raise UserError(f"{self.path / name}: cannot be written: {error.strerror}")
 
     def rewind_metrics(self, lines: int) -> None:

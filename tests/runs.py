@@ -49,7 +49,7 @@ def start(words: list, fault: str = "", **environment) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "FAULT": fault, **environment},
+        env={**os.environ, "FAULT": fault, "COMMAND": " ".join(words), **environment},
     )
 
 
@@ -68,13 +68,19 @@ def run(words: list, fault: str = "", seconds: float = 120, **environment) -> tu
     return finish(start(words, fault, **environment), seconds)
 
 
+def error_line(output: str) -> str:
+    """The one line of an output that says what was wrong."""
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in output, output
+    return lines[0]
+
+
 def alive(marker: str) -> list[int]:
-    """Processes, zombies included, whose command line or environment holds ``marker``."""
+    """Processes of started commands, and their children, that name ``marker`` in a word."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
-            if marker.encode() in text and int(folder.name) != os.getpid():
+            if marker.encode() in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
     return found
 

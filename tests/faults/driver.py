@@ -102,7 +102,7 @@ elif _where == "save_rename":
 elif _where == "save_done":
     after(checkpoint, "save")
 elif _where == "load":
-    before(datasets, "read_image")
+    before(datasets, "open_image")
 
 
 if __name__ == "__main__":

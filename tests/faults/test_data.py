@@ -1,0 +1,119 @@
+"""Bad images and broken loader workers, end to end."""
+
+import time
+
+import pytest
+from PIL import Image
+
+from samplers import train_indices
+
+from ..runs import DRIVER, alive, command, error_line, metrics, run
+from ..tiny_data import make_data
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:70])
+
+
+def bomb(path):
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+def zero_pixels(path):
+    path.write_bytes(b"GIF89a\x00\x00\x00\x00\x00\x00\x00;")
+
+
+BAD = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": truncated,
+    "no image": lambda path: path.write_text("<html>404</html>"),
+    "bomb": bomb,
+    "zero pixels": zero_pixels,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def with_lists(folder, train=24, val=9):
+    """A data set with list files; returns it and the paths of its training images, by index."""
+    data = make_data(folder / "data", train, val)
+    for split in ("train", "val"):
+        paths = sorted(data.glob(f"{split}/*/*.png"))
+        lines = [f"{path.relative_to(data)} {path.parent.name[-1]}\n" for path in paths]
+        (data / f"{split}_list.txt").write_text("".join(lines))
+    return data, sorted(data.glob("train/*/*.png"))
+
+
+def job(data, folder, *opts):
+    opts = ["DATA.DATASET", "imagenet2012", "DATA.NUM_WORKERS", 2, *opts]
+    return command(data, folder / "run", *opts, main=DRIVER)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_image_is_named_with_its_line(tmp_path, kind):
+    data, paths = with_lists(tmp_path)
+    BAD[kind](paths[7])
+    code, output = run(job(data, tmp_path))
+    assert code == 2, output
+    line = error_line(output)
+    assert line.startswith(f"error: {data}/train_list.txt:8: {paths[7]}: ") and "skip" in line
+
+
+def test_all_kinds_of_bad_images_are_skipped_counted_and_listed(tmp_path):
+    data, paths = with_lists(tmp_path)
+    for number, spoil in enumerate(BAD.values()):
+        spoil(paths[1 + 2 * number])
+    words = job(data, tmp_path, "DATA.BAD_IMAGE", "skip", "REPORT_FREQ", 1)
+    code, output = run(words)
+    assert code == 0, output
+    assert output.count(f"skipped {len(BAD)} unreadable images in this epoch:") == 2
+    assert all(f"train_list.txt:{2 + 2 * number}: " in output for number in range(len(BAD)))
+    (tmp_path / "again").mkdir()
+    code, _ = run(job(data, tmp_path / "again", *words[words.index("-opts") + 5 :]))
+    assert metrics(tmp_path / "again" / "run") == metrics(tmp_path / "run")  # deterministic
+
+
+def test_more_bad_images_than_the_limit_stop(tmp_path):
+    data, paths = with_lists(tmp_path)
+    for path in paths[1:8:2]:
+        path.unlink()
+    opts = ["DATA.BAD_IMAGE", "skip", "DATA.BAD_IMAGE_LIMIT", 3]
+    code, output = run(job(data, tmp_path, *opts))
+    assert code == 2 and "more than 3 unreadable images" in error_line(output)
+
+
+def test_evaluation_never_skips(tmp_path):
+    data, _ = with_lists(tmp_path)
+    bad = sorted(data.glob("val/*/*.png"))[4]
+    bad.write_text("x")
+    code, output = run(job(data, tmp_path, "DATA.BAD_IMAGE", "skip"))
+    assert code == 2 and f"val_list.txt:5: {bad}" in error_line(output), output
+
+
+def test_a_worker_that_hangs_ends_the_run_in_time(tmp_path):
+    data, _ = with_lists(tmp_path)
+    begin = time.monotonic()
+    code, output = run(job(data, tmp_path, "DATA.WORKER_TIMEOUT", 3), fault="load:0:5:hang")
+    assert code == 2 and time.monotonic() - begin < 30
+    assert "delivered no batch for 3 s (DATA.WORKER_TIMEOUT)" in error_line(output)
+    assert alive(str(tmp_path)) == []
+
+
+def test_a_worker_that_dies_ends_the_run_in_time(tmp_path):
+    data, _ = with_lists(tmp_path)
+    begin = time.monotonic()
+    code, output = run(job(data, tmp_path), fault="load:0:5:kill")
+    assert code == 2 and time.monotonic() - begin < 30
+    assert "a data loader worker died (SIGKILL, out of memory?)" in error_line(output)
+    assert alive(str(tmp_path)) == []
+
+
+def test_the_image_that_stops_a_run_is_the_first_in_its_order(tmp_path):
+    data, paths = with_lists(tmp_path)
+    order = train_indices(24, 0, 0)
+    for position in (20, 6, 13):
+        paths[order[position]].write_text("x")
+    for workers in (0, 2):
+        (tmp_path / str(workers)).mkdir()
+        code, output = run(job(data, tmp_path / str(workers), "DATA.NUM_WORKERS", workers))
+        assert f"{paths[order[6]]}: " in error_line(output), output

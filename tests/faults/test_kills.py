@@ -1,0 +1,92 @@
+"""Runs that are killed for real, at any time, and resumed: as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+
+from ..runs import DRIVER, RECIPE, alive, command, differences, finish, run, start
+from ..tiny_data import make_data
+
+RESUME = ["MODEL.RESUME", "auto"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"), train=60, val=30)
+
+
+def job(data, folder, *opts, nprocs=1):
+    folder.mkdir(exist_ok=True)
+    opts = [*RECIPE, "DATA.BATCH_SIZE", 4 // nprocs, *opts]
+    return command(data, folder / "run", *opts, main=DRIVER, nprocs=nprocs)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def whole(request, data, tmp_path_factory):
+    """The number of processes, and the folder of a run with them that was left alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    epochs = ["TRAIN.NUM_EPOCHS", 12]
+    code, output = run(job(data, folder, *epochs, nprocs=request.param))
+    assert code == 0, output
+    return request.param, folder / "run"
+
+
+def test_twenty_kills_at_random_times_leave_no_trace(tmp_path, data, whole):
+    """Of the whole process group: as when a machine goes down. Workers: 0 and 2 in turn."""
+    nprocs, reference = whole
+    times = random.Random(nprocs)
+    kills = 20 if nprocs == 1 else 8
+    for number in range(kills):
+        opts = ["TRAIN.NUM_EPOCHS", 12, "DATA.NUM_WORKERS", number % 2 * 2, *RESUME]
+        process = start(job(data, tmp_path, *opts, nprocs=nprocs))
+        time.sleep(times.uniform(1.0, 4.5) if nprocs == 1 else times.uniform(2.5, 9.0))
+        for pid in alive(str(tmp_path)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        finish(process)
+    code, output = run(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 12, *RESUME, nprocs=nprocs))
+    assert code == 0, output
+    assert differences(tmp_path / "run", reference) == []
+
+
+PLACES = [  # where, at which call of it: a first step, mid-epoch, evaluation, parts of a save
+    "step:{}:1:kill",
+    "step:{}:5:kill",
+    "forward:{}:4:kill",  # between the batches of a step
+    "evaluation:{}:2:kill",  # of the EMA
+    "save_begin:{}:2:kill",
+    "save_half:{}:2:kill",
+    "save_rename:{}:2:kill",  # the file is whole, under its temporary name
+    "save_done:{}:3:kill",  # `last` is new, `best` and `epoch_NNN` are not
+    "snapshot:{}:4:kill",
+]
+
+
+def test_a_kill_at_each_critical_place_leaves_no_trace(tmp_path, data, whole):
+    """One run, killed at one place after the other, resumed each time."""
+    nprocs, reference = whole
+    for place in PLACES:
+        words = job(data, tmp_path, "TRAIN.NUM_EPOCHS", 12, *RESUME, nprocs=nprocs)
+        code, output = run(words, fault=place.format(0))
+        assert code in (-9, 1), (place, output)
+    code, output = run(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 12, *RESUME, nprocs=nprocs))
+    assert code == 0, output
+    assert differences(tmp_path / "run", reference) == []
+
+
+@pytest.mark.parametrize("when", ["step:0:3:term", "evaluation:0:1:term", "save_begin:0:2:term"])
+def test_a_preempted_run_saves_within_the_grace_period(tmp_path, data, whole, when):
+    nprocs, reference = whole
+    words = job(data, tmp_path, "TRAIN.NUM_EPOCHS", 12, "SAVE_STEPS", 0, nprocs=nprocs)
+    start_time = time.monotonic()
+    code, output = run(words, fault=when)
+    assert code == 75, output
+    assert "-resume auto goes on from there" in output.splitlines()[-1]
+    assert time.monotonic() - start_time < 60
+    code, output = run(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 12, *RESUME, nprocs=nprocs))
+    assert code == 0, output
+    assert differences(tmp_path / "run", reference) == []
