@@ -154,7 +154,7 @@ RULES = {
     "DATA.IMAGE_CHANNELS": _integer(3, 3),
     "DATA.CROP_PCT": _real(0.0, 1.0, open_low=True),
     "DATA.INTERPOLATION": _choice(*_INTERPOLATION),
-    "DATA.TRAIN_INTERPOLATION": _choice(*_INTERPOLATION, "random"),
+    "DATA.TRAIN_INTERPOLATION": _choice("nearest", "bilinear", "bicubic", "random"),
     "DATA.NUM_WORKERS": _integer(0, 256),
     "DATA.IMAGENET_MEAN": _MEAN,
     "DATA.IMAGENET_STD": _STD,
