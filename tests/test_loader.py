@@ -1,0 +1,177 @@
+"""Worker processes: how they end, and what a fault in one of them becomes."""
+
+import glob
+import multiprocessing
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+import loader
+from errors import DataError
+from loader import Loader, Sample, shared_memory_fits
+from samplers import EvalBatchSampler
+
+ROOT = os.path.dirname(os.path.abspath(loader.__file__))
+
+
+class Numbers:
+    """Every image shows its index; at index 11 something happens first."""
+
+    def __init__(self, act=None):
+        self.act = act
+
+    def __getitem__(self, key):
+        if key[2] == 11 and self.act:
+            self.act()
+        return Sample(np.full((2, 2, 3), key[2], np.uint8), key[2] % 5, key[2])
+
+
+def numbers_loader(act=None, timeout=60.0, **kwargs):
+    """24 batches of one: more than two workers prepare ahead."""
+    return Loader(Numbers(act), EvalBatchSampler(24, 1), 2, timeout, **kwargs)
+
+
+def run(batches):
+    return [(b.images.numpy()[0, 0, 0, 0], b.labels.numpy()[0], b.indices) for b in batches]
+
+
+EXPECTED = [(i, i % 5, [i]) for i in range(24)]
+
+
+@pytest.fixture
+def watched_workers(monkeypatch):
+    """Sees to it that there were workers, and that they left nothing behind."""
+    pids, start = [], loader._start
+
+    def remember(data_loader):
+        iterator = start(data_loader)
+        pids.extend(worker.pid for worker in iterator._workers)
+        return iterator
+
+    monkeypatch.setattr(loader, "_start", remember)
+    yield pids
+    assert pids
+    assert not multiprocessing.active_children()
+    assert not [path for pid in pids for path in glob.glob(f"/dev/shm/paddle_{pid}_*")]
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_batches_come_in_the_samplers_order(watched_workers, shared_memory):
+    assert run(numbers_loader(shared_memory=shared_memory)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "act,described",
+    [
+        (lambda: os._exit(3), "exit code 3"),
+        (lambda: os._exit(0), "exit code 0"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL, out of memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "SIGBUS, /dev/shm full"),
+    ],
+)
+def test_a_worker_that_dies_is_one_error_that_says_how(watched_workers, act, described):
+    with pytest.raises(DataError, match=f"worker died .{described}"):
+        run(numbers_loader(act))
+
+
+def test_a_worker_that_hangs_is_an_error_after_the_time_limit(watched_workers):
+    forever = threading.Event().wait
+    with pytest.raises(DataError, match=r"no batch for 1.5 s \(DATA.WORKER_TIMEOUT\)"):
+        run(numbers_loader(forever, timeout=1.5))
+
+
+def test_a_loader_can_be_used_again_after_an_error(watched_workers, tmp_path):
+    def die_once():
+        if not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os._exit(3)
+
+    batches = numbers_loader(die_once)
+    with pytest.raises(DataError):
+        run(batches)
+    assert run(batches) == EXPECTED
+
+
+def test_a_pass_that_is_left_early_ends_its_workers(watched_workers):
+    batches = iter(numbers_loader())
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_workers_death_raises_nowhere_but_in_the_loader(watched_workers, monkeypatch):
+    """Paddle's handler would raise SystemError in the line where the main thread happens to be."""
+    monkeypatch.setattr("paddle.io.multiprocess_utils._SIGCHLD_handler_set", False)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    batches = iter(numbers_loader())
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()  # the main thread goes on meanwhile
+    with pytest.raises(DataError, match="worker died"):
+        run(batches)
+
+
+def test_workers_stand_outside_the_main_process_group(watched_workers):
+    class Groups(Numbers):
+        def __getitem__(self, key):
+            return Sample(np.array([os.getpgid(0) == os.getpid()], np.uint8), 0, 0)
+
+    batches = Loader(Groups(), EvalBatchSampler(8, 2), 2)
+    assert [batch.images.numpy().tolist() for batch in batches] == [[[1], [1]]] * 4
+
+
+def test_workers_end_with_a_main_process_that_is_killed():
+    """They hold the writing end of a pipe: its end of file says that all of them are gone."""
+    reading, writing = os.pipe()
+    script = f"""
+import sys
+sys.path[:0] = [{ROOT!r}, {os.path.join(ROOT, "tests")!r}]
+from test_loader import numbers_loader
+
+for batch in numbers_loader():
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[writing],
+    )
+    os.close(writing)
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        ready, _, _ = select.select([reading], [], [], 20)
+        assert ready and os.read(reading, 1) == b""
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+        os.close(reading)
+
+
+def test_shared_memory_must_hold_all_batches_under_way_of_all_ranks_here(monkeypatch):
+    usage, lines = namedtuple("usage", "free"), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(7000))
+    monkeypatch.delenv("PADDLE_LOCAL_SIZE", raising=False)
+    assert shared_memory_fits(2, 1000, 1, lines.append)  # 2 workers x 2 batches, and 3
+    assert not lines
+    assert not shared_memory_fits(2, 1001, 1, lines.append)
+    assert not shared_memory_fits(2, 1000, 2, lines.append)
+    assert len(lines) == 2 and "--shm-size" in lines[0]
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", "1")  # two ranks, on two machines
+    assert shared_memory_fits(2, 1000, 2, lines.append)
+    assert shared_memory_fits(0, 10**9, 2, lines.append)  # no workers, no shared memory
