@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from optimizer import (
 )
 from resmlp import FLOAT32_LAYERS, build_resmlp, load_pretrained, load_state
 from run_folder import RunFolder, choose_folder
+from step_watch import Place, StepWatch
 from utils import (
     Meter,
     Normalize,
@@ -45,7 +46,6 @@ from utils import (
     Process,
     ProgressLine,
     StopSignal,
-    TrainingError,
     duration,
     from_main,
     main_first,
@@ -53,11 +53,9 @@ from utils import (
     prepare_process,
     seed_everything,
     step_rng,
-    sum_over_ranks,
     wait_for_all,
 )
 
-SYNC_STEPS_GPU = 10  # steps between looks at the device (finite? asked to stop?); on CPU each step
 _log = logging.getLogger("resmlp")
 
 
@@ -126,35 +124,6 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> dict:
     return {"folder": folder.path, "rank": process.rank, **result}
 
 
-@dataclass
-class Place:
-    """Where a run stands: saved with every checkpoint, and all that resuming needs to know."""
-
-    epoch: int = 0  # epochs done, their evaluation included
-    samples: int = 0  # of the epoch under way: images that all ranks together have trained on
-    step: int = 0  # optimizer steps in all
-    epoch_loss: float = 0.0  # of the epoch under way: sum over images and ranks ...
-    epoch_count: int = 0  # ... and how many
-    report_loss: float = 0.0  # the same since the last report
-    report_count: int = 0
-    seconds: float = 0.0  # of training in the epoch under way
-    best_top1: float = -1.0  # percent; of the EMA where there is one
-    best_epoch: int = 0
-    skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
-    skipped_in_a_row: int = 0  # of those that count against NONFINITE_LIMIT
-
-
-@dataclass
-class StepRecord:
-    """A step whose numbers are still on the device."""
-
-    step: int
-    lr: float
-    numbers: paddle.Tensor  # float64 [4]: the sum of this rank's losses; over all ranks that sum
-    # and how many were signalled; the gradient norm before clipping
-    indices: list  # of this rank's images, to name them when the loss is not finite
-
-
 class Trainer:
     """A training run: built, restored, and then `fit`.
 
@@ -215,8 +184,9 @@ class Trainer:
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
         self.writer = checkpoint.Writer()
         self.signal = StopSignal()
-        self.unchecked: list[StepRecord] = []
-        self.norm, self.stop = 0.0, False  # of the last step looked at
+        self.watch = StepWatch(
+            config, process, self.place, self.scaler, folder.path, self.train_loader.dataset.files
+        )
 
     # ------------------------------------------------------------------------------- loops
     def fit(self) -> dict:
@@ -262,9 +232,9 @@ class Trainer:
             end = step + 1 == self.steps_per_epoch
             report = end or (step + 1) % config.REPORT_FREQ == 0
             save = bool(config.SAVE_STEPS) and place.step % config.SAVE_STEPS == 0
-            stop = self._asked_to_stop()
-            if report or save:
-                self._steps_are_finite()
+            if report or save or self.watch.due():
+                self.watch.finite()
+            stop = self.watch.stop
             if report:
                 self._report(meter, epoch, step, lr)
             if stop or (save and not end):
@@ -296,22 +266,14 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
         indices = [index for batch in window for index in batch.indices]
-        self._record(lr, paddle.add_n(losses), norm, indices)
-        if not self._look_before_each_step() or self._steps_are_finite():
+        self.watch.add(lr, paddle.add_n(losses), norm, self.signal.received, indices)
+        if not self.watch.before_each_step or self.watch.finite():
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:
                 applied = paddle.isfinite(norm) if self.scaler.is_enable() else None
                 self.ema.update(self.place.step, applied)
         self.optimizer.clear_grad()
-
-    def _record(self, lr: float, loss: paddle.Tensor, norm: paddle.Tensor, indices: list) -> None:
-        """Keeps a step's numbers; all ranks get the same totals, so that they decide alike."""
-        totals = paddle.stack([loss, paddle.full_like(loss, float(self.signal.received))])
-        if self.process.world > 1:
-            paddle.distributed.all_reduce(totals)
-        numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
-        self.unchecked.append(StepRecord(self.place.step, lr, numbers, indices))
 
     def _loss(self, images, targets) -> paddle.Tensor:
         logits = self.network(images)
@@ -384,86 +346,6 @@ class Trainer:
         _log.info(f"{label}: {metrics}")
         return metrics
 
-    # --------------------------------------------------------------- finite? asked to stop?
-    def _look_before_each_step(self) -> bool:
-        """Whether a step waits for its loss: free on CPU, a synchronisation on GPU."""
-        return not self.process.on_gpu or self.config.TRAIN.NONFINITE == "skip"
-
-    def _steps_are_finite(self) -> bool:
-        """Reads the losses and norms that are still on the device.
-
-        Returns:
-            Whether all are finite. The scaler of float16 leaves out steps of its own: they count
-            as skipped, not as wrong, while the loss itself is finite.
-
-        Raises:
-            TrainingError: one is not, and ``TRAIN.NONFINITE`` says stop, or too many in a row.
-        """
-        records, self.unchecked = self.unchecked, []
-        if not records:
-            return True
-        numbers = paddle.stack([record.numbers for record in records]).numpy().tolist()
-        finite, place = True, self.place
-        for record, (own_loss, loss, stop, norm) in zip(records, numbers):
-            self.stop = stop > 0
-            if np.isfinite(loss):
-                count = len(record.indices) * self.process.world
-                place.epoch_loss += loss
-                place.epoch_count += count
-                place.report_loss += loss
-                place.report_count += count
-                self.norm = norm
-            if np.isfinite(loss) and np.isfinite(norm):
-                place.skipped_in_a_row = 0
-                continue
-            place.skipped_steps += 1
-            if np.isfinite(loss) and self.scaler.is_enable():
-                continue
-            finite = False
-            place.skipped_in_a_row += 1
-            limit = self.config.TRAIN.NONFINITE_LIMIT
-            if self.config.TRAIN.NONFINITE == "stop" or place.skipped_in_a_row > limit:
-                raise self._nonfinite_error(record, own_loss, loss, norm)
-            _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
-        return finite
-
-    def _nonfinite_error(self, record, own_loss: float, loss: float, norm: float) -> TrainingError:
-        """Writes what is needed to reproduce the step, on every rank, and says where it is."""
-        rank, world, files = self.process.rank, self.process.world, self.train_loader.dataset.files
-        facts = {
-            "epoch": self.place.epoch + 1,
-            "step": record.step,
-            "rank": rank,
-            "lr": record.lr,
-            "loss_scale": float(self.scaler.state_dict().get("scale", 1.0)),
-            "loss": own_loss / len(record.indices),
-            "gradient_norm": norm,
-            "seed": self.config.SEED,
-            "images": [files.path(index) for index in record.indices],
-        }
-        path = self.folder.path / f"nonfinite.rank{rank}.json"
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        wrong = [float(r == rank and not np.isfinite(own_loss)) for r in range(world)]
-        wrong = [r for r, flag in enumerate(sum_over_ranks(wrong, self.process)) if flag]
-        where = f"rank {', '.join(map(str, wrong))}" if wrong else "all ranks together"
-        what = "gradient" if np.isfinite(loss) else "loss"
-        listed = self.folder.path / f"nonfinite.rank{wrong[0] if len(wrong) == 1 else '*'}.json"
-        return TrainingError(
-            f"{where}, step {record.step}: the {what} is not finite (learning rate "
-            f"{record.lr:.3g}); the batch is listed in {listed}; the last checkpoint is "
-            f"{self.folder.path / checkpoint.LAST}. A lower TRAIN.BASE_LR, a longer "
-            f"TRAIN.WARMUP_EPOCHS or TRAIN.GRAD_CLIP usually helps; TRAIN.NONFINITE skip goes on"
-        )
-
-    def _asked_to_stop(self) -> bool:
-        """Whether any rank was signalled; all ranks ask at the same steps and agree.
-
-        On GPU the device is only looked at every `SYNC_STEPS_GPU` steps; finiteness then too.
-        """
-        if not self.process.on_gpu or self.place.step % SYNC_STEPS_GPU == 0:
-            self._steps_are_finite()
-        return self.stop
-
     # ----------------------------------------------------------------------------- reports
     def _report(self, meter: Meter, epoch: int, step: int, lr: float) -> None:
         """Logs a line, records it, and starts the next interval."""
@@ -479,7 +361,7 @@ class Trainer:
         skipped = f"  skipped {place.skipped_steps}" if place.skipped_steps else ""
         _log.info(
             f"epoch {epoch + 1}/{self.total_epochs}  step {step + 1}/{self.steps_per_epoch}  "
-            f"lr {lr:.2e}  loss {loss:.4f}  grad norm {self.norm:.2f}  {rate:.1f} images/s  "
+            f"lr {lr:.2e}  loss {loss:.4f}  grad norm {self.watch.norm:.2f}  {rate:.1f} images/s  "
             f"data {100 * data_share:.0f} %  {memory:.0f} MB  ETA {duration(eta)}{skipped}"
         )
         record = {"kind": "step", "epoch": epoch + 1, "step": place.step, "lr": lr, "loss": loss}
@@ -488,7 +370,7 @@ class Trainer:
             "data_share": round(data_share, 3),
             "memory_mb": round(memory),
         }
-        self.folder.add_metrics({**record, "grad_norm": self.norm, **speed})
+        self.folder.add_metrics({**record, "grad_norm": self.watch.norm, **speed})
         for name in ("lr", "loss"):
             self.dashboard.scalar(f"train/{name}", record[name], place.step)
         place.report_loss, place.report_count = 0.0, 0

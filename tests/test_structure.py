@@ -13,7 +13,7 @@ LEVELS = [  # a module imports only from levels above its own line
     ["utils", "cpu_ops", "loader"],
     ["resmlp", "checkpoint", "datasets", "mixup"],
     ["folding", "run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
-    ["distillation", "evaluation", "batch_augment"],
+    ["distillation", "evaluation", "batch_augment", "step_watch"],
     ["engine"],
     ["launch"],
     ["main_single_gpu", "main_multi_gpu", "hubconf"],

@@ -1,0 +1,168 @@
+"""Where a run stands, and whether its steps are finite: decided the same on every rank."""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from checkpoint import LAST
+from utils import Process, TrainingError, sum_over_ranks
+
+SYNC_STEPS_GPU = 10  # steps between looks at the numbers on a GPU; on a CPU looking is free
+_log = logging.getLogger("resmlp")
+
+
+@dataclass
+class Place:
+    """Where a run stands: saved with every checkpoint, and all that resuming needs to know."""
+
+    epoch: int = 0  # epochs done, their evaluation included
+    samples: int = 0  # of the epoch under way: images that all ranks together have trained on
+    step: int = 0  # optimizer steps in all
+    epoch_loss: float = 0.0  # of the epoch under way: sum over images and ranks ...
+    epoch_count: int = 0  # ... and how many
+    report_loss: float = 0.0  # the same since the last report
+    report_count: int = 0
+    seconds: float = 0.0  # of training in the epoch under way
+    best_top1: float = -1.0  # percent; of the EMA where there is one
+    best_epoch: int = 0
+    skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
+    skipped_in_a_row: int = 0  # of those that count against NONFINITE_LIMIT
+
+
+@dataclass
+class StepRecord:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    lr: float
+    numbers: paddle.Tensor  # float64 [4]: the sum of this rank's losses; over all ranks that sum
+    # and how many were signalled; the gradient norm before clipping
+    indices: list  # of this rank's images, to name them when the loss is not finite
+
+
+class StepWatch:
+    """Takes the numbers of every step; reads them, and adds them to the run's `Place`, in time.
+
+    On a CPU they are read before each step is applied, on a GPU every `SYNC_STEPS_GPU` steps, and
+    always before a report or a save: no checkpoint holds what a non-finite step has left.
+
+    Args:
+        config: ``TRAIN.NONFINITE`` and ``NONFINITE_LIMIT`` are used.
+        process: this process.
+        place: of the run; losses and skipped steps are counted there.
+        scaler: the loss scaler.
+        folder: of the run, for the facts of a non-finite step.
+        files: index of the training images, to name them.
+
+    Attributes:
+        norm: gradient norm of the last step that was read.
+        stop: whether any rank had been asked to stop by then; the same on every rank.
+    """
+
+    def __init__(self, config, process: Process, place: Place, scaler, folder: Path, files):
+        self.config, self.process, self.place = config, process, place
+        self.scaler, self.folder, self.files = scaler, folder, files
+        self.norm, self.stop = 0.0, False
+        self._unread: list[StepRecord] = []
+
+    @property
+    def before_each_step(self) -> bool:
+        """Whether a step waits for its numbers: always on a CPU, on a GPU if it may be skipped."""
+        return not self.process.on_gpu or self.config.TRAIN.NONFINITE == "skip"
+
+    def due(self) -> bool:
+        """Whether it is time to read the numbers, after a step."""
+        return not self.process.on_gpu or self.place.step % SYNC_STEPS_GPU == 0
+
+    def add(
+        self, lr: float, loss: paddle.Tensor, norm: paddle.Tensor, signalled: bool, indices: list
+    ) -> None:
+        """Keeps a step's numbers; all ranks get the same totals, so that they decide alike.
+
+        Args:
+            lr: learning rate.
+            loss: float64 scalar, the sum of the losses of this rank's images.
+            norm: float32 scalar, gradient norm before clipping.
+            signalled: whether this rank has been asked to stop.
+            indices: this rank's images.
+        """
+        totals = paddle.stack([loss, paddle.full_like(loss, float(signalled))])
+        if self.process.world > 1:
+            paddle.distributed.all_reduce(totals)
+        numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
+        self._unread.append(StepRecord(self.place.step, lr, numbers, indices))
+
+    def finite(self) -> bool:
+        """Reads the numbers that are still on the device.
+
+        Returns:
+            Whether all are finite. The scaler of float16 leaves out steps of its own: they count
+            as skipped, not as wrong, while the loss itself is finite.
+
+        Raises:
+            TrainingError: one is not, and ``TRAIN.NONFINITE`` says stop, or too many in a row.
+        """
+        records, self._unread = self._unread, []
+        if not records:
+            return True
+        numbers = paddle.stack([record.numbers for record in records]).numpy().tolist()
+        results = [self._judge(record, *row) for record, row in zip(records, numbers)]
+        return all(results)
+
+    def _judge(self, record: StepRecord, own_loss, loss, stop, norm) -> bool:
+        place, train = self.place, self.config.TRAIN
+        self.stop = stop > 0
+        if np.isfinite(loss):
+            count = len(record.indices) * self.process.world
+            place.epoch_loss += loss
+            place.epoch_count += count
+            place.report_loss += loss
+            place.report_count += count
+            self.norm = norm
+            if np.isfinite(norm):
+                place.skipped_in_a_row = 0
+                return True
+        place.skipped_steps += 1
+        if np.isfinite(loss) and self.scaler.is_enable():
+            return True
+        place.skipped_in_a_row += 1
+        if train.NONFINITE == "stop" or place.skipped_in_a_row > train.NONFINITE_LIMIT:
+            raise self._error(record, own_loss, loss, norm)
+        _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
+        return False
+
+    def _error(self, record: StepRecord, own_loss, loss, norm) -> TrainingError:
+        """Writes what is needed to reproduce the step, on every rank, and says where it is."""
+        rank, world = self.process.rank, self.process.world
+        facts = {
+            "epoch": self.place.epoch + 1,
+            "step": record.step,
+            "rank": rank,
+            "lr": record.lr,
+            "loss_scale": float(self.scaler.state_dict().get("scale", 1.0)),
+            "loss": own_loss / len(record.indices),
+            "gradient_norm": norm,
+            "seed": self.config.SEED,
+            "images": [self.files.path(index) for index in record.indices],
+        }
+        path = self.folder / f"nonfinite.rank{rank}.json"
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        wrong = [float(r == rank and not np.isfinite(own_loss)) for r in range(world)]
+        wrong = [r for r, flag in enumerate(sum_over_ranks(wrong, self.process)) if flag]
+        where = f"rank {', '.join(map(str, wrong))}" if wrong else "all ranks together"
+        what = "gradient" if np.isfinite(loss) else "loss"
+        listed = self.folder / f"nonfinite.rank{wrong[0] if len(wrong) == 1 else '*'}.json"
+        return TrainingError(
+            f"{where}, step {record.step}: the {what} is not finite (learning rate "
+            f"{record.lr:.3g}); the batch is listed in {listed}; the last checkpoint is "
+            f"{self.folder / LAST}. A lower TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS or "
+            f"TRAIN.GRAD_CLIP usually helps; TRAIN.NONFINITE skip goes on"
+        )
