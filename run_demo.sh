@@ -43,8 +43,8 @@ show "$PYTHON" main_single_gpu.py -cfg="$config" -data_path="$data" -output="$ou
     -eval -pretrained="$weights"
 
 step "5/5 Predictions for a few of them"
-images=$(awk -v data="$data" 'NR % 240 == 7 { print data "/" $1 }' "$data/val_list.txt")
+images=$(awk -v data="$data" 'NR % 240 == 1 { print data "/" $1 }' "$data/val_list.txt")
 # shellcheck disable=SC2086
-show "$PYTHON" tools/predict.py -pretrained="$weights" $images
+show "$PYTHON" tools/predict.py -pretrained="$weights" -top_k=3 -grid="$output/predictions.png" $images
 
-step "Done. The curves of the training: $output/curves.png"
+step "Done. Two pictures to look at: $output/curves.png (the training), $output/predictions.png"
