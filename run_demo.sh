@@ -43,7 +43,7 @@ show "$PYTHON" main_single_gpu.py -cfg="$config" -data_path="$data" -output="$ou
     -eval -pretrained="$weights"
 
 step "5/5 Predictions for a few of them"
-images=$(awk -v data="$data" 'NR % 240 == 1 { print data "/" $1 }' "$data/val_list.txt")
+images=$(awk -v data="$data" 'NR % 150 == 1 { print data "/" $1 }' "$data/val_list.txt")
 # shellcheck disable=SC2086
 show "$PYTHON" tools/predict.py -pretrained="$weights" -top_k=3 -grid="$output/predictions.png" $images
 

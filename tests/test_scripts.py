@@ -202,7 +202,7 @@ def test_the_demo_prepares_trains_evaluates_predicts_and_shows_each_command(sand
     assert train.startswith("main_single_gpu.py -cfg=./configs/resmlp_demo.yaml -data_path=data ")
     assert train.endswith("-output=output/demo -resume=auto")
     assert "-eval -pretrained=output/demo/last.pdparams" in evaluate
-    assert predict.startswith("tools/predict.py") and predict.count("data/val/a.png") == 3
+    assert predict.startswith("tools/predict.py") and predict.count("data/val/a.png") == 4
     for call in calls:
         assert f"python3 {call}" in output
 
