@@ -293,6 +293,8 @@ class StopSignal:
         self._pid = os.getpid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+            # Or a rank that waits for others would fail: Paddle does not repeat system calls.
+            signal.siginterrupt(number, False)
 
     def _handle(self, number, frame):
         if os.getpid() != self._pid:  # a forked loader worker: not its business
