@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 
 from errors import DataError
 from images import BadImage, ImageIndex, class_names, open_image, read_image, read_list, scan_folder
@@ -34,6 +35,8 @@ class ImageDataset:
         transform: ``(image, rng) -> uint8 [H, W, 3]``; the rng hangs on the key alone.
         seed: the run's seed.
         replace_limit: how many unreadable images in a row to replace by the next one; 0: none.
+        keep_last: keep the last image decoded, for repeated augmentation, which asks for the same
+            one several times in a row. Otherwise large JPEGs may be decoded at a fraction.
     """
 
     def __init__(
@@ -42,11 +45,14 @@ class ImageDataset:
         transform: Callable[..., np.ndarray],
         seed: int = 0,
         replace_limit: int = 0,
+        keep_last: bool = False,
     ):
         self.files = files
         self.transform = transform
         self.seed = seed
         self.replace_limit = replace_limit
+        self.keep_last = keep_last
+        self._last: tuple[int, Image.Image] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -70,6 +76,10 @@ class ImageDataset:
 
     def _load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         path = self.files.path(index)
+        if self.keep_last:
+            if self._last is None or self._last[0] != index:
+                self._last = index, read_image(path)
+            return self.transform(self._last[1], rng)
         try:
             with open_image(path) as image:  # unread: the transform may decode a JPEG smaller
                 return self.transform(image, rng)
@@ -119,7 +129,8 @@ def build_dataset(config, split: str) -> ImageDataset:
     if split == "train":
         skip = config.DATA.BAD_IMAGE == "skip"
         limit = config.DATA.BAD_IMAGE_LIMIT if skip else 0
-        return ImageDataset(files, build_train_transform(config), config.SEED, limit)
+        repeated = config.TRAIN.REPEATED_AUG > 1
+        return ImageDataset(files, build_train_transform(config), config.SEED, limit, repeated)
     evaluate = build_eval_transform(config)
     return ImageDataset(files, lambda image, rng: evaluate(image))
 

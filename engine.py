@@ -209,14 +209,18 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         """Trains the rest of an epoch, from where `place` stands."""
-        config, place, accum = self.config, self.place, self.config.TRAIN.ACCUM_ITER
-        first = place.samples // self.samples_per_step
+        first = self.place.samples // self.samples_per_step
         if first >= self.steps_per_epoch:
             return  # the run was stopped in the evaluation of this epoch
         self.network.train()
-        self.train_loader.set_epoch(epoch, skip_batches=first * accum)
-        batches, meter = iter(self.train_loader), Meter()
-        progress = ProgressLine(f"epoch {epoch + 1}", self.process.main)
+        self.train_loader.set_epoch(epoch, skip_batches=first * self.config.TRAIN.ACCUM_ITER)
+        with contextlib.closing(iter(self.train_loader)) as batches:  # ends the workers in any case
+            self._train_steps(epoch, first, batches)
+            next(batches, None)  # lets the loader end its pass: it then lists skipped images
+
+    def _train_steps(self, epoch: int, first: int, batches) -> None:
+        config, place, accum = self.config, self.place, self.config.TRAIN.ACCUM_ITER
+        meter, progress = Meter(), ProgressLine(f"epoch {epoch + 1}", self.process.main)
         for step in range(first, self.steps_per_epoch):
             size = min(accum, len(self.train_loader) - step * accum)
             with meter.waiting():
@@ -244,7 +248,6 @@ class Trainer:
                 raise Preempted(f"stopped after step {place.step}; saved in {self.folder.path}")
             progress(step + 1, self.steps_per_epoch)
         progress.end()
-        next(batches, None)  # lets the loader end its pass: it then lists skipped images
 
     def _train_step(self, window: list, rng: np.random.Generator, lr: float) -> None:
         """One optimizer step over the batches of an accumulation window."""

@@ -166,6 +166,19 @@ def test_the_copies_of_repeated_augmentation_differ(config):
         assert len({image.tobytes() for image in batch.images[i : i + 3]}) == 3
 
 
+def test_repeated_augmentation_decodes_an_image_once(config, monkeypatch):
+    decoded, read = [], datasets.read_image
+
+    def count(path):
+        decoded.append(path)
+        return read(path)
+
+    monkeypatch.setattr(datasets, "read_image", count)
+    config.TRAIN.REPEATED_AUG, config.DATA.BATCH_SIZE = 3, 12
+    (batch, *_) = passes(config)
+    assert len(batch.indices) == 12 and len(decoded) == len(set(batch.indices)) == 4
+
+
 def test_seed_and_epoch_change_the_order_and_the_pixels(config):
     def pixels(seed, epoch):
         config.SEED = seed
