@@ -56,6 +56,9 @@ from utils import (
     wait_for_all,
 )
 
+# Where the float16 loss scale starts. The usual 2**16 would flush most gradients behind a
+# LayerScale of 1e-6 to zero (tests/test_amp.py); too high a start costs a skipped step a halving.
+FLOAT16_LOSS_SCALE = 2.0**20
 _log = logging.getLogger("resmlp")
 
 
@@ -86,6 +89,8 @@ def run(
         _log.info("AMP: Paddle has no mixed precision on CPU, running in float32")
     if config.EVAL:
         return _run_evaluation(config, process, folder)
+    if config.MODEL.NUM_CLASSES == 0:
+        raise ConfigError("MODEL.NUM_CLASSES is 0 (features only); training needs classes")
     return Trainer(config, process, folder, load_config, on_step).fit()
 
 
@@ -127,8 +132,8 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> dict:
 class Trainer:
     """A training run: built, restored, and then `fit`.
 
-    The order of building matters: the EMA starts from loaded weights, and a teacher that came
-    before the student would shift Paddle's automatic parameter names.
+    The order of building matters: the EMA starts from loaded weights, and the student is
+    initialised before a teacher draws random numbers.
     """
 
     def __init__(self, config, process: Process, folder: RunFolder, load_config, on_step):
@@ -156,7 +161,9 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model)
         use_amp = config.AMP and process.on_gpu
         self.scaler = paddle.amp.GradScaler(
-            enable=use_amp and config.AMP_DTYPE == "float16", init_loss_scaling=2.0**16
+            enable=use_amp and config.AMP_DTYPE == "float16",
+            init_loss_scaling=FLOAT16_LOSS_SCALE,
+            incr_every_n_steps=1000,
         )
         if use_amp and config.AMP_LEVEL == "O2":  # float32 master weights, float32 checkpoints
             self.model, self.optimizer = paddle.amp.decorate(
@@ -166,6 +173,7 @@ class Trainer:
                 dtype=config.AMP_DTYPE,
                 master_weight=True,
                 save_dtype="float32",
+                master_grad=True,  # unscaled in float16, the gradients behind LayerScale are 0
                 excluded_layers=FLOAT32_LAYERS,
             )
         if saved:
@@ -270,7 +278,8 @@ class Trainer:
         norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
         indices = [index for batch in window for index in batch.indices]
         self.watch.add(lr, paddle.add_n(losses), norm, self.signal.received, indices)
-        if not self.watch.before_each_step or self.watch.finite():
+        apply = not self.watch.before_each_step or self.watch.finite()
+        if apply or self.scaler.is_enable():  # a scaler skips by itself, and must be told
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:
@@ -302,13 +311,14 @@ class Trainer:
             "step": place.step,
             "lr": self._learning_rate(epoch, self.steps_per_epoch - 1),
             "train_loss": place.epoch_loss / max(place.epoch_count, 1),
-            "images_per_second": round(place.epoch_count / max(place.seconds, 1e-9), 1),
+            "images_per_second": round(place.timed_images / max(place.seconds, 1e-9), 1),
             "seconds": round(place.seconds, 1),
         }
         last = epoch + 1 == self.total_epochs
         metrics, names = None, []
         if last or (epoch + 1) % config.VALIDATE_FREQ == 0:
             self._save()  # an interruption of the evaluation costs no training
+            self.model.eval()
             raw = metrics = self._evaluate(self.model, f"epoch {epoch + 1}")
             record.update(val_loss=raw.loss, val_top1=raw.top1, val_top5=raw.top5)
             if self.ema is not None:
@@ -321,7 +331,7 @@ class Trainer:
             names.append(checkpoint.epoch_name(epoch + 1))
         self.folder.add_metrics(record)
         self._show_epoch(record)
-        place.epoch, place.samples, place.seconds = epoch + 1, 0, 0.0
+        place.epoch, place.samples, place.seconds, place.timed_images = epoch + 1, 0, 0.0, 0
         place.epoch_loss, place.epoch_count = 0.0, 0
         self._save(*names)
         return metrics
@@ -331,7 +341,6 @@ class Trainer:
             with autocast(self.config, self.process):
                 return model(self.augment.normalize(images))
 
-        model.eval()
         progress = ProgressLine(f"{label}: evaluation", self.process.main)
         classes = self.config.MODEL.NUM_CLASSES
         metrics = evaluate(
@@ -345,7 +354,7 @@ class Trainer:
         progress.end()
         if metrics is None:
             self._finish_saving()
-            raise Preempted(f"stopped in evaluation; saved in {self.folder.path}")
+            raise Preempted(f"stopped in evaluation; the last checkpoint is in {self.folder.path}")
         _log.info(f"{label}: {metrics}")
         return metrics
 
@@ -358,6 +367,7 @@ class Trainer:
         loss = place.report_loss / max(place.report_count, 1)
         rate = meter.images * world / seconds
         place.seconds += seconds
+        place.timed_images += meter.images * world
         memory = memory_mb(self.process)
         left = (self.total_epochs - epoch) * self.steps_per_epoch - step - 1
         eta = left * self.samples_per_step / rate
@@ -373,7 +383,8 @@ class Trainer:
             "data_share": round(data_share, 3),
             "memory_mb": round(memory),
         }
-        self.folder.add_metrics({**record, "grad_norm": self.watch.norm, **speed})
+        norm = self.watch.norm if np.isfinite(self.watch.norm) else None  # JSON knows no infinity
+        self.folder.add_metrics({**record, "grad_norm": norm, **speed})
         for name in ("lr", "loss"):
             self.dashboard.scalar(f"train/{name}", record[name], place.step)
         place.report_loss, place.report_count = 0.0, 0

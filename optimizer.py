@@ -32,6 +32,8 @@ def learning_rate(config, epoch: float, total_batch: int) -> float:
     base = train.BASE_LR
     if train.LINEAR_SCALED_LR is not None:
         base *= total_batch / train.LINEAR_SCALED_LR
+    if epoch >= train.NUM_EPOCHS:  # cooldown
+        return train.END_LR
     if schedule.NAME != "cosine" and epoch < train.WARMUP_EPOCHS:
         return train.WARMUP_START_LR + (base - train.WARMUP_START_LR) * epoch / train.WARMUP_EPOCHS
     if schedule.NAME == "constant":
@@ -40,8 +42,6 @@ def learning_rate(config, epoch: float, total_batch: int) -> float:
         milestones = [float(m) for m in schedule.MILESTONES.split(",") if m.strip()]
         drops = bisect_right(milestones, epoch) if milestones else epoch // schedule.DECAY_EPOCHS
         return base * schedule.DECAY_RATE**drops
-    if epoch >= train.NUM_EPOCHS:  # cooldown
-        return train.END_LR
     cosine = 0.5 * (1 + math.cos(math.pi * epoch / train.NUM_EPOCHS))
     return train.END_LR + (base - train.END_LR) * cosine
 
@@ -82,11 +82,9 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
     names = decayed_parameters(model)
     named = dict(model.named_parameters())
     decayed = {named[name].name for name in names}  # Paddle's own names
-    if config.TRAIN.LAYER_DECAY is not None:
-        depth = len(model.mixer_layers)
-        for name, parameter in named.items():
-            factor = layer_scale_of_rate(name, depth, config.TRAIN.LAYER_DECAY)
-            parameter.optimize_attr["learning_rate"] = factor
+    for name, parameter in named.items():
+        factor = layer_scale_of_rate(name, len(model.mixer_layers), config.TRAIN.LAYER_DECAY or 1.0)
+        parameter.optimize_attr["learning_rate"] = factor
     common = dict(parameters=list(named.values()), learning_rate=config.TRAIN.BASE_LR)
     betas = dict(beta1=settings.BETAS[0], beta2=settings.BETAS[1], epsilon=settings.EPS)
     if settings.NAME == "lamb":
@@ -156,7 +154,9 @@ def optimizer_state(optimizer, model: nn.Layer) -> dict:
                 state.setdefault(structured[own], {})["master_weight"] = tensor
         elif isinstance(value, paddle.Tensor):
             own = max((n for n in structured if key.startswith(f"{n}_")), key=len)
-            state.setdefault(structured[own], {})[key[len(own) + 1 :]] = value
+            slot = key[len(own) + 1 :]
+            slot = slot[len(_MASTER) :] if slot.startswith(_MASTER) else slot
+            state.setdefault(structured[own], {})[slot] = value
     return state
 
 
@@ -181,13 +181,16 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
                     f"the optimizer state {name}/{slot} has shape {list(np.shape(value))}; "
                     f"the model needs {list(expected)}"
                 )
-            tensor = paddle.to_tensor(np.asarray(value))
+            tensor, own = paddle.to_tensor(np.asarray(value)), parameters[name].name
             if slot == "master_weight":
-                own_state.setdefault("master_weights", {})[parameters[name].name] = tensor
+                tensor.name = f"{own}_{_MASTER[:-1]}"  # Paddle names the other slots after it
+                own_state.setdefault("master_weights", {})[own] = tensor
+            elif "master_weight" in slots:
+                own_state[f"{own}_{_MASTER}{slot}"] = tensor
             else:
-                own_state[f"{parameters[name].name}_{slot}"] = tensor
+                own_state[f"{own}_{slot}"] = tensor
     slots = {frozenset(s) - {"master_weight"} for s in state.values()}
-    expected = _SLOTS[type(optimizer)]
+    expected = next(names for kind, names in _SLOTS.items() if isinstance(optimizer, kind))
     if slots != {expected}:
         found = sorted(set().union(*slots))
         raise CheckpointError(
@@ -198,6 +201,7 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
     optimizer.set_state_dict(own_state)
 
 
+_MASTER = "fp32_master_0_"  # what Paddle puts before the slots of a parameter with a master weight
 _ADAM = frozenset({"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"})
 _SLOTS = {
     paddle.optimizer.Lamb: _ADAM,

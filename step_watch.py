@@ -30,7 +30,8 @@ class Place:
     epoch_count: int = 0  # ... and how many
     report_loss: float = 0.0  # the same since the last report
     report_count: int = 0
-    seconds: float = 0.0  # of training in the epoch under way
+    seconds: float = 0.0  # of training in the epoch under way, up to the last report ...
+    timed_images: int = 0  # ... and the images trained on in them
     best_top1: float = -1.0  # percent; of the EMA where there is one
     best_epoch: int = 0
     skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
@@ -147,7 +148,7 @@ class StepWatch:
             "step": record.step,
             "rank": rank,
             "lr": record.lr,
-            "loss_scale": float(self.scaler.state_dict().get("scale", 1.0)),
+            "loss_scale": float(np.ravel(self.scaler.state_dict().get("scale", 1.0))[0]),
             "loss": own_loss / len(record.indices),
             "gradient_norm": norm,
             "seed": self.config.SEED,

@@ -5,6 +5,7 @@ import paddle
 import pytest
 from paddle.amp.auto_cast import amp_initialize
 
+from engine import FLOAT16_LOSS_SCALE
 from resmlp import FLOAT32_LAYERS, ResMLP
 
 
@@ -33,3 +34,12 @@ def test_affine_and_layer_scale_keep_float32_parameters_in_o2(dtype):
         own = name.endswith((".weight", ".bias"))
         expected = getattr(paddle, dtype) if own else paddle.float32
         assert parameter.dtype == expected, name
+
+
+def test_gradients_behind_a_layer_scale_of_1e_6_survive_float16_at_our_loss_scale():
+    gradient = np.random.default_rng(0).normal(size=10_000) * 5e-7  # as 36 layers have it
+
+    def lost(scale):
+        return np.mean((gradient * 1e-6 * scale).astype("float16") == 0)
+
+    assert lost(FLOAT16_LOSS_SCALE) < 0.1 < 0.5 < lost(2.0**16)

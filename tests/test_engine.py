@@ -238,3 +238,23 @@ def test_the_dashboard_gets_curves_histograms_and_augmented_images(tmp_path, dat
         ("train/images", 2),
     } < set(Recorder.written)
     assert ("mixer_layers.1.ls2", 2) in Recorder.written
+
+
+def test_a_student_is_distilled_from_another_resmlp_and_resumes(tmp_path, data):
+    (tmp_path / "teacher").mkdir(), (tmp_path / "student").mkdir()
+    run(make_config(tmp_path / "teacher", data))
+    opts = ["TRAIN.DISTILLATION_TYPE", "hard"]
+    opts += ["TRAIN.TEACHER_MODEL", tmp_path / "teacher" / "tiny.yaml"]
+    opts += ["TRAIN.TEACHER_PRETRAINED", tmp_path / "teacher" / "run" / "last.pdparams"]
+    config = make_config(tmp_path / "student", data, *opts, "TRAIN.NUM_EPOCHS", 1)
+    run(config, get_config)
+    log = (tmp_path / "student" / "run" / "log.txt").read_text()
+    assert "teacher: loss" in log and log.index("teacher: loss") < log.index("epoch 1/1")
+    opts += ["MODEL.RESUME", "auto"]
+    run(make_config(tmp_path / "student", data, *opts), get_config)
+    assert [record["epoch"] for record in metrics(tmp_path / "student", "epoch")] == [1, 2]
+
+
+def test_training_without_classes_is_refused(tmp_path, data):
+    with pytest.raises(ConfigError, match="training needs classes"):
+        run(make_config(tmp_path, data, "MODEL.NUM_CLASSES", 0))

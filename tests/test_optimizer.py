@@ -228,3 +228,46 @@ def test_the_state_of_another_optimizer_is_refused():
         load_optimizer_state(other, model, state)
     with pytest.raises(CheckpointError, match="of another model"):
         load_optimizer_state(optimizer, tiny(depth=3), state)
+
+
+def test_master_weights_of_amp_o2_are_saved_and_found_again():
+    """Paddle has no O2 on CPU: its names, read in its source, stand in."""
+    model = tiny(depth=1)
+    parameter = dict(model.named_parameters())["head.weight"]
+
+    class Optimizer(paddle.optimizer.AdamW):
+        def __init__(self):
+            pass
+
+        def state_dict(self):
+            master = f"{parameter.name}_fp32_master_0"
+            state = {f"{master}_{slot}": paddle.ones([8, 3]) for slot in ("moment1_0", "moment2_0")}
+            return {**state, "master_weights": {parameter.name: paddle.ones([8, 3])}}
+
+        def set_state_dict(self, state):
+            self.loaded = state
+
+    state = optimizer_state(Optimizer(), model)
+    assert set(state["head.weight"]) == {"moment1_0", "moment2_0", "master_weight"}
+    beta = paddle.ones([1])
+    whole = {
+        name: {"beta1_pow_acc_0": beta, "beta2_pow_acc_0": beta, **state["head.weight"]}
+        if name == "head.weight"
+        else {
+            slot: paddle.ones(p.shape) if "moment" in slot else beta
+            for slot in ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
+        }
+        for name, p in model.named_parameters()
+    }
+    optimizer = Optimizer()
+    load_optimizer_state(optimizer, model, whole)
+    master = f"{parameter.name}_fp32_master_0"
+    assert f"{master}_moment1_0" in optimizer.loaded
+    assert optimizer.loaded["master_weights"][parameter.name].name == master
+
+
+def test_cooldown_is_at_the_floor_for_every_schedule():
+    for name in ("warmupcosine", "cosine", "constant", "step"):
+        config = config_for(NUM_EPOCHS=10, WARMUP_EPOCHS=2.0, COOLDOWN_EPOCHS=3)
+        config.TRAIN.LR_SCHEDULER.NAME = name
+        assert learning_rate(config, 10.5, 2048) == config.TRAIN.END_LR

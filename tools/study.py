@@ -4,7 +4,8 @@ python tools/study.py configs/studies/ablation.yaml -cfg configs/resmlp_12_224.y
     -data_path /dataset/imagenet -output output/ablation -seeds 3
 
 The study file maps a variant's name to the config keys that it changes. Run the command again to go
-on after an interruption: finished runs are only read. Accuracies are those after the last epoch.
+on after an interruption: finished runs are only read. Accuracies are those after the last epoch, of
+the EMA where there is one.
 """
 
 from __future__ import annotations
@@ -105,12 +106,13 @@ def main() -> None:
     parser.flag("data_path", "data folder", metavar="DIR", required=True)
     parser.flag("output", "folder of the runs", metavar="DIR", required=True)
     parser.flag("seeds", "runs of each variant (default: 3)", type=int, default=3)
+    parser.flag("opts", "config keys for all variants", nargs="+", metavar="KEY VALUE", default=[])
     parser.flag("multi", "train with main_multi_gpu.py", action="store_true")
     args = parser.parse_args()
     if args.seeds < 1:
         raise UserError(f"-seeds is {args.seeds}; expected at least 1")
     results = run_study(
-        read_study(args.study),
+        {name: args.opts + opts for name, opts in read_study(args.study).items()},
         [f"-cfg={args.cfg}", f"-data_path={args.data_path}"],
         args.output,
         args.seeds,
