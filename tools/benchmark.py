@@ -37,23 +37,22 @@ import paddle.nn.functional as F
 from paddle import nn
 from PIL import Image
 
+from batch_augment import BatchAugment
 from config import get_config, update_config
 from datasets import build_loader
 from errors import UserError, run_as_script
 from folding import fold
 from images import read_image
 from losses import build_criterion
-from mixup import Mixup
 from model_ema import ModelEma
 from optimizer import build_optimizer, clip_gradients
-from random_erasing import RandomErasing
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
 from tools.common import Parser
 from tools.infer_exported import open_paddle
 from tools.model_info import config_info
 from transforms import build_train_transform
-from utils import Normalize, step_rng
+from utils import step_rng
 
 MODES = ("infer", "train", "data", "step")
 BACKENDS = ("eager", "to_static", "inference")
@@ -277,15 +276,9 @@ def _measure_parts(job: Job, rounds: int) -> dict:
     config = job.config
     model = build_resmlp(config)
     model.train()
-    ema = ModelEma(model, config.TRAIN.MODEL_EMA_DECAY)
+    ema = ModelEma(model, config.TRAIN.MODEL_EMA_DECAY, config.TRAIN.MODEL_EMA_WARMUP)
     optimizer, criterion = build_optimizer(config, model), build_criterion(config)
-    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    erase, mixup = RandomErasing.from_config(config), Mixup.from_config(config)
-
-    def augment(images, labels, rng):
-        images = normalize(images)
-        images = images if erase is None else erase(images, rng)
-        return (images, labels) if mixup is None else mixup(images, labels, rng)
+    augment = BatchAugment(config)
 
     def optimize():
         clip_gradients(model.parameters(), config.TRAIN.GRAD_CLIP)
