@@ -370,7 +370,7 @@ def _locate(config: CN, key: str, where: str) -> tuple[CN, str]:
             known = _all_keys(_C)
             same_name = [k for k in known if k.rsplit(".", 1)[-1] == names[-1].upper()]
             raise ConfigError(
-                f"{where}: unknown config key {key}{_suggest(key, same_name or known)}"
+                f"{where}: unknown config key {_show(key)}{_suggest(key, same_name or known)}"
             )
         if depth < len(names) - 1:
             node = node[name]
@@ -399,4 +399,9 @@ def _parse(text: str, key: str):
             return list(ast.literal_eval(text))
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise ConfigError(f"-opts: {key}: cannot read the value {text[:80]!r}")
+        raise ConfigError(f"-opts: {_show(key)}: cannot read the value {text[:80]!r}")
+
+
+def _show(key: str) -> str:
+    """A key for a message: as it is, if it could be one."""
+    return key if key.isprintable() and len(key) <= 80 else repr(key[:80])

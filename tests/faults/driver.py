@@ -5,7 +5,7 @@
 where: step, forward, evaluation, save_begin, save_half, save_rename, save_done, snapshot, load
 rank:  which rank it hits
 count: at which call of the place (from 1)
-what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleep40, hang, leak
+what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleep40, hang
 
 The product has no hooks for faults; this replaces functions of its modules from outside. Spawned
 ranks import this file again, so the fault is in them too.
@@ -92,7 +92,7 @@ elif _where == "forward":
 elif _where == "evaluation":
     before(engine.Trainer, "_evaluate")
 elif _where == "snapshot":
-    before(checkpoint, "to_numpy")
+    before(engine.Trainer, "_state")
 elif _where == "save_begin":
     before(checkpoint, "save")
 elif _where == "save_half":

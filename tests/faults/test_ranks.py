@@ -69,8 +69,10 @@ def test_rank_1_dies_while_rank_0_saves(tmp_path, data):
 
 def wait_for_ranks(process, folder):
     """Process ids by rank, once the first checkpoint is there."""
+    deadline = time.monotonic() + 90
     while not (folder / "run" / "last.pdparams").exists():
         assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
