@@ -158,7 +158,7 @@ class Trainer:
         if config.TRAIN.MODEL_EMA:
             train = config.TRAIN
             self.ema = ModelEma(self.model, train.MODEL_EMA_DECAY, train.MODEL_EMA_WARMUP)
-        self.optimizer = build_optimizer(config, self.model)
+        self.optimizer, self.resumed_optimizer = build_optimizer(config, self.model), {}
         use_amp = config.AMP and process.on_gpu
         self.scaler = paddle.amp.GradScaler(
             enable=use_amp and config.AMP_DTYPE == "float16",
@@ -462,7 +462,8 @@ class Trainer:
     def _state(self) -> dict:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": optimizer_state(self.optimizer, self.model),
+            # Before its first step, Paddle 2's optimizer does not show what it was given.
+            "optimizer": optimizer_state(self.optimizer, self.model) or self.resumed_optimizer,
             "scaler": self.scaler.state_dict(),
             "epoch": self.place.epoch,
             "place": asdict(self.place),
@@ -494,6 +495,7 @@ class Trainer:
     def _restore(self, saved: dict) -> None:
         """Puts back all of a checkpoint but the model's weights."""
         load_optimizer_state(self.optimizer, self.model, saved["optimizer"])
+        self.resumed_optimizer = saved["optimizer"]
         if self.ema is not None:
             load_state(self.ema.model, saved.get("model_ema", saved["model"]))
         if saved["scaler"] and self.scaler.is_enable():
