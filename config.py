@@ -9,7 +9,6 @@ section 3 and appendix; DeiT's code where the paper refers to it). This module i
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import os
 
@@ -262,7 +261,7 @@ def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") ->
         flags = dict.fromkeys([f"-{name}", f"--{name}", f"-{dashed}", f"--{dashed}"])
         parser.add_argument(*flags, dest=name, help=help, **kwargs)
 
-    add("cfg", "YAML config, e.g. ./configs/resmlp_24_224.yaml", metavar="FILE")
+    add("cfg", "YAML config (default: the keys of config.py, a ResMLP-S12)", metavar="FILE")
     add("dataset", "imagenet2012 (list files) or imagefolder (a folder per class)")
     add("data_path", "data folder", metavar="DIR")
     add("output", "folder of this run (default: a dated folder in ./output)", metavar="DIR")
@@ -273,7 +272,7 @@ def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") ->
     add("pretrained", "weight file, with or without its suffix", metavar="FILE")
     add("resume", "checkpoint to continue from, or `auto`", metavar="FILE")
     add("last_epoch", "epochs already done, where the checkpoint does not say", type=int)
-    add("nprocs", "processes (default: one a GPU, or one on CPU)", type=int)
+    add("nprocs", "processes of main_multi_gpu.py (0: one a GPU, or one on CPU)", type=int)
     parser.add_argument("-ngpus", "--ngpus", dest="nprocs", type=int, help=argparse.SUPPRESS)
     add("eval", "evaluate only", action="store_true")
     add("amp", "mixed precision on GPU", action="store_true")
@@ -393,12 +392,10 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _parse(text: str, key: str):
-    """Reads a value of ``-opts``: as YAML, or as a Python tuple."""
+    """Reads a value of ``-opts`` as YAML."""
     try:
-        if text.lstrip().startswith("("):
-            return list(ast.literal_eval(text))
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"-opts: {_show(key)}: cannot read the value {text[:80]!r}")
 
 

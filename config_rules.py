@@ -6,6 +6,7 @@ raises ValueError with what it expected. Rules that join several keys are in `ch
 
 from __future__ import annotations
 
+import ast
 import math
 import reprlib
 
@@ -84,6 +85,8 @@ def _choice(*names):
 
 def _sequence(item, length, kind=tuple, ordered=False):
     def rule(value):
+        if isinstance(value, str):  # PPViT writes tuples as Python does
+            value = ast.literal_eval(value)
         if not isinstance(value, (list, tuple)) or len(value) != length:
             raise ValueError
         value = kind(item(entry) for entry in value)
@@ -276,7 +279,7 @@ def coerce(key: str, value, where: str):
     rule = RULES[key]
     try:
         return rule(value)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError):
         found = reprlib.repr(value)  # shortened: a hostile value may be huge
         raise ConfigError(f"{where}: {key} is {found}; expected {rule.expects}")
 

@@ -35,6 +35,7 @@ from optimizer import (
     learning_rate,
     load_optimizer_state,
     optimizer_state,
+    scaled_rate,
 )
 from resmlp import FLOAT32_LAYERS, build_resmlp, load_pretrained, load_state
 from run_folder import RunFolder, choose_folder
@@ -209,7 +210,8 @@ class Trainer:
         best, epoch = self.place.best_top1, self.place.best_epoch
         if epoch:
             path = self.folder.path / checkpoint.BEST
-            _log.info(f"done: best top-1 {best:.2f} %, after epoch {epoch}, in {path}")
+            whose = " of the EMA" if self.ema else ""
+            _log.info(f"done: best top-1{whose} {best:.2f} %, after epoch {epoch}, in {path}")
         result = {"folder": self.folder.path, "rank": self.process.rank, "best_top1": best}
         if metrics is not None:
             result.update(top1=metrics.top1, top5=metrics.top5, loss=metrics.loss)
@@ -412,14 +414,21 @@ class Trainer:
             self.folder.write("classes.txt", "".join(f"{name}\n" for name in names))
         self.folder.write("config.yaml", config.dump())
         count = sum(int(np.prod(p.shape)) for p in self.model.parameters())
-        peak = learning_rate(config, config.TRAIN.WARMUP_EPOCHS, self.samples_per_step)
+        rate = scaled_rate(config, self.samples_per_step)
         images = len(self.train_loader.dataset), len(self.val_loader.dataset)
         _log.info(
             f"{config.MODEL.NAME}: {count:,} parameters; {images[0]} training and {images[1]} "
             f"validation images; {self.steps_per_epoch} steps of {self.samples_per_step} images an "
-            f"epoch on {self.process.world} process{'es' * (self.process.world > 1)}; learning "
-            f"rate {peak:.3g} after warmup; output in {self.folder.path}"
+            f"epoch on {self.process.world} process{'es' * (self.process.world > 1)}; base "
+            f"learning rate {rate:.3g}; output in {self.folder.path}"
         )
+        memory = 1 / max(1 - config.TRAIN.MODEL_EMA_DECAY, 1e-9)  # steps
+        if self.ema and not self.ema.warmup and memory > self.total_epochs * self.steps_per_epoch:
+            _log.warning(
+                f"TRAIN.MODEL_EMA_DECAY {config.TRAIN.MODEL_EMA_DECAY} remembers {memory:.0f} "
+                f"steps, more than this run has: its EMA stays near the first weights; lower it, "
+                f"or set TRAIN.MODEL_EMA_WARMUP True"
+            )
         if self.teacher is not None and place.epoch < self.total_epochs:
             self._evaluate(self.teacher, "teacher")
         if place.epoch >= self.total_epochs:

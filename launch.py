@@ -5,16 +5,21 @@ from __future__ import annotations
 import runtime  # noqa: F401  isort: skip
 
 import logging
+import mmap
 import multiprocessing
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import paddle.distributed as dist
 
@@ -22,7 +27,7 @@ from checkpoint import LAST
 from config import get_config
 from engine import run
 from errors import ConfigError, UserError
-from run_folder import choose_folder
+from run_folder import DEFAULT, choose_folder
 from tools.plot_metrics import plot_metrics
 from utils import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count
 
@@ -30,6 +35,10 @@ _GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as as
 _FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
 _PREEMPTION_GRACE = 60.0  # seconds to save after SIGTERM
 _TEXT_LIMIT = 8000  # characters of a rank's last words: fits a pipe's buffer, so it never blocks
+_OUT_OF_MEMORY = (
+    "out of memory; lower -batch_size (and raise -accum_iter as much), or set TRAIN.RECOMPUTE True "
+    "or -amp; evaluation: lower -batch_size_eval"
+)
 _log = logging.getLogger("resmlp")
 
 
@@ -63,6 +72,8 @@ def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
     except UserError as error:
         code, text = 2, f"error: {error}"
     except Exception as error:
+        if isinstance(error, MemoryError) or "ResourceExhausted" in str(error):
+            return 2, f"error: {_OUT_OF_MEMORY}"
         summary = str(error).rpartition("Error Message Summary:")[2].strip("-\n ")  # Paddle's form
         summary = f"{type(error).__name__}: {' '.join(summary.split())[:300]}"
         code, text = 1, f"{traceback.format_exc()}error: {summary}"
@@ -91,12 +102,7 @@ def launch(config) -> int:
         ConfigError: more processes than GPUs.
     """
     if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1:
-        rank = os.environ.get("PADDLE_TRAINER_ID", "?")
-        stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
-        threading.Thread(target=_follow_parent, args=(os.getppid(), stop), daemon=True).start()
-        code = run_here(config, label=f"[rank {rank}] ")
-        sys.stdout.flush()
-        os._exit(code)  # no atexit hook may wait for a rank that is gone
+        return _run_launched(config)
     gpus = gpu_count()
     count = config.DIST.NPROCS if config.DIST.NPROCS > 0 else max(gpus, 1)
     if gpus and count > gpus:
@@ -132,7 +138,7 @@ def _spawn(config, count: int) -> int:
         signal.signal(number, forward)
     endings = _watch(workers, readers, asked)
     _end(workers)
-    return _tell(endings, list(steps), os.path.join(config.SAVE, LAST), bool(asked))
+    return _tell(endings, list(steps), _last_of(config), bool(asked))
 
 
 def _watch(workers: list, readers: tuple, asked: list[float]) -> dict[int, tuple[int, str]]:
@@ -191,12 +197,12 @@ def _tell(endings: dict, steps: list[int], last: str, asked: bool) -> int:
         trace, _, text = text.rpartition("error: ")
         print("".join(f"[rank {rank}] {line}\n" for line in trace.splitlines()), file=sys.stderr)
     elif code < 0:
-        name = signal.Signals(-code).name
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        text = f"it was killed by {name}{hint}"
+        text = text or f"it was killed by {signal.Signals(-code).name}{hint}"
     reason = text.removeprefix("error: ") or f"it ended with exit code {code}"
-    if code == 2 and len(failed) == len(steps) and len(set(failed.values())) == 1:
-        return _say(f"error: {reason}", code)  # the same on every rank, and it says where
+    alike = len(failed) == len(steps) and len(set(failed.values())) == 1
+    if code == 2 and (alike or reason.startswith("rank ")):  # it says where itself
+        return _say(f"error: {reason}", code)
     saved = f"-resume auto goes on from {last}" if os.path.exists(last) else "nothing was saved yet"
     return _say(f"error: rank {rank}, after step {steps[rank]}: {reason}; {saved}", max(code, 1))
 
@@ -210,9 +216,76 @@ def _consequence(code: int) -> int:
     return {2: 1, 1: 2}.get(code, 0)
 
 
+def _last_of(config) -> str:
+    """Where ``-resume auto`` finds the last checkpoint."""
+    runs = sorted(Path(DEFAULT).glob(f"train-*/{LAST}")) if config.SAVE == DEFAULT else []
+    return str(runs[-1]) if runs else os.path.join(config.SAVE, LAST)
+
+
 def _say(text: str, code: int) -> int:
     print(text, file=sys.stderr, flush=True)
     return code
+
+
+def _run_launched(config) -> int:
+    """Runs one rank that Paddle's launcher has started.
+
+    The launcher shows the output of rank 0 alone, and of a rank that is killed it says nothing. So
+    each rank has a witness: a forked process that says on the launcher's terminal how the rank
+    ended, if it was the first.
+    """
+    rank, launcher = int(os.environ["PADDLE_TRAINER_ID"]), os.getppid()
+    step = mmap.mmap(-1, 8)  # shared with the witness
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.close(writer)
+            _witness(config, rank, launcher, step, reader)
+        finally:
+            os._exit(0)
+    end = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
+    threading.Thread(target=_follow_parent, args=(launcher, end), daemon=True).start()
+
+    def on_step(number):
+        step[:] = number.to_bytes(8, "little")
+
+    code, text = _run(config, on_step)
+    if rank > 0:  # to the launcher's log of this rank
+        print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(writer, f"{code} {text[-_TEXT_LIMIT:]}".encode())
+    os._exit(code)  # no atexit hook may wait for a rank that is gone
+
+
+def _witness(config, rank: int, launcher: int, step: mmap.mmap, reader: int) -> None:
+    """Waits for the end of its parent, a rank, and tells of it as `_spawn` does."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    try:  # at once: rank 0 aborts a moment after another rank is gone
+        select.select([os.pidfd_open(parent)], [], [])
+    except (AttributeError, OSError):  # an old kernel, or the parent is gone already
+        while os.getppid() == parent:
+            time.sleep(0.05)
+    os.set_blocking(reader, False)
+    said = b""
+    with suppress(BlockingIOError):  # nothing, and a loader worker still holds the other end
+        said = os.read(reader, 4 * _TEXT_LIMIT)
+    code, _, text = said.decode(errors="replace").partition(" ")
+    lost = -signal.SIGKILL, "it was killed, or crashed because another rank was gone"
+    ending = (int(code), text) if code else lost
+    steps = [0] * int(os.environ["PADDLE_TRAINERS_NUM"])
+    steps[rank] = int.from_bytes(step[:], "little")
+    if ending[0] == 0:
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as claim:
+        claim.bind(f"\0resmlp-{launcher}")  # fails if another rank was first
+        with suppress(OSError):
+            sys.stderr = open(f"/proc/{launcher}/fd/2", "a")  # noqa: SIM115
+        _tell({rank: ending}, steps, _last_of(config), False)
+        while os.path.exists(f"/proc/{launcher}"):  # what follows is a consequence
+            time.sleep(0.1)
 
 
 def _follow_parent(parent: int, end: Callable[[], None]) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import runtime  # noqa: F401  isort: skip
 
 from config import get_arguments, get_config, update_config
-from errors import run_as_script
+from errors import ConfigError, run_as_script
 from launch import run_here
 
 
 def main() -> int:
     config = update_config(get_config(), get_arguments(description=__doc__))
+    if config.DIST.NPROCS > 1:
+        raise ConfigError(f"-nprocs {config.DIST.NPROCS}: only main_multi_gpu.py runs several")
     config.freeze()
     return run_here(config)
 

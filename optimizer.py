@@ -16,6 +16,12 @@ from errors import CheckpointError
 
 
 # --------------------------------------------------------------------------------- schedule
+def scaled_rate(config, total_batch: int) -> float:
+    """BASE_LR for a total batch: times ``total_batch / LINEAR_SCALED_LR`` where that is set."""
+    train = config.TRAIN
+    return train.BASE_LR * (total_batch / train.LINEAR_SCALED_LR if train.LINEAR_SCALED_LR else 1)
+
+
 def learning_rate(config, epoch: float, total_batch: int) -> float:
     """The learning rate at a moment of training: a pure function, so resuming needs no state.
 
@@ -29,9 +35,7 @@ def learning_rate(config, epoch: float, total_batch: int) -> float:
     total_batch / LINEAR_SCALED_LR; the warmup start and the floor stay as given.
     """
     train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
-    base = train.BASE_LR
-    if train.LINEAR_SCALED_LR is not None:
-        base *= total_batch / train.LINEAR_SCALED_LR
+    base = scaled_rate(config, total_batch)
     if epoch >= train.NUM_EPOCHS:  # cooldown
         return train.END_LR
     if schedule.NAME != "cosine" and epoch < train.WARMUP_EPOCHS:

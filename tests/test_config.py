@@ -107,6 +107,11 @@ def test_batch_size_eval_wins_over_batch_size():
     assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL) == (8, 3)
 
 
+def test_a_file_may_write_tuples_as_python_does(write):
+    config = get_config(write("TRAIN:\n  OPTIMIZER:\n    BETAS: (0.9, 0.95)"))
+    assert config.TRAIN.OPTIMIZER.BETAS == (0.9, 0.95)
+
+
 def test_opts_take_tuples_and_lists():
     config = from_flags(
         "-opts", "TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", "TRAIN.CROP_SCALE", "[0.5,1]"

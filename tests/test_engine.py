@@ -258,3 +258,9 @@ def test_a_student_is_distilled_from_another_resmlp_and_resumes(tmp_path, data):
 def test_training_without_classes_is_refused(tmp_path, data):
     with pytest.raises(ConfigError, match="training needs classes"):
         run(make_config(tmp_path, data, "MODEL.NUM_CLASSES", 0))
+
+
+def test_an_ema_that_outlasts_the_run_is_warned_of(tmp_path, data):
+    run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "remembers 25000 steps, more than this run has" in log and "best top-1 of the EMA" in log
