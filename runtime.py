@@ -24,6 +24,8 @@ import platform
 import sys
 import warnings
 
+import numpy.random  # noqa: F401  (recent NumPy loads it at first use: a crash after Paddle 2.6)
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 _KEEP_BYTES = 2**30  # larger blocks than any one activation go to mmap, and back to the system
 _OFF = ("0", "off", "no", "false")

@@ -51,7 +51,7 @@ pip_install() {
 }
 
 stamp_of() { # what an installation depends on
-    { cat "$1"; echo "${PADDLE_VERSION:-}"; } | cksum
+    { cat "$1" setup_env.sh; echo "${PADDLE_VERSION:-}"; } | cksum
 }
 
 ensure() { # ensure FILE MODULE...: what a requirements file asks for is there
@@ -65,7 +65,9 @@ ensure() { # ensure FILE MODULE...: what a requirements file asks for is there
     if [ "$(cat "$stamp" 2>/dev/null)" != "$(stamp_of "$file")" ]; then
         case $file in # only the first file names Paddle
         requirements.txt | requirements-cpu.txt)
-            pip_install -r "$file" ${PADDLE_VERSION:+"$paddle==$PADDLE_VERSION"}
+            # Recent NumPy loads numpy.random at its first use, which crashes after Paddle 2.6.
+            case "${PADDLE_VERSION:-}" in 2.*) set -- "numpy<2" ;; *) set -- ;; esac
+            pip_install -r "$file" ${PADDLE_VERSION:+"$paddle==$PADDLE_VERSION"} "$@"
             ;;
         *) pip_install -r "$file" ;;
         esac
