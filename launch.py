@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -262,12 +263,7 @@ def _witness(config, rank: int, launcher: int, step: mmap.mmap, reader: int) -> 
     """Waits for the end of its parent, a rank, and tells of it as `_spawn` does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
-    try:  # at once: rank 0 aborts a moment after another rank is gone
-        select.select([os.pidfd_open(parent)], [], [])
-    except (AttributeError, OSError):  # an old kernel, or the parent is gone already
-        while os.getppid() == parent:
-            time.sleep(0.05)
+    _wait_for_end(os.getppid())  # at once: rank 0 aborts a moment after another rank is gone
     os.set_blocking(reader, False)
     said = b""
     with suppress(BlockingIOError):  # nothing, and a loader worker still holds the other end
@@ -283,9 +279,22 @@ def _witness(config, rank: int, launcher: int, step: mmap.mmap, reader: int) -> 
         claim.bind(f"\0resmlp-{launcher}")  # fails if another rank was first
         with suppress(OSError):
             sys.stderr = open(f"/proc/{launcher}/fd/2", "a")  # noqa: SIM115
+        in_file = stat.S_ISREG(os.fstat(sys.stderr.fileno()).st_mode)
+        if in_file:  # where the launcher would write over it
+            _wait_for_end(launcher)
         _tell({rank: ending}, steps, _last_of(config), False)
-        while os.path.exists(f"/proc/{launcher}"):  # what follows is a consequence
-            time.sleep(0.1)
+        _wait_for_end(launcher)  # what other ranks have to say meanwhile are consequences
+
+
+def _wait_for_end(pid: int) -> None:
+    """Waits for the end of a process that need not be a child."""
+    try:
+        select.select([os.pidfd_open(pid)], [], [])
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):  # a kernel before 5.3
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.05)
 
 
 def _follow_parent(parent: int, end: Callable[[], None]) -> None:

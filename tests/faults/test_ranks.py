@@ -216,14 +216,21 @@ def test_the_launcher_runs_the_same_job(tmp_path, data):
     assert "12 images" in output and alive(str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("fault", ["step:1:4:kill", "forward:1:4:nan", "step:1:4:raise"])
-def test_the_launcher_ends_when_a_rank_fails(tmp_path, data, fault):
+@pytest.mark.parametrize(
+    "fault, expected",
+    [
+        ("step:1:4:kill", "error: rank 1, after step 3: it was killed, or crashed"),
+        ("step:0:4:kill", "error: rank 0, after step 3: it was killed, or crashed"),
+        ("step:1:4:raise", "error: rank 1, after step 3: ValueError: a fault of the test;"),
+        ("forward:1:4:nan", "error: rank 1, step 3: the loss is not finite"),
+    ],
+)
+def test_a_rank_that_fails_is_named_on_the_launchers_terminal(tmp_path, data, fault, expected):
     words = launcher(job(data, tmp_path), tmp_path / "logs", "--nproc_per_node", 2)
     code, output, _ = fail(words, fault, tmp_path)
-    if fault.endswith("nan"):
-        assert "rank 1, step 3: the loss is not finite" in output
-    if fault.endswith("raise"):
-        assert "ValueError: a fault of the test" in (tmp_path / "run/log.rank1.txt").read_text()
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith(expected), output
+    assert f"{tmp_path}/run/last.pdparams" in lines[0]
 
 
 def test_two_nodes_are_one_job_and_end_together(tmp_path, data):
