@@ -33,7 +33,7 @@ def export(
         log: receives the lines of the report.
 
     Raises:
-        WeightsError: the file is no whole ResMLP; timm's logits differ; it cannot be written.
+        WeightsError: the file is no whole ResMLP; timm's outputs differ; it cannot be written.
     """
     file = read_weights(pretrained, key)
     architecture = infer(file.state)

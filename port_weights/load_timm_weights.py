@@ -39,7 +39,7 @@ def port(
         state: PyTorch parameter name -> float32 array.
         output: the file to write, ``.pdparams`` or ``.safetensors``.
         cfg: YAML config that the weights must fit; None: any architecture.
-        proof: ``timm`` compares logits, ``keys`` lists the tensors, ``auto`` compares where torch
+        proof: ``timm`` compares outputs, ``keys`` lists the tensors, ``auto`` compares where torch
             and timm are installed and lists otherwise.
         log: receives the lines of the report.
 
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.flag("output", "Paddle file to write (default: named after the model)", metavar="FILE")
     parser.flag("key", "which weights of a training checkpoint", default="auto", metavar="KEY")
     parser.flag(
-        *("proof", "compare logits with timm, or list the tensors (default: timm if installed)"),
+        *("proof", "compare outputs with timm, or list the tensors (default: timm if installed)"),
         **dict(choices=("auto", "timm", "keys"), default="auto"),
     )
     args = parser.parse_args(argv)

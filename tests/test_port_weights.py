@@ -248,13 +248,26 @@ def test_an_export_of_what_is_no_resmlp_is_refused(tmp_path):
     assert not (tmp_path / "y.safetensors").exists()
 
 
-def test_the_proof_fails_above_its_tolerance_and_for_nan():
-    logits = np.array([[1.0, -2.0, 0.5]], np.float32)
-    verify.check(verify.compare_logits(logits, logits))
-    for other in (logits * (1 + 3e-5), np.full_like(logits, np.nan)):
-        with pytest.raises(WeightsError, match="the port is wrong"):
-            verify.check(verify.compare_logits(logits, other))
-    assert not verify.compare_logits(logits, -logits).top5_agree
+def test_the_proof_fails_above_its_tolerance_and_for_nan_in_features_and_in_logits():
+    outputs = np.random.default_rng(0).normal(size=(2, 3, 5))
+    verify.check(verify.compare_outputs(outputs, outputs))
+    for part in (0, 1):
+        for factor in (1 + 3e-9, np.nan):
+            other = outputs.copy()
+            other[part] *= factor
+            with pytest.raises(WeightsError, match="the port is wrong"):
+                verify.check(verify.compare_outputs(outputs, other))
+
+
+def test_a_zero_head_is_told_and_constant_features_prove_nothing():
+    features, logits = np.random.default_rng(0).normal(size=(2, 4)), np.zeros((2, 3))
+    same = verify.compare_outputs((features, logits), (features, logits))
+    verify.check(same)
+    assert "the head gives all images the same" in str(same)
+    with pytest.raises(WeightsError, match="the port is wrong"):
+        verify.check(verify.compare_outputs((features, logits), (features, logits + 1e-12)))
+    with pytest.raises(WeightsError, match="same for every image"):
+        verify.check(verify.compare_outputs((logits, features), (logits, features)))
 
 
 def test_the_checksum_sees_one_bit_a_name_and_a_shape():

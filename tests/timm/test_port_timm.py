@@ -59,7 +59,7 @@ def test_a_port_proves_itself_and_goes_back_bit_for_bit(reference, tmp_path, sty
     load_timm_weights.main([*arguments, "-proof", "timm"])
     report = capsys.readouterr().out
     print(report)
-    assert f"{style} names" in report and "top-5 agree" in report
+    assert f"{style} names" in report and "features differ by" in report
 
     suffix = "safetensors" if style == "timm" else "pth"
     output = str(tmp_path / f"back.{suffix}")
@@ -78,16 +78,30 @@ def test_a_port_proves_itself_and_goes_back_bit_for_bit(reference, tmp_path, sty
     fresh.load_state_dict(filtered, strict=True)
 
 
-def test_a_wrong_port_fails_its_proof():
-    state = {n: value.numpy() for n, value in random_model("resmlp_12_224").state_dict().items()}
-    wrong = {**state, "blocks.3.linear_tokens.weight": state["blocks.3.linear_tokens.weight"].T}
-    ported, _ = load_timm_weights.names.to_paddle(wrong, "timm")
+@pytest.mark.parametrize("layer", ["linear_tokens.weight", "ls2"])
+@pytest.mark.parametrize("block", [0, 35])
+def test_a_wrong_port_of_a_fresh_model_fails_its_proof(fresh, layer, block):
+    """Its head is zero and its LayerScale 1e-6: logits in float32 would not show a mistake."""
+    name, wrong = f"blocks.{block}.{layer}", dict(fresh)
+    wrong[name] = fresh[name].T if fresh[name].ndim == 2 else 1.1 * fresh[name]
+    verify.check(compare(fresh, fresh))
+    with pytest.raises(verify.WeightsError, match="the port is wrong"):
+        verify.check(compare(fresh, wrong))
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    model = timm.create_model("resmlp_36_224", img_size=32)
+    assert not model.head.weight.any() and model.blocks[0].ls1.max() < 2e-6
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def compare(state, ported_from):
+    ported, _ = load_timm_weights.names.to_paddle(ported_from, "timm")
     architecture = load_timm_weights.infer(ported)
     model = load_timm_weights.ResMLP(**architecture._asdict())
     load_timm_weights.load_state(model, ported)
-    comparison = verify.compare_with_timm(model, state, architecture, images=1)
-    with pytest.raises(verify.WeightsError, match="the port is wrong"):
-        verify.check(comparison)
+    return verify.compare_with_timm(model, state, architecture)
 
 
 def test_the_zoo_agrees_with_timms_own_table():
