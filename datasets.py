@@ -21,6 +21,7 @@ from images import BadImage, ImageIndex, class_names, open_image, read_image, re
 from loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from transforms import build_eval_transform, build_train_transform
+from weights import shorten
 
 __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader", "class_names"]
 
@@ -123,8 +124,9 @@ def build_dataset(config, split: str) -> ImageDataset:
             config.DATA.ALLOW_OUTSIDE_PATHS,
         )
     if not os.path.lexists(files.path(0)):  # the others are missed when they are read
+        slashes = " with forward slashes" if b"\\" in files.name(0) else ""
         raise DataError(
-            f"{files.where(0)}: no such file; the paths of a list are relative to {root}"
+            f"{files.where(0)}: no such file; the paths of a list are relative to {root}{slashes}"
         )
     if split == "train":
         skip = config.DATA.BAD_IMAGE == "skip"
@@ -151,6 +153,7 @@ def build_loader(
         DataError: as `build_dataset`; also a training set smaller than one step.
     """
     dataset = build_dataset(config, split)
+    _warn_of_empty_classes(config, split, dataset.files, log)
     data = config.DATA
     if split == "train":
         sampler = TrainBatchSampler(
@@ -181,3 +184,15 @@ def build_loader(
         shared_memory=shared_memory_fits(workers, batch_bytes, world, log),
         log=log,
     )
+
+
+def _warn_of_empty_classes(config, split: str, files: ImageIndex, log) -> None:
+    """Logs a line where some classes have no image: a folder or a part of a list went missing."""
+    empty = sorted(set(range(config.MODEL.NUM_CLASSES)) - set(files.labels))
+    if empty:
+        names = class_names(config)
+        named = shorten([f"{label} ({names[label]})" if names else label for label in empty], 5)
+        log(
+            f"warning: {len(empty)} of {config.MODEL.NUM_CLASSES} classes have no image in "
+            f"{split}: {named}"
+        )

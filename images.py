@@ -157,7 +157,9 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
                     continue
                 try:
                     fields = line.rsplit(None, 1)
-                    if len(fields) < 2 or b"\0" in line:
+                    if b"\0" in line:
+                        raise ValueError("zero bytes: it looks like UTF-16, save it as UTF-8")
+                    if len(fields) < 2:
                         raise ValueError("expected `relative/path label`")
                     name, label = fields
                     if label not in labels:

@@ -228,6 +228,24 @@ def test_a_missing_folder_list_or_first_image_says_what_to_do(config, tmp_path):
         build_dataset(config, "train")
 
 
+def test_backslashes_in_a_list_are_pointed_out(config, tmp_path):
+    (tmp_path / "train_list.txt").write_text("train\\0.png 0\n")
+    with pytest.raises(DataError, match="no such file; .* with forward slashes"):
+        build_dataset(config, "train")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_classes_without_an_image_are_one_warning_a_split(config, tmp_path, named):
+    if named:
+        (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne\n")
+    (tmp_path / "val_list.txt").write_text("val/0.png 0\nval/2.png 2\nval/4.png 4\n")
+    lines = []
+    for split in ("train", "val"):
+        build_loader(config, split, log=lines.append)
+    classes = "1 (b), 3 (d)" if named else "1, 3"
+    assert lines == [f"warning: 2 of 5 classes have no image in val: {classes}"]
+
+
 def test_a_training_set_smaller_than_one_step_says_so(config):
     config.DATA.BATCH_SIZE = 12
     with pytest.raises(DataError, match="23 images do not fill one step of 2 x 12"):

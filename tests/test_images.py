@@ -52,6 +52,11 @@ def test_a_windows_byte_order_mark_and_a_missing_last_newline_are_accepted(tmp_p
     assert entries(tmp_path, b"\xef\xbb\xbfa.jpg 0\nb.jpg 1") == [("a.jpg", 0), ("b.jpg", 1)]
 
 
+def test_a_list_in_utf16_says_so(tmp_path):
+    text = "a.jpg 0\r\n".encode("utf-16")
+    assert "train_list.txt:1: zero bytes: it looks like UTF-16" in problem(tmp_path, text)
+
+
 def test_paths_in_any_encoding_find_their_file(tmp_path):
     name = b"caf\xe9.png"  # Latin-1: not valid UTF-8
     save(tmp_path / "x.png")
@@ -69,11 +74,11 @@ def test_paths_in_any_encoding_find_their_file(tmp_path):
         ("a.jpg 1.0", "the label '1.0' is not a whole number"),
         ("a.jpg 10", "not in 0 .. 9 (MODEL.NUM_CLASSES 10)"),
         ("a.jpg " + "9" * 5000, "not in 0 .. 9"),
-        ("a\0.jpg 1", "expected `relative/path label`"),
+        ("a\0.jpg 1", "zero bytes: it looks like UTF-16"),
         ("../a.jpg 1", "leaves the data folder"),
         ("train/../../a.jpg 1", "leaves the data folder"),
         ("/etc/passwd 1", "leaves the data folder"),
-        ("\x00\xff\xd8\xff\xe0", "expected `relative/path label`"),
+        ("\x00\xff\xd8\xff\xe0", "zero bytes"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, expected):
