@@ -113,6 +113,12 @@ def load(path: str | os.PathLike) -> dict:
     path = Path(path)
     if not path.is_file() and Path(f"{path}.pdparams").is_file():
         path = Path(f"{path}.pdparams")
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: a folder; continue its run with -output {path} -resume auto"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
     try:
         state = safe_load(path)
     except UserError as error:

@@ -62,6 +62,8 @@ class RunFolder:
         self.main = rank == 0
         self.metrics_lines = 0  # on the disk
         self._unwritten: list[str] = []
+        if self.path.is_file():
+            raise UserError(f"-output {self.path}: is a file, not a folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if training and self.main:

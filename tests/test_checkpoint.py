@@ -77,8 +77,10 @@ def test_a_truncated_file_is_found(tmp_path, share):
 
 
 def test_a_missing_file_and_a_file_of_weights_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere.*no such"):
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint"):
         checkpoint.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="a folder; .* -output .* -resume auto"):
+        checkpoint.load(tmp_path)
     paddle.save({"w": paddle.ones([2])}, str(tmp_path / "w.pdparams"))
     with pytest.raises(CheckpointError, match="-pretrained instead of -resume"):
         checkpoint.load(tmp_path / "w.pdparams")

@@ -90,6 +90,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="-output .*file/run: cannot be written: Not a directory"):
         claim(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="-output .*file: is a file, not a folder"):
+        claim(tmp_path / "file")
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
