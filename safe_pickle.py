@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickletools
+import re
 from typing import Any, Callable
 
 import numpy as np
@@ -110,6 +111,7 @@ _LITERALS = {
 }
 # How a pickle of ours can begin; without PROTO it is of protocol 0 or 1.
 _BEGINNINGS = ("PROTO", "MARK", "GLOBAL", "EMPTY_DICT", "EMPTY_LIST")
+_SHORT = re.compile(r"expected \d+ bytes in|not enough data|no newline found|pickle exhausted")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -268,6 +270,8 @@ def load(path: str | os.PathLike) -> Any:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # whatever a damaged file does to the machine or to NumPy
         reason = printable(str(error)) or type(error).__name__
+        if _SHORT.match(reason):  # pickletools': an argument that goes on beyond the file
+            reason = "the file ends too early"
         raise WeightsError(f"{path}: truncated, damaged, or not a Paddle file ({reason})") from None
     return result
 
