@@ -226,8 +226,15 @@ def test_a_model_without_metadata_is_refused(exported, tmp_path):
         model = onnx.load(str(file))
         del model.metadata_props[:]
         onnx.save(model, str(tmp_path / file.name))
-    with pytest.raises(ModelError, match="metadata"):
+    advice = "metadata" if file.suffix == ".onnx" else "copy it together with the model"
+    with pytest.raises(ModelError, match=advice):
         load(tmp_path / file.name)
+
+
+@pytest.mark.parametrize("flag", ["-threads", "-top_k"])
+def test_a_count_below_one_is_refused(tmp_path, flag):
+    done = run_tool("infer_exported", "model.onnx", "x.png", flag, "0", cwd=tmp_path)
+    assert done.returncode == 2 and "at least 1" in done.stderr
 
 
 def test_a_broken_image_is_named(exported, tmp_path):

@@ -155,7 +155,10 @@ def test_csv_quotes_names_with_commas():
 
 def test_the_grid_shows_the_pictures(weights, images, tmp_path):
     pytest.importorskip("matplotlib")
-    predict(images, weights, grid=tmp_path / "grid.png")
+    done = run_tool(
+        *("predict", *images, "-pretrained", weights, "-grid", "grid.png", "-json"), cwd=tmp_path
+    )
+    assert "wrote grid.png" in done.stderr and len(json.loads(done.stdout)) == len(images)
     grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).reshape(-1, 3)
     assert (grid == crop_by_hand(images[0])[8, 8]).all(axis=1).sum() > 100  # one enlarged pixel
 

@@ -97,6 +97,8 @@ def load(
         described = path.with_name(f"{path.stem}.metadata.json")
         try:
             metadata = json.loads(described.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{described}: not there; copy it together with the model") from None
         except (OSError, ValueError) as error:
             raise ModelError(f"{described}: {getattr(error, 'strerror', None) or error}") from None
         run = open_paddle(path, bf16, gpu, threads)
@@ -218,8 +220,9 @@ def main() -> int:
     parser.add_argument("-gpu", "--gpu", action="store_true", help="run on the first GPU")
     args = parser.parse_args()
     try:
-        if args.top_k < 1 or args.batch_size < 1:
-            raise ModelError("-top_k and -batch_size are at least 1")
+        threads = 1 if args.threads is None else args.threads
+        if min(args.top_k, args.batch_size, threads) < 1:
+            raise ModelError("-top_k, -batch_size and -threads are at least 1")
         model = load(args.model, args.bf16, args.gpu, args.threads)
         results = list(classify(model, args.images, args.top_k, args.batch_size))
     except ModelError as error:

@@ -239,6 +239,8 @@ def main() -> None:
         args.opts,
         args.grid,
     )
+    if args.grid:
+        print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
