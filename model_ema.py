@@ -43,7 +43,7 @@ class ModelEma:
             step: optimizer steps before this one.
             applied: a bool scalar on the device: whether a loss scaler let the step happen.
         """
-        weight = 1.0 - self.decay_at(step)
+        weight = paddle.full([], 1.0 - self.decay_at(step))  # of a number lerp_ makes one for each
         if applied is not None:
             weight = weight * applied.astype("float32")
         for average, parameter in self._pairs:
