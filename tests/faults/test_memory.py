@@ -1,0 +1,42 @@
+"""The memory of a long run is flat."""
+
+import json
+import subprocess
+import sys
+
+from ..runs import RECIPE, ROOT
+from ..tiny_data import make_data
+
+STEPS, EPOCHS = 2000, 20
+
+_RUN = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import runtime
+from engine import run
+from tests.tiny_data import make_config
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4  # KB
+
+sizes = []
+config = make_config(Path({folder!r}), Path({data!r}), *{opts!r})
+run(config, on_step=lambda step: sizes.append(resident()) if step % 10 == 0 else None)
+print(json.dumps(sizes))
+"""
+
+
+def test_memory_grows_by_less_than_2_percent_after_the_first_epoch(tmp_path):
+    """2,000 steps in 20 epochs: everything on, evaluation and saving at every epoch's end."""
+    data = make_data(tmp_path / "data", train=200, val=30)
+    opts = [*RECIPE, "TRAIN.ACCUM_ITER", 1, "SAVE_STEPS", 50, "REPORT_FREQ", 20]
+    opts += ["DATA.BATCH_SIZE", 2, "DATA.NUM_WORKERS", 1, "TRAIN.NUM_EPOCHS", EPOCHS]
+    code = _RUN.format(root=str(ROOT), folder=str(tmp_path), data=str(data), opts=opts)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    sizes = json.loads(result.stdout.splitlines()[-1])
+    assert len(sizes) == STEPS // 10
+    first = sizes[STEPS // EPOCHS // 10]  # in the second epoch's first steps
+    print(f"resident: {first / 1024:.1f} MB, later {max(sizes) / 1024:.1f} MB at most")
+    assert max(sizes) < 1.02 * first
