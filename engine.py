@@ -25,7 +25,7 @@ from batch_augment import BatchAugment
 from dashboard import build_dashboard
 from datasets import build_loader, class_names
 from distillation import build_teacher
-from errors import CheckpointError, ConfigError
+from errors import CheckpointError, ConfigError, WeightsError
 from evaluation import Metrics, evaluate, write_report
 from losses import build_criterion, build_distillation_loss
 from model_ema import ModelEma
@@ -151,7 +151,7 @@ class Trainer:
         seed_everything(config.SEED)
         self.model = build_resmlp(config)
         if saved:
-            load_state(self.model, saved["model"])
+            self._load_saved_model(saved["model"])
         elif config.MODEL.PRETRAINED:
             for note in load_pretrained(self.model, config, new_head=True):
                 _log.info(note)
@@ -500,6 +500,12 @@ class Trainer:
             if found:
                 return found[0]
         return checkpoint.load(resume)
+
+    def _load_saved_model(self, state: dict) -> None:
+        try:
+            load_state(self.model, state)
+        except WeightsError as error:
+            raise CheckpointError(f"-resume {self.config.MODEL.RESUME}: another model: {error}")
 
     def _restore(self, saved: dict) -> None:
         """Puts back all of a checkpoint but the model's weights."""

@@ -9,7 +9,7 @@ import checkpoint
 import engine
 from config import get_config
 from engine import Trainer, run
-from errors import ConfigError, UserError, WeightsError
+from errors import CheckpointError, ConfigError, UserError, WeightsError
 from optimizer import learning_rate
 from utils import TrainingError
 from weights import read_weights
@@ -264,3 +264,9 @@ def test_an_ema_that_outlasts_the_run_is_warned_of(tmp_path, data):
     run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "remembers 25000 steps, more than this run has" in log and "best top-1 of the EMA" in log
+
+
+def test_resuming_another_model_names_the_checkpoint(tmp_path, data):
+    run(make_config(tmp_path, data))
+    with pytest.raises(CheckpointError, match="-resume auto: another model: .*mixer_layers.2"):
+        run(make_config(tmp_path, data, "MODEL.RESUME", "auto", "MODEL.MIXER.DEPTH", 3))
