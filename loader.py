@@ -33,6 +33,7 @@ from samplers import EvalBatchSampler, TrainBatchSampler
 
 _PREFETCH = 2  # batches that each worker prepares ahead (Paddle's default)
 _DEATH_CHECK = 1  # seconds between looks at whether a worker still lives
+_SAVING = 60  # seconds that a worker stays when it is told to end
 _GRACE = 5.0  # seconds for workers to finish the batch at hand when a pass ends
 _SHM = "/dev/shm"  # where workers lay their batches
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
@@ -241,15 +242,17 @@ def _first_exit_code(workers: list) -> int | None:
 def _start_worker(worker_id: int) -> None:
     """Prepares a worker: it lives and dies with the main process, and with nothing else.
 
-    In a process group of its own, it is not hit by the Ctrl-C or SIGTERM that a terminal or a
-    scheduler sends to the whole group, so the main process can still save. If the main process is
-    killed, Linux sends the worker SIGTERM; it would wait for ever else.
+    It stays through the Ctrl-C or SIGTERM that a terminal or a scheduler sends to every process,
+    so that the main process can go on to its next step and save; that ends it then. If the main
+    process is killed, Linux sends the worker SIGUSR1; it would wait for ever else.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_SAVING))
+    signal.signal(signal.SIGALRM, _leave)
+    signal.signal(signal.SIGUSR1, _leave)
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     if os.getppid() != multiprocessing.parent_process().pid:  # killed before that line
         os._exit(1)
     runtime.set_threads(1)

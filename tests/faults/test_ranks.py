@@ -145,13 +145,17 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path, data):
     assert alive(str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["parent", "group"])
-def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path, data, to_all):
-    """To the parent alone, or to everything, loader workers too, as schedulers and Ctrl-C do."""
+@pytest.mark.parametrize("to", ["the parent", "its group", "every process"])
+def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path, data, to):
+    """As a user, a terminal and a scheduler send it; loader workers get it too."""
     process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "DATA.NUM_WORKERS", 2))
     wait_for_ranks(process, tmp_path)
     begin = time.monotonic()
-    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    if to == "its group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        for pid in [process.pid] if to == "the parent" else alive(str(tmp_path)):
+            os.kill(pid, signal.SIGTERM)
     code, output = finish(process)
     assert code == 75, output
     assert time.monotonic() - begin < 10
