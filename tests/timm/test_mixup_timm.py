@@ -13,7 +13,7 @@ stats = pytest.importorskip("scipy.stats")
 from mixup import Mixup, cutmix_boxes, cutmix_boxes_minmax, smooth_one_hot  # noqa: E402
 
 CLASSES = 13
-DRAWS = 40_000
+DRAWS = 100_000
 
 
 def mix_as_timm(mix, mode, images, labels, smoothing):

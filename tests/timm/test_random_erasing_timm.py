@@ -13,7 +13,7 @@ stats = pytest.importorskip("scipy.stats")
 
 from random_erasing import draw_boxes  # noqa: E402
 
-DRAWS = 40_000
+DRAWS = 100_000
 
 
 class Recorder:
