@@ -6,6 +6,7 @@
 #   --with-timm     also the comparisons with timm and torchvision (installs PyTorch: several GB)
 #   --with-extras   also what needs ONNX or TensorBoard (tools/requirements.txt)
 #   --faults        also the tests that kill processes and fill disks
+#   --commands      also every command of README.md and docs/
 #
 #   PYTHON, DEVICE, PADDLE_VERSION   see setup_env.sh
 set -eu
@@ -15,12 +16,14 @@ cd "$(dirname "$0")"
 with_timm=
 with_extras=
 faults=
+commands=
 count=$#
 while [ "$count" -gt 0 ]; do # our options go, pytest's stay
     case $1 in
     --with-timm) with_timm=yes ;;
     --with-extras) with_extras=yes ;;
     --faults) faults=yes ;;
+    --commands) commands=yes ;;
     *) set -- "$@" "$1" ;;
     esac
     shift
@@ -41,5 +44,6 @@ show "$PYTHON" -m ruff format --check . || lint=failed
 step "Tests"
 [ -n "$with_timm" ] || set -- --ignore=tests/timm "$@"
 [ -n "$faults" ] || set -- --ignore=tests/faults "$@"
+[ -n "$commands" ] || set -- --ignore=tests/commands "$@"
 show "$PYTHON" -m pytest "$@"
 [ $lint = passed ] || die "the tests passed, but not the lint above"

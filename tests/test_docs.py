@@ -1,34 +1,33 @@
-"""README and docs: links lead somewhere, commands name scripts, flags and keys that exist."""
+"""README and docs: links lead somewhere, commands name scripts, flags and keys that exist.
+
+That the commands work is tested by `tests/commands`, which runs them.
+"""
 
 import functools
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from config import _all_keys, get_config
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from .commands import tables
+from .commands.pages import PAGES, ROOT, commands, unmarked
+
 KEYS = set(_all_keys(get_config()))
+COMMANDS = [command for page in PAGES for command in commands(page)]
 
 
-def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-
-
-def commands(page):
-    """The commands of a page's sh blocks, as lists of words."""
-    for block in blocks(page, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"\w+=\S*", words[0]):  # NAME=value in front
+def shell_words(page):
+    """The commands of a page in shell, as lists of words."""
+    for command in commands(page):
+        if command.language == "sh":
+            words = shlex.split(command.text)
+            while re.fullmatch(r"\w+=\S*", words[0]):  # NAME=value in front
                 words.pop(0)
-            if words:
-                yield words
+            yield words
 
 
 @functools.cache
@@ -57,9 +56,8 @@ def test_relative_links_lead_to_files_and_headings(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_name_scripts_and_flags_that_exist(page):
-    for words in commands(page):
-        scripts = [word for word in words if word.endswith((".py", ".sh"))]
-        for script in scripts[:1]:
+    for words in shell_words(page):
+        for script in re.findall(r"(?<!\S)[\w./-]+\.(?:py|sh|txt)\b", " ".join(words)):
             assert (ROOT / script).is_file(), words
             if script.endswith(".py") and words[0] == "python" and words[1] == script:
                 known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help_of(script)))
@@ -69,7 +67,7 @@ def test_commands_name_scripts_and_flags_that_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_name_config_keys_and_files_that_exist(page):
-    for words in commands(page):
+    for words in shell_words(page):
         for word in words:
             if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", word):
                 assert word in KEYS, word
@@ -79,6 +77,32 @@ def test_commands_name_config_keys_and_files_that_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_are_python(page):
-    for block in blocks(page, "python"):
-        compile(block, str(page), "exec")
+def test_commands_stand_in_blocks_that_are_run(page):
+    assert unmarked(page) == []
+
+
+def test_python_blocks_are_python():
+    for command in COMMANDS:
+        if command.language == "python":
+            compile(command.text, command.where, "exec")
+
+
+def test_the_tables_of_how_commands_are_run_hold_nothing_that_no_page_says():
+    texts = [command.text for command in COMMANDS]
+    for pattern in tables.ELSEWHERE:
+        assert any(re.fullmatch(pattern, text) for text in texts), pattern
+    for pattern in (*tables.NEEDS, *tables.LEAVES):
+        assert any(re.search(pattern, text) for text in texts), pattern
+    for pattern, replacement, _ in tables.CHANGES:
+        before, texts = texts, [re.sub(pattern, replacement, text) for text in texts]
+        assert texts != before, pattern
+    for files, pattern, _, _ in tables.IN_THE_CLONE:
+        found = list(ROOT.glob(files))
+        assert found and all(re.search(pattern, path.read_text()) for path in found), files
+
+
+def test_what_is_said_to_be_a_stage_of_continuous_integration_is_one():
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in COMMANDS:
+        if ".ci/run" in (tables.elsewhere(command.text) or "") and command.text.startswith("sh "):
+            assert command.text in ci, command.where

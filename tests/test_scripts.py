@@ -171,12 +171,14 @@ def test_the_options_of_run_tests_go_and_those_of_pytest_stay(sandbox):
         assert result.returncode == 0, result.stderr
         return sandbox.calls("-m pytest")[0]
 
-    both = "--ignore=tests/faults --ignore=tests/timm"
-    assert pytest_line() == f"-m pytest {both}"
+    ignored = "--ignore=tests/commands --ignore=tests/faults --ignore=tests/timm"
+    assert pytest_line() == f"-m pytest {ignored}"
     assert pytest_line("-k", "mixup", "--with-timm", "-x") == (
-        "-m pytest --ignore=tests/faults -k mixup -x"
+        "-m pytest --ignore=tests/commands --ignore=tests/faults -k mixup -x"
     )
-    assert pytest_line("--faults", "tests/faults") == ("-m pytest --ignore=tests/timm tests/faults")
+    assert pytest_line("--faults", "tests/faults", "--commands") == (
+        "-m pytest --ignore=tests/timm tests/faults"
+    )
 
 
 def test_a_failing_lint_does_not_hide_the_tests_but_fails_the_run(sandbox):

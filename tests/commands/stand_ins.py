@@ -1,0 +1,112 @@
+"""What the pages take for granted, in small: data, published weights, a run of the demo, SLURM."""
+
+from __future__ import annotations
+
+import runtime  # noqa: F401  isort: skip
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from config import get_config
+from demo.fashion_mnist import Split, read
+from demo.make_subset import ARCHIVE
+from demo.prepare import prepare
+from port_weights.names import from_paddle
+from port_weights.torch_files import write_torch_weights
+from resmlp import build_resmlp
+from weights import write_weights
+
+from . import tables
+from .pages import ROOT
+
+FLOWERS = ("daisy", "dandelion", "roses", "sunflowers", "tulips")
+
+SLURM = {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "here"}
+_PROGRAMS = {"srun": 'exec "$@"', "scontrol": "echo 127.0.0.1"}
+
+
+def make(folder: Path) -> None:
+    """Writes everything into ``folder``, laid out as beside and inside of the repository."""
+    rng = np.random.default_rng(0)
+    repository = folder / "repository"
+    _imagenet(folder / "dataset" / "imagenet", folder / "shared", rng)
+    for name in FLOWERS:
+        for number in range(3):
+            _photo(repository / "photos" / name / f"{number}.jpg", rng)
+    _weights(repository)
+    _demo(repository, folder / "shared")
+    for name, line in _PROGRAMS.items():
+        path = folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+
+
+def _imagenet(root: Path, images: Path, rng: np.random.Generator) -> None:
+    """Folders of 1,000 classes, with images of four. They are links: nobody writes there."""
+    root.mkdir(parents=True)
+    for label in range(1000):
+        (images / "train" / f"n{label:08d}").mkdir(parents=True)
+    for side in ("train", "val"):
+        for label in range(0, 1000, 250):
+            _photo(images / side / f"n{label:08d}" / f"{label}.JPEG", rng)
+        (root / side).symlink_to(images / side)
+
+
+def _photo(path: Path, rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = rng.integers(0, 256, [6, 8, 3], dtype=np.uint8)
+    Image.fromarray(small).resize((320, 240), Image.BICUBIC).save(path)
+
+
+def _weights(repository: Path) -> None:
+    """The published files under their names, with weights as they are before any training."""
+    for name in ("resmlp_12_224", "resmlp_24_224"):
+        config = get_config(str(ROOT / "configs" / f"{name}.yaml"))
+        config.MODEL.MIXER.DEPTH = tables.DEPTH
+        state = {key: value.numpy() for key, value in build_resmlp(config).state_dict().items()}
+        write_weights(state, repository / f"{name}.pdparams")
+    write_torch_weights(from_paddle(state, "timm")[0], repository / "model.safetensors")
+    if importlib.util.find_spec("torch"):
+        theirs = from_paddle(state, "facebook")[0]
+        write_torch_weights(theirs, repository / "resmlp_24_dist.pth")
+
+
+def _demo(repository: Path, images: Path) -> None:
+    """What `run_demo.sh` leaves, with few images to train on, and of one epoch."""
+    data = images / "demo"
+    splits = read(ARCHIVE)
+    train = splits["train"]
+    prepare({**splits, "train": Split(train.images[::94], train.labels[::94])}, data)
+    (repository / "demo").mkdir()
+    (repository / "demo" / "data").symlink_to(data)
+    subprocess.run(
+        [sys.executable, ROOT / "main_single_gpu.py", "-output=output/demo"]
+        + [f"-cfg={ROOT}/configs/resmlp_demo.yaml"]
+        + ["-opts", "TRAIN.NUM_EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"],
+        cwd=repository,
+        check=True,
+    )
+
+
+def copy(stand_ins: Path, folder: Path) -> Path:
+    """A clone of the repository with the stand-ins, in ``folder``; returns the clone's root."""
+    shutil.copytree(stand_ins, folder, symlinks=True, ignore=lambda *_: {"shared"})
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in os.fsdecode(tracked.stdout).rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():
+            target = folder / "repository" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+    for files, pattern, replacement, _ in tables.IN_THE_CLONE:
+        for path in (folder / "repository").glob(files):
+            path.write_text(re.sub(pattern, replacement, path.read_text()))
+    return folder / "repository"

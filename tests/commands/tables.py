@@ -1,0 +1,110 @@
+"""What is not run, what is changed to be small, what a command needs and what it leaves.
+
+Patterns are regular expressions; ``test_docs.py`` fails where one fits no command any more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+# Commands (whole) that are not run here, and why.
+ELSEWHERE = {
+    r"sh run_demo\.sh": "a stage of .ci/run",
+    r"sh run_tests\.sh.*": "a stage of .ci/run, and what runs this",
+    r"pip install .*": "network; setup_env.sh installs the requirements files in .ci/run",
+    r"python port_weights/load_timm_weights\.py -model .*": "network; the porting itself is run "
+    "with -checkpoint, and the names of -model are compared with timm's in tests/timm",
+    r".*main_single_gpu\.py \.\.\.": "shortened by the page; the whole command is in README",
+    r"(tensorboard|visualdl) --logdir .*": "serves until it is stopped; tests/test_dashboard.py "
+    "reads what they show",
+}
+
+# Changes to the commands, in this order: pattern, replacement, why.
+_SHORT = "TRAIN.NUM_EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.BATCH_SIZE 2"
+_TRAINING = r"(?:main_\w+\.py|run_train_multi\.sh)(?!.* -eval)"
+_OPTS = r"-opts(?: [A-Z_.]+ [\w./]+)+"
+CHANGES = [
+    (r"/dataset/imagenet", "../dataset/imagenet", "no test writes outside of its folder"),
+    (r"/shared/run", "../shared/run", "likewise"),
+    (r"(NNODES=|--nnodes )2", r"\g<1>1", "one node; tests/faults/test_ranks.py starts two"),
+    (r"10\.0\.0\.1", "127.0.0.1", "this node"),
+    (r":6170", ":{port}", "a port that is free"),
+    (rf"({_TRAINING}.* {_OPTS})", rf"\1 {_SHORT}", "an epoch of two or more steps"),
+    (rf"({_TRAINING})(?!.* -opts)", rf"\1 -opts {_SHORT}", "likewise"),
+    (r"^(?=.*(?i:resume)=auto)(.*NUM_EPOCHS) 1", r"\1 2", "more than the run before it has done"),
+    (r"(tools/benchmark\.py.*)", r"\1 -batch_size 2 -rounds 1", "two steps"),
+]
+
+# Changes to the files that the commands read: files, pattern, replacement, why.
+DEPTH = 2
+IN_THE_CLONE = [
+    ("config.py", *CHANGES[0]),
+    ("launch_multi.sh", *CHANGES[0]),
+    ("configs/resmlp_[12][24]_224.yaml", r"DEPTH: \d+", f"DEPTH: {DEPTH}", "time, and disk"),
+]
+
+# Packages that a command needs beside Paddle; it is skipped where one is missing.
+NEEDS = {
+    r"tools/(plot_metrics|visualize)\.py": ("matplotlib",),
+    r"-compare timm": ("torch", "timm"),
+    r"\.pth\b": ("torch",),
+    r"-format paddle onnx|/exported/": ("paddle2onnx", "onnx", "onnxruntime"),
+}
+
+# Files (patterns, from the repository's root) that a command makes or makes anew; no pictures where
+# Matplotlib is missing.
+_LISTS = ("train_list.txt", "val_list.txt", "classes.txt")
+_RUN = ("config.yaml", "log.txt", "metrics.jsonl", "curves.png", "last.pdparams", "best.pdparams")
+_PICTURES = ("index.html", "token_mixing.png", "magnitudes.png", "contributions.png", "batch.png")
+_EXPORTED = (
+    *("model.json", "model.pdiparams", "model.metadata.json"),
+    *("model.onnx", "model.safetensors"),
+)
+LEAVES = {
+    r"make_lists\.py /dataset/imagenet": [f"../dataset/imagenet/{name}" for name in _LISTS],
+    r"make_lists\.py photos": [f"photos/{name}" for name in _LISTS],
+    r"-output=\S*output/resmlp_24": [f"output/resmlp_24/{name}" for name in _RUN],
+    r"-output=output/photos": [f"output/photos/{name}" for name in _RUN],
+    r"-output=/shared/run": [f"../shared/run/{name}" for name in _RUN],
+    rf"^(?!.*(?i:output|resume)=).*{_TRAINING}": [f"output/train-*/{name}" for name in _RUN],
+    r"-resume=auto": ["output/train-*/last.pdparams"],
+    r"OUTPUT=/shared/run": ["../shared/run/last.pdparams"],
+    r"-eval|run_eval": ["output/eval-*/eval.json"],
+    r"-checkpoint resmlp_24_dist\.pth": ["resmlp_24_distilled_224.pdparams"],
+    r"-checkpoint model\.safetensors": ["x.pdparams"],
+    r"export_timm_weights\.py .*\.safetensors": ["x.safetensors"],
+    r"export_timm_weights\.py .*\.pth": ["x.pth"],
+    r"tools/plot_metrics\.py": ["curves.png", "curves.html"],
+    r"tools/visualize\.py": [f"output/demo/pictures/{name}" for name in _PICTURES],
+    r"tools/export\.py": [f"output/demo/exported/{name}" for name in _EXPORTED],
+}
+
+
+def fitting(table: dict, command: str) -> list:
+    """The entries of a table whose pattern is found in a command."""
+    return [entry for pattern, entry in table.items() if re.search(pattern, command)]
+
+
+def missing(command: str) -> list[str]:
+    """The packages that a command needs and that are not installed."""
+    names = [name for names in fitting(NEEDS, command) for name in names]
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def leaves(command: str) -> list[str]:
+    """The files that a command makes."""
+    names = [name for names in fitting(LEAVES, command) for name in names]
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    return [name for name in names if drawn or not name.endswith(".png")]
+
+
+def elsewhere(command: str) -> str | None:
+    """Why a command is not run here; None: it is."""
+    return next((why for pattern, why in ELSEWHERE.items() if re.fullmatch(pattern, command)), None)
+
+
+def changed(command: str, port: int) -> str:
+    for pattern, replacement, _ in CHANGES:
+        command = re.sub(pattern, replacement, command)
+    return command.replace("{port}", str(port))
