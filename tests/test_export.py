@@ -47,7 +47,7 @@ def normalized(images):
 
 
 def require(name):
-    if name == "onnx":
+    if name.startswith("onnx"):
         for package in ("paddle2onnx", "onnx", "onnxruntime"):
             pytest.importorskip(package)
 
@@ -151,8 +151,146 @@ def test_a_missing_package_is_named_before_anything_is_done(monkeypatch):
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(UserError, match="'tflite'; choose from paddle, onnx, safetensors"):
+    with pytest.raises(UserError, match="'tflite'; choose from paddle, onnx, onnx_int8, "):
         export("nowhere.pdparams", formats=["tflite"])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("photos"), 40)
+
+
+@pytest.fixture(scope="module")
+def exported_int8(weights, photos, tmp_path_factory):
+    """The file and the metadata of a model that was exported in int8."""
+    require("onnx_int8")
+    folder = tmp_path_factory.mktemp("int8")
+    metadata = export(weights, folder, ["onnx_int8"], images=photos)
+    return model_file(folder), metadata
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_int8_is_near_for_any_batch(exported_int8, logits, batch):
+    found = load(exported_int8[0]).run(normalized(UNSEEN[:batch]))
+    error = np.abs(found - logits[:batch]).max() / np.abs(logits).max()
+    assert 1e-5 < error < 0.02  # it is int8, and no worse
+
+
+def test_int8_holds_the_mlps_as_bytes_of_seven_bits(exported_int8):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(str(exported_int8[0])).graph
+    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer]
+    shapes = [a.shape for a in arrays if a.dtype == np.int8 and a.ndim == 2]
+    assert shapes == [(12, 24), (24, 12)] * 2
+    assert not [a for a in arrays if a.dtype == np.float32 and a.shape in shapes]
+    assert max(np.abs(a.astype(int)).max() for a in arrays if a.dtype == np.int8) == 64
+
+
+def test_int8_results_do_not_depend_on_the_rest_of_the_batch(exported_int8):
+    run, image = load(exported_int8[0]).run, normalized(UNSEEN[:1])
+    beside_others = run(np.concatenate([image, 1000 * image, 0 * image]))
+    np.testing.assert_allclose(beside_others[:1], run(image), rtol=1e-4)
+    assert np.isfinite(beside_others).all()
+
+
+def test_int8_metadata_has_the_agreement_and_what_it_was_found_on(exported_int8, photos):
+    file, returned = exported_int8
+    metadata = load(file).metadata
+    expected = {"int8_layers": 4, "top1_agreement": 100.0, "verified_on": "40 given images"}
+    assert {key: metadata[key] for key in expected} == expected == returned["int8"]
+    assert returned["largest_difference"] == {"onnx_int8": metadata["largest_difference"]}
+    ((path, entries),) = classify(load(file), photos[:1])
+    assert len(entries) == 4 and path == photos[0]
+
+
+def test_int8_takes_bytes_too(weights, photos, tmp_path, logits):
+    require("onnx_int8")
+    export(weights, tmp_path, ["onnx_int8"], with_preprocessing=True, images=photos)
+    found = load(model_file(tmp_path)).run(UNSEEN)
+    assert np.abs(found - softmax(logits)).max() < 0.02
+
+
+def test_int8_that_disagrees_is_not_left_behind(weights, photos, tmp_path, monkeypatch):
+    require("onnx_int8")
+    monkeypatch.setattr("tools.onnx_model.WEIGHT_LEVELS", 1)  # weights of -1, 0 and 1
+    with pytest.raises(UserError, match=r"for \d+ of 40 images .* less than 99.5 %"):
+        export(weights, tmp_path, ["onnx", "onnx_int8"], images=photos)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong, passes", [(0, True), (1, True), (2, False)])
+def test_one_image_in_two_hundred_may_disagree_and_no_more(weights, wrong, passes):
+    images = np.random.default_rng(0).integers(0, 256, [200, 16, 16, 3], dtype=np.uint8)
+    job = export_module._Job(load_model(run_config(weights)), run_config(weights), False, images)
+    answers = job.expected.copy()
+    first_class = np.flatnonzero(answers.argmax(1) == 0)  # which NaN would pass for
+    answers[first_class[-2:][:wrong]] = np.nan
+    parts = iter(np.split(answers, range(32, 200, 32)))
+    if passes:
+        assert job.agreement(lambda x: next(parts), images)[0] == 100 - wrong / 2
+    else:
+        with pytest.raises(UserError, match="198 of 200 images"):
+            job.agreement(lambda x: next(parts), images)
+
+
+@pytest.mark.parametrize("after_gelu", [False, True])
+def test_an_int8_product_is_exact_but_for_half_a_step_of_each_factor(after_gelu):
+    require("onnx_int8")
+    import onnx
+
+    from tools.onnx_model import _int8_product
+
+    rng = np.random.default_rng(0)
+    largest = np.array([0, 1e-3, 0.05, 1, 30]).reshape(1, 5, 1)
+    x = largest * np.sort(rng.uniform(-1, 1, [2, 5, 12])) / 0.999
+    if after_gelu:
+        x = np.maximum(x, -0.17)
+        x[..., 0] = -0.17  # however small the rest is
+    weight = np.hstack([np.eye(12), rng.normal(0, 1, [12, 7])]).astype("float32")
+    node = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"])
+    nodes, tensors = _int8_product(node, weight, after_gelu)
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"
+    ]
+    graph = onnx.helper.make_graph(nodes, "product", values[:1], values[1:], tensors)
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    found = run_onnx(model, x.astype("float32"))
+    token_step = np.abs(x).max(-1, keepdims=True) / 127
+    if after_gelu:
+        token_step = np.maximum(x.max(-1, keepdims=True), 0.68) / 204
+    weight_step = np.abs(weight.astype("float64")).max(0) / 64
+    rounded = np.rint(weight / weight_step) * weight_step
+    bound = token_step / 2 * np.abs(rounded).sum(0) + np.abs(x) @ np.abs(rounded - weight)
+    assert (np.abs(found - x @ weight.astype("float64")) <= 1.001 * bound).all()
+
+
+def run_onnx(model, x):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"x": x})[0]
+
+
+def test_int8_asks_for_real_images(weights, tmp_path):
+    require("onnx_int8")
+    with pytest.raises(UserError, match="is not there; give -opts DATA.DATA_PATH DIR, or -images"):
+        export(weights, tmp_path, ["onnx_int8"])
+
+
+def test_onnx_weights_are_initializers(weights, tmp_path):
+    require("onnx")
+    onnx = pytest.importorskip("onnx")
+    export(weights, tmp_path, ["onnx"])
+    model = onnx.load(str(model_file(tmp_path)))
+    onnx.checker.check_model(model, full_check=True)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    assert len(products) >= 6 and all(weights & set(node.input) for node in products)
+    assert not [node for node in model.graph.node if node.op_type == "Constant"]
+    assert [domain.domain for domain in model.opset_import] == [""]
 
 
 def test_verification_prefers_given_images_then_the_validation_data(weights, tmp_path):
@@ -168,6 +306,7 @@ def test_verification_prefers_given_images_then_the_validation_data(weights, tmp
     assert described == "16 validation images"
     last = build_eval_transform(config)(read_image(paths[-1]))
     np.testing.assert_array_equal(batch[-1], last)  # spread over all of them
+    assert verification_images(config, limit=1000)[1] == "20 validation images"
 
 
 @pytest.mark.parametrize("size, crop_pct", [(16, 1.0), (16, 0.8), (28, 0.85), (224, 0.875)])

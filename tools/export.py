@@ -1,6 +1,7 @@
 """Exports a trained model for deployment, and proves that the files compute the same.
 
     python tools/export.py -pretrained output/run/best.pdparams -format paddle onnx safetensors
+    python tools/export.py -pretrained output/run/best.pdparams -format onnx_int8
 
 Affine and LayerScale are folded into the linear layers, the batch size is free, and each file is
 run against the model it came from before it is left in place. What one needs to use it (crop,
@@ -16,12 +17,11 @@ import runtime  # noqa: F401  isort: skip
 
 import contextlib
 import importlib.util
-import inspect
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,10 @@ from weights import read_weights
 
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
 VERIFY_IMAGES = 16
-OPSET = 17  # of ONNX
+MIN_AGREEMENT = 99.5  # percent of images for which int8 must have the eager model's top-1
+AGREEMENT_IMAGES = 1000
+AGREEMENT_BATCH = 32
+ONNX_PACKAGES = ("paddle2onnx", "onnx", "onnxruntime")
 
 
 class WithPreprocessing(nn.Layer):
@@ -82,29 +85,38 @@ def export(
     Args:
         pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
         output: folder for the files ``model.*``; None: ``exported`` beside the weights.
-        formats: of ``paddle`` (for Paddle Inference), ``onnx`` and ``safetensors``. The last is to
-            go on from, here or elsewhere: the weights alone, unfolded, under their own names.
+        formats: of ``paddle`` (for Paddle Inference), ``onnx``, ``onnx_int8`` (see
+            `tools.onnx_model`) and ``safetensors``. The last is to go on from, here or elsewhere:
+            the weights alone, unfolded, under their own names.
         cfg: YAML file; None: ``config.yaml`` beside the weights.
         with_preprocessing: normalisation and softmax inside the model: uint8 ``[B, H, W, 3]`` in,
             probabilities out; else normalised float32 ``[B, 3, H, W]`` in, logits out.
-        images: images to verify on; none: see `verification_images`.
+        images: images to verify on; none: see `verification_images`. int8 needs real ones.
         class_names: text file, one name a line; None: see `predict.find_class_names`.
         opts: further config keys, ``KEY, VALUE, ...``.
 
     Returns:
         The metadata. Its ``largest_difference`` has, for each format, that to the eager model,
-        relative to the largest output.
+        relative to the largest output; its ``int8``, after that export, ``int8_layers``,
+        ``top1_agreement`` in percent, and what it was ``verified_on``.
 
     Raises:
         UserError: a missing package; weights or images that cannot be used; a file that computes
-            something else, which is not left behind.
+            something else (int8: that agrees for less than `MIN_AGREEMENT` percent of the images),
+            which is not left behind.
     """
     _check_formats(formats)
     config = run_config(pretrained, cfg, opts)
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to export")
+    images = list(images)
+    if "onnx_int8" in formats and not images and not os.path.isdir(config.DATA.DATA_PATH):
+        raise UserError(
+            f"-format onnx_int8 is verified on real images: DATA.DATA_PATH {config.DATA.DATA_PATH} "
+            "is not there; give -opts DATA.DATA_PATH DIR, or -images"
+        )
     batch, described = verification_images(config, images)
-    job = _Job(load_model(config), config, with_preprocessing, batch)
+    job = _Job(load_model(config), config, with_preprocessing, batch, images)
     metadata = {
         "model": config.MODEL.NAME,
         "weights": Path(config.MODEL.PRETRAINED).name,
@@ -118,43 +130,47 @@ def export(
         "class_names": find_class_names(config, class_names),
         "verified_on": described,
     }
-    differences = {}
+    found = {}
     with _staging(output or Path(config.MODEL.PRETRAINED).with_name("exported")) as folder:
         for name in formats:
             try:
-                differences[name] = _EXPORTERS[name][1](job, folder / "model", metadata)
+                found[name] = _EXPORTERS[name][1](job, folder / "model", metadata)
             except ModelError as error:
                 raise UserError(f"-format {name}: {error}") from None
-    return {**metadata, "largest_difference": differences}
+    differences = {name: values.pop("largest_difference") for name, values in found.items()}
+    int8 = {"int8": found["onnx_int8"]} if "onnx_int8" in found else {}
+    return {**metadata, "largest_difference": differences, **int8}
 
 
 def verification_images(
-    config, sources: Iterable[str | os.PathLike] = ()
+    config, sources: Iterable[str | os.PathLike] = (), limit: int = VERIFY_IMAGES
 ) -> tuple[np.ndarray, str]:
     """A few images, cropped as in evaluation, and a line that says what they are.
 
     Args:
         config: for the crop and the data folder.
-        sources: files, folders, glob patterns; none: images spread over the validation data where
-            the config's data folder is there, else smooth random ones.
+        sources: files, folders, glob patterns; none: the validation data where the config's data
+            folder is there, else smooth random images.
+        limit: images at most, spread over those that there are.
 
     Returns:
-        uint8 ``[n, H, W, 3]``, n at most `VERIFY_IMAGES`; the line.
+        uint8 ``[n, H, W, 3]``; the line.
     """
     transform = build_eval_transform(config)
     sources = list(sources)
     if sources:
-        paths, described = find_images(sources)[:VERIFY_IMAGES], "given images"
+        paths, described = find_images(sources), "given images"
     elif os.path.isdir(config.DATA.DATA_PATH):
         files = build_dataset(config, "val").files
-        chosen = np.linspace(0, len(files) - 1, min(VERIFY_IMAGES, len(files))).astype(int)
-        paths, described = [files.path(i) for i in chosen], "validation images"
+        paths, described = [files.path(i) for i in range(len(files))], "validation images"
     else:
         size, rng = config.DATA.IMAGE_SIZE, np.random.default_rng(0)
-        coarse = rng.integers(0, 256, [VERIFY_IMAGES, size // 8 + 1, size // 8 + 1, 3])
+        coarse = rng.integers(0, 256, [limit, size // 8 + 1, size // 8 + 1, 3])
         images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size].astype("uint8")
-        return images, f"{VERIFY_IMAGES} generated images"
-    return np.stack([transform(read_image(path)) for path in paths]), f"{len(paths)} {described}"
+        return images, f"{limit} generated images"
+    chosen = np.linspace(0, len(paths) - 1, min(limit, len(paths))).astype(int)
+    images = np.stack([transform(read_image(paths[i])) for i in chosen])
+    return images, f"{len(images)} {described}"
 
 
 @dataclass
@@ -165,6 +181,7 @@ class _Job:
     config: object
     with_preprocessing: bool
     images: np.ndarray  # uint8 [n, H, W, 3]
+    sources: Sequence = ()  # images as the user named them
 
     @paddle.no_grad()
     def __post_init__(self):
@@ -200,12 +217,34 @@ class _Job:
             )
         return difference
 
+    def agreement(self, run: Run, images: np.ndarray) -> tuple[float, float]:
+        """How often a file has the eager model's top-1, percent; the largest relative difference.
 
-def _export_paddle(job: _Job, prefix: Path, metadata: dict) -> float:
-    difference = job.difference("paddle", open_paddle(_save(job, prefix)))
-    text = json.dumps({**metadata, "largest_difference": difference}, indent=2, ensure_ascii=False)
+        Raises:
+            UserError: it is below `MIN_AGREEMENT`.
+        """
+        same, error, largest = 0, 0.0, 0.0
+        for start in range(0, len(images), AGREEMENT_BATCH):
+            part = replace(self, images=images[start : start + AGREEMENT_BATCH])
+            out = run(part.inputs)
+            agrees = out.argmax(1) == part.expected.argmax(1)
+            same += int((agrees & np.isfinite(out).all(1)).sum())
+            error = max(error, float(np.abs(out - part.expected).max()))
+            largest = max(largest, float(np.abs(part.expected).max()))
+        agreement = 100 * same / len(images)
+        if agreement < MIN_AGREEMENT:
+            raise UserError(
+                f"-format onnx_int8: top-1 is as in float32 for {same} of {len(images)} images "
+                f"({agreement:.2f} %), less than {MIN_AGREEMENT} %; nothing was written"
+            )
+        return agreement, error / largest
+
+
+def _export_paddle(job: _Job, prefix: Path, metadata: dict) -> dict:
+    found = {"largest_difference": job.difference("paddle", open_paddle(_save(job, prefix)))}
+    text = json.dumps({**metadata, **found}, indent=2, ensure_ascii=False)
     write_file(f"{prefix}.metadata.json", text + "\n")
-    return difference
+    return found
 
 
 def _save(job: _Job, prefix: Path) -> Path:
@@ -219,35 +258,46 @@ def _save(job: _Job, prefix: Path) -> Path:
     return next(file for file in files if file.exists())
 
 
-def _export_onnx(job: _Job, prefix: Path, metadata: dict) -> float:
+def _export_onnx(job: _Job, prefix: Path, metadata: dict) -> dict:
     import onnx
 
-    file = f"{prefix}.onnx"
-    with tempfile.TemporaryDirectory() as folder:
-        _convert_to_onnx(_save(job, Path(folder) / "model"), file)
-    difference = job.difference("onnx", open_onnx(file)[0])
-    model = onnx.load(file)
-    onnx.helper.set_model_props(model, _texts(metadata, difference))
+    file, model = f"{prefix}.onnx", _onnx_model(job)
     onnx.save(model, file)
-    return difference
+    found = {"largest_difference": job.difference("onnx", open_onnx(file)[0])}
+    onnx.helper.set_model_props(model, _texts({**metadata, **found}))
+    onnx.save(model, file)
+    return found
 
 
-def _convert_to_onnx(source: Path, file: str) -> None:
-    try:
-        import paddle2onnx
+def _export_onnx_int8(job: _Job, prefix: Path, metadata: dict) -> dict:
+    import onnx
 
-        options = {"opset_version": OPSET, "verbose": False}
-        if "optimize_tool" in inspect.signature(paddle2onnx.export).parameters:
-            options["optimize_tool"] = "None"  # the default installs packages while it runs
-        paddle2onnx.export(str(source), str(source.with_suffix(".pdiparams")), file, **options)
-    except Exception as error:  # its version must match Paddle's, and shows that in many ways
-        raise UserError(
-            f"-format onnx: paddle2onnx failed ({type(error).__name__}: {error}); Paddle 3 takes "
-            "paddle2onnx 2.1, Paddle 2.6 takes 1.3"
-        ) from error
+    from tools.onnx_model import quantize
+
+    file, model = f"{prefix}.int8.onnx", _onnx_model(job)
+    layers = quantize(model.graph, len(job.model.mixer_layers))
+    onnx.save(model, file)
+    images, described = verification_images(job.config, job.sources, AGREEMENT_IMAGES)
+    agreement, difference = job.agreement(open_onnx(file)[0], images)
+    found = {
+        "largest_difference": difference,
+        "int8_layers": layers,
+        "top1_agreement": agreement,
+        "verified_on": described,
+    }
+    onnx.helper.set_model_props(model, _texts({**metadata, **found}))
+    onnx.save(model, file)
+    return found
 
 
-def _export_safetensors(job: _Job, prefix: Path, metadata: dict) -> float:
+def _onnx_model(job: _Job):
+    from tools.onnx_model import convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        return convert(_save(job, Path(folder) / "model"))
+
+
+def _export_safetensors(job: _Job, prefix: Path, metadata: dict) -> dict:
     from safetensors.numpy import save
 
     file = f"{prefix}.safetensors"
@@ -258,18 +308,20 @@ def _export_safetensors(job: _Job, prefix: Path, metadata: dict) -> float:
     again = job.deployed(again)
     with paddle.no_grad():
         difference = job.difference("safetensors", lambda x: again(paddle.to_tensor(x)).numpy())
-    write_file(file, save(state, metadata=_texts(metadata, difference)))
-    return difference
+    found = {"largest_difference": difference}
+    write_file(file, save(state, metadata=_texts({**metadata, **found})))
+    return found
 
 
-def _texts(metadata: dict, difference: float) -> dict[str, str]:
+def _texts(metadata: dict) -> dict[str, str]:
     """Metadata as ONNX and safetensors take it: a JSON text for each key."""
-    return {k: json.dumps(v) for k, v in {**metadata, "largest_difference": difference}.items()}
+    return {key: json.dumps(value) for key, value in metadata.items()}
 
 
 _EXPORTERS = {  # format -> what needs to be installed, what writes and verifies the file
     "paddle": ((), _export_paddle),
-    "onnx": (("paddle2onnx", "onnx", "onnxruntime"), _export_onnx),
+    "onnx": (ONNX_PACKAGES, _export_onnx),
+    "onnx_int8": (ONNX_PACKAGES, _export_onnx_int8),
     "safetensors": (("safetensors",), _export_safetensors),
 }
 
@@ -278,9 +330,14 @@ def _check_formats(formats: Sequence[str]) -> None:
     for name in formats:
         if name not in _EXPORTERS:
             raise UserError(f"-format is {name!r}; choose from {', '.join(_EXPORTERS)}")
-        missing = [p for p in _EXPORTERS[name][0] if importlib.util.find_spec(p) is None]
-        if missing:
-            raise UserError(f"-format {name} needs `pip install {' '.join(missing)}`")
+        require(f"-format {name}", _EXPORTERS[name][0])
+
+
+def require(what: str, packages: Sequence[str]) -> None:
+    """Raises a `UserError` that says what to install."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{what} needs `pip install {' '.join(missing)}`")
 
 
 @contextlib.contextmanager
@@ -321,6 +378,9 @@ def main() -> None:
     print(f"verified on {metadata['verified_on']}")
     for name, difference in metadata["largest_difference"].items():
         print(f"{name}: largest difference {difference:.1e} of the largest output")
+    if "int8" in metadata:
+        agreement, images = (metadata["int8"][key] for key in ("top1_agreement", "verified_on"))
+        print(f"onnx_int8: top-1 as in float32 for {agreement:.2f} % of {images}")
 
 
 if __name__ == "__main__":

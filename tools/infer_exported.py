@@ -75,9 +75,11 @@ def load(
     """Opens an exported model.
 
     Args:
-        path: ``model.onnx``; or ``model.json`` or ``model.pdmodel`` of Paddle.
-        bf16: compute in bfloat16 (Paddle Inference on CPU): twice as fast where the processor has
-            the instructions, logits to about two digits.
+        path: ``model.onnx`` or ``model.int8.onnx``; or ``model.json`` or ``model.pdmodel`` of
+            Paddle.
+        bf16: compute in bfloat16 (Paddle Inference on CPU), logits to about two digits. Faster or
+            slower, as the processor has it: measure (a Xeon with the AVX-512 instructions for it,
+            but without AMX, was slower than in float32).
         gpu: run on the first GPU.
         threads: CPU threads; None: one per core.
 
