@@ -34,12 +34,42 @@ def config(monkeypatch):
 
 @pytest.mark.parametrize("backend", tool.BACKENDS)
 def test_every_backend_gives_every_figure(config, backend):
+    require(backend)
     (result,) = benchmark(Job(config, "infer", batch_size=2, backend=backend), rounds=2)
     assert set(result) == KEYS
     assert (result["model"], result["mode"], result["backend"]) == ("tiny", "infer", backend)
     assert (result["batch_size"], result["threads"], result["dtype"]) == (2, 1, "float32")
     assert result["images_per_second"] > 0
     assert result["peak_memory_mb"] > 50
+
+
+def require(backend):
+    if backend == "onnx":
+        for package in tool.ONNX_PACKAGES:
+            pytest.importorskip(package)
+
+
+def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, capfd):
+    require("onnx")
+    from tools import onnx_model
+
+    monkeypatch.setattr(tool, "gemm_peak", lambda dtype, threads: {"int8": 2.0}[dtype])
+    depths, quantize = [], onnx_model.quantize
+    monkeypatch.setattr(
+        onnx_model, "quantize", lambda graph, depth: depths.append(quantize(graph, depth))
+    )
+    (result,) = benchmark(Job(config, "infer", 2, backend="onnx", dtype="int8"), rounds=1)
+    assert set(result) == KEYS and result["dtype"] == "int8"
+    assert depths == [4]  # layers: two in each of two blocks
+    assert not capfd.readouterr().out  # which is for the results
+
+
+def test_the_int8_peak_is_that_of_float32(monkeypatch):
+    monkeypatch.setattr(tool, "GEMM_SIZE", 64)
+    dtypes, randn = [], paddle.randn
+    monkeypatch.setattr(paddle, "randn", lambda shape: dtypes.append(shape) or randn(shape))
+    assert tool.gemm_peak("int8", 1) > 0
+    assert dtypes == [[64, 64]]
 
 
 def test_the_figures_follow_from_the_median_time(config, monkeypatch):
@@ -125,6 +155,9 @@ def test_the_step_mode_times_every_part_and_their_sum(config):
         ({"mode": "train", "backend": "inference"}, "-mode infer"),
         ({"dtype": "bfloat16"}, "-backend inference"),
         ({"dtype": "float16", "backend": "inference"}, "on a CPU"),
+        ({"dtype": "int8"}, "-backend onnx"),
+        ({"dtype": "bfloat16", "backend": "onnx"}, "float32 or int8"),
+        ({"mode": "train", "backend": "onnx"}, "-mode infer"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(config, arguments, word):

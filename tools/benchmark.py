@@ -2,13 +2,15 @@
 
     python tools/benchmark.py -cfg configs/resmlp_12_224.yaml -mode train -batch_size 32
     python tools/benchmark.py -cfg ... -mode infer -backend inference -dtype bfloat16 -json
+    python tools/benchmark.py -cfg ... -mode infer -backend onnx -dtype int8 -compare timm
     python tools/benchmark.py -cfg ... -mode infer -compare timm timm_compile
     python tools/benchmark.py -cfg ... -mode step -opts DATA.DATA_PATH /dataset/imagenet
 
 Modes: `infer` (forward), `train` (forward, backward, AdamW), `data` (JPEG to augmented uint8, on
 one core), `step` (a training step of the config's recipe, part by part). Times are medians of
 interleaved rounds; the efficiency is model FLOPs over time over the largest matrix product rate
-that this process reaches in the same precision. docs/performance.md tells how to read them.
+that this process reaches in the same precision (int8: in float32). docs/performance.md tells how to
+read them.
 """
 
 from __future__ import annotations
@@ -49,14 +51,15 @@ from optimizer import build_optimizer, clip_gradients
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
 from tools.common import Parser
-from tools.infer_exported import open_paddle
+from tools.export import ONNX_PACKAGES, require
+from tools.infer_exported import open_onnx, open_paddle
 from tools.model_info import config_info
 from transforms import build_train_transform
 from utils import step_rng
 
 MODES = ("infer", "train", "data", "step")
-BACKENDS = ("eager", "to_static", "inference")
-DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("eager", "to_static", "inference", "onnx")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 RIVALS = ("timm", "timm_compile")
 SETTLE_SECONDS = 0.3  # OpenMP threads spin for 0.2 s after their work, and would disturb the next
 GEMM_SIZE, GEMM_ROUNDS = 2048, 20
@@ -93,7 +96,10 @@ class Job:
             raise UserError("-batch_size is at least 1")
         if self.mode != "infer" and self.backend != "eager":
             raise UserError(f"-backend {self.backend} is for -mode infer")
-        if self.dtype != "float32" and not on_gpu():
+        if self.dtype == "int8" or self.backend == "onnx":
+            if self.backend != "onnx" or self.dtype not in ("float32", "int8"):
+                raise UserError("-dtype int8 is for -backend onnx, which takes float32 or int8")
+        elif self.dtype != "float32" and not on_gpu():
             if self.dtype == "float16" or (self.mode, self.backend) != ("infer", "inference"):
                 raise UserError(
                     f"-dtype {self.dtype}: on a CPU Paddle has lower precision only as "
@@ -164,8 +170,12 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
 
 
 def gemm_peak(dtype: str = "float32", threads: int | None = None) -> float:
-    """The rate of a large square matrix product in this process, GFLOP/s: the machine's limit."""
+    """The rate of a large square matrix product in this process, GFLOP/s: the machine's limit.
+
+    Paddle has no int8 product on a CPU: for int8 it is the float32 rate, which int8 may exceed.
+    """
     runtime.set_threads(threads)
+    dtype = "float32" if dtype == "int8" else dtype
     if on_gpu() or dtype == "float32":
         factor = paddle.randn([GEMM_SIZE, GEMM_SIZE]).astype(dtype)
         products, step = 1, lambda: factor.matmul(factor)
@@ -194,9 +204,10 @@ def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
     images = paddle.randn([job.batch_size, job.config.DATA.IMAGE_CHANNELS, size, size])
     if job.mode == "train":
         yield _train_step(job, model, images)
-    elif job.backend == "inference":
+    elif job.backend in ("inference", "onnx"):
         shape, array = [None, *images.shape[1:]], images.numpy()
-        with _predictor(fold(model), shape, job.dtype, job.threads) as run:
+        deploy = _onnx_session if job.backend == "onnx" else _predictor
+        with deploy(fold(model), shape, job.dtype, job.threads) as run:
             yield lambda: run(array)
     else:
         model.eval()
@@ -242,11 +253,33 @@ def _data_step(job: Job, files: Sequence[str]) -> Step:
 @contextmanager
 def _predictor(layer: nn.Layer, shape: list, dtype: str, threads: int | None) -> Iterator[Callable]:
     """A layer in Paddle Inference, as tools/export and tools/infer_exported deploy it."""
-    spec = paddle.static.InputSpec(shape, "float32", "x")
     with tempfile.TemporaryDirectory() as folder:
-        paddle.jit.save(layer, f"{folder}/model", input_spec=[spec])
-        model = next(p for p in Path(folder).iterdir() if p.suffix in (".json", ".pdmodel"))
+        model = _save(layer, shape, folder)
         yield open_paddle(model, bf16=dtype == "bfloat16", gpu=on_gpu(), threads=threads)
+
+
+@contextmanager
+def _onnx_session(
+    model: nn.Layer, shape: list, dtype: str, threads: int | None
+) -> Iterator[Callable]:
+    """A folded model in onnxruntime, as tools/export and tools/infer_exported deploy it."""
+    require("-backend onnx", ONNX_PACKAGES)
+    import onnx
+
+    from tools.onnx_model import convert, quantize
+
+    with tempfile.TemporaryDirectory() as folder:
+        converted = convert(_save(model, shape, folder))
+        if dtype == "int8":
+            quantize(converted.graph, len(model.blocks))
+        onnx.save(converted, f"{folder}/model.onnx")
+        yield open_onnx(Path(folder, "model.onnx"), gpu=on_gpu(), threads=threads)[0]
+
+
+def _save(layer: nn.Layer, shape: list, folder: str) -> Path:
+    spec = paddle.static.InputSpec(shape, "float32", "x")
+    paddle.jit.save(layer, f"{folder}/model", input_spec=[spec])
+    return next(p for p in Path(folder).iterdir() if p.suffix in (".json", ".pdmodel"))
 
 
 def _autocast(dtype: str):
