@@ -15,6 +15,9 @@ ELSEWHERE = {
     r"pip install .*": "network; setup_env.sh installs the requirements files in .ci/run",
     r"python port_weights/load_timm_weights\.py -model .*": "network; the porting itself is run "
     "with -checkpoint, and the names of -model are compared with timm's in tests/timm",
+    r"python demo/prepare\.py -idx .*": "Debian's package; tests/test_demo_data.py makes such files",
+    r"python main_multi_gpu\.py .*resmlp_fashion_mnist.*": "needs the images of the line before it",
+    r"python tools/study\.py .*": "18 trainings; tests/test_study.py does two",
     r".*main_single_gpu\.py \.\.\.": "shortened by the page; the whole command is in README",
     r"(tensorboard|visualdl) --logdir .*": "serves until it is stopped; tests/test_dashboard.py "
     "reads what they show",
@@ -65,6 +68,7 @@ LEAVES = {
     r"make_lists\.py /dataset/imagenet": [f"../dataset/imagenet/{name}" for name in _LISTS],
     r"make_lists\.py photos": [f"photos/{name}" for name in _LISTS],
     r"-output=\S*output/resmlp_24": [f"output/resmlp_24/{name}" for name in _RUN],
+    r"-output=output/small": [f"output/small/{name}" for name in _RUN],
     r"-output=output/photos": [f"output/photos/{name}" for name in _RUN],
     r"-output=/shared/run": [f"../shared/run/{name}" for name in _RUN],
     rf"^(?!.*(?i:output|resume)=).*{_TRAINING}": [f"output/train-*/{name}" for name in _RUN],
