@@ -97,6 +97,12 @@ def test_the_whole_model_maps_bytes_to_probabilities(exported_whole, logits, bat
     assert_near(load(exported_whole).run(UNSEEN[:batch]), softmax(logits[:batch]))
 
 
+def test_a_batch_in_pieces_is_whole_again(exported, logits):
+    run = load(exported[1], threads=1).run
+    batch = np.concatenate([normalized(UNSEEN)] * 2)  # ten: on one thread 4 + 4 + 2
+    assert_near(run(batch), np.concatenate([logits] * 2))
+
+
 def test_both_kinds_give_probabilities_when_loaded(exported, exported_whole, logits):
     for file in (exported[1], exported_whole):
         assert_near(load(file)(UNSEEN), softmax(logits))
@@ -289,6 +295,7 @@ def test_onnx_weights_are_initializers(weights, tmp_path):
     weights = {tensor.name for tensor in model.graph.initializer}
     products = [node for node in model.graph.node if node.op_type == "MatMul"]
     assert len(products) >= 6 and all(weights & set(node.input) for node in products)
+    assert weights <= {name for node in model.graph.node for name in node.input}
     assert not [node for node in model.graph.node if node.op_type == "Constant"]
     assert [domain.domain for domain in model.opset_import] == [""]
 

@@ -375,7 +375,8 @@ def main() -> None:
         args.class_names,
         args.opts,
     )
-    print(f"verified on {metadata['verified_on']}")
+    if args.format != ["onnx_int8"]:
+        print(f"verified on {metadata['verified_on']}")
     for name, difference in metadata["largest_difference"].items():
         print(f"{name}: largest difference {difference:.1e} of the largest output")
     if "int8" in metadata:

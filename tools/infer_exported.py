@@ -37,6 +37,10 @@ _KEYS = (  # of the metadata
     "class_names",
 )
 
+# A larger batch goes through a CPU in pieces whose activations stay in its caches: a resmlp_12 in
+# int8 takes a fifth less time for 32 images so, in float32 an eighth less.
+_IMAGES_PER_THREAD = 4
+
 Run = Callable[[np.ndarray], np.ndarray]  # an array as the file takes it -> its output [B, K]
 
 
@@ -116,8 +120,9 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
         import onnxruntime
     except ImportError:
         raise ModelError(f"{path}: running it needs `pip install onnxruntime`") from None
+    threads = threads or os.cpu_count()
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or os.cpu_count()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
     try:
@@ -128,7 +133,13 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
         reason = str(error).splitlines()[0]
         raise ModelError(f"{path}: onnxruntime cannot open it: {reason}") from None
     name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0], metadata
+
+    def run(images: np.ndarray) -> np.ndarray:
+        size = len(images) if gpu else _IMAGES_PER_THREAD * threads
+        pieces = [images[start : start + size] for start in range(0, len(images), size)]
+        return np.concatenate([session.run(None, {name: piece})[0] for piece in pieces])
+
+    return run, metadata
 
 
 def open_paddle(

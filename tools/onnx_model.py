@@ -70,7 +70,8 @@ def _stdout_to_stderr() -> Iterator[None]:
 def tidy(graph: onnx.GraphProto) -> None:
     """Turns constants into initializers, as quantizers and other readers expect weights to be.
 
-    paddle2onnx writes each weight as a Constant node, with an Identity node behind it.
+    paddle2onnx writes each weight as a Constant node, some with an Identity node behind it, and
+    constants that nothing uses.
     """
     outputs = {output.name for output in graph.output}
     source, nodes = {}, []
@@ -85,6 +86,8 @@ def tidy(graph: onnx.GraphProto) -> None:
         else:
             nodes.append(node)
     _replace(graph.node, nodes)
+    used = {name for node in nodes for name in node.input}
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
 
 
 def quantize(graph: onnx.GraphProto, depth: int) -> int:
