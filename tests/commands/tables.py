@@ -52,7 +52,7 @@ NEEDS = {
     r"tools/(plot_metrics|visualize)\.py": ("matplotlib",),
     r"-compare timm": ("torch", "timm"),
     r"\.pth\b": ("torch",),
-    r"-format paddle onnx|/exported/": ("paddle2onnx", "onnx", "onnxruntime"),
+    r"-format (paddle )?onnx|-backend onnx|/exported/": ("paddle2onnx", "onnx", "onnxruntime"),
 }
 
 # Files (patterns, from the repository's root) that a command makes or makes anew; no pictures where
@@ -81,7 +81,8 @@ LEAVES = {
     r"export_timm_weights\.py .*\.pth": ["x.pth"],
     r"tools/plot_metrics\.py": ["curves.png", "curves.html"],
     r"tools/visualize\.py": [f"output/demo/pictures/{name}" for name in _PICTURES],
-    r"tools/export\.py": [f"output/demo/exported/{name}" for name in _EXPORTED],
+    r"-format onnx_int8": ["output/demo/exported/model.int8.onnx"],
+    r"-format paddle onnx": [f"output/demo/exported/{name}" for name in _EXPORTED],
 }
 
 
