@@ -15,7 +15,7 @@ ELSEWHERE = {
     r"pip install .*": "network; setup_env.sh installs the requirements files in .ci/run",
     r"python port_weights/load_timm_weights\.py -model .*": "network; the porting itself is run "
     "with -checkpoint, and the names of -model are compared with timm's in tests/timm",
-    r"python demo/prepare\.py -idx .*": "Debian's package; tests/test_demo_data.py makes such files",
+    r"python demo/prepare\.py -idx .*": "Debian's package; tests/test_demo_data.py has such files",
     r"python main_multi_gpu\.py .*resmlp_fashion_mnist.*": "needs the images of the line before it",
     r"python tools/study\.py .*": "18 trainings; tests/test_study.py does two",
     r".*main_single_gpu\.py \.\.\.": "shortened by the page; the whole command is in README",
