@@ -66,10 +66,10 @@ def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, c
 
 def test_the_int8_peak_is_that_of_float32(monkeypatch):
     monkeypatch.setattr(tool, "GEMM_SIZE", 64)
-    dtypes, randn = [], paddle.randn
-    monkeypatch.setattr(paddle, "randn", lambda shape: dtypes.append(shape) or randn(shape))
+    shapes, randn = [], paddle.randn
+    monkeypatch.setattr(paddle, "randn", lambda shape: shapes.append(shape) or randn(shape))
     assert tool.gemm_peak("int8", 1) > 0
-    assert dtypes == [[64, 64]]
+    assert shapes == [[64, 64]]
 
 
 def test_the_figures_follow_from_the_median_time(config, monkeypatch):

@@ -51,7 +51,7 @@ from optimizer import build_optimizer, clip_gradients
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
 from tools.common import Parser
-from tools.export import ONNX_PACKAGES, require
+from tools.export import ONNX_PACKAGES, require, save_for_inference
 from tools.infer_exported import open_onnx, open_paddle
 from tools.model_info import config_info
 from transforms import build_train_transform
@@ -278,8 +278,7 @@ def _onnx_session(
 
 def _save(layer: nn.Layer, shape: list, folder: str) -> Path:
     spec = paddle.static.InputSpec(shape, "float32", "x")
-    paddle.jit.save(layer, f"{folder}/model", input_spec=[spec])
-    return next(p for p in Path(folder).iterdir() if p.suffix in (".json", ".pdmodel"))
+    return save_for_inference(layer, Path(folder, "model"), spec)
 
 
 def _autocast(dtype: str):

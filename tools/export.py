@@ -248,12 +248,16 @@ def _export_paddle(job: _Job, prefix: Path, metadata: dict) -> dict:
 
 
 def _save(job: _Job, prefix: Path) -> Path:
-    """Saves the folded model for Paddle Inference: ``.json`` (Paddle 3) or ``.pdmodel``."""
     size = job.config.DATA.IMAGE_SIZE
     spec = InputSpec([None, 3, size, size], "float32", "image")
     if job.with_preprocessing:
         spec = InputSpec([None, size, size, 3], "uint8", "image")
-    paddle.jit.save(job.deployed(fold(job.model)), str(prefix), input_spec=[spec])
+    return save_for_inference(job.deployed(fold(job.model)), prefix, spec)
+
+
+def save_for_inference(layer: nn.Layer, prefix: Path, spec: InputSpec) -> Path:
+    """Saves a layer for Paddle Inference; returns the ``.json`` (Paddle 3) or ``.pdmodel``."""
+    paddle.jit.save(layer, str(prefix), input_spec=[spec])
     files = [Path(f"{prefix}{suffix}") for suffix in (".json", ".pdmodel")]
     return next(file for file in files if file.exists())
 
