@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from config import get_config
-from demo.fashion_mnist import Split, read
+from demo.fashion_mnist import Split, read, write_archive
 from demo.make_subset import ARCHIVE
 from demo.prepare import prepare
 from port_weights.names import from_paddle
@@ -84,8 +84,9 @@ def _demo(repository: Path, images: Path) -> None:
     """What `run_demo.sh` leaves, with few images to train on, and of one epoch."""
     data = images / "demo"
     splits = read(ARCHIVE)
-    train = splits["train"]
-    prepare({**splits, "train": Split(train.images[::94], train.labels[::94])}, data)
+    few = {name: Split(s.images[::94], s.labels[::94]) for name, s in splits.items()}
+    write_archive(few, repository.parent / "fashion_mnist.tar.xz")
+    prepare({**splits, "train": few["train"]}, data)
     (repository / "demo").mkdir()
     (repository / "demo" / "data").symlink_to(data)
     subprocess.run(

@@ -15,9 +15,6 @@ ELSEWHERE = {
     r"pip install .*": "network; setup_env.sh installs the requirements files in .ci/run",
     r"python port_weights/load_timm_weights\.py -model .*": "network; the porting itself is run "
     "with -checkpoint, and the names of -model are compared with timm's in tests/timm",
-    r"python demo/prepare\.py -idx .*": "Debian's package; tests/test_demo_data.py has such files",
-    r"python main_multi_gpu\.py .*resmlp_fashion_mnist.*": "needs the images of the line before it",
-    r"python tools/study\.py .*": "18 trainings; tests/test_study.py does two",
     r".*main_single_gpu\.py \.\.\.": "shortened by the page; the whole command is in README",
     r"(tensorboard|visualdl) --logdir .*": "serves until it is stopped; tests/test_dashboard.py "
     "reads what they show",
@@ -30,6 +27,8 @@ _OPTS = r"-opts(?: [A-Z_.]+ [\w./]+)+"
 CHANGES = [
     (r"/dataset/imagenet", "../dataset/imagenet", "no test writes outside of its folder"),
     (r"/shared/run", "../shared/run", "likewise"),
+    (r"/usr/share/datasets/fashion-mnist", "../fashion_mnist.tar.xz", "a few of its images"),
+    (r"-seeds 3 -opts TRAIN.NUM_EPOCHS 8", f"-seeds 1 -opts {_SHORT}", "six short trainings"),
     (r"(NNODES=|--nnodes )2", r"\g<1>1", "one node; tests/faults/test_ranks.py starts two"),
     (r"10\.0\.0\.1", "127.0.0.1", "this node"),
     (r":6170", ":{port}", "a port that is free"),
@@ -79,6 +78,9 @@ LEAVES = {
     r"-checkpoint model\.safetensors": ["x.pdparams"],
     r"export_timm_weights\.py .*\.safetensors": ["x.safetensors"],
     r"export_timm_weights\.py .*\.pth": ["x.pth"],
+    r"demo/prepare\.py": [f"output/fashion_mnist_data/{name}" for name in _LISTS],
+    r"-output=output/fmnist": [f"output/fmnist/{name}" for name in _RUN],
+    r"tools/study\.py": ["output/ablation/results.md"],
     r"tools/plot_metrics\.py": ["curves.png", "curves.html"],
     r"tools/visualize\.py": [f"output/demo/pictures/{name}" for name in _PICTURES],
     r"-format onnx_int8": ["output/demo/exported/model.int8.onnx"],
