@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from errors import ConfigError
+from pixels import affine, smooth
 
 MAX_LEVEL = 10.0
 RESAMPLE = Image.Resampling  # an operation that moves pixels interpolates with one of these
@@ -67,17 +68,21 @@ def _enhance(enhancer):
 def _affine(matrix_of):
     """The pixel function of a map; `matrix_of(argument, width, height)` takes output to input."""
 
-    def pixels(image, argument, resample, fill):
-        matrix = matrix_of(argument, *image.size)
-        return image.transform(
-            image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=fill
-        )
-
-    return pixels
+    return lambda image, argument, resample, fill: affine(
+        image, matrix_of(argument, *image.size), resample, fill
+    )
 
 
-def _rotate(image, degrees, resample, fill):
-    return image.rotate(degrees, resample=resample, fillcolor=fill)
+def _rotation(degrees, width, height):
+    """About the centre, counter-clockwise; rounded as Pillow rounds it."""
+    angle = math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = width / 2, height / 2
+    return cos, -sin, cos * -x + -sin * -y + x, sin, cos, sin * -x + cos * -y + y
+
+
+def _sharpen(image, factor, _resample, _fill):
+    return Image.blend(smooth(image), image, factor)  # as ImageEnhance.Sharpness
 
 
 def _blur(image, radius, _resample, _fill):
@@ -120,14 +125,13 @@ def _threshold(strength, _sign):
 _COLOR = _enhance(ImageEnhance.Color)
 _CONTRAST = _enhance(ImageEnhance.Contrast)
 _BRIGHTNESS = _enhance(ImageEnhance.Brightness)
-_SHARPNESS = _enhance(ImageEnhance.Sharpness)
 _MOVES = {"signed": True, "moves": True}
 
 OPS = {
     "AutoContrast": _Op(lambda image, *_: ImageOps.autocontrast(image)),
     "Equalize": _Op(lambda image, *_: ImageOps.equalize(image)),
     "Invert": _Op(lambda image, *_: ImageOps.invert(image)),
-    "Rotate": _Op(_rotate, _signed(30.0), **_MOVES),
+    "Rotate": _Op(_affine(_rotation), _signed(30.0), **_MOVES),
     "Posterize": _Op(_posterize, _bits),
     "PosterizeIncreasing": _Op(_posterize, lambda strength, sign: 4 - _bits(strength, sign)),
     "PosterizeOriginal": _Op(_posterize, lambda strength, sign: 4 + _bits(strength, sign)),
@@ -140,8 +144,8 @@ OPS = {
     "ContrastIncreasing": _Op(_CONTRAST, _factor_increasing, signed=True),
     "Brightness": _Op(_BRIGHTNESS, _factor),
     "BrightnessIncreasing": _Op(_BRIGHTNESS, _factor_increasing, signed=True),
-    "Sharpness": _Op(_SHARPNESS, _factor),
-    "SharpnessIncreasing": _Op(_SHARPNESS, _factor_increasing, signed=True),
+    "Sharpness": _Op(_sharpen, _factor),
+    "SharpnessIncreasing": _Op(_sharpen, _factor_increasing, signed=True),
     "ShearX": _Op(_affine(lambda shear, w, h: (1, shear, 0, 0, 1, 0)), _signed(0.3), **_MOVES),
     "ShearY": _Op(_affine(lambda shear, w, h: (1, 0, 0, shear, 1, 0)), _signed(0.3), **_MOVES),
     # Translations are a part of the width or height, not a number of pixels.

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+import pixels
 from errors import DataError
 from images import BadImage, ImageIndex, class_names, open_image, read_image, read_list, scan_folder
 from loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
@@ -153,6 +154,7 @@ def build_loader(
         DataError: as `build_dataset`; also a training set smaller than one step.
     """
     dataset = build_dataset(config, split)
+    pixels.prepare(log if split == "train" else lambda line: None)  # before workers are forked
     _warn_of_empty_classes(config, split, dataset.files, log)
     data = config.DATA
     if split == "train":

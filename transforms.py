@@ -20,6 +20,7 @@ from PIL import Image, ImageEnhance
 
 from auto_augment import Policy, build_policy, rand_augment
 from errors import ConfigError
+from pixels import resize
 
 _RESAMPLE = {
     name: Image.Resampling[name.upper()]
@@ -92,7 +93,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         image = to_rgb(image)
-        image = image.resize(resized_size(*image.size, self.short), self.resample)
+        image = resize(image, resized_size(*image.size, self.short), self.resample)
         # Outside of the image, crop() pads with black, as torchvision.
         return np.array(image.crop(center_box(*image.size, self.size)))
 
@@ -228,7 +229,7 @@ class TrainTransform:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
         box = draw_crop(*image.size, self.scale, self.ratio, rng)
         resample = self.resamples[rng.integers(len(self.resamples))]
-        image = read_crop(image, box, self.size).resize((self.size, self.size), resample)
+        image = resize(read_crop(image, box, self.size), (self.size, self.size), resample)
         if rng.random() < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < self.vflip:

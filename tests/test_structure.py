@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
-    ["errors", "runtime"],
-    ["safe_pickle", "config_rules", "samplers", "auto_augment", "images"],
-    ["config", "weights", "dashboard", "transforms"],
-    ["utils", "cpu_ops", "loader"],
+    ["errors", "runtime", "pixel_kernels"],
+    ["safe_pickle", "config_rules", "samplers", "pixels", "images"],
+    ["config", "weights", "dashboard", "auto_augment"],
+    ["utils", "cpu_ops", "loader", "transforms"],
     ["resmlp", "checkpoint", "datasets", "mixup"],
     ["folding", "run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
     ["distillation", "evaluation", "batch_augment", "step_watch"],

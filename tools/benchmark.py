@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -395,8 +395,8 @@ class _Rival:
 
     def __enter__(self) -> _Rival:
         if self._process.stdout.readline().strip() != "ready":
-            lines = self._process.communicate()[1].strip().splitlines() or ["it ended"]
-            raise UserError(f"-compare: timm did not start ({lines[-1]}); pip install torch timm")
+            why = self._last_words()
+            raise UserError(f"-compare: timm did not start ({why}); pip install torch timm")
         return self
 
     def __exit__(self, *_) -> None:
@@ -409,8 +409,16 @@ class _Rival:
         return self._ask("memory")
 
     def _ask(self, request: str) -> float:
-        print(request, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
+        with suppress(BrokenPipeError):  # it ended: said below
+            print(request, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise UserError(f"-compare: timm stopped ({self._last_words()})")
+        return float(answer)
+
+    def _last_words(self) -> str:
+        lines = self._process.communicate()[1].strip().splitlines()
+        return lines[-1] if lines else f"exit code {self._process.returncode}"
 
 
 # ---------------------------------------------------------------------------- time and report

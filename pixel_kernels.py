@@ -1,0 +1,189 @@
+"""The loops behind `pixels`, compiled by Numba when this file is imported.
+
+Images are ``uint32 [H, W]``, a pixel of four bytes as Pillow keeps it in memory; the arithmetic is
+done on the bytes. To give Pillow's pixels, every kernel rounds where Pillow rounds: resizing in
+integers with 22 binary places, each direction for itself, affine maps in float64, cut off at the
+end.
+
+Nothing here runs in parallel or needs the interpreter lock. Compiled code is kept beside this file,
+in ``__pycache__``, or in Numba's folder in the user's home.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, types
+
+_STRIP = 16  # pixels, 64 bytes: a line of the processor's cache
+_PLACES = 22  # binary places of a weight
+
+_IMAGE = types.Array(types.uint32, 2, "C")
+_READ_ONLY_IMAGE = types.Array(types.uint32, 2, "C", readonly=True)
+_MATRIX = types.UniTuple(types.float64, 6)
+
+
+@njit(cache=True, inline="always")
+def _cubic(a, b, c, d, t):
+    """The cubic through b (t = 0) and c (t = 1) of convolution interpolation with a = -1."""
+    return b + t * ((c - a) + t * ((2.0 * (a - b) + c - d) + t * (b - a - c + d)))
+
+
+@njit(cache=True)
+def _bicubic_weights(old, new):
+    """Which pixels of a line of `old` make each of `new` pixels: first, count, weights.
+
+    The cubic (a = -0.5) is stretched by the reduction, which is what keeps details from aliasing.
+    """
+    scale = old / new
+    stretch = max(scale, 1.0)
+    support = 2.0 * stretch
+    first, count = np.empty(new, np.int32), np.empty(new, np.int32)
+    weights = np.zeros((new, int(math.ceil(support)) * 2 + 1), np.int32)
+    line = np.empty(weights.shape[1])
+    for i in range(new):
+        center = (i + 0.5) * scale
+        first[i] = max(int(center - support + 0.5), 0)
+        count[i] = min(int(center + support + 0.5), old) - first[i]
+        total = 0.0
+        for k in range(count[i]):
+            x = abs(first[i] + k - center + 0.5) * (1.0 / stretch)
+            if x < 1.0:
+                line[k] = (1.5 * x - 2.5) * x * x + 1.0
+            elif x < 2.0:
+                line[k] = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+            else:
+                line[k] = 0.0
+            total += line[k]
+        for k in range(count[i]):
+            weight = (line[k] / total if total else line[k]) * (1 << _PLACES)
+            weights[i, k] = int(weight + 0.5) if weight >= 0 else int(weight - 0.5)
+    return first, count, weights
+
+
+@njit(cache=True)
+def _mix_lines(lines, first, count, weights, out):
+    """Every line of `out` as a weighted sum of lines; both ``uint8 [lines, bytes]``."""
+    total = np.empty(out.shape[1], np.int32)
+    for i in range(out.shape[0]):
+        total[:] = 1 << (_PLACES - 1)  # one half: what follows cuts off
+        for k in range(count[i]):
+            weight, line = weights[i, k], lines[first[i] + k]
+            for j in range(len(total)):
+                total[j] += weight * np.int32(line[j])
+        for j in range(len(total)):
+            out[i, j] = min(max(total[j] >> _PLACES, 0), 255)
+
+
+@njit(_IMAGE(_READ_ONLY_IMAGE, types.int64), cache=True, nogil=True)
+def resize_height(image, height):
+    """Bicubic with antialiasing. ``[H, W] -> [height, W]``."""
+    first, count, weights = _bicubic_weights(image.shape[0], height)
+    out = np.empty((height, image.shape[1]), np.uint32)
+    _mix_lines(image.view(np.uint8), first, count, weights, out.view(np.uint8))
+    return out
+
+
+@njit(_IMAGE(_READ_ONLY_IMAGE, types.int64), cache=True, nogil=True)
+def resize_width(image, width):
+    """Bicubic with antialiasing. ``[H, W] -> [H, width]``.
+
+    Strips of rows are turned on their side, so that here too whole lines are added up, along which
+    the processor's vector instructions run.
+    """
+    first, count, weights = _bicubic_weights(image.shape[1], width)
+    out = np.empty((image.shape[0], width), np.uint32)
+    strip = np.zeros((image.shape[1], _STRIP), np.uint32)
+    mixed = np.empty((width, _STRIP), np.uint32)
+    for top in range(0, image.shape[0], _STRIP):
+        rows = min(_STRIP, image.shape[0] - top)
+        for x in range(image.shape[1]):
+            for y in range(rows):
+                strip[x, y] = image[top + y, x]
+        _mix_lines(strip.view(np.uint8), first, count, weights, mixed.view(np.uint8))
+        for y in range(rows):
+            for x in range(width):
+                out[top + y, x] = mixed[x, y]
+    return out
+
+
+@njit(cache=True)
+def _with_edges(image):
+    """The image with its edge repeated twice on all sides, ``[H, W] -> [H + 4, W + 4]``."""
+    height, width = image.shape
+    out = np.empty((height + 4, width + 4), np.uint32)
+    for y in range(height + 4):
+        row = image[min(max(y - 2, 0), height - 1)]
+        out[y, :2], out[y, 2:-2], out[y, -2:] = row[0], row, row[-1]
+    return out
+
+
+@njit(_IMAGE(_READ_ONLY_IMAGE, _MATRIX, types.uint32), cache=True, nogil=True)
+def affine(image, matrix, fill):
+    """Bicubic affine map without antialiasing, same size; `matrix` takes output to input pixels.
+
+    The four neighbours in each direction are first gathered, a row at a time, so that the
+    arithmetic runs along arrays. Where a row lies on whole pixels in one direction (shears and
+    shifts), that direction needs no neighbours.
+    """
+    height, width = image.shape
+    image = _with_edges(image)
+    out = np.empty((height, width), np.uint32)
+    inside = np.empty(width, np.bool_)
+    column, row = np.empty(width, np.uint32), np.empty(width, np.uint32)  # of the first neighbour
+    right, down = np.empty(4 * width), np.empty(4 * width)  # of the second, for each byte
+    neighbours = np.empty((4, width), np.uint32)
+    values = neighbours.view(np.uint8)
+    lines = np.empty((4, 4 * width))
+    mixed = np.empty(4 * width, np.uint8)
+    mixed_pixels = mixed.view(np.uint32)
+    for y in range(height):
+        between_columns = between_rows = False
+        for x in range(width):
+            u = matrix[0] * (x + 0.5) + matrix[1] * (y + 0.5) + matrix[2]
+            v = matrix[3] * (x + 0.5) + matrix[4] * (y + 0.5) + matrix[5]
+            inside[x] = 0.0 <= u < width and 0.0 <= v < height
+            if not inside[x]:
+                u = v = 0.5
+            second_column, second_row = math.floor(u - 0.5), math.floor(v - 0.5)
+            column[x], row[x] = second_column + 1, second_row + 1
+            for j in range(4 * x, 4 * x + 4):
+                right[j], down[j] = u - 0.5 - second_column, v - 0.5 - second_row
+            between_columns |= right[4 * x] != 0.0
+            between_rows |= down[4 * x] != 0.0
+        for i in range(4):
+            if i != 1 and not between_rows:
+                continue
+            for k in range(4):
+                if k == 1 or between_columns:
+                    for x in range(width):
+                        neighbours[k, x] = image[row[x] + np.uint32(i), column[x] + np.uint32(k)]
+            if between_columns:
+                for j in range(4 * width):
+                    a, b = np.float64(values[0, j]), np.float64(values[1, j])
+                    c, d = np.float64(values[2, j]), np.float64(values[3, j])
+                    lines[i, j] = _cubic(a, b, c, d, right[j])
+            else:
+                lines[i] = values[1]
+        for j in range(4 * width):
+            value = lines[1, j]
+            if between_rows:
+                value = _cubic(lines[0, j], value, lines[2, j], lines[3, j], down[j])
+            mixed[j] = np.int32(min(max(value, 0.0), 255.0))
+        for x in range(width):
+            out[y, x] = mixed_pixels[x] if inside[x] else fill
+    return out
+
+
+@njit(_IMAGE(_READ_ONLY_IMAGE), cache=True, nogil=True)
+def smooth(image):
+    """The 3 x 3 mean with a weight of 5 in the middle; the edge stays. ``[H, W] -> [H, W]``."""
+    out = image.copy()
+    lines, out_lines = image.view(np.uint8), out.view(np.uint8)
+    for y in range(1, image.shape[0] - 1):
+        above, line, below = lines[y - 1], lines[y], lines[y + 1]
+        for j in range(4, len(line) - 4):
+            total = np.uint32(4) * line[j]
+            for k in range(j - 4, j + 5, 4):
+                total += np.uint32(above[k]) + np.uint32(line[k]) + np.uint32(below[k])
+            out_lines[y, j] = (2 * total + 13) // np.uint32(26)  # rounded total / 13
+    return out

@@ -1,0 +1,118 @@
+"""pixels.py: the same pixels as Pillow's, whoever computes them."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+import pixels
+
+BICUBIC = Image.Resampling.BICUBIC
+FILL = (124, 116, 104)
+
+
+@pytest.fixture(autouse=True)
+def loaded_afresh():
+    pixels._compiled.cache_clear()
+    yield
+    pixels._compiled.cache_clear()
+
+
+def photo(width, height, seed=0):
+    """Half noise, half black and white stripes, which overshoot."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 256, [height, width, 3], dtype=np.uint8)
+    values[height // 2 :, ::2], values[height // 2 :, 1::2] = 0, 255
+    return Image.fromarray(values)
+
+
+def mapped(image, matrix, resample=BICUBIC):
+    kind = Image.Transform.AFFINE
+    return image.transform(image.size, kind, matrix, resample=resample, fillcolor=FILL)
+
+
+def reason():
+    lines = []
+    pixels.prepare(lines.append)
+    return "\n".join(lines)
+
+
+def test_the_compiled_code_works_here():
+    """Everything else in this file would pass without."""
+    assert reason() == ""
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_resizing_gives_pillows_pixels(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        old, new = rng.integers(1, 600, 2), tuple(map(int, rng.integers(1, 300, 2)))
+        image = photo(*old)
+        assert pixels.resize(image, new, BICUBIC) == image.resize(new, BICUBIC), (old, new)
+
+
+@pytest.mark.parametrize("old", [(1, 1), (1, 300), (300, 1), (224, 90), (90, 224), (224, 224)])
+def test_resizing_unusual_shapes_gives_pillows_pixels(old):
+    for new in ((224, 224), (1, 1), (3, 500)):
+        image = photo(*old)
+        assert pixels.resize(image, new, BICUBIC) == image.resize(new, BICUBIC), new
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        *[(1, shear, 0, 0, 1, 0) for shear in (0.3, -0.271, 0.0)],
+        *[(1, 0, 0, shear, 1, 0) for shear in (0.3, -0.271)],
+        *[(1, 0, shift, 0, 1, 0) for shift in (40, -40.5, 13.37, 1000)],
+        *[(1, 0, 0, 0, 1, shift) for shift in (40, -40.5, 13.37, -1000)],
+        (0.8, 0.6, -3.3, -0.6, 0.8, 50.1),
+        (-1, 0, 60, 0, -1, 50),
+        (0.1, 0, 10, 0, 7, -20),
+    ],
+)
+@pytest.mark.parametrize("size", [(64, 64), (61, 47), (5, 1), (1, 1)])
+def test_affine_maps_give_pillows_pixels(matrix, size):
+    image = photo(*size)
+    assert pixels.affine(image, matrix, BICUBIC, FILL) == mapped(image, matrix)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 47), (2, 9), (9, 2), (3, 3), (1, 1)])
+def test_smoothing_gives_pillows_pixels(size):
+    image = photo(*size)
+    assert pixels.smooth(image) == image.filter(ImageFilter.SMOOTH)
+
+
+@pytest.mark.parametrize("switched", ["on", "off"])
+def test_other_modes_and_filters_are_pillows(switched, monkeypatch):
+    monkeypatch.setenv("RESMLP_NUMBA", switched)
+    matrix, bilinear = (0.8, 0.6, -3.3, -0.6, 0.8, 5.1), Image.Resampling.BILINEAR
+    image, gray = photo(40, 30), photo(40, 30).convert("L")
+    assert pixels.resize(image, (20, 20), bilinear) == image.resize((20, 20), bilinear)
+    assert pixels.resize(gray, (20, 20), BICUBIC) == gray.resize((20, 20), BICUBIC)
+    assert pixels.affine(image, matrix, bilinear, FILL) == mapped(image, matrix, bilinear)
+    assert pixels.smooth(gray) == gray.filter(ImageFilter.SMOOTH)
+
+
+def test_the_switch_leaves_everything_to_pillow_and_is_said(monkeypatch):
+    monkeypatch.setenv("RESMLP_NUMBA", "off")
+    image = photo(40, 30)
+    assert pixels.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
+    assert "by Pillow" in reason() and "RESMLP_NUMBA" in reason()
+
+
+def test_without_numba_pillow_does_it_and_that_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    image = photo(40, 30)
+    assert pixels.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
+    assert "by Pillow" in reason() and "numba" in reason()
+
+
+def test_a_pillow_that_rounds_in_another_way_is_left_alone(monkeypatch):
+    original = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *args: original(self, *args).point(lambda v: v ^ 1)
+    )
+    assert "rounds in another way" in reason()
+    image = photo(40, 30)
+    assert pixels.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
