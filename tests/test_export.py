@@ -130,7 +130,8 @@ def test_safetensors_can_be_trained_on_from(weights, tmp_path, logits):
     )
     with safetensors.safe_open(file, "np") as opened:
         metadata = {key: json.loads(text) for key, text in opened.metadata().items()}
-    assert metadata["largest_difference"] == 0 and metadata["class_names"] == list(NAMES)
+    assert metadata["class_names"] == list(NAMES)
+    assert metadata["largest_difference"] < 1e-6  # not 0: one image is another product than a batch
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
