@@ -10,7 +10,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+import rendezvous
 from errors import UserError
 
 PREEMPTED = 75  # exit code of a run that saved on SIGTERM or Ctrl-C and wants to be resumed
 SIGNAL_GRACE = 1.0  # seconds within which signals count as one: a scheduler sends SIGTERM to every
 # process of a job, and a terminal Ctrl-C, and the parent of the ranks passes on its own
-_JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
 _log = logging.getLogger("resmlp")
 
 
@@ -60,50 +59,24 @@ def prepare_process() -> Process:
     the log. One process makes no collective calls at all.
 
     Raises:
-        UserError: rank 0 cannot be reached, or the port that it shall listen on is in use.
+        UserError: as `rendezvous.join`.
     """
     on_gpu = gpu_count() > 0
-    world = int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
+    world, warning = int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), ""
     if world > 1:
-        _find_rank_0(int(os.environ["PADDLE_TRAINER_ID"]))
-        dist.init_parallel_env()  # takes the device that the launcher gave to this rank
+        warning = rendezvous.join()
         process = Process(dist.get_rank(), dist.get_world_size(), on_gpu)
     else:
         paddle.set_device("gpu:0" if on_gpu else "cpu")
         process = Process(on_gpu=on_gpu)
     runtime.set_threads()
     _open_log(process)
+    if warning:
+        _log.warning(warning)
     _log.info(runtime.describe())
     if not on_gpu:
         _log.info("no GPU found: running on CPU")
     return process
-
-
-def _find_rank_0(rank: int) -> None:
-    """Looks whether the ranks can meet. Paddle itself would abort, or try for 15 minutes."""
-    address = os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"]
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    address = address.split(",")[0]
-    host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + _JOIN_TIMEOUT
-    while True:
-        try:
-            if rank == 0:
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Paddle does
-                    return probe.bind(("", int(port)))
-            return socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, ValueError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            if rank == 0:
-                raise UserError(f"rank 0 cannot listen at {address}: {reason}; choose another port")
-            if time.monotonic() > deadline or not isinstance(error, OSError):
-                raise UserError(
-                    f"rank {rank} cannot reach rank 0 at {address}: {reason}; is it running, and "
-                    f"is the port open between the nodes?"
-                )
-            time.sleep(0.5)
 
 
 def _open_log(process: Process) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import runtime  # noqa: F401  isort: skip
 
+import contextlib
+import ipaddress
 import os
+import socket
 import sys
 
 import numpy as np
@@ -108,7 +111,22 @@ def gradients(process: Process) -> None:
     assert max(np.abs(a).max() for a in whole) > 0.01
 
 
+def nobody_else_can_connect(process: Process) -> None:
+    """What a rank listens on is a loopback address, or tied to the loopback device."""
+    listening = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as found:
+            if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+                listening.append((found.getsockname(), device.rstrip(b"\0")))
+    assert listening or not process.main, "Paddle's key-value store was not found"
+    for name, device in listening:
+        assert device == b"lo" or ipaddress.ip_address(name[0]).is_loopback, listening
+
+
 CHECKS = (helpers, evaluation_counts, breaking_off, gradients)
+if sys.platform == "linux":
+    CHECKS += (nobody_else_can_connect,)
 
 
 def main() -> None:

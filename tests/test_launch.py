@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
 import pytest
 
 import launch
-import utils
+import rendezvous
 from config import get_config
 from errors import ConfigError, UserError
 from utils import PREEMPTED, Preempted, StopSignal
@@ -162,10 +163,10 @@ def test_a_stop_on_request_has_its_own_code(capsys):
 
 # ------------------------------------------------------------------------------- joining
 def join_with(monkeypatch, rank, address):
-    monkeypatch.setattr(utils, "_JOIN_TIMEOUT", 0.0)
+    monkeypatch.setattr(rendezvous, "_JOIN_TIMEOUT", 0.0)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("PADDLE_MASTER", address)
-    utils._find_rank_0(rank)
+    rendezvous._find_rank_0(rank)
 
 
 def test_a_port_in_use_is_named(monkeypatch):
@@ -182,6 +183,29 @@ def test_a_port_in_use_is_named(monkeypatch):
 def test_a_rank_0_that_cannot_be_reached_is_named(monkeypatch, address):
     with pytest.raises(UserError, match=f"rank 1 cannot reach rank 0 at {address}"):
         join_with(monkeypatch, 1, address)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ties sockets to devices")
+
+
+@linux
+def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
+    with socket.socket() as store, socket.socket() as other:
+        for listening in (store, other):
+            listening.bind(("", 0))
+            listening.listen()
+        port = store.getsockname()[1]
+        assert rendezvous._shut_out_others(port) == ""
+        devices = [
+            s.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16) for s in (store, other)
+        ]
+        assert [device.rstrip(b"\0") for device in devices] == [b"lo", b""]
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+@linux
+def test_a_port_that_stays_open_to_others_is_said():
+    assert "port 9 of this job is open to other machines" in rendezvous._shut_out_others(9)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

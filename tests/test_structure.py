@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
     ["errors", "runtime", "pixel_kernels"],
-    ["safe_pickle", "config_rules", "samplers", "pixels", "images"],
+    ["safe_pickle", "config_rules", "samplers", "pixels", "images", "rendezvous"],
     ["config", "weights", "dashboard", "auto_augment"],
     ["utils", "cpu_ops", "loader", "transforms"],
     ["resmlp", "checkpoint", "datasets", "mixup"],

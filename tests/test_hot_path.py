@@ -1,0 +1,81 @@
+"""What a training step asks of the device, counted on a CPU with what a GPU runs: the layers."""
+
+from collections import Counter
+
+import paddle
+import pytest
+from paddle import _C_ops
+
+import cpu_ops
+import engine
+from step_watch import SYNC_STEPS_GPU, StepWatch
+
+from .tiny_data import make_config, make_data
+
+STEPS = 24
+READS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__array__")
+RECIPE = "TRAIN.NUM_EPOCHS 1 TRAIN.MODEL_EMA True TRAIN.OPTIMIZER.NAME lamb REPORT_FREQ 100"
+RECIPE += " TRAIN.CUTMIX_ALPHA 0.0 TRAIN.MIXUP_ALPHA 0.8 TRAIN.RANDOM_ERASE_PROB 1.0"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The layers instead of `cpu_ops`, and a look at the losses as rarely as on a GPU."""
+    monkeypatch.setattr(cpu_ops, "usable", lambda layer: False)
+    monkeypatch.setattr(StepWatch, "before_each_step", False)
+    monkeypatch.setattr(StepWatch, "due", lambda self: self.place.step % SYNC_STEPS_GPU == 0)
+
+
+def counted(monkeypatch, owner, names):
+    """Counts the calls of some of an object's functions."""
+    calls = Counter()
+
+    def counting(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
+    return calls
+
+
+def per_step(tmp_path, batch_size, calls, *opts):
+    """{step: what was called in it}, of an epoch's steps but the first. The look at the losses of a
+    step comes after it is counted, and so is counted with the next."""
+    data = make_data(tmp_path / "data", train=STEPS * batch_size, val=3)
+    opts = [*RECIPE.split(), "DATA.BATCH_SIZE", batch_size, *opts]
+    (tmp_path / "out").mkdir()
+    seen = []
+    config = make_config(tmp_path / "out", data, *opts)
+    engine.run(config, on_step=lambda step: seen.append(Counter(calls)))
+    return {step: seen[step - 1] - seen[step - 2] for step in range(2, len(seen) + 1)}
+
+
+def looks(steps):
+    return [step for step in steps if step % SYNC_STEPS_GPU == 1]
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_the_operators_of_a_step_do_not_depend_on_the_batch_size(
+    tmp_path, monkeypatch, as_on_a_gpu, accum_iter
+):
+    names = [name for name in dir(_C_ops) if not name.startswith("_")]
+    calls, found = counted(monkeypatch, _C_ops, names), []
+    for size in (2, 12):
+        (tmp_path / str(size)).mkdir()
+        steps = per_step(tmp_path / str(size), size, calls, "TRAIN.ACCUM_ITER", accum_iter)
+        assert looks(steps)
+        found += [steps[step] for step in steps if step not in looks(steps)]
+    assert all(step == found[0] for step in found)
+    assert sum(found[0].values()) > 50  # they were counted
+
+
+def test_a_step_waits_for_the_device_only_when_the_losses_are_due(
+    tmp_path, monkeypatch, as_on_a_gpu
+):
+    calls = counted(monkeypatch, paddle.Tensor, READS)
+    steps = per_step(tmp_path, 4, calls)
+    assert [step for step in steps if steps[step]] == looks(steps)
