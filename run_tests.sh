@@ -32,7 +32,7 @@ done
 
 step "An environment with Paddle"
 setup_env
-ensure requirements-test.txt pytest ruff
+ensure requirements-test.txt pytest xdist ruff
 [ -z "$with_timm" ] || ensure port_weights/requirements.txt torch torchvision timm
 [ -z "$with_extras" ] || ensure tools/requirements.txt paddle2onnx onnx onnxruntime tensorboardX
 

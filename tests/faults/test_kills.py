@@ -15,6 +15,14 @@ from ..tiny_data import make_data
 RESUME = ["MODEL.RESUME", "auto"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts():
+    """Some hundred processes start here: without Numba they start sooner, to the same pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESMLP_NUMBA", "off")
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"), train=60, val=30)
