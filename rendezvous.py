@@ -74,7 +74,8 @@ def _find_rank_0(rank: int) -> int:
 
 def _on_one_machine() -> bool:
     endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
-    return len({endpoint.rpartition(":")[0] for endpoint in endpoints}) == 1
+    hosts = {endpoint.rpartition(":")[0] for endpoint in endpoints}
+    return len(hosts) == 1 and "" not in hosts
 
 
 def _shut_out_others(port: int) -> str:

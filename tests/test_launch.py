@@ -188,6 +188,15 @@ def test_a_rank_0_that_cannot_be_reached_is_named(monkeypatch, address):
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ties sockets to devices")
 
 
+@pytest.mark.parametrize(
+    "endpoints, expected",
+    [("10.0.0.1:80,10.0.0.1:81", True), ("10.0.0.1:80,10.0.0.2:80", False), ("", False)],
+)
+def test_ranks_are_on_one_machine_when_their_addresses_say_so(monkeypatch, endpoints, expected):
+    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", endpoints)
+    assert rendezvous._on_one_machine() is expected
+
+
 @linux
 def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
     with socket.socket() as store, socket.socket() as other:
