@@ -154,7 +154,8 @@ def build_loader(
         DataError: as `build_dataset`; also a training set smaller than one step.
     """
     dataset = build_dataset(config, split)
-    pixels.prepare(log if split == "train" else lambda line: None)  # before workers are forked
+    told = split == "train" or config.EVAL  # once a run
+    pixels.prepare(log if told else lambda line: None)  # before workers are forked
     _warn_of_empty_classes(config, split, dataset.files, log)
     data = config.DATA
     if split == "train":

@@ -3,7 +3,7 @@
 Most of the processor time of a training image is spent here. Bicubic interpolation of RGB images,
 which is what the recipe does, is compiled by Numba (`pixel_kernels`); everything else, and
 everything where Numba is missing or cannot work, is left to Pillow. When the compiled code is
-loaded it is compared with the Pillow that is installed, and left alone if a pixel differs: nothing
+loaded it is tried against the Pillow that is installed, and left alone if a pixel differs: nothing
 but the time depends on it.
 
 Environment: ``RESMLP_NUMBA=off`` leaves it all to Pillow.
@@ -11,7 +11,6 @@ Environment: ``RESMLP_NUMBA=off`` leaves it all to Pillow.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -19,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+from runtime import enabled
 
 _BICUBIC = Image.Resampling.BICUBIC
 
@@ -106,7 +107,7 @@ _ORDERS = (
 @cache
 def _compiled() -> tuple[_Compiled | None, str]:
     """The compiled code that gives this Pillow's pixels, or None and why there is none."""
-    if os.environ.get("RESMLP_NUMBA", "on").lower() in ("0", "off", "no", "false"):
+    if not enabled("RESMLP_NUMBA"):
         return None, "RESMLP_NUMBA"
     try:
         import numba

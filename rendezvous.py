@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 import time
+from contextlib import suppress
 
 import paddle.distributed as dist
 
@@ -79,20 +80,29 @@ def _on_one_machine() -> bool:
 
 
 def _shut_out_others(port: int) -> str:
-    """Ties a listening socket of this process to the loopback device: it then takes connections
-    to 127.0.0.1 only, and what is connected stays so. Returns a warning where it cannot be done.
+    """Ties this process's listening socket to the loopback device: it then takes connections to
+    127.0.0.1 only, and what is connected stays so. Returns a warning where it cannot be done.
     """
     reason = "its socket was not found"
+    found = _listening_socket(port)
+    if found is not None:
+        with found:
+            try:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _LOOPBACK.encode())
+                return ""
+            except OSError as error:  # Linux before 5.7, where only root may
+                reason = error.strerror
+    return f"warning: port {port} of this job is open to other machines ({reason})"
+
+
+def _listening_socket(port: int) -> socket.socket | None:
+    """A second handle of the socket through which this process listens on a port."""
     for fd in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(fd)) as found:
+        with suppress(OSError):  # closed meanwhile
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                found = socket.socket(fileno=os.dup(fd))
                 listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
                 if listens and found.getsockname()[1:2] == (port,):
-                    option = socket.SO_BINDTODEVICE
-                    found.setsockopt(socket.SOL_SOCKET, option, _LOOPBACK.encode())
-                    return ""
-        except OSError as error:  # closed meanwhile; or Linux before 5.7, where only root may
-            reason = error.strerror
-    return f"warning: port {port} of this job is open to other machines ({reason})"
+                    return found
+                found.close()
+    return None

@@ -192,3 +192,12 @@ def test_json_is_one_object_a_line_and_the_table_names_its_columns(config, capsy
     assert process.startswith("process:")
     assert header.split()[:5] == ["model", "mode", "backend", "dtype", "batch"]
     assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]
+
+
+def test_a_rival_that_stops_is_named_with_its_last_words(config, tmp_path, monkeypatch):
+    script = "print('ready', flush=True); input(); raise ValueError('no more')"
+    (tmp_path / "benchmark_timm.py").write_text(script)
+    monkeypatch.setattr(tool, "__file__", str(tmp_path / "benchmark.py"))
+    with pytest.raises(UserError, match="timm stopped .ValueError: no more"):  # noqa: SIM117
+        with tool._Rival("timm", Job(config), []) as rival:
+            rival.seconds()

@@ -1,5 +1,6 @@
 """What a training step asks of the device, counted on a CPU with what a GPU runs: the layers."""
 
+import dataclasses
 from collections import Counter
 
 import paddle
@@ -23,8 +24,12 @@ RECIPE += " TRAIN.CUTMIX_ALPHA 0.0 TRAIN.MIXUP_ALPHA 0.8 TRAIN.RANDOM_ERASE_PROB
 def as_on_a_gpu(monkeypatch):
     """The layers instead of `cpu_ops`, and a look at the losses as rarely as on a GPU."""
     monkeypatch.setattr(cpu_ops, "usable", lambda layer: False)
-    monkeypatch.setattr(StepWatch, "before_each_step", False)
-    monkeypatch.setattr(StepWatch, "due", lambda self: self.place.step % SYNC_STEPS_GPU == 0)
+    build = StepWatch.__init__
+
+    def build_as_on_a_gpu(self, config, process, *rest):
+        build(self, config, dataclasses.replace(process, on_gpu=True), *rest)
+
+    monkeypatch.setattr(StepWatch, "__init__", build_as_on_a_gpu)
 
 
 def counted(monkeypatch, owner, names, calls):

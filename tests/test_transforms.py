@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 import auto_augment
 from auto_augment import OPS, POLICIES, Policy, apply_op, build_policy, op_argument, rand_augment
@@ -229,6 +229,20 @@ def test_the_tables_equal_pils_operations():
     image = photo()
     assert np.array_equal(apply_op("Posterize", image, 3), ImageOps.posterize(image, 3))
     assert np.array_equal(apply_op("Solarize", image, 77), ImageOps.solarize(image, 77))
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+@pytest.mark.parametrize("degrees", [0.0, 12.3, -30.0, 180.0])
+def test_rotating_gives_pillows_pixels(degrees, resample):
+    image = photo()
+    expected = image.rotate(degrees, resample=resample, fillcolor=(1, 2, 3))
+    assert np.array_equal(apply_op("Rotate", image, degrees, resample, (1, 2, 3)), expected)
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 1.9])
+def test_sharpening_gives_pillows_pixels(factor):
+    expected = ImageEnhance.Sharpness(photo()).enhance(factor)
+    assert np.array_equal(apply_op("Sharpness", photo(), factor), expected)
 
 
 def test_posterizing_to_no_bits_is_black():

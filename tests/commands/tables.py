@@ -26,7 +26,7 @@ _TRAINING = r"(?:main_\w+\.py|run_train_multi\.sh)(?!.* -eval)"
 _OPTS = r"-opts(?: [A-Z_.]+ [\w./]+)+"
 CHANGES = [
     (r"/dataset/imagenet", "../dataset/imagenet", "no test writes outside of its folder"),
-    (r"/shared/run", "../shared/run", "likewise"),
+    (r"/nfs/run", "../nfs/run", "likewise"),
     (r"/usr/share/datasets/fashion-mnist", "../fashion_mnist.tar.xz", "a few of its images"),
     (r"-seeds 3 -opts TRAIN.NUM_EPOCHS 8", f"-seeds 1 -opts {_SHORT}", "six short trainings"),
     (r"(NNODES=|--nnodes )2", r"\g<1>1", "one node; tests/faults/test_ranks.py starts two"),
@@ -69,10 +69,10 @@ LEAVES = {
     r"-output=\S*output/resmlp_24": [f"output/resmlp_24/{name}" for name in _RUN],
     r"-output=output/small": [f"output/small/{name}" for name in _RUN],
     r"-output=output/photos": [f"output/photos/{name}" for name in _RUN],
-    r"-output=/shared/run": [f"../shared/run/{name}" for name in _RUN],
+    r"-output=/nfs/run": [f"../nfs/run/{name}" for name in _RUN],
     rf"^(?!.*(?i:output|resume)=).*{_TRAINING}": [f"output/train-*/{name}" for name in _RUN],
     r"-resume=auto": ["output/train-*/last.pdparams"],
-    r"OUTPUT=/shared/run": ["../shared/run/last.pdparams"],
+    r"OUTPUT=/nfs/run": ["../nfs/run/last.pdparams"],
     r"-eval|run_eval": ["output/eval-*/eval.json"],
     r"-checkpoint resmlp_24_dist\.pth": ["resmlp_24_distilled_224.pdparams"],
     r"-checkpoint model\.safetensors": ["x.pdparams"],
