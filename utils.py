@@ -133,7 +133,8 @@ def wait_for_all(process: Process) -> None:
     """Returns when every rank has called it, however long that takes.
 
     They wait on the job's key-value store, not in a collective: gloo gives up on those after 30
-    seconds, whatever one asks for.
+    seconds, whatever one asks for. Rank 0, whose process is the store, returns last, when the
+    others have their answers: it may end right afterwards, and the store with it.
     """
     if process.world == 1:
         return
@@ -141,9 +142,14 @@ def wait_for_all(process: Process) -> None:
     _meetings += 1
     store = dist.collective._default_store
     key = f"resmlp/meeting/{_meetings}"
-    if store.add(key, 1) == process.world:
-        store.set(f"{key}/all", b"here")
-    store.wait(f"{key}/all")
+    if store.add(f"{key}/here", 1) == process.world:
+        store.set(f"{key}/all-here", b"")
+    if process.main:
+        store.wait(f"{key}/all-answered")
+        return
+    store.wait(f"{key}/all-here")
+    if store.add(f"{key}/answered", 1) == process.world - 1:
+        store.set(f"{key}/all-answered", b"")  # needs no answer
 
 
 _meetings = 0

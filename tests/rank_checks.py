@@ -9,6 +9,8 @@ import ipaddress
 import os
 import socket
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -124,7 +126,29 @@ def nobody_else_can_connect(process: Process) -> None:
         assert device == b"lo" or ipaddress.ip_address(name[0]).is_loopback, listening
 
 
-CHECKS = (helpers, evaluation_counts, breaking_off, gradients)
+def main_leaves_a_meeting_last(process: Process) -> None:
+    """Rank 0 may end after a meeting, and the store with it: nobody may need it any more."""
+    store = dist.collective._default_store
+
+    def slow_wait(key: str) -> None:
+        deadline = time.monotonic() + 0.5
+        while not store.add("rank 0 has left", 0) and time.monotonic() < deadline:
+            pass
+        store.wait(key)
+        store.add("others answered", 1)
+
+    if not process.main:
+        slow = SimpleNamespace(add=store.add, set=store.set, wait=slow_wait)
+        dist.collective._default_store = slow
+    wait_for_all(process)
+    dist.collective._default_store = store
+    if process.main:
+        answered = store.add("others answered", 0)
+        store.add("rank 0 has left", 1)
+        assert answered == process.world - 1
+
+
+CHECKS = (helpers, main_leaves_a_meeting_last, evaluation_counts, breaking_off, gradients)
 if sys.platform == "linux":
     CHECKS += (nobody_else_can_connect,)
 
