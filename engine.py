@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import paddle
@@ -192,6 +193,7 @@ class Trainer:
             self.network = paddle.DataParallel(self.model)
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
         self.writer = checkpoint.Writer()
+        self.saved_step = -1  # the step of the last whole checkpoint that this run has written
         self.signal = StopSignal()
         self.watch = StepWatch(
             config, process, self.place, self.scaler, folder.path, self.train_loader.dataset.files
@@ -254,8 +256,7 @@ class Trainer:
             if stop or (save and not end):
                 self._save()
             if stop:
-                self._finish_saving()
-                raise Preempted(f"stopped after step {place.step}; saved in {self.folder.path}")
+                self._stop(f"stopped after step {place.step}")
             progress(step + 1, self.steps_per_epoch)
         progress.end()
 
@@ -297,6 +298,17 @@ class Trainer:
     def _learning_rate(self, epoch: int, step: int) -> float:
         moment = epoch + step / self.steps_per_epoch
         return learning_rate(self.config, moment, self.samples_per_step)
+
+    def _stop(self, what: str) -> NoReturn:
+        """Ends the run on every rank, when the last save has ended.
+
+        No rank ends before: a launcher that sees one end gives the others seconds to follow.
+        """
+        with main_first(self.process):
+            self._finish_saving()
+        done = self.saved_step == self.place.step
+        saved = "saved" if done else "that could not be saved; the last checkpoint is"
+        raise Preempted(from_main(f"{what}; {saved} in {self.folder.path}", self.process))
 
     def _no_sync(self, wanted: bool):
         """Keeps gradients local until the last batch of a window."""
@@ -355,8 +367,7 @@ class Trainer:
         )
         progress.end()
         if metrics is None:
-            self._finish_saving()
-            raise Preempted(f"stopped in evaluation; the last checkpoint is in {self.folder.path}")
+            self._stop("stopped in evaluation")
         _log.info(f"{label}: {metrics}")
         return metrics
 
@@ -446,13 +457,15 @@ class Trainer:
             try:
                 self.folder.flush_metrics()
                 state = checkpoint.to_numpy(self._state())
-                self.writer.start(lambda: self._write(state, names))
+                step = self.place.step
+                self.writer.start(lambda: self._write(state, step, names))
             except CheckpointError as error:
                 self._saving_failed(error)
 
-    def _write(self, state: dict, names: tuple[str, ...]) -> None:
+    def _write(self, state: dict, step: int, names: tuple[str, ...]) -> None:
         path, config = self.folder.path / checkpoint.LAST, self.config
         checkpoint.save(state, path)
+        self.saved_step = step
         for name in names:
             checkpoint.duplicate(path, name)
         checkpoint.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)

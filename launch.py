@@ -34,7 +34,7 @@ from utils import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count
 
 _GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
 _FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
-_PREEMPTION_GRACE = 60.0  # seconds to save after SIGTERM
+_PREEMPTION_GRACE = 600.0  # seconds to save after SIGTERM; a second signal ends the run at once
 _TEXT_LIMIT = 8000  # characters of a rank's last words: fits a pipe's buffer, so it never blocks
 _OUT_OF_MEMORY = (
     "out of memory; lower -batch_size (and raise -accum_iter as much), or set TRAIN.RECOMPUTE True "

@@ -1,11 +1,12 @@
-"""main_multi_gpu.py with a fault built in, chosen by the environment:
+"""main_multi_gpu.py with faults built in, chosen by the environment, separated by spaces:
 
-    FAULT=where:rank:count:what
+    FAULT="where:rank:count:what ..."
 
 where: step, forward, evaluation, save_begin, save_half, save_rename, save_done, snapshot, load
 rank:  which rank it hits
 count: at which call of the place (from 1)
-what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleep40, hang
+what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleepN (seconds), hang,
+       full (the disk)
 
 The product has no hooks for faults; this replaces functions of its modules from outside. Spawned
 ranks import this file again, so the fault is in them too.
@@ -20,8 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runtime  # noqa: F401  isort: skip
 
+import errno
 import signal
 import time
+from collections import Counter
 
 import checkpoint
 import datasets
@@ -29,46 +32,55 @@ import engine
 import main_multi_gpu
 from errors import run_as_script
 
-_where, _rank, _count, _what = (os.environ.get("FAULT") or "none:0:1:none").split(":")
-_calls = 0
+_calls = Counter()
 
 
-def fault(value=None):
+def faults_at(where: str) -> list[list[str]]:
+    faults = [fault.split(":") for fault in os.environ.get("FAULT", "").split()]
+    return [fault for fault in faults if fault[0] == where]
+
+
+def fault(where: str, value=None):
     """Does what is asked for when it is this rank's turn; returns a value that may be spoilt."""
-    global _calls
-    if os.environ.get("PADDLE_TRAINER_ID", "0") != _rank:
-        return value
-    _calls += 1
-    if _calls != int(_count):
-        return value
-    if _what == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif _what == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
-    elif _what == "raise":
-        raise ValueError("a fault of the test")
-    elif _what == "nan":
-        return value * float("nan")
-    elif _what == "sleep40":
-        time.sleep(40)
-    elif _what == "hang":
-        time.sleep(3600)
+    _calls[where] += 1
+    here = os.environ.get("PADDLE_TRAINER_ID", "0"), str(_calls[where])
+    for _, rank, count, what in faults_at(where):
+        if (rank, count) != here:
+            continue
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif what == "raise":
+            raise ValueError("a fault of the test")
+        elif what == "nan":
+            value = value * float("nan")
+        elif what.startswith("sleep"):
+            time.sleep(int(what.removeprefix("sleep")))
+        elif what == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif what == "hang":
+            time.sleep(3600)
+        else:
+            raise AssertionError(f"unknown fault {what}")
     return value
 
 
-def before(module, name):
+def before(where, module, name):
     original = getattr(module, name)
 
     def patched(*args, **kwargs):
-        fault()
+        fault(where)
         return original(*args, **kwargs)
 
-    setattr(module, name, patched)
+    if faults_at(where):
+        setattr(module, name, patched)
 
 
-def after(module, name):
+def after(where, module, name):
     original = getattr(module, name)
-    setattr(module, name, lambda *args, **kwargs: fault(original(*args, **kwargs)))
+    if faults_at(where):
+        setattr(module, name, lambda *args, **kwargs: fault(where, original(*args, **kwargs)))
 
 
 class _HalfPickle:
@@ -81,28 +93,20 @@ class _HalfPickle:
         data = pickle.dumps(state, protocol=protocol)
         file.write(data[: len(data) // 2])
         file.flush()
-        fault()
+        fault("save_half")
         file.write(data[len(data) // 2 :])
 
 
-if _where == "step":
-    before(engine.Trainer, "_train_step")
-elif _where == "forward":
-    after(engine.Trainer, "_loss")
-elif _where == "evaluation":
-    before(engine.Trainer, "_evaluate")
-elif _where == "snapshot":
-    before(engine.Trainer, "_state")
-elif _where == "save_begin":
-    before(checkpoint, "save")
-elif _where == "save_half":
+before("step", engine.Trainer, "_train_step")
+after("forward", engine.Trainer, "_loss")
+before("evaluation", engine.Trainer, "_evaluate")
+before("snapshot", engine.Trainer, "_state")
+before("save_begin", checkpoint, "save")
+if faults_at("save_half"):
     checkpoint.pickle = _HalfPickle
-elif _where == "save_rename":
-    before(checkpoint, "_replace")
-elif _where == "save_done":
-    after(checkpoint, "save")
-elif _where == "load":
-    before(datasets, "open_image")
+before("save_rename", checkpoint, "_replace")
+after("save_done", checkpoint, "save")
+before("load", datasets, "open_image")
 
 
 if __name__ == "__main__":

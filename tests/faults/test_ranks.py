@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
+
 from ..runs import DRIVER, ROOT, alive, command, finish, run, start
 from ..tiny_data import make_data
 
@@ -133,6 +135,27 @@ def test_a_save_of_40_seconds_times_nobody_out(tmp_path, data):
     code, output = run(words, fault="snapshot:0:2:sleep40", seconds=150)
     assert code == 0, output
     assert time.monotonic() - begin > 40
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
+def test_a_preempted_rank_waits_for_the_one_that_writes(tmp_path, data, launched):
+    """Longer than a rank that is left alone may take to end."""
+    words = job(data, tmp_path, "SAVE_STEPS", 0)
+    if launched:
+        words = launcher(words, tmp_path / "logs", "--nproc_per_node", 2)
+    code, output = run(words, fault="step:1:3:term save_half:0:1:sleep8")
+    assert launched or code == 75, output
+    assert f"stopped after step 3; saved in {tmp_path}/run" in output, output
+    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 3
+
+
+@pytest.mark.parametrize("nprocs", [1, 2])
+def test_a_preempted_run_says_when_it_could_not_save(tmp_path, data, nprocs):
+    words = job(data, tmp_path, "SAVE_STEPS", 2, "SAVE_FAILURE", "continue", nprocs=nprocs)
+    code, output = run(words, fault="step:0:5:term save_half:0:3:full")
+    assert code == 75, output
+    assert "stopped after step 5; that could not be saved; the last checkpoint is in" in output
+    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
 
 
 def test_ranks_end_when_their_parent_is_killed(tmp_path, data):
