@@ -9,9 +9,11 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 import paddle.distributed as dist
+from paddle.base import core
 
 from errors import UserError
 
@@ -24,8 +26,8 @@ def join() -> str:
 
     Where all are on this machine, what they open for one another is open to this machine only:
     gloo and NCCL listen on the loopback device unless the user has named another, and Paddle's
-    key-value store, which listens everywhere and asks for no password, is tied to it as soon as
-    the ranks have met.
+    key-value store, which listens everywhere and asks for no password, is tied to that device
+    before the ranks meet there.
 
     Returns:
         A warning if the store had to be left open to other machines, else an empty string.
@@ -34,22 +36,50 @@ def join() -> str:
         UserError: rank 0 cannot be reached, or the port that it shall listen on is in use.
     """
     rank = int(os.environ["PADDLE_TRAINER_ID"])
-    port = _find_rank_0(rank)
     local = sys.platform == "linux" and _on_one_machine()
     if local:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, _LOOPBACK)
+        _stay_on_this_machine()
+    port = _find_rank_0(rank)
+    warning = ""
+    if local and rank == 0:
+        _open_store()
+        warning = _shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
-    return _shut_out_others(port) if local and rank == 0 else ""
+    for connection in _tcp_sockets():
+        # Paddle sends a request in pieces, and would wait 40 ms for the receipt of the first.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return warning
+
+
+def _on_one_machine() -> bool:
+    endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
+    hosts = {endpoint.rpartition(":")[0] for endpoint in endpoints}
+    return len(hosts) == 1 and "" not in hosts
+
+
+def _stay_on_this_machine() -> None:
+    """Has the ranks meet at 127.0.0.1: a socket that is tied to the loopback device refuses even
+    this machine's connections to another of its addresses.
+    """
+    os.environ["PADDLE_MASTER"] = f"127.0.0.1:{_address().rpartition(':')[2]}"
+    os.environ.pop("MASTER_ADDR", None)  # or this would be taken instead
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, _LOOPBACK)
+
+
+def _address() -> str:
+    """Where rank 0 listens, ``host:port``; Paddle looks for it in the same order."""
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"]
+    return address.split(",")[0]
 
 
 def _find_rank_0(rank: int) -> int:
     """Looks whether the ranks can meet; returns the port. Paddle itself would abort, or try for 15
-    minutes."""
-    address = os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"]
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    address = address.split(",")[0]
+    minutes.
+    """
+    address = _address()
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + _JOIN_TIMEOUT
     while True:
@@ -73,20 +103,26 @@ def _find_rank_0(rank: int) -> int:
             time.sleep(0.5)
 
 
-def _on_one_machine() -> bool:
-    endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
-    hosts = {endpoint.rpartition(":")[0] for endpoint in endpoints}
-    return len(hosts) == 1 and "" not in hosts
+def _open_store() -> None:
+    """Opens the store that `init_parallel_env` takes; there the call would wait for the other ranks
+    and let nothing else run.
+    """
+    world = os.environ["PADDLE_TRAINERS_NUM"]
+    os.environ["PADDLE_TRAINERS_NUM"] = "0"  # nobody to wait for
+    try:
+        core.create_or_get_global_tcp_store()
+    finally:
+        os.environ["PADDLE_TRAINERS_NUM"] = world
 
 
 def _shut_out_others(port: int) -> str:
     """Ties this process's listening socket to the loopback device: it then takes connections to
-    127.0.0.1 only, and what is connected stays so. Returns a warning where it cannot be done.
+    127.0.0.1 only. Returns a warning where it cannot be done.
     """
     reason = "its socket was not found"
-    found = _listening_socket(port)
-    if found is not None:
-        with found:
+    for found in _tcp_sockets():
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if listens and found.getsockname()[1] == port:
             try:
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _LOOPBACK.encode())
                 return ""
@@ -95,14 +131,11 @@ def _shut_out_others(port: int) -> str:
     return f"warning: port {port} of this job is open to other machines ({reason})"
 
 
-def _listening_socket(port: int) -> socket.socket | None:
-    """A second handle of the socket through which this process listens on a port."""
-    for fd in map(int, os.listdir("/proc/self/fd")):
+def _tcp_sockets() -> Iterator[socket.socket]:
+    """Second handles of this process's TCP sockets, whoever opened them; on Linux alone."""
+    for fd in map(int, os.listdir("/proc/self/fd") if sys.platform == "linux" else []):
         with suppress(OSError):  # closed meanwhile
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                found = socket.socket(fileno=os.dup(fd))
-                listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if listens and found.getsockname()[1:2] == (port,):
-                    return found
-                found.close()
-    return None
+                with socket.socket(fileno=os.dup(fd)) as found:
+                    if (found.family, found.type) == (socket.AF_INET, socket.SOCK_STREAM):
+                        yield found

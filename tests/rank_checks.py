@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import runtime  # noqa: F401  isort: skip
 
-import contextlib
 import ipaddress
 import os
 import socket
@@ -18,6 +17,7 @@ import paddle.distributed as dist
 
 from config import get_config
 from evaluation import evaluate
+from rendezvous import _tcp_sockets
 from resmlp import build_resmlp
 from samplers import EvalBatchSampler
 from utils import Process, from_main, main_first, prepare_process, sum_over_ranks, wait_for_all
@@ -113,19 +113,6 @@ def gradients(process: Process) -> None:
     assert max(np.abs(a).max() for a in whole) > 0.01
 
 
-def nobody_else_can_connect(process: Process) -> None:
-    """What a rank listens on is a loopback address, or tied to the loopback device."""
-    listening = []
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as found:
-            if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
-                listening.append((found.getsockname(), device.rstrip(b"\0")))
-    assert listening or not process.main, "Paddle's key-value store was not found"
-    for name, device in listening:
-        assert device == b"lo" or ipaddress.ip_address(name[0]).is_loopback, listening
-
-
 def main_leaves_a_meeting_last(process: Process) -> None:
     """Rank 0 may end after a meeting, and the store with it: nobody may need it any more."""
     store = dist.collective._default_store
@@ -148,9 +135,31 @@ def main_leaves_a_meeting_last(process: Process) -> None:
         assert answered == process.world - 1
 
 
+def nobody_else_can_connect(process: Process) -> None:
+    """What a rank listens on is a loopback address, or tied to the loopback device."""
+    listening = []
+    for found in _tcp_sockets():
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+            listening.append((found.getsockname(), device.rstrip(b"\0")))
+    assert listening or not process.main, "Paddle's key-value store was not found"
+    for name, device in listening:
+        assert device == b"lo" or ipaddress.ip_address(name[0]).is_loopback, listening
+
+
+def nothing_waits_to_be_sent(process: Process) -> None:
+    """Each request to the store comes in pieces; none waits for the receipt of the one before."""
+    connections = [
+        found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for found in _tcp_sockets()
+        if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    ]
+    assert connections and all(connections)
+
+
 CHECKS = (helpers, main_leaves_a_meeting_last, evaluation_counts, breaking_off, gradients)
 if sys.platform == "linux":
-    CHECKS += (nobody_else_can_connect,)
+    CHECKS += (nobody_else_can_connect, nothing_waits_to_be_sent)
 
 
 def main() -> None:

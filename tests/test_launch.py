@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -216,6 +218,50 @@ def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
 def test_a_port_that_stays_open_to_others_is_said():
     warning = rendezvous._shut_out_others(9)
     assert "port 9 of this job is open to other machines (its socket was not found)" in warning
+
+
+_MEETING = """
+import runtime
+import os
+import socket
+import sys
+import rendezvous
+
+def meet():
+    for found in rendezvous._tcp_sockets():
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            assert found.getsockname()[1] == int(sys.argv[1])
+            device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+            print(device.strip(b"\\0").decode())
+    print(os.environ["PADDLE_TRAINERS_NUM"])
+
+rendezvous.dist.init_parallel_env = meet
+print(repr(rendezvous.join()))
+"""
+
+
+@linux
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.1"])
+def test_the_store_is_tied_before_the_ranks_meet(host):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {
+        "PADDLE_TRAINER_ID": "0",
+        "PADDLE_TRAINERS_NUM": "3",
+        "PADDLE_MASTER": f"{host}:{port}",
+        "PADDLE_TRAINER_ENDPOINTS": f"{host}:1,{host}:2,{host}:3",
+        "GLOG_minloglevel": "2",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", _MEETING, port],
+        env={**os.environ, **environment},
+        cwd=Path(rendezvous.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout.split() == ["lo", "3", "''"], result.stdout + result.stderr
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
