@@ -200,17 +200,18 @@ def test_a_second_signal_ends_all_at_once(tmp_path, data):
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, data):
-    process = start(job(data, tmp_path))
+    process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000))
     wait_for_ranks(process, tmp_path)
     code, output = run(job(data, tmp_path, "MODEL.RESUME", "auto", nprocs=1))
     assert code == 2 and "still going uses this folder" in output, output
+    process.terminate()
     code, output = finish(process)
-    assert code == 0, output
+    assert code == 75 and "saved in" in output, output
 
 
 def test_another_number_of_processes_goes_on_where_the_first_stopped(tmp_path, data):
     words = job(data, tmp_path, "REPORT_FREQ", 1)
-    fail(words, "step:0:4:kill", tmp_path)  # after 3 steps of 8 images
+    fail(words, "save_done:0:3:kill", tmp_path)  # after 3 steps of 8 images
     opts = ["REPORT_FREQ", 1, "MODEL.RESUME", "auto"]
     code, output = run(job(data, tmp_path, *opts, nprocs=1))
     assert code == 0, output
