@@ -427,6 +427,10 @@ def build_policy(text: str, key: str, **kwargs) -> Policy:
         options = _read_sections(sections, _RAND_SECTIONS, where)
         if not 0 <= options.get("probability", 0) <= 1:
             raise ConfigError(f"{where}: p is a probability, from 0 to 1")
+        if options.get("layers", 0) > 64:  # as TRAIN.RAND_AUGMENT_LAYERS
+            raise ConfigError(f"{where}: n is at most 64")
+        if max(options.get("level", 0), options.get("level_max", 0)) > 100:
+            raise ConfigError(f"{where}: m and mmax are at most 100; 10 is the strongest in use")
         return rand_augment(**options, **kwargs)
     if policy not in POLICIES:
         raise ConfigError(f"{where}; choose rand-... or one of {', '.join(POLICIES)}")

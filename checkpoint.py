@@ -12,8 +12,9 @@ import pickle
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import yaml
 
 from errors import CheckpointError, UserError
-from weights import safe_load
+from weights import safe_load, unreachable
 
 LAST, BEST = "last.pdparams", "best.pdparams"
 _EPOCH = re.compile(r"epoch_(\d+)\.pdparams")
@@ -43,12 +44,14 @@ def to_numpy(tree: Any) -> Any:
     return np.asarray(tree.numpy()) if hasattr(tree, "numpy") else tree
 
 
-def save(state: dict, path: str | os.PathLike) -> None:
+def save(state: dict, path: str | os.PathLike, names: Sequence[str] = ()) -> None:
     """Writes a checkpoint so that at every moment ``path`` is the old file or the new one.
 
     Args:
         state: containers, numbers, text and arrays (see `to_numpy`).
         path: the file; a temporary one is written beside it, flushed to disk and renamed.
+        names: what else it is called in its folder (`duplicate`). It gets these names first: once
+            ``path`` is the new file, everything is done.
 
     Raises:
         CheckpointError: the file cannot be written; what was there before is untouched.
@@ -60,13 +63,25 @@ def save(state: dict, path: str | os.PathLike) -> None:
             pickle.dump({**state, "checksum": checksum(state)}, file, protocol=4)
             file.flush()
             os.fsync(file.fileno())
-        _replace(temporary, path)
+        try:
+            for name in names:
+                duplicate(temporary, name)
+        finally:
+            _replace(temporary, path)
     except OSError as error:
         _discard(temporary)
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written: {error.strerror or error}; the earlier "
             f"checkpoints are untouched"
         )
+
+
+def is_writing(folder: str | os.PathLike, since: float) -> bool:
+    """Whether a checkpoint is being written there, by a run that began at ``since`` (Unix time)."""
+    try:
+        return os.path.getmtime(Path(folder, f".{LAST}.tmp")) > since
+    except OSError:
+        return False
 
 
 def duplicate(path: str | os.PathLike, name: str) -> None:
@@ -101,6 +116,8 @@ class Writer:
         """Waits for what was started (or only looks whether it is done); raises what it raised."""
         if self._pending is not None and (wait or self._pending.done()):
             pending, self._pending = self._pending, None
+            while not pending.done():
+                wait_for([pending], 0.2)  # in pieces: signals are handled in between
             pending.result()
 
 
@@ -111,13 +128,15 @@ def load(path: str | os.PathLike) -> dict:
         CheckpointError: missing, damaged, or not a training checkpoint of this project.
     """
     path = Path(path)
-    if not path.is_file() and Path(f"{path}.pdparams").is_file():
+    if not os.path.isfile(path) and os.path.isfile(f"{path}.pdparams"):
         path = Path(f"{path}.pdparams")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(
             f"{path}: a folder; continue its run with -output {path} -resume auto"
         )
-    if not path.is_file():
+    if reason := unreachable(path):
+        raise CheckpointError(f"{path}: cannot be read: {reason}")
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         state = safe_load(path)
@@ -145,7 +164,7 @@ def load_newest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
     """
     folder = Path(folder)
     names = [LAST, *map(epoch_name, _kept_epochs(folder)), BEST]
-    paths = [folder / name for name in names if (folder / name).is_file()]
+    paths = [folder / name for name in names if os.path.isfile(folder / name)]
     newest = None
     for path in paths:
         try:
@@ -165,9 +184,45 @@ def load_newest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
 def rotate(folder: str | os.PathLike, keep: int, keep_every: int) -> None:
     """Deletes old epoch checkpoints: the newest ``keep`` stay, and every ``keep_every``-th."""
     folder = Path(folder)
-    for epoch in sorted(_kept_epochs(folder), reverse=True)[keep:]:
-        if not keep_every or epoch % keep_every:
-            (folder / epoch_name(epoch)).unlink(missing_ok=True)
+    try:
+        for epoch in sorted(_kept_epochs(folder), reverse=True)[keep:]:
+            if not keep_every or epoch % keep_every:
+                (folder / epoch_name(epoch)).unlink(missing_ok=True)
+    except OSError as error:  # what was just saved is whole
+        _log.warning(f"{folder}: old checkpoints cannot be deleted: {error.strerror}")
+
+
+def go_back_to(path: str | os.PathLike, state: dict) -> None:
+    """Makes an earlier checkpoint the last one of its folder, for a run that goes on from there.
+
+    Those of later epochs are kept as ``abandoned_...``, which nothing reads: ``-resume auto`` and
+    rotation would mix up two runs. ``best`` is the best of its time again, if that is still there.
+
+    Args:
+        path: the earlier checkpoint.
+        state: what it holds.
+
+    Raises:
+        CheckpointError: that cannot be done.
+    """
+    path, place = Path(path), state["place"]
+    later = [epoch_name(e) for e in _kept_epochs(path.parent) if e > place["epoch"]]
+    best = path.with_name(BEST)
+    try:
+        if best.is_file() and load(best)["place"]["best_epoch"] != place["best_epoch"]:
+            later.append(BEST)
+    except CheckpointError:
+        later.append(BEST)
+    for name in later:
+        try:
+            os.replace(path.with_name(name), path.with_name(f"abandoned_{name}"))
+        except OSError as error:
+            raise CheckpointError(f"{path.with_name(name)}: cannot be renamed: {error.strerror}")
+        _log.info(f"{path.with_name(name)}: later than {path.name}, now abandoned_{name}")
+    best_epoch = path.with_name(epoch_name(place["best_epoch"]))
+    if not best.exists() and best_epoch.is_file():
+        duplicate(best_epoch, BEST)
+    duplicate(path, LAST)
 
 
 def checksum(tree: Any, value: int = 0) -> int:
@@ -205,7 +260,10 @@ def config_changes(old: str, new: str) -> list[str]:
 
 
 def _kept_epochs(folder: Path) -> list[int]:
-    names = os.listdir(folder) if folder.is_dir() else []
+    try:
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}")
     return [int(match[1]) for match in map(_EPOCH.fullmatch, names) if match]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+from contextlib import suppress
 
 import yaml
 from yacs.config import CfgNode as CN
@@ -164,6 +165,7 @@ _C.TAG = "default"  # PPViT's keys, accepted and unused:
 _C.LOCAL_RANK = 0
 _C.NGPUS = -1
 
+_MAX_FILES = 100  # merged for one config, counted as often as BASE names them
 _OLD_NAMES = {  # PPViT's first releases
     "MODEL.MIXER.HIDDEN_SIZE": "MODEL.MIXER.EMBED_DIM",
     "MODEL.MIXER.NUM_LAYERS": "MODEL.MIXER.DEPTH",
@@ -182,7 +184,7 @@ def get_config(cfg_file: str | None = None) -> CN:
     """
     config = _C.clone()
     if cfg_file:
-        _merge_file(config, cfg_file, chain=())
+        _merge_file(config, cfg_file)
     return config
 
 
@@ -193,8 +195,11 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
         ConfigError: as `get_config`; the message names the flag.
     """
     config.defrost()
+    for flag in ("cfg", *_FLAGS):
+        if getattr(args, flag, None) == "":  # `-pretrained=$FILE`, and FILE is not set
+            raise ConfigError(f"-{flag} is empty; leave it out, or give it a value")
     if getattr(args, "cfg", None):
-        _merge_file(config, args.cfg, chain=())
+        _merge_file(config, args.cfg)
     for flag, keys in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None and value is not False:
@@ -276,26 +281,36 @@ def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") ->
     parser.add_argument("-ngpus", "--ngpus", dest="nprocs", type=int, help=argparse.SUPPRESS)
     add("eval", "evaluate only", action="store_true")
     add("amp", "mixed precision on GPU", action="store_true")
-    add("opts", "any other keys: -opts TRAIN.BASE_LR 0.001 SEED 1", nargs="+", metavar="KEY VALUE")
+    add(
+        "opts",
+        "any other keys: -opts TRAIN.BASE_LR 0.001 SEED 1",
+        nargs="+",
+        action="extend",
+        metavar="KEY VALUE",
+    )
     return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------- merging
-def _merge_file(config: CN, path: str, chain: tuple[str, ...]) -> None:
-    """Merges a YAML file, its BASE files first; ``chain`` holds the files that led here."""
+def _merge_file(config: CN, path: str, chain: tuple = (), merged: list | None = None) -> None:
+    """Merges a YAML file, its BASE files first.
+
+    ``chain`` holds the files that led here, ``merged`` all files so far, each as often as it came.
+    """
     real = os.path.realpath(path)
     if real in chain:
         raise ConfigError(f"{path}: BASE leads back to this file: {' -> '.join([*chain, real])}")
+    merged = [] if merged is None else merged
+    merged.append(real)
+    if len(merged) > _MAX_FILES:
+        raise ConfigError(f"{path}: BASE leads to more than {_MAX_FILES} files; name each once")
     root = _read_yaml(path)
-    entries = list(_entries(root, path, prefix=""))
+    entries = list(_entries(root, path, "", {}))
     for key, value, where in entries:
         if key == "BASE":
-            for base in [value] if isinstance(value, str) else value or []:
-                if not isinstance(base, str):
-                    raise ConfigError(f"{where}: BASE is {base!r}; expected a list of YAML files")
-                if base:
-                    base_path = os.path.join(os.path.dirname(path), base)
-                    _merge_file(config, base_path, (*chain, real))
+            for base in filter(None, coerce(key, value, where)):
+                base_path = os.path.join(os.path.dirname(path), base)
+                _merge_file(config, base_path, (*chain, real), merged)
     for key, value, where in entries:
         if key != "BASE":
             _set(config, key, value, where)
@@ -304,16 +319,22 @@ def _merge_file(config: CN, path: str, chain: tuple[str, ...]) -> None:
 
 
 def _read_yaml(path: str) -> yaml.Node | None:
+    text = ""
     try:
         with open(path, encoding="utf-8") as file:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
+            text = file.read()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
-        folder = os.path.dirname(path) or "."
-        names = os.listdir(folder) if os.path.isdir(folder) else []
+        names = []
+        with suppress(OSError):  # no such folder either, or it may not be listed
+            names = os.listdir(os.path.dirname(path) or ".")
         names = [name for name in names if name.endswith((".yaml", ".yml"))]
         raise ConfigError(f"{path}: no such config file{_suggest(os.path.basename(path), names)}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}")
+    except yaml.reader.ReaderError as error:  # has a position, but no mark
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {str(error).splitlines()[0]}")
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -324,35 +345,42 @@ def _read_yaml(path: str) -> yaml.Node | None:
     return root
 
 
-def _entries(node: yaml.Node | None, path: str, prefix: str):
-    """Yields ``(dotted key, value, 'file:line')`` for every leaf of a YAML mapping."""
+def _entries(node: yaml.Node | None, path: str, prefix: str, lines: dict[str, int]):
+    """Yields ``(dotted key, value, 'file:line')`` for every leaf of a YAML mapping.
+
+    ``lines`` holds where each key stands in the file, whatever its spelling.
+    """
     if node is None:
         return
-    seen = set()
     for key_node, value_node in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
+        line = key_node.start_mark.line + 1
+        where = f"{path}:{line}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{where}: a key must be a plain name")
         key = f"{prefix}{key_node.value}"
-        if key in seen:
-            raise ConfigError(f"{where}: {key} is given twice in this file")
-        seen.add(key)
+        name = _OLD_NAMES.get(key, key)
+        if name in lines:
+            first = f"first in line {lines[name]}"
+            raise ConfigError(f"{where}: {_show(key)} is given twice in this file, {first}")
+        lines[name] = line
         if isinstance(value_node, yaml.MappingNode):
-            if key in RULES or key == "BASE":
+            if key in RULES:
                 raise ConfigError(f"{where}: {key} takes a value, found a section")
             _locate(_C, key, where)
-            yield from _entries(value_node, path, prefix=f"{key}.")
-        else:
-            loader = yaml.SafeLoader("")
-            try:
-                yield key, loader.construct_object(value_node, deep=True), where
-            except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-                problem = getattr(error, "problem", None) or error
-                raise ConfigError(f"{where}: {key}: not a plain value: {problem}")
+            yield from _entries(value_node, path, f"{key}.", lines)
+            continue
+        try:
+            value = yaml.SafeLoader("").construct_object(value_node, deep=True)
+        except Exception as error:  # PyYAML raises anything where a text does not fit its tag
+            problem = getattr(error, "problem", None) or "its text does not fit its type"
+            raise ConfigError(f"{where}: {_show(key)}: not a plain value: {problem[:200]}")
+        yield key, value, where
 
 
 def _set(config: CN, key: str, value, where: str) -> None:
     key = _OLD_NAMES.get(key, key)
+    if key == "BASE":
+        raise ConfigError(f"{where}: BASE belongs in a YAML file; name the file itself with -cfg")
     node, name = _locate(config, key, where)
     if isinstance(node[name], CN):
         if value is None:  # an empty section in a YAML file
@@ -395,7 +423,7 @@ def _parse(text: str, key: str):
     """Reads a value of ``-opts`` as YAML."""
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except Exception:  # PyYAML raises anything where a text does not fit its tag
         raise ConfigError(f"-opts: {_show(key)}: cannot read the value {text[:80]!r}")
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import reprlib
 
 from errors import ConfigError
+
+_short = reprlib.Repr()  # a hostile value may be huge
+_short.maxlevel = 2
 
 
 # ------------------------------------------------------------------------------------ rules
@@ -64,6 +68,7 @@ _boolean.expects = "True or False"
 def _text(value):
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError
+    os.fsencode(value)  # a ValueError where it could be no path
     return value
 
 
@@ -135,17 +140,31 @@ def _milestones(value):
 
 _milestones.expects = "increasing epochs such as '30, 60, 90'"
 
+
+def _files(value):
+    """BASE: one file or a flat list of them; empty names stand for none."""
+    names = [value or ""] if value is None or isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise ValueError
+    return [_text(name) if name != "" else name for name in names]
+
+
+_files.expects = "a YAML file, or a list of them"
+
 _COUNT = _integer(1)
 _NATURAL = _integer(0)
 _SHARE = _real(0.0, 1.0)  # probabilities and shares
 _RATE = _real(0.0, 0.999)  # dropout and drop path: 1.0 would drop everything
 _POSITIVE = _real(0.0, open_low=True)
 _NOT_NEGATIVE = _real(0.0)
+_SIDE = _integer(1, 8192)  # pixels
+_ALPHA = _real(0.0, 1000.0)  # of Beta(alpha, alpha)
 _INTERPOLATION = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _MEAN = _sequence(_real(0.0, 1.0), 3, list)
 _STD = _sequence(_real(0.0, open_low=True), 3, list)
 
 RULES = {
+    "BASE": _files,
     "DATA.BATCH_SIZE": _COUNT,
     "DATA.BATCH_SIZE_EVAL": _optional(_COUNT),
     "DATA.DATA_PATH": _text,
@@ -153,9 +172,9 @@ RULES = {
     "DATA.TRAIN_LIST": _text,
     "DATA.VAL_LIST": _text,
     "DATA.CLASS_NAMES": _optional(_text),
-    "DATA.IMAGE_SIZE": _integer(1, 8192),
+    "DATA.IMAGE_SIZE": _SIDE,
     "DATA.IMAGE_CHANNELS": _integer(3, 3),
-    "DATA.CROP_PCT": _real(0.0, 1.0, open_low=True),
+    "DATA.CROP_PCT": _real(0.1, 1.0),
     "DATA.INTERPOLATION": _choice(*_INTERPOLATION),
     "DATA.TRAIN_INTERPOLATION": _choice("nearest", "bilinear", "bicubic", "random"),
     "DATA.NUM_WORKERS": _integer(0, 256),
@@ -165,7 +184,7 @@ RULES = {
     "DATA.BAD_IMAGE": _choice("error", "skip"),
     "DATA.BAD_IMAGE_LIMIT": _NATURAL,
     "DATA.ALLOW_OUTSIDE_PATHS": _boolean,
-    "DATA.WORKER_TIMEOUT": _POSITIVE,
+    "DATA.WORKER_TIMEOUT": _real(0.0, 1e6, open_low=True),
     "MODEL.TYPE": _text,
     "MODEL.NAME": _text,
     "MODEL.RESUME": _optional(_text),
@@ -177,9 +196,9 @@ RULES = {
     "MODEL.ATTENTION_DROPOUT": _RATE,
     "MODEL.DROPPATH": _RATE,
     "MODEL.MIXER.PATCH_SIZE": _COUNT,
-    "MODEL.MIXER.EMBED_DIM": _COUNT,
-    "MODEL.MIXER.DEPTH": _COUNT,
-    "MODEL.MIXER.MLP_RATIO": _POSITIVE,
+    "MODEL.MIXER.EMBED_DIM": _integer(1, 65536),
+    "MODEL.MIXER.DEPTH": _integer(1, 10000),
+    "MODEL.MIXER.MLP_RATIO": _real(0.0, 1000.0, open_low=True),
     "MODEL.MIXER.LAYER_SCALE_INIT": _optional(_NOT_NEGATIVE),
     "TRAIN.LAST_EPOCH": _NATURAL,
     "TRAIN.NUM_EPOCHS": _COUNT,
@@ -199,7 +218,7 @@ RULES = {
     "TRAIN.LR_SCHEDULER.NAME": _choice("warmupcosine", "cosine", "constant", "step"),
     "TRAIN.LR_SCHEDULER.MILESTONES": _milestones,
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _POSITIVE,
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": _POSITIVE,
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": _real(0.0, 1.0, open_low=True),
     "TRAIN.OPTIMIZER.NAME": _choice("lamb", "adamw", "sgd"),
     "TRAIN.OPTIMIZER.EPS": _POSITIVE,
     "TRAIN.OPTIMIZER.BETAS": _sequence(_real(0.0, 0.9999999), 2),
@@ -216,7 +235,7 @@ RULES = {
     "TRAIN.CROP_RATIO": _sequence(_POSITIVE, 2, ordered=True),
     "TRAIN.HFLIP": _SHARE,
     "TRAIN.VFLIP": _SHARE,
-    "TRAIN.COLOR_JITTER": _NOT_NEGATIVE,
+    "TRAIN.COLOR_JITTER": _real(0.0, 10.0),
     "TRAIN.AUTO_AUGMENT": _either(_boolean, _text),
     "TRAIN.THREE_AUGMENT": _boolean,
     "TRAIN.RAND_AUGMENT": _either(_boolean, _text),
@@ -225,22 +244,22 @@ RULES = {
     "TRAIN.RAND_AUGMENT_MAGNITUDE_STD": _NOT_NEGATIVE,
     "TRAIN.RAND_AUGMENT_INCREASING": _boolean,
     "TRAIN.RAND_AUGMENT_PROB": _SHARE,
-    "TRAIN.MIXUP_ALPHA": _NOT_NEGATIVE,
+    "TRAIN.MIXUP_ALPHA": _ALPHA,
     "TRAIN.MIXUP_PROB": _SHARE,
     "TRAIN.MIXUP_SWITCH_PROB": _SHARE,
     "TRAIN.MIXUP_MODE": _choice("batch", "pair", "elem"),
-    "TRAIN.CUTMIX_ALPHA": _NOT_NEGATIVE,
+    "TRAIN.CUTMIX_ALPHA": _ALPHA,
     "TRAIN.CUTMIX_MINMAX": _optional(_sequence(_SHARE, 2, ordered=True)),
     "TRAIN.RANDOM_ERASE_PROB": _SHARE,
     "TRAIN.RANDOM_ERASE_MODE": _choice("const", "rand", "pixel"),
-    "TRAIN.RANDOM_ERASE_COUNT": _COUNT,
+    "TRAIN.RANDOM_ERASE_COUNT": _integer(1, 256),
     "TRAIN.RANDOM_ERASE_SPLIT": _boolean,
     "TRAIN.DISTILLATION_TYPE": _choice("none", "hard", "soft"),
     "TRAIN.DISTILLATION_ALPHA": _SHARE,
     "TRAIN.DISTILLATION_TAU": _POSITIVE,
     "TRAIN.TEACHER_MODEL": _optional(_text),
     "TRAIN.TEACHER_PRETRAINED": _optional(_text),
-    "TRAIN.TEACHER_IMAGE_SIZE": _optional(_COUNT),
+    "TRAIN.TEACHER_IMAGE_SIZE": _optional(_SIDE),
     "TRAIN.TEACHER_MEAN": _optional(_MEAN),
     "TRAIN.TEACHER_STD": _optional(_STD),
     "DIST.NPROCS": _integer(-1, 4096),  # -1: PPViT's word for all
@@ -280,8 +299,14 @@ def coerce(key: str, value, where: str):
     try:
         return rule(value)
     except (ValueError, TypeError, OverflowError, SyntaxError, MemoryError, RecursionError):
-        found = reprlib.repr(value)  # shortened: a hostile value may be huge
-        raise ConfigError(f"{where}: {key} is {found}; expected {rule.expects}")
+        raise ConfigError(f"{where}: {key} is {_show(value)}; expected {rule.expects}")
+
+
+def _show(value) -> str:
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a huge number"
 
 
 def check_consistency(config, where: str = "config") -> None:
@@ -305,4 +330,10 @@ def check_consistency(config, where: str = "config") -> None:
         raise ConfigError(
             f"{where}: TRAIN.WARMUP_EPOCHS is {config.TRAIN.WARMUP_EPOCHS:g}, which leaves nothing "
             f"of TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; lower it, or train longer"
+        )
+    left = config.TRAIN.NUM_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS - config.TRAIN.LAST_EPOCH
+    if left <= 0 and not (config.EVAL or config.MODEL.RESUME):  # a checkpoint knows better
+        raise ConfigError(
+            f"{where}: TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, which leaves nothing of "
+            f"TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; lower it, or train longer"
         )

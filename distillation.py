@@ -16,6 +16,7 @@ from __future__ import annotations
 import runtime  # noqa: F401  isort: skip
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable
@@ -26,7 +27,7 @@ import paddle.nn.functional as F
 import safe_pickle
 from errors import ConfigError, WeightsError
 from resmlp import build_resmlp, load_state
-from weights import read_weights, shorten
+from weights import read_weights, shorten, unreachable
 
 
 class Teacher:
@@ -161,8 +162,10 @@ def _saved_prefix(name: str) -> str | None:
     """The prefix of a network saved by `paddle.jit.save`; None where there is none."""
     path = Path(name)
     prefix = str(path.with_suffix("")) if path.suffix in (".json", ".pdmodel") else name
-    exists = any(Path(prefix + suffix).is_file() for suffix in (".json", ".pdmodel"))
-    return prefix if exists else None
+    files = [prefix + suffix for suffix in (".json", ".pdmodel")]
+    if reason := unreachable(files[0]):
+        raise ConfigError(f"TRAIN.TEACHER_MODEL {name}: cannot be read: {reason}")
+    return prefix if any(map(os.path.isfile, files)) else None
 
 
 def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:
@@ -171,10 +174,10 @@ def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:
             f"TRAIN.TEACHER_MODEL {prefix} holds its own weights: leave TRAIN.TEACHER_PRETRAINED "
             "at None"
         )
-    if not Path(prefix + ".pdiparams").is_file():
+    if not os.path.isfile(prefix + ".pdiparams"):
         raise WeightsError(f"TRAIN.TEACHER_MODEL {prefix}: there is no {prefix}.pdiparams")
-    notes = Path(prefix + ".pdiparams.info")
-    if notes.exists():  # jit.load would unpickle it: refuse what is not plain data
+    notes = prefix + ".pdiparams.info"
+    if os.path.exists(notes):  # jit.load would unpickle it: refuse what is not plain data
         safe_pickle.load(notes)
     try:
         return paddle.jit.load(prefix)

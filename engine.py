@@ -48,6 +48,7 @@ from utils import (
     Process,
     ProgressLine,
     StopSignal,
+    TrainingError,
     duration,
     from_main,
     main_first,
@@ -87,6 +88,11 @@ def run(
     process = prepare_process()
     folder = from_main(str(choose_folder(config)), process)
     folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
+    with contextlib.closing(folder):
+        return _run_in(folder, config, process, load_config, on_step)
+
+
+def _run_in(folder: RunFolder, config, process: Process, load_config, on_step) -> dict:
     if config.AMP and not process.on_gpu:
         _log.info("AMP: Paddle has no mixed precision on CPU, running in float32")
     if config.EVAL:
@@ -193,7 +199,9 @@ class Trainer:
             self.network = paddle.DataParallel(self.model)
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
         self.writer = checkpoint.Writer()
-        self.saved_step = -1  # the step of the last whole checkpoint that this run has written
+        # Of the last whole checkpoint: its step, and the best top-1 so far and its epoch.
+        self.saved_step = self.place.step if saved else -1
+        self.saved_best = self.place.best_top1, self.place.best_epoch
         self.signal = StopSignal()
         self.watch = StepWatch(
             config, process, self.place, self.scaler, folder.path, self.train_loader.dataset.files
@@ -202,13 +210,22 @@ class Trainer:
     # ------------------------------------------------------------------------------- loops
     def fit(self) -> dict:
         """Trains to the last epoch; returns what `run` returns."""
-        self._say_hello()
-        metrics = None
-        for epoch in range(self.place.epoch, self.total_epochs):
-            self._train_epoch(epoch)
-            metrics = self._finish_epoch(epoch) or metrics
-        self._finish_saving()
-        self.dashboard.close()
+        try:
+            self._say_hello()
+            metrics = None
+            for epoch in range(self.place.epoch, self.total_epochs):
+                self._train_epoch(epoch)
+                metrics = self._finish_epoch(epoch) or metrics
+            self._finish_saving()
+        except TrainingError:  # of all ranks: a launcher would end rank 0 when another has ended
+            with main_first(self.process), contextlib.suppress(CheckpointError):
+                self.writer.finish()
+            raise
+        finally:
+            with contextlib.suppress(CheckpointError):  # what broke off the run comes first
+                self.writer.finish()
+            self.dashboard.close()
+            self.signal.close()
         best, epoch = self.place.best_top1, self.place.best_epoch
         if epoch:
             path = self.folder.path / checkpoint.BEST
@@ -306,9 +323,14 @@ class Trainer:
         """
         with main_first(self.process):
             self._finish_saving()
-        done = self.saved_step == self.place.step
-        saved = "saved" if done else "that could not be saved; the last checkpoint is"
-        raise Preempted(from_main(f"{what}; {saved} in {self.folder.path}", self.process))
+        folder = self.folder.path
+        if self.saved_step == self.place.step:
+            saved = f"saved in {folder}"
+        elif self.saved_step < 0:
+            saved = f"nothing is saved yet in {folder}"
+        else:
+            saved = f"that could not be saved; the last checkpoint is in {folder}"
+        raise Preempted(from_main(f"{what}; {saved}", self.process))
 
     def _no_sync(self, wanted: bool):
         """Keeps gradients local until the last batch of a window."""
@@ -338,6 +360,7 @@ class Trainer:
             if self.ema is not None:
                 metrics = self._evaluate(self.ema.model, f"epoch {epoch + 1}, EMA")
                 record.update(ema_loss=metrics.loss, ema_top1=metrics.top1, ema_top5=metrics.top5)
+            self._finish_saving()  # which takes back a best that could not be saved
             if metrics.top1 > place.best_top1:
                 place.best_top1, place.best_epoch = metrics.top1, epoch + 1
                 names.append(checkpoint.BEST)
@@ -447,8 +470,8 @@ class Trainer:
 
     # --------------------------------------------------------------------------- checkpoints
     def _save(self, *names: str) -> None:
-        """Rank 0 saves ``last`` and gives it more names, in the background; the others wait until
-        it has copied the state.
+        """Rank 0 saves under more ``names`` and as ``last``, in the background; the others wait
+        until it has copied the state.
         """
         with main_first(self.process) as main:
             if not main:
@@ -457,17 +480,16 @@ class Trainer:
             try:
                 self.folder.flush_metrics()
                 state = checkpoint.to_numpy(self._state())
+                best = self.place.best_top1, self.place.best_epoch
                 step = self.place.step
-                self.writer.start(lambda: self._write(state, step, names))
+                self.writer.start(lambda: self._write(state, names, step, best))
             except CheckpointError as error:
                 self._saving_failed(error)
 
-    def _write(self, state: dict, step: int, names: tuple[str, ...]) -> None:
+    def _write(self, state: dict, names: tuple[str, ...], step: int, best: tuple) -> None:
         path, config = self.folder.path / checkpoint.LAST, self.config
-        checkpoint.save(state, path)
-        self.saved_step = step
-        for name in names:
-            checkpoint.duplicate(path, name)
+        checkpoint.save(state, path, names)
+        self.saved_step, self.saved_best = step, best
         checkpoint.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
 
     def _finish_saving(self, wait: bool = True) -> None:
@@ -480,6 +502,7 @@ class Trainer:
         if self.config.SAVE_FAILURE == "stop":
             raise error
         _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
+        self.place.best_top1, self.place.best_epoch = self.saved_best
 
     def _state(self) -> dict:
         state = {
@@ -520,6 +543,17 @@ class Trainer:
         except WeightsError as error:
             raise CheckpointError(f"-resume {self.config.MODEL.RESUME}: another model: {error}")
 
+    def _go_back(self, saved: dict) -> None:
+        """Where the user has chosen an earlier checkpoint of this very run."""
+        chosen = Path(self.config.MODEL.RESUME)
+        if not chosen.is_file():
+            chosen = chosen.with_name(f"{chosen.name}.pdparams")
+        here = chosen.is_file() and chosen.parent.samefile(self.folder.path)
+        if self.process.main and here and chosen.name != checkpoint.LAST:
+            checkpoint.go_back_to(chosen, saved)
+            if not (self.folder.path / checkpoint.BEST).exists():
+                self.place.best_top1, self.place.best_epoch = -1.0, 0
+
     def _restore(self, saved: dict) -> None:
         """Puts back all of a checkpoint but the model's weights."""
         load_optimizer_state(self.optimizer, self.model, saved["optimizer"])
@@ -529,6 +563,7 @@ class Trainer:
         if saved["scaler"] and self.scaler.is_enable():
             self.scaler.load_state_dict(saved["scaler"])
         self.place = Place(**saved["place"])
+        self._go_back(saved)
         self.folder.rewind_metrics(saved["metrics_lines"])
         changes = checkpoint.config_changes(saved["config"], self.config.dump())
         if saved["processes"] != self.process.world:

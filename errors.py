@@ -28,6 +28,8 @@ class CheckpointError(UserError):
 
 def run_as_script(main: Callable[[], int | None]) -> None:
     """Calls ``main`` and exits: 0 (or its return value), 2 on a `UserError`, 130 on Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except UserError as error:

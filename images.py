@@ -11,10 +11,14 @@ Two layouts of a data folder, DATA.DATASET:
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 import warnings
 from array import array
+from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
 
@@ -27,8 +31,14 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 
+# Control characters, line breaks, and what `os.fsdecode` makes of bytes that are not UTF-8.
+# (`str.isprintable` is also False for the joiners inside Persian words.)
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 # Pillow warns above its limit and raises above twice the limit; `open_image` raises above it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Corrupt EXIF data, transparent palettes: the pixels are right, and no warning names its file.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class BadImage(DataError):
@@ -39,6 +49,18 @@ class BadImage(DataError):
         self.path, self.reason = path, reason
 
 
+def regular_size(path: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: missing; or a folder, a device, a pipe, which may block for ever when it is opened.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    return info.st_size
+
+
 def open_image(path: str) -> Image.Image:
     """Opens an image file, to be used in ``with``; its pixels are decoded when they are asked for.
 
@@ -46,10 +68,7 @@ def open_image(path: str) -> Image.Image:
         BadImage: missing, unreadable, empty, not an image, larger than Pillow's limit.
     """
     try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # a folder; a pipe, which would block for ever
-            raise BadImage(path, "not a regular file")
-        if info.st_size == 0:
+        if regular_size(path) == 0:
             raise BadImage(path, "the file is empty")
         image = Image.open(path, formats=_FORMATS)
         pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
@@ -71,9 +90,11 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with open_image(path) as image:
-            return image.convert("RGB")
+            rgb = image.convert("RGB")
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise _bad_image(path, error) from None
+    rgb.filename = path  # as `Image.open` sets it; a transform names it
+    return rgb
 
 
 def _bad_image(path: str, error: Exception) -> BadImage:
@@ -81,8 +102,8 @@ def _bad_image(path: str, error: Exception) -> BadImage:
         return error
     if isinstance(error, FileNotFoundError):
         return BadImage(path, "no such file")
-    if isinstance(error, PermissionError):
-        return BadImage(path, "permission denied")
+    if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
+        return BadImage(path, _reason(error))
     if isinstance(error, Image.UnidentifiedImageError):
         return BadImage(path, "not an image of a known format")
     return BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})")
@@ -118,7 +139,7 @@ class ImageIndex:
         self._lines.append(line)
 
     def name(self, index: int) -> bytes:
-        """Path relative to `root`, as the list file spells it."""
+        """Path relative to `root`, as it was added."""
         return bytes(self._names[self._ends[index] : self._ends[index + 1]])
 
     def path(self, index: int) -> str:
@@ -134,8 +155,8 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     """Reads ``relative/path label`` lines: the last field is the label, the rest is the path.
 
     Blank lines and lines that begin with ``#`` are skipped; fields are separated by spaces or
-    tabs, and paths may contain spaces. Paths are resolved by their text alone, so a link inside
-    the data folder may point to another disk.
+    tabs, and paths may contain spaces. Without `allow_outside`, ``..`` is resolved by the text
+    alone: a link may point to another disk, and ``link/..`` is the folder that the link lies in.
 
     Args:
         list_file: the text file; paths in any encoding.
@@ -150,6 +171,7 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     folder = os.path.join(os.path.normpath(index.root), b"")
     labels: dict[bytes, int] = {}  # a few different ones, a million times
     try:
+        regular_size(list_file)
         with open(list_file, "rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.strip() if number > 1 else line.removeprefix(_BOM).strip()
@@ -165,7 +187,7 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
                     if label not in labels:
                         labels[label] = _parse_label(label, num_classes)
                     if not allow_outside and (b".." in name or name.startswith(b"/")):
-                        _check_inside(name, folder)
+                        name = _inside(name, folder)
                 except ValueError as problem:
                     raise DataError(f"{list_file}:{number}: {problem}, got {_show(line)}") from None
                 index.add(name, labels[label], number)
@@ -186,12 +208,12 @@ def find_classes(root: str) -> list[str]:
     They are those of ``root/train``, or of ``root/val`` where there is no ``train``.
 
     Raises:
-        DataError: neither is there, or it holds no folders.
+        DataError: neither is there, it holds no folders, or as `class_folders`.
     """
     for split in ("train", "val"):
         folder = os.path.join(root, split)
         if os.path.isdir(folder):
-            classes = _subfolders(folder)
+            classes = class_folders(folder)
             if not classes:
                 raise DataError(f"{folder}: no class folders; expected {split}/<class>/<image>")
             return classes
@@ -218,13 +240,14 @@ def scan_folder(root: str, split: str, num_classes: int) -> ImageIndex:
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; expected {split}/<class>/<image>")
-    unknown = sorted(set(_subfolders(folder)) - set(classes))
+    there = set(class_folders(folder))
+    unknown = sorted(there - set(classes))
     if unknown:
         raise DataError(f"{folder}: class {unknown[0]!r} is not among the folders of train")
     index = ImageIndex(root)
     for label, name in enumerate(classes):
         before = len(index)
-        for path in list_images(os.path.join(folder, name)):
+        for path in list_images(os.path.join(folder, name)) if name in there else ():
             index.add(os.fsencode(os.path.relpath(path, root)), label)
         if split == "train" and len(index) == before:
             raise DataError(f"{os.path.join(folder, name)}: no images ({' '.join(EXTENSIONS)})")
@@ -234,9 +257,14 @@ def scan_folder(root: str, split: str, num_classes: int) -> ImageIndex:
 
 
 def list_images(folder: str) -> list[str]:
-    """Paths of the image files under a folder, sorted; what begins with a dot is passed over."""
+    """Paths of the image files under a folder, sorted; what begins with a dot is passed over.
+
+    Raises:
+        DataError: a folder that cannot be read, a link to a folder that it lies in.
+    """
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        _check_link(parent)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
             os.path.join(parent, name)
@@ -247,21 +275,26 @@ def list_images(folder: str) -> list[str]:
 
 
 def printable(path: str) -> str:
-    """The path with whatever is not UTF-8 in it escaped, so that any terminal can show it."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """The path with control characters and whatever is not UTF-8 in it escaped, for a terminal."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def read_class_names(path: str, num_classes: int) -> list[str]:
     """Reads a text file of class names, line i the name of label i.
 
     Raises:
-        DataError: unreadable, or not `num_classes` lines.
+        DataError: unreadable, a line without a name, or not `num_classes` lines.
     """
     try:
+        regular_size(path)
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file.read().rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {_reason(error)}; expected one class name a line") from None
+    if "" in names:
+        line = names.index("") + 1
+        raise DataError(f"{path}:{line}: no name; expected one class name a line")
     if len(names) != num_classes:
         raise DataError(f"{path}: {len(names)} names but MODEL.NUM_CLASSES is {num_classes}")
     return names
@@ -282,9 +315,39 @@ def class_names(config) -> list[str] | None:
     return None
 
 
-def _subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+def class_folders(folder: str) -> list[str]:
+    """The names of the folders in a folder, sorted; what begins with a dot is passed over.
+
+    Raises:
+        DataError: the folder cannot be read, or a name is no line of a text file of names.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        _refuse(error)
+    for name in names:
+        if printable(name) != name or not name.strip():
+            raise DataError(
+                f"{printable(os.path.join(folder, name))}: a class name is UTF-8 text without "
+                "line breaks and control characters; rename the folder"
+            )
+    return names
+
+
+def _check_link(path: str) -> None:
+    """Refuses a link to a folder above it: whoever follows it comes back to it for ever."""
+    if os.path.islink(path):
+        for above in Path(path).absolute().parents:
+            if os.path.samefile(path, above):
+                raise DataError(
+                    f"{printable(path)}: a link to {printable(str(above))}, which it lies in, so "
+                    "that all images there would be found again and again; remove the link"
+                )
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise DataError(f"{printable(error.filename)}: {_reason(error)}") from None
 
 
 def _parse_label(text: bytes, num_classes: int) -> int:
@@ -298,12 +361,15 @@ def _parse_label(text: bytes, num_classes: int) -> int:
     return int(text)
 
 
-def _check_inside(name: bytes, folder: bytes) -> None:
-    if not os.path.normpath(os.path.join(folder, name)).startswith(folder):
+def _inside(name: bytes, folder: bytes) -> bytes:
+    """The path relative to the folder, without ``..``: what is opened is what was checked."""
+    path = os.path.normpath(os.path.join(folder, name))
+    if not path.startswith(folder):
         raise ValueError(
             f"the path {_show(name)} leaves the data folder {os.fsdecode(folder)} "
             "(DATA.ALLOW_OUTSIDE_PATHS True accepts it)"
         )
+    return path[len(folder) :]
 
 
 def _show(text: bytes) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import paddle.distributed as dist
 
-from checkpoint import LAST
+from checkpoint import LAST, is_writing
 from config import get_config
 from engine import run
 from errors import ConfigError, UserError
@@ -34,6 +34,7 @@ from utils import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count
 
 _GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
 _FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
+_SAVING_GRACE = 60.0  # seconds for a checkpoint that is being written when a rank fails
 _PREEMPTION_GRACE = 600.0  # seconds to save after SIGTERM; a second signal ends the run at once
 _TEXT_LIMIT = 8000  # characters of a rank's last words: fits a pipe's buffer, so it never blocks
 _OUT_OF_MEMORY = (
@@ -57,7 +58,7 @@ def run_here(config, on_step: Callable[[int], None] = lambda step: None, label: 
     """
     code, text = _run(config, on_step)
     for line in text.splitlines():
-        print(f"{label}{line}", file=sys.stderr, flush=True)
+        _show(f"{label}{line}")
     return code
 
 
@@ -83,10 +84,15 @@ def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
 
 
 def _plot(folder) -> None:
+    """Draws the curves of a run that is done; a signal has nothing left to stop."""
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         plot_metrics([folder], folder / "curves.png")
     except UserError as error:  # a full disk, say: the run itself is well
         _log.warning(str(error))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def launch(config) -> int:
@@ -121,6 +127,7 @@ def _spawn(config, count: int) -> int:
     config.freeze()
     os.environ.setdefault("GLOG_minloglevel", "2")  # no progress notes of the key-value store
     warnings.filterwarnings("ignore", message=".*CPUONLY mode", category=UserWarning)
+    begin = time.time()
     spawning = multiprocessing.get_context("spawn")
     steps = spawning.Array("q", count, lock=False)
     readers, writers = zip(*(spawning.Pipe(duplex=False) for _ in range(count)))
@@ -137,25 +144,34 @@ def _spawn(config, count: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    endings = _watch(workers, readers, asked)
+    endings = _watch(workers, readers, asked, lambda: is_writing(config.SAVE, since=begin))
     _end(workers)
     return _tell(endings, list(steps), _last_of(config), bool(asked))
 
 
-def _watch(workers: list, readers: tuple, asked: list[float]) -> dict[int, tuple[int, str]]:
+def _watch(
+    workers: list,
+    readers: tuple,
+    asked: list[float],
+    saving: Callable[[], bool] = lambda: False,
+) -> dict[int, tuple[int, str]]:
     """Waits until every rank has ended, or one has failed and the others had time to say why.
 
     Args:
         workers: the ranks' processes.
         readers: a pipe from each, with its exit code and text.
         asked: times of the signals that were passed on to the ranks.
+        saving: whether a checkpoint is being written: rank 0 may finish that.
 
     Returns:
         Exit code and text of the ranks that have ended; a killed rank has no text.
     """
     endings: dict[int, tuple[int, str]] = {}
     deadline = float("inf")
-    while len(endings) < len(workers) and time.monotonic() < deadline:
+    while len(endings) < len(workers):
+        late = time.monotonic() - deadline
+        if late > 0 and not (0 not in endings and late < _SAVING_GRACE and saving()):
+            break
         going = [rank for rank in range(len(workers)) if rank not in endings]
         wait([x for rank in going for x in (readers[rank], workers[rank].sentinel)], timeout=0.2)
         now = time.monotonic()
@@ -165,7 +181,9 @@ def _watch(workers: list, readers: tuple, asked: list[float]) -> dict[int, tuple
             elif workers[rank].exitcode is not None:
                 endings[rank] = workers[rank].exitcode, ""
         codes = {code for code, _ in endings.values()}
-        if codes - {0, PREEMPTED} or len(asked) > 1 and asked[-1] - asked[0] > SIGNAL_GRACE:
+        if len(asked) > 1 and asked[-1] - asked[0] > SIGNAL_GRACE:
+            deadline, saving = min(deadline, now + _FAILURE_GRACE), lambda: False
+        if codes - {0, PREEMPTED}:
             deadline = min(deadline, now + _FAILURE_GRACE)
         if PREEMPTED in codes:
             deadline = min(deadline, now + _GRACE)
@@ -196,7 +214,7 @@ def _tell(endings: dict, steps: list[int], last: str, asked: bool) -> int:
     code, text = failed[rank]
     if code == 1:
         trace, _, text = text.rpartition("error: ")
-        print("".join(f"[rank {rank}] {line}\n" for line in trace.splitlines()), file=sys.stderr)
+        _show("".join(f"[rank {rank}] {line}\n" for line in trace.splitlines()))
     elif code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         text = text or f"it was killed by {signal.Signals(-code).name}{hint}"
@@ -224,8 +242,19 @@ def _last_of(config) -> str:
 
 
 def _say(text: str, code: int) -> int:
-    print(text, file=sys.stderr, flush=True)
+    _show(text)
     return code
+
+
+def _show(text: str) -> None:
+    with suppress(OSError):  # of `2>&1 | tee`: Ctrl-C has ended that too
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
 
 
 def _run_launched(config) -> int:
@@ -235,13 +264,13 @@ def _run_launched(config) -> int:
     each rank has a witness: a forked process that says on the launcher's terminal how the rank
     ended, if it was the first.
     """
-    rank, launcher = int(os.environ["PADDLE_TRAINER_ID"]), os.getppid()
+    rank, launcher, here = int(os.environ["PADDLE_TRAINER_ID"]), runtime.PARENT, os.getpid()
     step = mmap.mmap(-1, 8)  # shared with the witness
     reader, writer = os.pipe()
     if os.fork() == 0:
         try:
             os.close(writer)
-            _witness(config, rank, launcher, step, reader)
+            _witness(config, rank, here, launcher, step, reader)
         finally:
             os._exit(0)
     end = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
@@ -252,18 +281,17 @@ def _run_launched(config) -> int:
 
     code, text = _run(config, on_step)
     if rank > 0:  # to the launcher's log of this rank
-        print(text, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        _show(text)
+    _flush()
     os.write(writer, f"{code} {text[-_TEXT_LIMIT:]}".encode())
     os._exit(code)  # no atexit hook may wait for a rank that is gone
 
 
-def _witness(config, rank: int, launcher: int, step: mmap.mmap, reader: int) -> None:
-    """Waits for the end of its parent, a rank, and tells of it as `_spawn` does."""
+def _witness(config, rank: int, pid: int, launcher: int, step: mmap.mmap, reader: int) -> None:
+    """Waits for the end of a rank, its parent, and tells of it as `_spawn` does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    _wait_for_end(os.getppid())  # at once: rank 0 aborts a moment after another rank is gone
+    _wait_for_end(pid)  # at once: rank 0 aborts a moment after another rank is gone
     os.set_blocking(reader, False)
     said = b""
     with suppress(BlockingIOError):  # nothing, and a loader worker still holds the other end
@@ -309,15 +337,15 @@ def _worker(config, steps, writers) -> None:
     if sys.platform == "linux":  # Paddle leaves `spawn` behind: loader workers would get a copy of
         multiprocessing.set_start_method("fork", force=True)  # the data set each
     end = lambda: os._exit(1)  # noqa: E731
-    threading.Thread(target=_follow_parent, args=(os.getppid(), end), daemon=True).start()
+    parent = multiprocessing.parent_process().pid  # it may be gone already
+    threading.Thread(target=_follow_parent, args=(parent, end), daemon=True).start()
     rank = dist.ParallelEnv().rank
 
     def on_step(step):
         steps[rank] = step
 
     code, text = _run(config, on_step)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     writers[rank].send((code, text[-_TEXT_LIMIT:]))
     if code not in (0, PREEMPTED):
         threading.Event().wait()  # to be ended: closed connections would make the others fail too

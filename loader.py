@@ -33,7 +33,7 @@ from samplers import EvalBatchSampler, TrainBatchSampler
 
 _PREFETCH = 2  # batches that each worker prepares ahead (Paddle's default)
 _DEATH_CHECK = 1  # seconds between looks at whether a worker still lives
-_SAVING = 60  # seconds that a worker stays when it is told to end
+_SAVING = 600  # seconds that a worker stays when it is told to end: longer than a slow batch takes
 _GRACE = 5.0  # seconds for workers to finish the batch at hand when a pass ends
 _SHM = "/dev/shm"  # where workers lay their batches
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>

@@ -1,13 +1,17 @@
-"""Where the ranks of a job meet: whether they can, and that nobody else joins them."""
+"""Where the ranks of a job meet: whether they can, that nobody else joins them, and how one learns
+that another is gone.
+"""
 
 from __future__ import annotations
 
 import runtime  # noqa: F401  isort: skip
 
+import atexit
 import os
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +23,12 @@ from errors import UserError
 
 _JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
 _LOOPBACK = "lo"  # Linux's name of the network device that no other machine is on
+_BEAT = 2.0  # seconds between two signs of life of a rank
+_SILENCE = 120.0  # seconds after which a rank without any is given up
+
+_store = None  # this rank's connection to the job's key-value store
+_store_lock = threading.Lock()  # one request at a time
+_meetings = 0
 
 
 def join() -> str:
@@ -45,10 +55,74 @@ def join() -> str:
         _open_store()
         warning = _shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
+    _connect(rank)
     for connection in _tcp_sockets():
         # Paddle sends a request in pieces, and would wait 40 ms for the receipt of the first.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return warning
+
+
+def meet(rank: int, world: int) -> None:
+    """Returns when every rank has called it, however long that takes.
+
+    They ask the job's key-value store, and do not wait in a collective: gloo gives up on those
+    after 30 seconds, whatever one asks for. Rank 0, whose process is the store, returns last, when
+    the others have their answers: it may end right afterwards, and the store with it.
+
+    Raises:
+        ConnectionError: a rank has given no sign of life for `_SILENCE` seconds. (On one machine
+            `launch` learns of its end at once; another node's launcher says nothing.)
+    """
+    global _meetings
+    _meetings += 1
+    here, answered = f"resmlp/meeting/{_meetings}/here", f"resmlp/meeting/{_meetings}/answered"
+    _count(here, 1)
+    _wait_for(here, world, world)
+    if rank > 0:
+        _count(answered, 1)
+    else:
+        _wait_for(answered, world - 1, world)
+
+
+def _wait_for(key: str, count: int, world: int) -> None:
+    pause, beats, heard = 0.0005, {}, dict.fromkeys(range(world), time.monotonic())
+    next_look = time.monotonic() + _BEAT
+    while _count(key) < count:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+        now = time.monotonic()
+        if now < next_look:
+            continue
+        next_look = now + _BEAT
+        for rank in range(world):
+            beat = _count(f"resmlp/alive/{rank}")
+            if beats.get(rank) != beat:
+                beats[rank], heard[rank] = beat, now
+            elif now - heard[rank] > _SILENCE:
+                raise ConnectionError(f"rank {rank} gives no sign of life for {_SILENCE:.0f} s")
+
+
+def _count(key: str, more: int = 0) -> int:
+    """Adds to a counter of the store; returns what it has then."""
+    with _store_lock:
+        return _store.add(key, more)
+
+
+def _connect(rank: int) -> None:
+    """Opens a connection beside Paddle's, which its threads use, and gives signs of life on it."""
+    global _store
+    host, _, port = _address().rpartition(":")
+    _store = core.TCPStore(host, int(port), False, 0)
+    ending = threading.Event()
+
+    def live():
+        with suppress(Exception):  # rank 0 is gone
+            while not ending.wait(_BEAT):
+                _count(f"resmlp/alive/{rank}", 1)
+
+    thread = threading.Thread(target=live, daemon=True)
+    thread.start()
+    atexit.register(lambda: (ending.set(), thread.join()))  # not in Paddle while that is taken down
 
 
 def _on_one_machine() -> bool:

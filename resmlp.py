@@ -413,7 +413,7 @@ def _adapt_tokens(state: dict, model: ResMLP, resize_tokens: bool, notes: list[s
         return  # not only another resolution: `_check_match` says what else
     tokens = weight.shape[-1] if weight.ndim else 0
     old_grid = math.isqrt(tokens)
-    if old_grid == new_grid or old_grid**2 != tokens or weight.shape != (tokens, tokens):
+    if old_grid in (0, new_grid) or old_grid**2 != tokens or weight.shape != (tokens, tokens):
         return
     sizes = (
         f"from {old_grid * patch} x {old_grid * patch} pixels ({tokens} tokens) "

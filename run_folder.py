@@ -34,12 +34,12 @@ def choose_folder(config) -> Path:
         runs = sorted(path.parent for path in chosen.glob(f"train-*/{LAST}"))
         if runs:
             return runs[-1]
-    elif resume and not config.EVAL and (Path(resume).parent / "config.yaml").is_file():
+    elif resume and not config.EVAL and os.path.isfile(Path(resume).parent / "config.yaml"):
         return Path(resume).parent
     kind = "eval" if config.EVAL else "train"
     stamp = time.strftime("%Y%m%d-%H-%M-%S")
     folder, number = chosen / f"{kind}-{stamp}", 2
-    while folder.exists():  # another run of the same second
+    while os.path.exists(folder):  # another run of the same second
         folder, number = chosen / f"{kind}-{stamp}-{number}", number + 1
     return folder
 
@@ -62,7 +62,8 @@ class RunFolder:
         self.main = rank == 0
         self.metrics_lines = 0  # on the disk
         self._unwritten: list[str] = []
-        if self.path.is_file():
+        self._lock = None
+        if os.path.isfile(self.path):
             raise UserError(f"-output {self.path}: is a file, not a folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,9 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"-output {self.path}: a run that is still going uses this folder")
+            except OSError as error:  # Lustre without flock, say
+                self._lock = None
+                _log.warning(f"{self.path}: cannot be locked ({error.strerror}): keep others out")
         own = resume == "auto" or (resume and Path(resume).parent.resolve() == self.path.resolve())
         if not own and any((self.path / n).exists() for n in (LAST, BEST, "metrics.jsonl")):
             raise UserError(
@@ -90,12 +94,19 @@ class RunFolder:
             leftover.unlink()
 
     def _open_log(self, path: Path) -> None:
-        handler = logging.FileHandler(path)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger("resmlp").addHandler(handler)
 
-    def write(self, name: str, text: str) -> None:
-        """Writes a small text file whole (rank 0).
+    def close(self) -> None:
+        """Lets another run have the folder. The log stays open, for the last words."""
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
+            self._lock = None
+
+    def write(self, name: str, text: str | bytes) -> None:
+        """Writes a small text file (UTF-8, or bytes as they are) whole (rank 0).
 
         Raises:
             UserError: it cannot be written; one of that name is left as it was.
@@ -104,7 +115,10 @@ class RunFolder:
             return
         temporary = self.path / f".{name}.tmp"
         try:
-            temporary.write_text(text, encoding="utf-8")
+            with open(temporary, "wb") as file:
+                file.write(text.encode() if isinstance(text, str) else text)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, self.path / name)
         except OSError as error:
             with suppress(OSError):
@@ -116,10 +130,11 @@ class RunFolder:
         if not self.main:
             return
         path = self.path / "metrics.jsonl"
-        kept = path.read_text(encoding="utf-8").splitlines()[:lines] if path.is_file() else []
+        content = path.read_bytes() if path.is_file() else b""
+        kept = [line for line in content.split(b"\n") if line][:lines]
         if len(kept) < lines:
             _log.warning(f"{path}: has {len(kept)} of the {lines} records up to the checkpoint")
-        self.write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
+        self.write("metrics.jsonl", b"".join(line + b"\n" for line in kept))
         self.metrics_lines = len(kept)
 
     def add_metrics(self, record: dict) -> None:
@@ -141,9 +156,10 @@ class RunFolder:
         if not self._unwritten:
             return
         path = self.path / "metrics.jsonl"
-        size = path.stat().st_size if path.exists() else 0
+        size = 0
         try:
             with open(path, "ab") as file:
+                size = file.tell()
                 file.write("".join(self._unwritten).encode())
                 file.flush()
                 os.fsync(file.fileno())

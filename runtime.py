@@ -29,6 +29,7 @@ import numpy.random  # noqa: F401  (recent NumPy loads it at first use: a crash 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 _KEEP_BYTES = 2**30  # larger blocks than any one activation go to mmap, and back to the system
 _OFF = ("0", "off", "no", "false")
+PARENT = os.getppid()  # as it was before the seconds of importing Paddle, in which it may end
 
 
 def enabled(switch: str = "RESMLP_RUNTIME") -> bool:

@@ -19,7 +19,9 @@ import numpy as np
 from errors import WeightsError
 
 MAX_DEPTH = 64  # containers inside containers
-MAX_VALUES = 10_000_000  # counted as often as they are referred to: no "billion laughs"
+MAX_VALUES = 1_000_000  # counted as often as they are referred to: no "billion laughs"
+MAX_STEPS = 1_000_000  # of the machine; an array takes about twenty
+MAX_BITS = 1024  # of a whole number; Python refuses to print very long ones
 
 
 class _Pending:
@@ -152,6 +154,8 @@ class _Machine:
     def run(self, name: str, argument: Any) -> None:
         push = self.stack.append
         if name in _LITERALS:
+            if type(argument) is int and argument.bit_length() > MAX_BITS:
+                raise WeightsError(f"a whole number of more than {MAX_BITS} bits")
             push(argument)
         elif name in _CONSTANTS:
             push(_CONSTANTS[name])
@@ -255,9 +259,11 @@ def load(path: str | os.PathLike) -> Any:
     try:
         with open(path, "rb") as file:
             machine = _Machine(budget=4 * os.fstat(file.fileno()).st_size)
-            for opcode, argument, position in pickletools.genops(file):
-                if position == 0 and opcode.name not in _BEGINNINGS:
+            for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+                if step == 0 and opcode.name not in _BEGINNINGS:
                     raise ValueError("not a pickle")
+                if step == MAX_STEPS:
+                    raise WeightsError(f"more than {MAX_STEPS:,} instructions")
                 machine.run(opcode.name, argument)
             if file.read(1) or len(machine.stack) != 1 or machine.marked:
                 raise ValueError("something is left over")

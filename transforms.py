@@ -20,6 +20,7 @@ from PIL import Image, ImageEnhance
 
 from auto_augment import Policy, build_policy, rand_augment
 from errors import ConfigError
+from images import BadImage
 from pixels import resize
 
 _RESAMPLE = {
@@ -71,6 +72,10 @@ def center_box(width: int, height: int, size: int) -> Box:
     return Box(left, top, left + size, top + size)
 
 
+# Of a resized image, in sides of the crop: 10 GB of pixels may hide in a file of 157 bytes.
+_LONGEST = 100
+
+
 class EvalTransform:
     """Resize the short side, crop the centre: the pixels of torchvision's on PIL.
 
@@ -79,6 +84,9 @@ class EvalTransform:
         crop_pct: Part of the resized short side that the crop keeps: the image is first resized to
             `floor(size / crop_pct)`, as timm does.
         resample: Interpolation, one of PIL's.
+
+    Raises:
+        BadImage: When called, the resized image would be more than 100 times as long as the crop.
     """
 
     def __init__(self, size: int, crop_pct: float, resample: int):
@@ -92,8 +100,14 @@ class EvalTransform:
         return f"EvalTransform(resize {self.short} {name}, center crop {self.size})"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        image = to_rgb(image)
-        image = resize(image, resized_size(*image.size, self.short), self.resample)
+        size = resized_size(*image.size, self.short)
+        if max(size) > _LONGEST * self.size:
+            raise BadImage(
+                getattr(image, "filename", "image"),
+                f"{image.width} x {image.height} pixels, too narrow: resized to {size[0]} x "
+                f"{size[1]}, longer than {_LONGEST} crops of {self.size}; cut it or leave it out",
+            )
+        image = resize(to_rgb(image), size, self.resample)
         # Outside of the image, crop() pads with black, as torchvision.
         return np.array(image.crop(center_box(*image.size, self.size)))
 

@@ -92,6 +92,7 @@ def _open_log(process: Process) -> None:
     handler.setLevel(logging.INFO if process.main else logging.WARNING)
     label = "" if process.main else f"[rank {process.rank}] "
     handler.setFormatter(logging.Formatter(f"{label}%(message)s"))
+    handler.handleError = lambda record: None  # a terminal that is gone: training goes on
     _log.addHandler(handler)
 
 
@@ -130,29 +131,9 @@ def main_first(process: Process):
 
 
 def wait_for_all(process: Process) -> None:
-    """Returns when every rank has called it, however long that takes.
-
-    They wait on the job's key-value store, not in a collective: gloo gives up on those after 30
-    seconds, whatever one asks for. Rank 0, whose process is the store, returns last, when the
-    others have their answers: it may end right afterwards, and the store with it.
-    """
-    if process.world == 1:
-        return
-    global _meetings
-    _meetings += 1
-    store = dist.collective._default_store
-    key = f"resmlp/meeting/{_meetings}"
-    if store.add(f"{key}/here", 1) == process.world:
-        store.set(f"{key}/all-here", b"")
-    if process.main:
-        store.wait(f"{key}/all-answered")
-        return
-    store.wait(f"{key}/all-here")
-    if store.add(f"{key}/answered", 1) == process.world - 1:
-        store.set(f"{key}/all-answered", b"")  # needs no answer
-
-
-_meetings = 0
+    """Returns when every rank has called it, however long that takes; see `rendezvous.meet`."""
+    if process.world > 1:
+        rendezvous.meet(process.rank, process.world)
 
 
 # ------------------------------------------------------------------------------------ seeds
@@ -270,10 +251,18 @@ class StopSignal:
         self.received = False
         self._first = 0.0
         self._pid = os.getpid()
+        self._before = {}
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+            self._before[number] = signal.signal(number, self._handle)
             # Or a rank that waits for others would fail: Paddle does not repeat system calls.
             signal.siginterrupt(number, False)
+
+    def close(self) -> None:
+        """Gives the signals back to whom they belonged, when those that count as one are over."""
+        if self.received:
+            time.sleep(max(0.0, self._first + SIGNAL_GRACE - time.monotonic()))
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number, frame):
         if os.getpid() != self._pid:  # a forked loader worker: not its business
@@ -283,4 +272,5 @@ class StopSignal:
                 os._exit(128 + number)
             return
         self.received, self._first = True, time.monotonic()
-        os.write(2, b"stopping: saving at the next step (a second signal exits at once)\n")
+        with contextlib.suppress(OSError):  # of `2>&1 | tee`: Ctrl-C has ended that too
+            os.write(2, b"stopping: saving at the next step (a second signal exits at once)\n")

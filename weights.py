@@ -13,6 +13,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from errors import WeightsError
 SUFFIXES = ("", ".pdparams", ".safetensors")
 KEYS = ("auto", "model", "model_ema")
 _NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
+# A zip archive; before PyTorch 1.6, a pickled number.
+TORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02\x8a\n")
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -56,17 +59,32 @@ def find_file(path: str | os.PathLike) -> Path:
     path = Path(path)
     for suffix in SUFFIXES:
         candidate = path.with_name(path.name + suffix) if path.name else path
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
-    if path.is_dir():
+    if os.path.isdir(path):
         raise WeightsError(f"{path}: a folder, not a weight file")
-    if not path.parent.is_dir():
+    if reason := unreachable(path):
+        raise WeightsError(f"{path}: cannot be read: {reason}")
+    if not os.path.isdir(path.parent):
         raise WeightsError(f"{path}: no such weight file (there is no folder {path.parent})")
-    names = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES[1:]]
+    names = []
+    with suppress(OSError):  # a folder that may be entered, but not listed
+        names = [name for name in os.listdir(path.parent) if name.endswith(SUFFIXES[1:])]
     near = difflib.get_close_matches(path.name, names, n=3)
     near += [name for name in names if Path(name).stem.startswith(path.name) and name not in near]
     hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     raise WeightsError(f"{path}: no such weight file (nor with .pdparams, .safetensors){hint}")
+
+
+def unreachable(path: str | os.PathLike) -> str:
+    """Why it cannot even be known whether a path exists; empty where it can."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:  # a closed folder, too long a name, a zero byte
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def safe_load(path: str | os.PathLike) -> Any:
@@ -88,16 +106,29 @@ def safe_load(path: str | os.PathLike) -> Any:
             head = file.read(16)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
-    if not head:
-        raise WeightsError(f"{path}: the file is empty")
-    if head[:4] == b"PK\x03\x04":
+    if head[8:9] == b"{":  # after the length of its header, any eight bytes
+        return _read_safetensors(path)
+    refuse_text(head, path)
+    if head.startswith(TORCH_BEGINNINGS):
         raise WeightsError(
             f"{path}: a PyTorch file (or another zip archive); port it first with "
             f"`python port_weights/load_timm_weights.py -checkpoint {path}`"
         )
-    if head[8:9] == b"{":  # after the length of its header
-        return _read_safetensors(path)
     return _without_name_table(safe_pickle.load(path))
+
+
+def refuse_text(head: bytes, path: str | os.PathLike) -> None:
+    """Refuses what is found in the place of weights, by the first 16 bytes of a file.
+
+    Raises:
+        WeightsError: nothing at all, a git-lfs pointer, a web page.
+    """
+    if not head:
+        raise WeightsError(f"{path}: the file is empty")
+    if head.startswith(b"version https://"):
+        raise WeightsError(f"{path}: a git-lfs pointer (a text); fetch the file by `git lfs pull`")
+    if head.lstrip().startswith(b"<"):
+        raise WeightsError(f"{path}: a web page (a text), not weights; download the file again")
 
 
 def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
@@ -146,12 +177,14 @@ def check_state(state: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
             f"{source}: not weights in floating point ({', '.join(sorted(kinds))}): "
             f"{shorten(foreign)}"
         )
+    arrays = {id(value): value for value in state.values()}  # one may have many names
     with np.errstate(over="ignore"):  # float64 beyond float32: found as infinite below
-        result = {name: _float32(value) for name, value in state.items()}
-    wrong = [name for name, value in result.items() if not np.isfinite(value).all()]
+        arrays = {key: _float32(value) for key, value in arrays.items()}
+    infinite = {key for key, value in arrays.items() if not np.isfinite(value).all()}
+    wrong = [name for name, value in state.items() if id(value) in infinite]
     if wrong:
         raise WeightsError(f"{source}: NaN or infinite values in {shorten(wrong)}")
-    return result
+    return {name: arrays[id(value)] for name, value in state.items()}
 
 
 def write_weights(state: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -210,16 +243,15 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise WeightsError(f"{path}: reading it needs `pip install safetensors`") from None
     try:
-        entries = deserialize(path.read_bytes())
-    except (SafetensorError, MemoryError) as error:
+        result = {}
+        for name, entry in deserialize(path.read_bytes()):
+            if (kind := entry["dtype"]) not in _SAFETENSORS_TYPES:
+                raise WeightsError(f"{path}: {shorten([name])} is {kind}, not floating point")
+            data = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[kind])
+            result[name] = data.reshape(entry["shape"])
+    except (SafetensorError, MemoryError, ValueError, OverflowError) as error:
         reason = safe_pickle.printable(str(error)) or type(error).__name__
         raise WeightsError(f"{path}: truncated or damaged ({reason})") from None
-    result = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise WeightsError(f"{path}: {shorten([name])} is {entry['dtype']}, not floating point")
-        data = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]])
-        result[name] = data.reshape(entry["shape"])
     return result
 
 
@@ -248,10 +280,12 @@ def _choose(content: dict, key: str, path: Path) -> tuple[dict, str]:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and (value.dtype.kind == "f" or value.dtype == np.uint16)
+    is_array = isinstance(value, (np.ndarray, np.generic))  # a scalar has no dimensions
+    return is_array and (value.dtype.kind == "f" or value.dtype == np.uint16)
 
 
-def _float32(value: np.ndarray) -> np.ndarray:
+def _float32(value: np.ndarray | np.generic) -> np.ndarray:
+    value = np.asarray(value)
     if value.dtype == np.uint16:  # bfloat16: the upper half of a float32
         return (value.astype("<u4") << 16).view("<f4")
     return value.astype(np.float32, copy=False)

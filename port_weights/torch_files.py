@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from errors import WeightsError
-from weights import check_state, safe_load, shorten, write_atomically, write_weights
+from weights import (
+    TORCH_BEGINNINGS,
+    check_state,
+    refuse_text,
+    safe_load,
+    shorten,
+    unreachable,
+    write_atomically,
+    write_weights,
+)
 
 # Where training checkpoints keep a model: DeiT's, timm's; averaged weights first.
 _CONTAINERS = ("model_ema", "state_dict_ema", "model", "state_dict")
@@ -32,8 +42,8 @@ def read_torch_weights(path: str, key: str = "auto") -> tuple[dict[str, np.ndarr
     Raises:
         WeightsError: no such file; it holds no weights, or more than weights; torch is missing.
     """
-    if not Path(path).is_file():
-        raise WeightsError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise WeightsError(f"{path}: {unreachable(path) or 'no such file'}")
     content = _load(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
@@ -66,11 +76,15 @@ def write_torch_weights(state: Mapping[str, np.ndarray], path: str) -> None:
 
 
 def _load(path: str) -> Any:
-    with open(path, "rb") as file:
-        head = file.read(16)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
     if head[8:9] == b"{":
         return safe_load(path)
-    if not head.startswith(b"PK\x03\x04") and Path(path).suffix == ".pdparams":
+    refuse_text(head, path)
+    if not head.startswith(TORCH_BEGINNINGS) and Path(path).suffix == ".pdparams":
         raise WeightsError(f"{path}: a Paddle file already; use it with -pretrained")
     torch = _import_torch(path)
     try:  # DeiT and timm keep their arguments in training checkpoints: a plain namespace
@@ -79,7 +93,9 @@ def _load(path: str) -> Any:
     except Exception as error:  # torch raises whatever a damaged or hostile file provokes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         named = [line for line in reason if "GLOBAL" in line or "Unsupported" in line]
-        raise WeightsError(f"{path}: torch refuses it: {(named or reason)[0].strip()}") from None
+        reason = (named or reason)[0].strip()
+        guess = "" if "GLOBAL" in reason else "truncated, damaged, or not a PyTorch file; "
+        raise WeightsError(f"{path}: {guess}torch refuses it: {reason}") from None
 
 
 def _import_torch(path: str):

@@ -9,12 +9,12 @@ import os
 import socket
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
+import rendezvous
 from config import get_config
 from evaluation import evaluate
 from rendezvous import _tcp_sockets
@@ -115,24 +115,24 @@ def gradients(process: Process) -> None:
 
 def main_leaves_a_meeting_last(process: Process) -> None:
     """Rank 0 may end after a meeting, and the store with it: nobody may need it any more."""
-    store = dist.collective._default_store
+    count = rendezvous._count
 
-    def slow_wait(key: str) -> None:
-        deadline = time.monotonic() + 0.5
-        while not store.add("rank 0 has left", 0) and time.monotonic() < deadline:
-            pass
-        store.wait(key)
-        store.add("others answered", 1)
+    def slow_count(key: str, more: int = 0) -> int:
+        if key.endswith("/here") and not more:  # is everybody here?
+            deadline = time.monotonic() + 0.5
+            while not count("rank 0 has left") and time.monotonic() < deadline:
+                pass
+            count("others asked", 1)
+        return count(key, more)
 
     if not process.main:
-        slow = SimpleNamespace(add=store.add, set=store.set, wait=slow_wait)
-        dist.collective._default_store = slow
+        rendezvous._count = slow_count
     wait_for_all(process)
-    dist.collective._default_store = store
+    rendezvous._count = count
     if process.main:
-        answered = store.add("others answered", 0)
-        store.add("rank 0 has left", 1)
-        assert answered == process.world - 1
+        asked = count("others asked")
+        count("rank 0 has left", 1)
+        assert asked >= process.world - 1
 
 
 def nobody_else_can_connect(process: Process) -> None:
@@ -157,12 +157,41 @@ def nothing_waits_to_be_sent(process: Process) -> None:
     assert connections and all(connections)
 
 
-CHECKS = (helpers, main_leaves_a_meeting_last, evaluation_counts, breaking_off, gradients)
+def a_rank_that_is_gone_is_named(process: Process) -> None:
+    """Rank 2 stays away and is silent; the others learn of it where they wait for it."""
+    rendezvous._SILENCE = 0.5
+    count = rendezvous._count
+    if process.rank == 2:
+        rendezvous._count = lambda key, more=0: 0  # its signs of life go nowhere
+        while count("others know") < process.world - 1:
+            time.sleep(0.01)
+        rendezvous._count = count
+        rendezvous._meetings += 1
+    else:
+        try:
+            wait_for_all(process)
+        except ConnectionError as error:
+            assert "rank 2 gives no sign of life for" in str(error)
+            count("others know", 1)
+        else:
+            raise AssertionError("it was not missed")
+    rendezvous._SILENCE = 120.0
+
+
+CHECKS = (
+    helpers,
+    main_leaves_a_meeting_last,
+    a_rank_that_is_gone_is_named,
+    evaluation_counts,
+    breaking_off,
+    gradients,
+)
 if sys.platform == "linux":
     CHECKS += (nobody_else_can_connect, nothing_waits_to_be_sent)
 
 
 def main() -> None:
+    rendezvous._BEAT = 0.05
     process = prepare_process()
     for check in CHECKS:
         check(process)

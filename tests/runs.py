@@ -92,13 +92,18 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two runs: every bit of the last checkpoint, and the metrics."""
-    states = [checkpoint.load(folder / checkpoint.LAST) for folder in (one, other)]
-    found: list[str] = []
-    for state in states:
-        del state["config"]  # names the folder
-        del state["place"]["seconds"]
-    _compare(*states, "", found)
+    """What differs between two runs: every bit of their checkpoints, and the metrics."""
+    names = [
+        sorted(p.name for p in folder.glob("*.pdparams") if not p.name.startswith("abandoned_"))
+        for folder in (one, other)
+    ]
+    found = [] if names[0] == names[1] else [f"checkpoints: {names[0]} {names[1]}"]
+    for name in set(names[0]) & set(names[1]):
+        states = [checkpoint.load(folder / name) for folder in (one, other)]
+        for state in states:
+            del state["config"]  # names the folder
+            del state["place"]["seconds"]
+        _compare(*states, name, found)
     if metrics(one) != metrics(other):
         found.append("metrics.jsonl")
     return found

@@ -152,6 +152,8 @@ def test_the_step_mode_times_every_part_and_their_sum(config):
         ({"backend": "tensorrt"}, "choose from"),
         ({"dtype": "int3"}, "choose from"),
         ({"batch_size": 0}, "at least 1"),
+        ({"threads": -2}, "-threads is -2; expected 1 to 1024"),
+        ({"threads": 100000}, "expected 1 to 1024"),
         ({"mode": "train", "backend": "inference"}, "-mode infer"),
         ({"dtype": "bfloat16"}, "-backend inference"),
         ({"dtype": "float16", "backend": "inference"}, "on a CPU"),
@@ -163,6 +165,29 @@ def test_the_step_mode_times_every_part_and_their_sum(config):
 def test_what_does_not_exist_is_refused_in_one_line(config, arguments, word):
     with pytest.raises(UserError, match=word) as error:
         Job(config, **arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["train", "step"])
+def test_a_model_without_classes_cannot_be_trained(config, mode):
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = 0
+    with pytest.raises(UserError, match=f"-mode {mode} needs classes"):
+        Job(config, mode)
+
+
+def test_zero_threads_are_not_the_default(config, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(config.dump())
+    with pytest.raises(UserError, match="-threads is 0"):
+        tool.main(["-cfg", str(tmp_path / "tiny.yaml"), "-threads", "0"])
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_one_line(config, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(config.dump())
+    command = ["-cfg", str(tmp_path / "tiny.yaml"), "-batch_size", str(10**14), "-rounds", "1"]
+    with pytest.raises(UserError, match="-batch_size 100000000000000 does not fit") as error:
+        tool.main(command)
     assert "\n" not in str(error.value)
 
 

@@ -79,6 +79,8 @@ def test_a_truncated_file_is_found(tmp_path, share):
 def test_a_missing_file_and_a_file_of_weights_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such checkpoint"):
         checkpoint.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="aaa: cannot be read: File name too long"):
+        checkpoint.load(tmp_path / ("a" * 300))
     with pytest.raises(CheckpointError, match="a folder; .* -output .* -resume auto"):
         checkpoint.load(tmp_path)
     paddle.save({"w": paddle.ones([2])}, str(tmp_path / "w.pdparams"))
@@ -171,6 +173,15 @@ def test_the_newest_whole_one_is_found(tmp_path, caplog):
     assert (state["place"]["step"], path.name) == (15, "best.pdparams")
     damage(tmp_path / "epoch_001.pdparams", tmp_path / "best.pdparams")
     with pytest.raises(CheckpointError, match="none of its 4 checkpoints is whole"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.os, "listdir", closed)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be read: Permission denied"):
         checkpoint.load_newest(tmp_path)
 
 

@@ -38,7 +38,7 @@ def leaves(node, prefix=""):
 
 def test_every_key_has_a_rule_and_every_default_obeys_it():
     defaults = dict(leaves(get_config()))
-    assert set(RULES) == set(defaults) - {"BASE"}
+    assert set(RULES) == set(defaults)
     for key, rule in RULES.items():
         value = rule(defaults[key])
         assert value == defaults[key] and type(value) is type(defaults[key]), key
@@ -112,6 +112,16 @@ def test_a_file_may_write_tuples_as_python_does(write):
     assert config.TRAIN.OPTIMIZER.BETAS == (0.9, 0.95)
 
 
+def test_opts_may_be_given_in_several_portions():
+    config = from_flags("-opts", "TRAIN.NUM_EPOCHS", "10", "-opts", "SEED", "3")
+    assert (config.TRAIN.NUM_EPOCHS, config.SEED) == (10, 3)
+
+
+@pytest.mark.parametrize("flag", ["-resume=auto", "-eval"])
+def test_the_epochs_done_matter_only_to_a_run_that_starts_from_them(flag):
+    assert from_flags("-last_epoch=400", flag).TRAIN.LAST_EPOCH == 400
+
+
 def test_opts_take_tuples_and_lists():
     config = from_flags(
         "-opts", "TRAIN.OPTIMIZER.BETAS", "(0.9, 0.95)", "TRAIN.CROP_SCALE", "[0.5,1]"
@@ -128,7 +138,24 @@ BAD_FILES = {
     "DATA: {BATCH_SIZE: 2.5}": r"DATA.BATCH_SIZE is 2.5",
     "DATA: {BATCH_SIZE: yes}": r"DATA.BATCH_SIZE is True",
     "DATA: {BATCH_SIZE: {a: 1}}": r"DATA.BATCH_SIZE takes a value, found a section",
-    "DATA: {CROP_PCT: 3}": r"DATA.CROP_PCT is 3; expected a number above 0.0 and at most 1.0",
+    "DATA: {CROP_PCT: 3}": r"DATA.CROP_PCT is 3; expected a number of at least 0.1 and at most 1.0",
+    "DATA: {CROP_PCT: 1e-300}": r"DATA.CROP_PCT is '1e-300'; expected a number of at least 0.1",
+    "DATA: {WORKER_TIMEOUT: 1e300}": r"WORKER_TIMEOUT is '1e300'; .* at most 1000000",
+    "MODEL: {MIXER: {EMBED_DIM: 2147483647}}": r"EMBED_DIM is 2147483647; .* from 1 to 65536",
+    "MODEL: {MIXER: {DEPTH: 2147483647}}": r"DEPTH is 2147483647; .* from 1 to 10000",
+    "MODEL: {MIXER: {MLP_RATIO: 1e300}}": r"MLP_RATIO is '1e300'; .* at most 1000",
+    "TRAIN: {COLOR_JITTER: 1e300}": r"COLOR_JITTER is '1e300'; .* at most 10",
+    "TRAIN: {RANDOM_ERASE_COUNT: 2147483647}": r"ERASE_COUNT is 2147483647; .* from 1 to 256",
+    "TRAIN: {LR_SCHEDULER: {DECAY_RATE: 1e300}}": r"DECAY_RATE is '1e300'; .* at most 1.0",
+    "TRAIN: {LAST_EPOCH: 99, NUM_EPOCHS: 9}": r"LAST_EPOCH is 99, which leaves nothing of .* 9",
+    'TAG: "\\ud800"': r"TAG is .*ud800'; expected a text",
+    "SEED: !!int ''": r"x.yaml:1: SEED: not a plain value: its text does not fit its type",
+    "SEED: !!float ''": r"SEED: not a plain value",
+    "AMP: !!bool foo": r"AMP: not a plain value",
+    "TAG: !!timestamp foo": r"TAG: not a plain value",
+    "SEED: 1\nTAG: a\0b": r"x.yaml:2: not valid YAML: unacceptable character #x0000",
+    "DATA.IMAGE_SIZE: 64\nDATA: {IMAGE_SIZE: 32}": r"x.yaml:2: .* twice .* first in line 1",
+    "MODEL:\n  MIXER:\n    DEPTH: 1\n    NUM_LAYERS: 2": r"x.yaml:4: .*NUM_LAYERS is given twice",
     "DATA: {IMAGE_SIZE: 225}": r"IMAGE_SIZE is 225, not a multiple .* for example 224 or 240",
     "TRAIN: {BASE_LR: fast}": r"TRAIN.BASE_LR is 'fast'; expected a number above 0",
     "TRAIN: {BASE_LR: .nan}": r"TRAIN.BASE_LR is nan",
@@ -140,6 +167,11 @@ BAD_FILES = {
     "- 1": r"expected `KEY: value` lines, found a sequence",
     "BASE: x.yaml": r"BASE leads back to this file",
     "BASE: gone.yaml": r"gone.yaml: no such config file",
+    "BASE: 5": r"x.yaml:1: BASE is 5; expected a YAML file, or a list of them",
+    "BASE: true": r"BASE is True; expected",
+    "BASE: 2026-01-01": r"BASE is datetime.date.*; expected",
+    "BASE: [[a.yaml]]": r"BASE is \[\['a.yaml'\]\]; expected",
+    'BASE: ["a\\0b"]': r"BASE is .*; expected",
     "EVAL: !!python/object/apply:os.system [ls]": r"x.yaml:1: EVAL: not a plain value",
 }
 
@@ -157,6 +189,12 @@ BAD_FLAGS = {
     "-opts SEED": "-opts takes KEY VALUE pairs",
     "-opts TRAIN.BETAS 1": "did you mean TRAIN.OPTIMIZER.BETAS",
     "-opts SEED [": "-opts: SEED: cannot read the value",
+    "-opts SEED !!int": "-opts: SEED: cannot read the value",
+    "-opts BASE x.yaml": "-opts: BASE belongs in a YAML file",
+    "-pretrained=": "-pretrained is empty; leave it out",
+    "-resume=": "-resume is empty; leave it out",
+    "-cfg=": "-cfg is empty; leave it out",
+    "-last_epoch 400": "TRAIN.LAST_EPOCH is 400, which leaves nothing of TRAIN.NUM_EPOCHS 400",
     "-image_size 100": "DATA.IMAGE_SIZE is 100, not a multiple",
     "-cfg configs/resmlp_25_224.yaml": "no such config file",
 }
@@ -174,6 +212,36 @@ def test_a_value_that_explodes_when_shown_is_refused_quickly(write):
     )
     with pytest.raises(ConfigError):
         get_config(write(f"DATA:\n  IMAGENET_MEAN: &z [[[1]]]\n{bomb}"))
+
+
+def test_a_number_too_long_to_be_shown_is_refused(write):
+    with pytest.raises(ConfigError, match="SEED is a huge number; expected a whole number"):
+        get_config(write(f"SEED: 0x{'f' * 5000}"))
+
+
+@pytest.mark.parametrize("key", ["BASE", "DATA.IMAGENET_MEAN"])
+def test_a_value_of_lists_in_lists_is_shown_shortened(key, write):
+    lists = ["&l0 [x]"] + [f"&l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 6)]
+    with pytest.raises(ConfigError, match=f"{key} is .*; expected") as caught:
+        get_config(write(f"{key}: [[{', '.join(lists)}]]"))
+    assert len(str(caught.value)) < 600
+
+
+def test_files_that_multiply_through_base_are_refused(write):
+    for number in range(12):
+        write(f"BASE: [{number + 1}.yaml, {number + 1}.yaml]", f"{number}.yaml")
+    write("SEED: 1", "12.yaml")
+    with pytest.raises(ConfigError, match="BASE leads to more than 100 files"):
+        get_config(write("BASE: 0.yaml"))
+
+
+def test_a_missing_file_in_a_folder_that_may_not_be_listed_is_only_missing(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("config.os.listdir", closed)
+    with pytest.raises(ConfigError, match="x.yaml: no such config file"):
+        get_config(str(tmp_path / "x.yaml"))
 
 
 def test_config_needs_no_paddle():

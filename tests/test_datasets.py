@@ -13,6 +13,7 @@ import datasets
 from config import get_config
 from datasets import build_dataset, build_loader
 from errors import DataError
+from transforms import EvalTransform
 
 NUM_IMAGES, NUM_CLASSES, SIZE = 23, 5, 8
 
@@ -282,6 +283,16 @@ def test_an_image_that_breaks_while_the_transform_reads_it_counts_as_bad(config,
         passes(config)
     config.DATA.BAD_IMAGE = "skip"
     assert len(passes(config, log=lambda line: None)) == 6
+
+
+def test_an_image_too_narrow_to_be_evaluated_is_named_with_its_line(config, tmp_path, monkeypatch):
+    transform = EvalTransform(SIZE, 1.0, Image.Resampling.BICUBIC)
+    monkeypatch.setattr(datasets, "build_eval_transform", lambda config: transform)
+    Image.new("RGB", (1, 101)).save(tmp_path / "val/7.png")
+    with pytest.raises(DataError, match=r"val_list.txt:8: .*val/7.png: 1 x 101 pixels, too narrow"):
+        passes(config, "val")
+    Image.new("RGB", (1, 100)).save(tmp_path / "val/7.png")
+    assert len(passes(config, "val")) == 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -189,6 +189,7 @@ def test_no_teacher_is_refused():
 def test_an_unknown_name_is_refused_with_the_nearest():
     refuse("TRAIN.TEACHER_MODEL is 'resnet51'.*did you mean resnet", TEACHER_MODEL="resnet51")
     refuse("TRAIN.TEACHER_MODEL is 'ResNet'", TEACHER_MODEL="ResNet")
+    refuse("TEACHER_MODEL a+: cannot be read: File name too long", TEACHER_MODEL="a" * 300)
 
 
 def test_a_teacher_without_weights_is_refused(small_resmlp):

@@ -1,5 +1,6 @@
 """Exported files compute what the model computes, say how to be used, and run on their own."""
 
+import io
 import json
 import os
 import shutil
@@ -11,12 +12,20 @@ import pytest
 from PIL import Image
 
 import tools.export as export_module
+import tools.infer_exported as infer_module
 from config import get_config
-from errors import UserError
+from errors import DataError, UserError
 from images import read_image
 from tools.common import load_model, run_config
 from tools.export import export, verification_images
-from tools.infer_exported import ModelError, classify, load, open_paddle, preprocess
+from tools.infer_exported import (
+    ExportedModel,
+    ModelError,
+    classify,
+    load,
+    open_paddle,
+    preprocess,
+)
 from tools.predict import predict
 from transforms import build_eval_transform
 
@@ -331,6 +340,20 @@ def test_images_are_prepared_as_in_training_pixel_by_pixel(size, crop_pct, inter
         np.testing.assert_array_equal(preprocess(image, metadata), transform(image))
 
 
+@pytest.mark.parametrize("shape, fits", [((1, 100), True), ((1, 101), False), ((101, 1), False)])
+def test_an_image_too_narrow_to_resize_is_refused_as_in_training(shape, fits):
+    config, image = get_config(), Image.new("RGB", shape)
+    config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT = 16, 1.0
+    metadata = {"image_size": 16, "crop_pct": 1.0, "interpolation": "bicubic"}
+    if fits:
+        assert preprocess(image, metadata).shape == (16, 16, 3)
+        return
+    with pytest.raises(ModelError, match="100 crops of 16"):
+        preprocess(image, metadata)
+    with pytest.raises(DataError, match="100 crops of 16"):
+        build_eval_transform(config)(image)
+
+
 def test_classes_are_those_of_predict(exported, weights, tmp_path):
     paths = make_images(tmp_path, 3)
     for result, (path, entries) in zip(predict(paths, weights), classify(load(exported[1]), paths)):
@@ -378,10 +401,104 @@ def test_a_model_without_metadata_is_refused(exported, tmp_path):
         load(tmp_path / file.name)
 
 
-@pytest.mark.parametrize("flag", ["-threads", "-top_k"])
-def test_a_count_below_one_is_refused(tmp_path, flag):
-    done = run_tool("infer_exported", "model.onnx", "x.png", flag, "0", cwd=tmp_path)
+def copy_with_metadata(exported, folder, change):
+    """A copy of an exported model whose metadata are others; returns the file."""
+    _, file, _ = exported
+    shutil.copytree(file.parent, folder)
+    file = folder / file.name
+    if file.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(str(file))
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        texts = {key: json.dumps(value) for key, value in change.items()}
+        onnx.helper.set_model_props(model, {**found, **texts})
+        onnx.save(model, str(file))
+    else:
+        described = folder / "model.metadata.json"
+        described.write_text(json.dumps({**json.loads(described.read_text()), **change}))
+    return file
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"class_names": ["cat", "dog"]}, "2 class_names, but the model has 4"),
+        ({"class_names": None}, "class_names is None; expected a list of names"),
+        ({"image_size": 32}, "cannot run with image_size 32, preprocessing_inside false"),
+        ({"image_size": "16"}, "image_size is '16'; expected a whole number"),
+        ({"mean": "x"}, "mean is 'x'; expected three numbers"),
+        ({"mean": [0.5]}, "mean is .0.5.; expected three numbers"),
+        ({"std": [1, 1, 0]}, "std is .1, 1, 0.; expected three numbers above 0"),
+        ({"interpolation": ["best"]}, "interpolation is .'best'.; expected one of nearest"),
+        ({"crop_pct": 0}, "crop_pct is 0; expected"),
+    ],
+)
+def test_metadata_that_do_not_fit_are_refused_by_their_key(exported, tmp_path, change, words):
+    file = copy_with_metadata(exported, tmp_path / "copy", change)
+    with pytest.raises(ModelError, match=rf"^{file.with_suffix('')}\S*: .*{words}"):
+        load(file)
+
+
+@pytest.mark.parametrize("content", ["5", "null"])
+def test_metadata_that_are_no_object_are_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(infer_module, "open_paddle", lambda *_: None)
+    (tmp_path / "model.json").touch()
+    (tmp_path / "model.metadata.json").write_text(content)
+    with pytest.raises(ModelError, match="model.metadata.json: not from export.py: it is"):
+        load(tmp_path / "model.json")
+
+
+def test_an_onnx_file_from_elsewhere_is_told_by_what_its_metadata_lack(exported, tmp_path):
+    _, file, _ = exported
+    if file.suffix != ".onnx":
+        pytest.skip("for ONNX")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(file))
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {"names": "{0: 'person'}"})
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(ModelError, match="metadata lacks preprocessing_inside, image_size"):
+        load(tmp_path / "model.onnx")
+
+
+def test_a_paddle_model_without_its_weights_is_refused(tmp_path):
+    (tmp_path / "model.json").touch()
+    with pytest.raises(ModelError, match="model.pdiparams: not there"):
+        open_paddle(tmp_path / "model.json")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_is_an_error(inside, wrong):
+    metadata = {"preprocessing_inside": inside, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    model = ExportedModel(metadata, lambda images: np.float32([[1, wrong]]))
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        model(UNSEEN[:1])
+
+
+def test_names_that_the_output_cannot_encode_are_shown_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    path = os.fsdecode(b"caf\xe9.jpg")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["infer_exported", "model.onnx", path])
+    model = ExportedModel({"class_names": ["\xfcn\xef"]}, None)
+    monkeypatch.setattr(infer_module, "load", lambda *_: model)
+    monkeypatch.setattr(infer_module, "classify", lambda *_: [(path, [(0, 1.0)])])
+    assert infer_module.main() == 0
+    stream.flush()
+    shown = stream.buffer.getvalue().decode("ascii").splitlines()[1]
+    assert shown.split() == ["caf\\udce9.jpg", "100.00", "%", "\\xfcn\\xef"]
+
+
+@pytest.mark.parametrize("flag, value", [("-threads", 0), ("-threads", 100000), ("-top_k", 0)])
+def test_a_count_out_of_range_is_refused(tmp_path, flag, value):
+    done = run_tool("infer_exported", "model.onnx", "x.png", flag, value, cwd=tmp_path)
     assert done.returncode == 2 and "at least 1" in done.stderr
+
+
+def test_what_is_no_regular_file_is_not_read(exported):
+    with pytest.raises(ModelError, match="not a regular file"):
+        list(classify(load(exported[1]), [os.devnull]))
 
 
 def test_a_broken_image_is_named(exported, tmp_path):

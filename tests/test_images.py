@@ -2,13 +2,25 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from errors import DataError
-from images import BadImage, class_names, find_classes, read_image, read_list, scan_folder
+from images import (
+    BadImage,
+    class_names,
+    find_classes,
+    list_images,
+    printable,
+    read_class_names,
+    read_image,
+    read_list,
+    scan_folder,
+)
 
 
 def write_list(folder, text):
@@ -97,6 +109,16 @@ def test_dots_that_stay_inside_and_absolute_paths_inside_are_accepted(tmp_path):
     assert [label for _, label in entries(tmp_path, text)] == [1, 2, 3]
 
 
+def test_two_dots_behind_a_link_lead_back_into_the_data_folder(tmp_path):
+    save(tmp_path / "disk/secret/1.png")
+    save(tmp_path / "data/secret/1.png", size=(5, 5))
+    (tmp_path / "disk/train").mkdir()
+    (tmp_path / "data/train").symlink_to(tmp_path / "disk/train")
+    data = tmp_path / "data"
+    index = read_list(write_list(data, "train/../secret/1.png 0\n"), str(data), 1, False)
+    assert read_image(index.path(0)).size == (5, 5)
+
+
 def test_outside_paths_are_accepted_when_a_key_says_so(tmp_path):
     assert entries(tmp_path, "../a.jpg 1\n/b.jpg 2\n", allow_outside=True) == [
         ("../a.jpg", 1),
@@ -108,6 +130,32 @@ def test_an_empty_list_and_a_missing_list_say_so(tmp_path):
     assert "lists no images" in problem(tmp_path, "# nothing\n\n")
     with pytest.raises(DataError, match="no such file.*make_lists.py"):
         read_list(str(tmp_path / "none.txt"), str(tmp_path), 10, False)
+
+
+@pytest.mark.parametrize("read", [read_list, read_class_names])
+def test_a_pipe_in_place_of_a_text_file_is_refused_unopened(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    arguments = [str(tmp_path), 10, False] if read is read_list else [10]
+    with pytest.raises(DataError, match="pipe: not a regular file"):
+        read(str(tmp_path / "pipe"), *arguments)
+
+
+def test_an_entry_is_named_without_control_characters(tmp_path):
+    index = read_list(write_list(tmp_path, b"a\x1b[2J\rb.jpg 1\n"), str(tmp_path), 10, False)
+    assert index.where(0).endswith(r"/a\x1b[2J\rb.jpg")
+
+
+@pytest.mark.parametrize(
+    "name,shown",
+    [
+        (b"caf\xe9", r"caf\xe9"),
+        ("b\n\x7f\x9b\u2028".encode(), r"b\n\x7f\x9b\u2028"),
+        ("Käse 日本\u3000語 می\u200cخواهم \\".encode(), None),
+    ],
+)
+def test_only_what_a_terminal_cannot_show_is_escaped(name, shown):
+    path = os.fsdecode(name)
+    assert printable(path) == (shown or path)
 
 
 def test_an_entry_is_named_by_its_line_and_path(tmp_path):
@@ -195,6 +243,66 @@ def test_each_mistake_in_a_class_tree_has_its_message(tmp_path):
     assert "cow: no images" in message(num_classes=3)
 
 
+@pytest.mark.parametrize("unreadable", ["train", "train/ant", "train/bee/deeper"])
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(
+    tmp_path, monkeypatch, unreadable
+):
+    make_tree(tmp_path)
+    save(tmp_path / "train/bee/deeper/x.png")
+    scandir = os.scandir
+
+    def refuse(path):  # the superuser, who may run this test, reads any folder
+        if os.fspath(path) == str(tmp_path / unreadable):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError) as caught:
+        scan_folder(str(tmp_path), "train", 2)
+    assert str(caught.value) == f"{tmp_path / unreadable}: permission denied"
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"train/ant/loop": "."},
+        {"train/ant/one": ".", "train/ant/two": "."},
+        {"train/ant/loop": "../.."},
+        {"train/ant/loop": "/"},
+        {"train/ant/other": "../../other", "other/back": "../train/ant"},
+        {"train/bee": "."},
+    ],
+)
+def test_a_link_to_a_folder_above_it_is_refused_and_named(tmp_path, links):
+    make_tree(tmp_path, classes=("ant",))
+    (tmp_path / "other").mkdir()
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(DataError, match="a link to .*, which it lies in") as caught:
+        scan_folder(str(tmp_path), "train", len(find_classes(str(tmp_path))))
+    assert str(caught.value).split(":")[0].endswith(tuple(os.path.basename(name) for name in links))
+
+
+def test_other_links_to_folders_are_followed(tmp_path, monkeypatch):
+    make_tree(tmp_path, splits=("train",))
+    save(tmp_path / "disk/x.png")
+    (tmp_path / "train/ant/disk").symlink_to("../../disk")
+    (tmp_path / "train/cow").symlink_to("../disk")
+    assert len(scan_folder(str(tmp_path), "train", 3)) == 6
+    monkeypatch.chdir(tmp_path)
+    assert list_images("train/ant")[-1] == "train/ant/disk/x.png"
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"a\rb", b"a\x1b[2J", b"  "])
+def test_a_class_folder_whose_name_is_no_line_of_text_is_refused(tmp_path, name):
+    make_tree(tmp_path)
+    os.mkdir(os.fsencode(tmp_path / "train") + b"/" + name)
+    with pytest.raises(DataError, match="class name is UTF-8") as caught:
+        find_classes(str(tmp_path))
+    message = str(caught.value)
+    assert message.isprintable() and message.startswith(f"{tmp_path}/train/")
+
+
 # -------------------------------------------------------------------------------- decoding
 def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
     """timm opens a file and calls convert("RGB"), and nothing else."""
@@ -227,6 +335,19 @@ def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
         assert result.mode == "RGB", name
         expected = np.asarray(Image.open(path).convert("RGB"))
         np.testing.assert_array_equal(np.asarray(result), expected, err_msg=name)
+
+
+def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    palette.save(tmp_path / "palette.png", transparency=b"\x10\x80")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x1a\x01\x05\0\x01"
+    Image.new("RGB", (4, 4)).save(tmp_path / "exif.jpg", exif=exif)
+    code = "import sys, images; [images.read_image(path) for path in sys.argv[1:]]"
+    paths = [str(tmp_path / "palette.png"), str(tmp_path / "exif.jpg")]
+    command = [sys.executable, "-W", "always", "-c", code, *paths]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def bad_files(folder):
@@ -337,3 +458,9 @@ def test_a_file_of_class_names_that_does_not_fit_is_refused(tmp_path, content):
     (tmp_path / "classes.txt").write_bytes(content)
     with pytest.raises(DataError, match="classes.txt"):
         class_names(make_config(tmp_path))
+
+
+def test_a_line_without_a_class_name_is_named(tmp_path):
+    (tmp_path / "classes.txt").write_text("ant\n\nbee\n")
+    with pytest.raises(DataError, match="classes.txt:2: no name"):
+        read_class_names(str(tmp_path / "classes.txt"), 3)

@@ -107,9 +107,23 @@ def test_whole_numbers_of_a_csv_are_ordered_by_value(tmp_path):
     assert listed(tmp_path, "train_list.txt", 11) == {f"{i}.png": i for i in range(11)}
 
 
+def test_labels_that_only_look_like_numbers_are_names(tmp_path):
+    save(tmp_path / "a.png", 1), save(tmp_path / "b.png", 2)
+    (tmp_path / "labels.csv").write_text("a.png,²\nb.png,10\n", encoding="utf-8")
+    assert run(tmp_path / "labels.csv")[0].classes == ["10", "²"]
+
+
+def test_lists_without_an_image_to_validate_on_are_pointed_out(tmp_path):
+    make_classes(tmp_path, {"a": 1, "b": 1})
+    assert "warning: val_list.txt lists no images" in run(tmp_path)[1][1]
+
+
 @pytest.mark.parametrize(
     "text,expected",
     [
+        ("a.png,1\n./b.png,01\n", "the labels '01' and '1' are one number"),
+        (b"a.png,x\nb.png,caf\xe9\n", "caf.*not a class name that fits on a line"),
+        ("a.png,x\nb.png,\x1b[2J\n", "not a class name that fits on a line"),
         ("a.png,x\nb.png\n", "labels.csv:2: expected path,label"),
         ("a.png,x\n\nb.png,x,y\n", "labels.csv:3: expected path,label"),
         ("a.png,x\nnone.png,y\n", "labels.csv:2: .*none.png: no such file"),
@@ -121,8 +135,8 @@ def test_whole_numbers_of_a_csv_are_ordered_by_value(tmp_path):
     ],
 )
 def test_mistakes_in_a_csv_are_named(tmp_path, text, expected):
-    save(tmp_path / "a.png", 1)
-    (tmp_path / "labels.csv").write_text(text)
+    save(tmp_path / "a.png", 1), save(tmp_path / "b.png", 2)
+    (tmp_path / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=expected):
         run(tmp_path / "labels.csv")
 
@@ -145,6 +159,22 @@ def test_names_that_a_list_cannot_express_are_refused(tmp_path):
     make_classes(tmp_path, {"a": 2, "b\nc": 2})
     with pytest.raises(DataError, match="line breaks"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\rb"])
+def test_class_folders_that_training_would_refuse_are_refused(tmp_path, name):
+    make_classes(tmp_path, {"a": 2, "b": 2})
+    os.rename(tmp_path / "b", os.fsencode(tmp_path) + b"/" + name)
+    with pytest.raises(DataError, match="class name is UTF-8 text"):
+        run(tmp_path)
+
+
+def test_a_pipe_among_the_images_is_named_and_a_pipe_of_labels_too(tmp_path):
+    make_classes(tmp_path, {"a": 2, "b": 2})
+    os.mkfifo(tmp_path / "a/pipe.png")
+    for source in (tmp_path, tmp_path / "a/pipe.png"):
+        with pytest.raises(DataError, match="a/pipe.png: not a regular file"):
+            run(source)
 
 
 # ------------------------------------------------------------------------------------ leaks
@@ -242,6 +272,14 @@ def test_a_write_that_fails_leaves_the_old_lists_whole(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="No space left"):
         run(tmp_path, seed=5, force=True)
     assert (tmp_path / "train_list.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"workers": 0}, {"workers": -3}])
+def test_an_impossible_number_is_refused_with_its_flag(tmp_path, wrong):
+    make_classes(tmp_path, {"a": 2, "b": 2})
+    ((flag, value),) = wrong.items()
+    with pytest.raises(DataError, match=f"-{flag} is {value}; give a number from"):
+        run(tmp_path, verify=True, **wrong)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])

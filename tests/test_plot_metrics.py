@@ -1,6 +1,7 @@
 """Curves of runs: what is read from metrics.jsonl, and that the pictures and the page are whole."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,44 @@ def test_a_torn_line_in_the_middle_is_refused_by_its_number(write_run):
     folder = write_run("broken", [step(1)], tail='{"kind": "st\n' + json.dumps(step(2)))
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not a record"):
         read_metrics(folder)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"kind": "epoch", "step": 5},
+        epoch(0),
+        {**epoch(1), "epoch": "1"},
+        step(0),
+        {**step(1), "step": "a"},
+        {**step(1), "step": None},
+        {**step(1), "step": float("inf")},
+        {**step(1), "kind": "name"},
+        5,
+    ],
+)
+def test_a_record_that_cannot_be_placed_is_refused_by_its_number(write_run, record):
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a record"):
+        read_metrics(write_run("odd", [step(1), record]))
+
+
+def test_values_that_are_not_finite_leave_no_point(write_run):
+    records = [
+        step(n, images_per_second=v) for n, v in enumerate([80, float("inf"), float("nan")], 1)
+    ]
+    run = read_metrics(write_run("fast", records))
+    assert run.values("step", "images_per_second") == ([1], [80])
+    _figure([run])
+
+
+def test_a_run_whose_folder_is_not_utf8_has_a_name_that_can_be_drawn(write_run):
+    folder = write_run("plain", [step(1)])
+    odd = folder.with_name(os.fsdecode(b"caf\xe9"))
+    try:
+        folder.rename(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    assert read_metrics(odd).name == "caf\\xe9"
 
 
 def test_steps_that_a_resumed_run_logged_again_count_as_logged_last(write_run):

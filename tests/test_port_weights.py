@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -227,6 +229,26 @@ def test_pth_files_without_torch_say_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04" + bytes(64))
     with pytest.raises(WeightsError, match="pip install -r port_weights/requirements.txt"):
         run("-checkpoint", tmp_path / "x.pth")
+
+
+def test_what_is_no_pytorch_file_is_told(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise KeyError("101")  # as torch does, on a text
+
+    names = SimpleNamespace(safe_globals=lambda names: nullcontext())
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=refuse, serialization=names))
+    for name, content, message in (
+        ("x.pth", b"", "empty"),
+        ("x.pth", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("x.pth", b"hello", "truncated, damaged, or not a PyTorch file; torch refuses it: '101'"),
+        ("x.pdparams", b"\x80\x04}", "a Paddle file already"),
+        ("x.pdparams", b"\x80\x02\x8a\nl\xfc\x9cF", "torch refuses it"),  # before PyTorch 1.6
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=message):
+            read_torch_weights(str(tmp_path / name))
+    with pytest.raises(WeightsError, match="aaa: File name too long"):
+        read_torch_weights(str(tmp_path / ("a" * 300)))
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):

@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import tools.predict as predict_module
 from config import get_config
 from errors import DataError, UserError
 from tools.common import IMAGENET_CLASSES, run_config
-from tools.predict import as_csv, as_table, find_class_names, find_images, predict
+from tools.predict import _draw_grid, as_csv, as_table, find_class_names, find_images, predict
 
 from .tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
 
@@ -170,6 +173,36 @@ def test_the_script_reads_paths_from_standard_input_and_prints_json(weights, ima
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == predict(images, weights, top_k=2)
+
+
+def test_names_of_any_bytes_come_from_standard_input_and_go_out_as_ascii(monkeypatch, capsys):
+    names = io.TextIOWrapper(
+        io.BytesIO("caf\udce9.png\nünï.png\n".encode("utf-8", "surrogateescape"))
+    )
+    monkeypatch.setattr(sys, "stdin", names)
+    monkeypatch.setattr(sys, "argv", ["predict", "-", "-json"])
+    monkeypatch.setattr(
+        predict_module, "predict", lambda images, *_: [{"image": i} for i in images]
+    )
+    predict_module.main()
+    shown = capsys.readouterr().out
+    assert shown.isascii()
+    assert [os.fsencode(found["image"]) for found in json.loads(shown)] == [
+        b"caf\xe9.png",
+        "ünï.png".encode(),
+    ]
+
+
+def test_names_of_any_bytes_can_be_drawn(weights, monkeypatch):
+    pytest.importorskip("matplotlib")
+    name = os.fsdecode(b"caf\xe9")
+    monkeypatch.setattr(predict_module, "data_class_names", lambda config: [name])
+    config = get_config()
+    config.MODEL.PRETRAINED = "nowhere/weights.pdparams"
+    (label,) = find_class_names(config)
+    entry = {"class": 0, "name": label, "confidence": 1.0}
+    result = {"image": name, "predictions": [entry]}
+    assert _draw_grid([result], [np.zeros([4, 4, 3], "uint8")]).startswith(b"\x89PNG")
 
 
 def test_a_mistake_is_one_line(tmp_path, images):

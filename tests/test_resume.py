@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shutil
 import signal
 import threading
 
@@ -154,6 +155,60 @@ def test_the_newest_whole_checkpoint_is_taken_when_the_last_is_damaged(tmp_path,
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "last.pdparams" in log and "damaged" in log and "resumed after epoch 1, step 3" in log
     assert differences(tmp_path / "run", whole) == []
+
+
+def test_an_earlier_checkpoint_of_the_run_becomes_its_last(tmp_path, data, whole):
+    """From the very start: a crash before the first save of its own must not bring back the old."""
+    engine.run(config_for(tmp_path, data, "TRAIN.BASE_LR", 0.5))
+    folder = tmp_path / "run"
+    for name in ("epoch_001.pdparams", "metrics.jsonl"):
+        (folder / name).unlink()
+        shutil.copy(whole / name, folder)
+    back = ["MODEL.RESUME", folder / "epoch_001"]
+    interrupt(config_for(tmp_path, data, *back), Crash, crash_at_step(4))
+    assert (folder / "abandoned_epoch_002.pdparams").is_file()
+    assert (folder / "last.pdparams").samefile(folder / "epoch_001.pdparams")
+    engine.run(config_for(tmp_path, data, *RESUME))
+    assert differences(folder, whole) == []
+
+
+def test_a_best_that_could_not_be_saved_is_not_claimed(tmp_path, data, monkeypatch):
+    original = checkpoint.save
+
+    def save(state, path, names=()):
+        if checkpoint.BEST in names and state["place"]["epoch"] == 1:
+            raise CheckpointError("the disk is full")
+        original(state, path, names)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    config = config_for(tmp_path, data, "SAVE_FAILURE", "continue", "SAVE_STEPS", 0)
+    result = engine.run(config)
+    best = checkpoint.load(result["folder"] / "best.pdparams")["place"]
+    assert (best["best_epoch"], best["best_top1"]) == (2, result["best_top1"])
+
+
+def test_signals_and_folder_are_given_back(tmp_path, data):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Preempted) as kept:  # with its traceback, as a notebook keeps it
+        engine.run(config_for(tmp_path, data), on_step=lambda step: signal.raise_signal(2))
+    assert "saved in" in str(kept.value)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    engine.run(config_for(tmp_path, data, *RESUME))
+
+
+def test_the_dashboard_is_closed_when_a_run_breaks_off(tmp_path, data, monkeypatch):
+    class Dashboard:
+        active, closed = False, False
+
+        def scalar(self, *_):
+            pass
+
+        def close(self):
+            Dashboard.closed = True
+
+    monkeypatch.setattr(engine, "build_dashboard", lambda name, folder: Dashboard())
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(2))
+    assert Dashboard.closed
 
 
 def test_what_changed_since_the_checkpoint_is_said(tmp_path, data):

@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import logging
 import subprocess
 import sys
 
@@ -92,6 +93,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         claim(tmp_path / "file" / "run")
     with pytest.raises(UserError, match="-output .*file: is a file, not a folder"):
         claim(tmp_path / "file")
+    with pytest.raises(UserError, match="-output .*aaa: cannot be written: File name too long"):
+        claim(tmp_path / ("a" * 300))
+
+
+def test_a_checkpoint_of_an_impossible_name_leaves_the_run_a_dated_folder():
+    config = get_config()
+    config.MODEL.RESUME = f"{'a' * 300}/last.pdparams"
+    assert choose_folder(config).name.startswith("train-")
+
+
+def test_the_log_takes_any_name(tmp_path):
+    claim(tmp_path)
+    log = logging.getLogger("resmlp")
+    record = log.makeRecord("resmlp", logging.WARNING, "", 0, "photo \udcff ä", (), None)
+    log.handlers[-1].handle(record)  # alone: pytest cannot report such a name
+    assert "photo \\udcff ä" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
@@ -117,6 +134,13 @@ def test_a_half_written_last_line_is_cut_too(tmp_path):
     folder.rewind_metrics(1)
     add(folder, 2)
     assert lines(folder) == [1, 2]
+
+
+def test_the_metrics_that_are_kept_are_not_altered_whatever_they_hold(tmp_path):
+    folder, kept = claim(tmp_path), b'{"n": 1}\n{"n": "\xff\x0c\xe2\x80\xa8\r"}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(kept + b'{"n": 3}\n')
+    folder.rewind_metrics(2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept and folder.metrics_lines == 2
 
 
 def test_metrics_that_are_missing_are_counted_as_such(tmp_path):

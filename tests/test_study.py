@@ -1,7 +1,7 @@
 import pytest
 
 from errors import ConfigError, UserError
-from tools.study import ROOT, read_study, run_study, table
+from tools.study import ROOT, _last_top1, read_study, run_study, table
 
 from .tiny_data import CONFIG, make_data
 
@@ -37,3 +37,36 @@ def test_a_study_that_is_no_mapping_is_refused(tmp_path):
     (tmp_path / "x.yaml").write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="expected `variant"):
         read_study(str(tmp_path / "x.yaml"))
+
+
+def test_values_stay_as_they_are_written(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: {K: null, L: False, M: 5e-3}\n1: {}\n")
+    keys = ["K", "null", "L", "False", "M", "5e-3"]
+    assert read_study(str(tmp_path / "x.yaml")) == {"a": keys, "1": []}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("with +ema: {}\nwith -ema: {}\n", "would share the folder with_ema"),
+        ("a: {}\nb: {}\na: {SEED: 1}\n", "a is given twice in .*line 3"),
+        ("a: {SEED: 1, SEED: 2}\n", "SEED is given twice"),
+        ("a: {}\n++: {}\n", "no letter or digit"),
+        ("caf\xe9: {}\n", "cannot be read as YAML"),
+        ("a: {b: c\n", "cannot be read as YAML: .*line"),
+    ],
+)
+def test_a_study_that_is_ambiguous_or_unreadable_is_refused_in_one_line(tmp_path, text, words):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=rf"x\.yaml: .*{words}") as error:
+        read_study(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, '{"kind": "epoch", "epoch": 1, "step": 3}'])
+def test_a_run_without_an_accuracy_is_named(tmp_path, content):
+    if content:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        _last_top1(tmp_path)

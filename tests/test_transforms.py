@@ -15,6 +15,7 @@ import auto_augment
 from auto_augment import OPS, POLICIES, Policy, apply_op, build_policy, op_argument, rand_augment
 from config import get_config
 from errors import ConfigError
+from images import BadImage, open_image, read_image
 from transforms import (
     Box,
     ColorJitter,
@@ -92,6 +93,18 @@ def test_an_image_of_the_right_size_is_evaluated_untouched(config):
     config.DATA.CROP_PCT = 1.0
     image = photo(32, 32)
     assert np.array_equal(build_eval_transform(config)(image), np.asarray(image))
+
+
+def test_an_image_too_narrow_to_be_evaluated_is_named_before_it_is_resized(config, tmp_path):
+    transform = build_eval_transform(config)  # resizes the short side to 36
+    assert transform(Image.new("L", (88, 1))).shape == (32, 32, 3)
+    path = str(tmp_path / "narrow.png")
+    Image.new("L", (1, 2_000_000)).save(path)
+    message = f"{path}: 1 x 2000000 pixels, too narrow: resized to 36 x 72000000"
+    with open_image(path) as unread:
+        for image in (unread, read_image(path)):
+            with pytest.raises(BadImage, match=message):
+                transform(image)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16", "LA", "YCbCr"])
@@ -389,6 +402,9 @@ def test_augmentations_win_in_the_order_three_rand_auto_jitter(config):
         ("TRAIN.RAND_AUGMENT", "rand-m", "bad section 'm'"),
         ("TRAIN.RAND_AUGMENT", "rand--m9", "bad section ''"),
         ("TRAIN.RAND_AUGMENT", "rand-p2", "p is a probability"),
+        ("TRAIN.RAND_AUGMENT", "rand-m9-n65", "'rand-m9-n65': n is at most 64"),
+        ("TRAIN.RAND_AUGMENT", "rand-m" + 400 * "9", "m and mmax are at most 100"),
+        ("TRAIN.RAND_AUGMENT", "rand-m9-mmax101", "m and mmax are at most 100"),
         ("TRAIN.RAND_AUGMENT", "random", "TRAIN.RAND_AUGMENT is 'random'; choose rand-"),
         ("TRAIN.AUTO_AUGMENT", "v1", "TRAIN.AUTO_AUGMENT is 'v1'; choose rand-... or one of orig"),
         ("TRAIN.AUTO_AUGMENT", "v0-m9", "bad section 'm9'; known are: mstd<number>"),

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
 
+import safe_pickle
 from errors import WeightsError
 from resmlp import ResMLP, adapt_state_dict, load_state, resample_tokens
-from weights import read_weights, safe_load, write_weights
+from weights import check_state, read_weights, safe_load, write_weights
 
 
 def tiny(**changes) -> ResMLP:
@@ -147,6 +148,14 @@ def test_safetensors_is_read_by_name_or_by_content(tmp_path, state):
     assert_same(read_weights(tmp_path / "y.bin").state, state)
 
 
+def test_safetensors_is_not_taken_for_a_text_by_the_length_of_its_header(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'.ljust(
+        0x3C20
+    )  # " <" in ASCII
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert read_weights(tmp_path / "x").state["a"].size == 0
+
+
 def test_half_precision_becomes_float32(tmp_path):
     values = np.array([1.0, -0.15625, 3.0e-5], np.float32)
     for dtype, limit in (("bfloat16", 2**-8), ("float16", 2**-10)):
@@ -229,6 +238,10 @@ def hostile_files(state, marker):
     yield "one byte", b"\x80", "truncated"
     yield "text", b"hello, I am no weight file\n", "truncated, damaged, or not"
     yield "an image", b"\x89PNG\r\n\x1a\n" + bytes(64), "truncated, damaged, or not"
+    yield "a git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"
+    yield "a web page", b"\n<!DOCTYPE html>\n<html>Not found</html>\n", "a web page"
+    legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(64)
+    yield "PyTorch's format before 1.6", legacy, "a PyTorch file .*load_timm_weights.py"
     yield "a zip archive, PyTorch's format", b"PK\x03\x04" + bytes(64), "load_timm_weights.py"
     for part in (0.01, 0.3, 0.9, 0.999):
         cut = good[: int(len(good) * part)]
@@ -238,6 +251,14 @@ def hostile_files(state, marker):
     yield "safetensors, cut", safe[:-5], "truncated or damaged"
     yield "safetensors, header cut", safe[:40], "truncated or damaged"
     yield "safetensors, header too long", struct.pack("<Q", 2**60) + safe[8:], "damaged"
+    for shape in ([2**63, 0], [0] * 70):
+        header = f'{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}'.encode()
+        data = struct.pack("<Q", len(header)) + header
+        yield (
+            f"safetensors, {len(shape)} impossible sizes",
+            data,
+            "truncated or damaged .*dimension",
+        )
     yield "safetensors, integers", safetensors_bytes({"a": np.arange(3)}), "I64"
     # code
     yield "os.system", dump({**state, "x": Call(os.system, f"touch {marker}")}), "system"
@@ -264,6 +285,11 @@ def hostile_files(state, marker):
     for _ in range(30):
         laughs = [laughs] * 10
     yield "a billion laughs", dump(laughs), "more than"
+    shared = {"a": 1}
+    for _ in range(20):
+        shared = {"a": shared, "b": shared}
+    yield "a billion laughs in dicts", dump(shared), "more than"
+    yield "a key of 24,000 bits", dump({1 << 24_000: value}), "whole number of more than 1024 bits"
     yield "a hundred thousand brackets", b"\x80\x02" + b"(" * 10**5 + b"t" * 10**5 + b".", "nested"
     yield "a memo index of 2^31", b"\x80\x02Nr\xff\xff\xff\x7f.", "holds a NoneType"
     text = b"X" + struct.pack("<I", 10**6) + b"x" * 10**6 + b"q\x01"
@@ -293,6 +319,9 @@ def hostile_files(state, marker):
     lacking = {key: array for key, array in state.items() if key != name}
     yield "a key too few", dump(lacking), f"missing: {name}"
     yield "another shape", replaced(value[:, :-1]), r"\[6, 23\], needed \[6, 24\]"
+    none = {"weight": np.zeros((0, 0), np.float32), "bias": np.zeros(0, np.float32)}
+    none = {f"mixer_layers.0.linear_tokens.{part}": value for part, value in none.items()}
+    yield "no tokens", changed(**none), r"linear_tokens.weight \[0, 0\], needed \[4, 4\]"
     yield "no dimensions", changed(**{"head.weight": np.float32(1) * np.ones(())}), "head.weight"
     timm = {key.replace("mixer_layers", "blocks"): array for key, array in state.items()}
     timm["stem.proj.weight"] = timm.pop("patch_embed.patch_embed.weight")
@@ -326,6 +355,32 @@ def test_the_hostile_pickles_would_run_elsewhere(tmp_path, state):
     marker = tmp_path / "ran"
     pickle.loads(dict((c[0], c[1]) for c in hostile_files(state, str(marker)))["eval"])
     assert marker.exists()
+
+
+def test_what_a_pickle_may_do_is_limited_but_ample_for_real_files(tmp_path, monkeypatch):
+    content = {f"{n}": np.ones(1, np.float32) for n in range(3000)}
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps(content, protocol=2))
+    monkeypatch.setattr(safe_pickle, "MAX_STEPS", safe_pickle.MAX_STEPS // 10)
+    assert len(safe_load(tmp_path / "x")) == 3000
+    (tmp_path / "x.pdparams").write_bytes(b"\x80\x02(" + b"]" * safe_pickle.MAX_STEPS + b"t.")
+    with pytest.raises(WeightsError, match="holds more than 100,000 instructions"):
+        safe_load(tmp_path / "x")
+
+
+def test_an_array_with_many_names_is_converted_once():
+    array = np.ones(3, np.float16)
+    state = check_state({"a": array, "b": array, "c": array.copy()}, "x")
+    assert state["a"] is state["b"] and state["a"].dtype == np.float32
+    assert state["c"] is not state["a"]
+    array[0] = np.nan
+    with pytest.raises(WeightsError, match="NaN or infinite values in a, b$"):
+        check_state({"a": array, "b": array, "c": array[1:]}, "x")
+
+
+def test_a_scalar_is_an_array_without_dimensions(tmp_path):
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps({"a": np.float64(1.5)}))
+    found = read_weights(tmp_path / "x").state["a"]
+    assert found.shape == () and found.dtype == np.float32 and found == 1.5
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pickletools, on odd escapes
@@ -362,6 +417,25 @@ def test_a_missing_file_names_its_neighbours(tmp_path, state):
         read_weights(tmp_path)
     with pytest.raises(WeightsError, match="there is no folder"):
         read_weights(tmp_path / "nowhere" / "x")
+
+
+def test_a_name_that_no_file_system_takes_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(WeightsError, match="aaa: cannot be read: File name too long"):
+        read_weights(tmp_path / ("a" * 300))
+    with pytest.raises(WeightsError, match="aaa: no such weight file"):  # too long with a suffix
+        read_weights(tmp_path / ("a" * 250))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may do anything")
+@pytest.mark.parametrize(
+    "mode, reason", [(0o000, "cannot be read: Permission denied"), (0o300, "no such weight file")]
+)
+def test_a_closed_folder_is_told_from_a_missing_file(tmp_path, mode, reason):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed").chmod(mode)
+    with pytest.raises(WeightsError, match=f"closed/x: {reason}"):
+        read_weights(tmp_path / "closed" / "x")
+    (tmp_path / "closed").chmod(0o700)
 
 
 def test_an_unknown_key_is_refused(tmp_path, state):

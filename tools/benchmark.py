@@ -94,6 +94,10 @@ class Job:
                 raise UserError(f"-{name} is {getattr(self, name)!r}; choose from {choices}")
         if self.batch_size < 1:
             raise UserError("-batch_size is at least 1")
+        if not 1 <= self.threads <= 1024:
+            raise UserError(f"-threads is {self.threads}; expected 1 to 1024")
+        if self.mode in ("train", "step") and not self.config.MODEL.NUM_CLASSES:
+            raise UserError(f"-mode {self.mode} needs classes, but MODEL.NUM_CLASSES is 0")
         if self.mode != "infer" and self.backend != "eager":
             raise UserError(f"-backend {self.backend} is for -mode infer")
         if self.dtype == "int8" or self.backend == "onnx":
@@ -510,17 +514,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.flag("rounds", "timed steps", type=int, default=10, metavar="N")
     parser.flag("compare", "run beside it: " + ", ".join(RIVALS), nargs="+", default=())
     parser.flag("json", "one JSON object a line", action="store_true")
-    parser.flag("opts", "config keys: -opts MODEL.DROPPATH 0 ...", nargs="+", metavar="KEY VALUE")
+    parser.opts_flag("config keys: -opts MODEL.DROPPATH 0 ...")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError("-rounds is at least 1")
     config = update_config(get_config(), argparse.Namespace(cfg=args.cfg, opts=args.opts))
     config.freeze()
-    threads = args.threads or runtime.default_threads()
+    threads = runtime.default_threads() if args.threads is None else args.threads
     job = Job(config, args.mode, args.batch_size, threads, args.dtype, args.backend)
     if not args.json:
         print(runtime.describe())
-    results = benchmark(job, args.rounds, args.compare)
+    try:
+        results = benchmark(job, args.rounds, args.compare)
+    except MemoryError:  # Paddle's is pages long
+        raise UserError(f"-batch_size {job.batch_size} does not fit into memory") from None
     print("\n".join(map(json.dumps, results)) if args.json else as_table(results))
 
 

@@ -12,12 +12,18 @@ from pathlib import Path
 
 from config import get_config, update_config
 from errors import UserError
-from weights import find_file
+from weights import find_file, write_atomically
 
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
 
 # ------------------------------------------------------------------------- the command line
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; is a shell variable not set?")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """Flags with one dash or two, with ``_`` or ``-``, as the mains have; a mistake is one line."""
 
@@ -27,15 +33,19 @@ class Parser(argparse.ArgumentParser):
     def flag(self, name: str, help: str, **kwargs) -> None:
         dashed = name.replace("_", "-")
         flags = dict.fromkeys([f"-{name}", f"--{name}", f"-{dashed}", f"--{dashed}"])
+        if "action" not in kwargs:
+            kwargs.setdefault("type", _not_empty)
         self.add_argument(*flags, dest=name, help=help, **kwargs)
 
     def model_flags(self) -> None:
         """Adds the flags that name a trained model: ``-pretrained``, ``-cfg``, ``-opts``."""
         self.flag("pretrained", "weight file or checkpoint", metavar="FILE")
         self.flag("cfg", "YAML config (default: config.yaml beside the weights)", metavar="FILE")
-        self.flag(
-            "opts", "config keys: -opts DATA.CROP_PCT 0.9 ...", nargs="+", metavar="KEY VALUE"
-        )
+        self.opts_flag("config keys: -opts DATA.CROP_PCT 0.9 ...")
+
+    def opts_flag(self, help: str) -> None:
+        """Adds ``-opts``; given twice, it takes the keys of both."""
+        self.flag("opts", help, action="extend", nargs="+", metavar="KEY VALUE", default=[])
 
     def error(self, message: str):
         raise UserError(f"command line: {message} (see -h)")
@@ -60,7 +70,7 @@ def run_config(
     Raises:
         UserError: no weights, no config, or either cannot be used.
     """
-    weights = find_file(pretrained) if pretrained else None
+    weights = None if pretrained is None else find_file(pretrained)
     if cfg is None:
         beside = weights.with_name("config.yaml") if weights else None
         if beside is None or not beside.is_file():
@@ -156,14 +166,17 @@ def html_table(header: Iterable, rows: Iterable[Iterable]) -> str:
 
 
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:
-    """Writes a text (UTF-8) or bytes; makes the folder.
+    """Writes a text (UTF-8) or bytes, as a whole or not at all; makes the folder.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written; a file of that name is left as it was.
     """
+    data = data.encode("utf-8") if isinstance(data, str) else data
     path = Path(path)
+    if os.path.isfile(path) or not os.path.exists(path):
+        write_atomically(data, path)
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        path.write_bytes(data)  # a device or pipe, as /dev/stdout: not to be replaced by a file
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

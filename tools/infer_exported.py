@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import reprlib
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,10 +35,31 @@ _RESAMPLING = {
 }
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow decodes itself
-_KEYS = (  # of the metadata
-    *("preprocessing_inside", "image_size", "crop_pct", "interpolation", "mean", "std"),
-    "class_names",
-)
+
+
+def _three_numbers(above: float) -> Callable[[object], bool]:
+    return lambda value: (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(number) in (int, float) and above < number < math.inf for number in value)
+    )
+
+
+_RULES = {  # key of the metadata -> what it is to be, and whether a value is that
+    "preprocessing_inside": ("true or false", lambda v: isinstance(v, bool)),
+    "image_size": ("a whole number from 1 to 8192", lambda v: type(v) is int and 1 <= v <= 8192),
+    "crop_pct": (
+        "a number from 0.01 to 1",
+        lambda v: type(v) in (int, float) and 0.01 <= v <= 1,
+    ),
+    "interpolation": (f"one of {', '.join(_RESAMPLING)}", lambda v: v in list(_RESAMPLING)),
+    "mean": ("three numbers", _three_numbers(above=-math.inf)),
+    "std": ("three numbers above 0", _three_numbers(above=0)),
+    "class_names": (
+        "a list of names",
+        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    ),
+}
 
 # A larger batch goes through a CPU in pieces whose activations stay in its caches: a resmlp_12 in
 # int8 takes a fifth less time for 32 images so, in float32 an eighth less.
@@ -62,14 +86,23 @@ class ExportedModel:
         self.run = run
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``."""
-        if self.metadata["preprocessing_inside"]:
-            return self.run(images)
-        mean = np.array(self.metadata["mean"], np.float32)
-        std = np.array(self.metadata["std"], np.float32)
-        normalized = (images.astype(np.float32) / 255 - mean) / std
-        logits = self.run(np.ascontiguousarray(normalized.transpose(0, 3, 1, 2)))
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+        """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``.
+
+        Raises:
+            ModelError: the model gives NaN or infinite values.
+        """
+        inside = self.metadata["preprocessing_inside"]
+        if not inside:
+            mean = np.array(self.metadata["mean"], np.float32)
+            std = np.array(self.metadata["std"], np.float32)
+            normalized = (images.astype(np.float32) / 255 - mean) / std
+            images = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
+        output = self.run(images)
+        if not np.isfinite(output).all():
+            raise ModelError("the model gives NaN or infinite values; export it again")
+        if inside:
+            return output
+        exp = np.exp(output - output.max(axis=1, keepdims=True))
         return exp / exp.sum(axis=1, keepdims=True)
 
 
@@ -88,7 +121,7 @@ def load(
         threads: CPU threads; None: one per core.
 
     Raises:
-        ModelError: no such model, no metadata, a missing package.
+        ModelError: no such model, no metadata or such as do not fit it, a missing package.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".json", ".pdmodel"):
@@ -98,20 +131,55 @@ def load(
     if path.suffix == ".onnx":
         if bf16:
             raise ModelError("-bf16 is for Paddle models")
+        described = path
         run, metadata = open_onnx(path, gpu, threads)
     else:
-        described = path.with_name(f"{path.stem}.metadata.json")
+        described = _beside(path, ".metadata.json")
         try:
             metadata = json.loads(described.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelError(f"{described}: not there; copy it together with the model") from None
         except (OSError, ValueError) as error:
             raise ModelError(f"{described}: {getattr(error, 'strerror', None) or error}") from None
         run = open_paddle(path, bf16, gpu, threads)
-    missing = [key for key in _KEYS if key not in metadata]
+    _check(metadata, described)
+    model = ExportedModel(metadata, run)
+    size, inside = metadata["image_size"], metadata["preprocessing_inside"]
+    try:
+        classes = model(np.zeros([1, size, size, 3], np.uint8)).shape[1]
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except Exception:  # Paddle's and onnxruntime's own, which do not say why
+        raise ModelError(
+            f"{described}: the model cannot run with image_size {size}, "
+            f"preprocessing_inside {json.dumps(inside)}"
+        ) from None
+    names = len(metadata["class_names"])
+    if names != classes:
+        raise ModelError(f"{described}: {names} class_names, but the model has {classes} classes")
+    return model
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """A file that belongs to a Paddle model."""
+    file = path.with_suffix(suffix)
+    if not file.is_file():
+        raise ModelError(f"{file}: not there; copy it together with the model")
+    return file
+
+
+def _check(metadata: object, described: Path) -> None:
+    """Raises a `ModelError` that names the first key that is not as export.py writes it."""
+    if not isinstance(metadata, dict):
+        found = reprlib.repr(metadata)
+        raise ModelError(f"{described}: not from export.py: it is {found}, not an object")
+    missing = [key for key in _RULES if key not in metadata]
     if missing:
-        raise ModelError(f"{path}: not from export.py: its metadata lacks {', '.join(missing)}")
-    return ExportedModel(metadata, run)
+        raise ModelError(
+            f"{described}: not from export.py: its metadata lacks {', '.join(missing)}"
+        )
+    for key, (expected, fits) in _RULES.items():
+        if not fits(metadata[key]):
+            found = reprlib.repr(metadata[key])
+            raise ModelError(f"{described}: {key} is {found}; expected {expected}")
 
 
 def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tuple[Run, dict]:
@@ -128,7 +196,6 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         texts = session.get_modelmeta().custom_metadata_map
-        metadata = {key: json.loads(text) for key, text in texts.items()}
     except Exception as error:  # onnxruntime's own classes, which it does not export
         reason = str(error).splitlines()[0]
         raise ModelError(f"{path}: onnxruntime cannot open it: {reason}") from None
@@ -139,19 +206,28 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
         pieces = [images[start : start + size] for start in range(0, len(images), size)]
         return np.concatenate([session.run(None, {name: piece})[0] for piece in pieces])
 
-    return run, metadata
+    return run, {key: _parse(text) for key, text in texts.items()}
+
+
+def _parse(text: str) -> object:
+    """JSON as export.py writes it, or the text as it is: a file from elsewhere is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def open_paddle(
     path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
 ) -> Run:
     """Opens a file in Paddle Inference; returns what runs it."""
+    weights = _beside(path, ".pdiparams")  # without them Paddle would compute NaN
     warnings.filterwarnings("ignore", message="No ccache found")  # nothing is compiled here
     try:
         from paddle import inference
     except ImportError:
         raise ModelError(f"{path}: running it needs `pip install paddlepaddle`") from None
-    config = inference.Config(str(path), str(path.with_suffix(".pdiparams")))
+    config = inference.Config(str(path), str(weights))
     config.disable_glog_info()
     if gpu:
         config.enable_use_gpu(256, 0)  # MB to begin with, device
@@ -184,6 +260,9 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
 
     Returns:
         uint8 ``[image_size, image_size, 3]``.
+
+    Raises:
+        ModelError: the image is so narrow that its resized long side would fill the memory.
     """
     size = metadata["image_size"]
     short = int(size / metadata["crop_pct"])
@@ -192,6 +271,11 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
         resized = short, int(short * height / width)
     else:
         resized = int(short * width / height), short
+    if max(resized) > 100 * size:
+        raise ModelError(
+            f"{width} x {height} pixels, too narrow: resized to {resized[0]} x {resized[1]}, "
+            f"longer than 100 crops of {size}"
+        )
     image = image.convert("RGB")
     if resized != image.size:
         image = image.resize(resized, _RESAMPLING[metadata["interpolation"]])
@@ -212,6 +296,8 @@ def classify(
         images = []
         for path in batch:
             try:
+                if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
+                    raise ModelError("not a regular file")
                 with Image.open(path, formats=_FORMATS) as image:
                     images.append(preprocess(image, model.metadata))
             except Exception as error:  # decoders raise whatever a broken file leads them to
@@ -232,10 +318,14 @@ def main() -> int:
     parser.add_argument("-bf16", "--bf16", action="store_true", help="bfloat16, Paddle on CPU")
     parser.add_argument("-gpu", "--gpu", action="store_true", help="run on the first GPU")
     args = parser.parse_args()
+    if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         threads = 1 if args.threads is None else args.threads
-        if min(args.top_k, args.batch_size, threads) < 1:
-            raise ModelError("-top_k, -batch_size and -threads are at least 1")
+        if min(args.top_k, args.batch_size, threads) < 1 or threads > 1024:
+            raise ModelError(
+                "-top_k, -batch_size and -threads are at least 1, -threads at most 1024"
+            )
         model = load(args.model, args.bf16, args.gpu, args.threads)
         results = list(classify(model, args.images, args.top_k, args.batch_size))
     except ModelError as error:

@@ -19,6 +19,7 @@ if not __package__:
 import csv
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -28,7 +29,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from errors import DataError, run_as_script
-from images import BadImage, find_classes, list_images, read_image, read_list
+from images import (
+    BadImage,
+    class_folders,
+    find_classes,
+    list_images,
+    printable,
+    read_image,
+    read_list,
+    regular_size,
+)
 from tools.common import Parser
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
@@ -73,6 +83,10 @@ def make_lists(
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
+    if seed < 0:
+        raise DataError(f"-seed is {seed}; give a number from 0 up")
+    if workers is not None and workers < 1:
+        raise DataError(f"-workers is {workers}; give a number from 1 up")
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
     there = [path for name in FILES if os.path.exists(path := os.path.join(root, name))]
     if there and not force and not verify:
@@ -87,6 +101,9 @@ def make_lists(
     _write_lists(split)
     counts = f"{len(split.train)} images to train on, {len(split.val)} to validate on"
     log(f"{root}: {counts}, {len(split.classes)} classes")
+    for side, name in ((split.train, TRAIN_LIST), (split.val, VAL_LIST)):
+        if not side:
+            log(f"warning: {name} lists no images, and training needs some (two of a class)")
     log(
         f"use them with: -dataset imagenet2012 -data_path {root} "
         f"-opts MODEL.NUM_CLASSES {len(split.classes)}"
@@ -99,8 +116,11 @@ def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> 
     if not os.path.isdir(source):
         entries, sides = _read_csv(source, root), None
         classes = sorted({name for _, name in entries})
-        if all(name.isdigit() for name in classes):
+        if all(re.fullmatch("[0-9]{1,9}", name) for name in classes):
             classes.sort(key=int)
+            for one, other in zip(classes, classes[1:]):
+                if int(one) == int(other):
+                    raise DataError(f"{source}: the labels {one!r} and {other!r} are one number")
     elif all(os.path.isdir(os.path.join(root, side)) for side in ("train", "val")):
         sides = [_scan(root, side) for side in ("train", "val")]
         classes = find_classes(root)
@@ -125,8 +145,8 @@ def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> 
     if twins:
         first = twins[0]
         log(
-            f"{len(twins)} groups of identical files (such as {first[0]} and {first[1]}): "
-            "each stays on one side"
+            f"{len(twins)} groups of identical files (such as {printable(first[0])} and "
+            f"{printable(first[1])}): each stays on one side"
         )
     return Split(root, classes, *_divide(entries, twins, val_fraction, seed))
 
@@ -136,11 +156,9 @@ def _scan(root: str, side: str) -> list[Entry]:
     folder = os.path.join(root, side)
     if not os.path.isdir(folder):
         return []
-    with os.scandir(folder) as found:
-        names = sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
     return [
         (os.path.relpath(path, root), name)
-        for name in names
+        for name in class_folders(folder)
         for path in list_images(os.path.join(folder, name))
     ]
 
@@ -149,6 +167,7 @@ def _read_csv(file: str, root: str) -> list[Entry]:
     """Lines of ``path,label``; paths are relative to the file's folder. A header is passed over."""
     entries = []
     try:
+        regular_size(file)
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             reader = csv.reader(stream)
             for row in reader:
@@ -180,8 +199,8 @@ def _check_names(path: str, name: str) -> None:
     """Refuses what a list file cannot express."""
     if "\n" in path or path != path.rstrip():
         raise DataError(f"{path!r}: a path in a list file cannot hold line breaks or end in spaces")
-    if "\n" in name or name != name.strip() or not name:
-        raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES}")
+    if printable(name) != name or name != name.strip() or not name:
+        raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES} (UTF-8)")
 
 
 def _read_lists(root: str) -> Split:
@@ -201,11 +220,12 @@ def find_identical(root: str, paths: Sequence[str]) -> list[list[str]]:
     signature: dict[str, tuple] = dict.fromkeys(paths, ())
     suspects = list(paths)
     with ThreadPoolExecutor() as pool:
-        for look in (os.path.getsize, _digest_head, _digest):
+        for look in (regular_size, _digest_head, _digest):
             try:
                 values = list(pool.map(look, [os.path.join(root, path) for path in suspects]))
             except OSError as error:
-                raise DataError(f"{error.filename}: {(error.strerror or '').lower()}") from None
+                reason = (error.strerror or "").lower()
+                raise DataError(f"{printable(error.filename)}: {reason}") from None
             for path, value in zip(suspects, values):
                 signature[path] += (value,)
             counts = Counter(signature[path] for path in suspects)
@@ -235,7 +255,7 @@ def _refuse_leaks(root: str, twins: list[list[str]], val: set[str]) -> None:
         train_path = next(path for path in leaks[0] if path not in val)
         val_path = next(path for path in leaks[0] if path in val)
         raise DataError(
-            f"{root}: {train_path} and {val_path} are the same image, and "
+            f"{root}: {printable(train_path)} and {printable(val_path)} are the same image, and "
             f"{len(leaks) - 1} more are in both train and val: remove one of each"
         )
 

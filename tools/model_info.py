@@ -161,7 +161,7 @@ def _size(shape: Iterable[int]) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Layers, parameters and multiply-adds of ResMLP models.")
     parser.flag("cfg", "YAML configs", nargs="+", default=[], metavar="FILE")
-    parser.flag("opts", "config keys: -opts DATA.IMAGE_SIZE 384", nargs="+", metavar="KEY VALUE")
+    parser.opts_flag("config keys: -opts DATA.IMAGE_SIZE 384")
     parser.flag("zoo", "print the README's table of published weights", action="store_true")
     args = parser.parse_args(argv)
     if not args.cfg and not args.zoo:

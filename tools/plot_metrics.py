@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from errors import UserError, run_as_script
+from images import printable
 from tools.common import Parser, html_page, html_table, new_figure, render, write_file
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
@@ -40,7 +41,7 @@ class Run:
 
     def values(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Optimizer steps and values of the records that have ``key``."""
-        found = [r for r in getattr(self, kind) if isinstance(r.get(key), (int, float))]
+        found = [r for r in getattr(self, kind) if is_number(r.get(key))]
         return [r["step"] for r in found], [r[key] for r in found]
 
 
@@ -85,7 +86,7 @@ def read_metrics(folder: str | os.PathLike) -> Run:
     last. A last line that an interrupted write has torn is left out.
 
     Raises:
-        UserError: no such file, no records, a line in the middle that is no JSON object.
+        UserError: no such file, no records, a line that is no record.
     """
     path = Path(folder)
     name = path.resolve().name if path.is_dir() else path.resolve().parent.name
@@ -95,22 +96,38 @@ def read_metrics(folder: str | os.PathLike) -> Run:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the folder of a training run") from None
-    run = Run(name)
+    run = Run(printable(name))
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            records, step = getattr(run, record["kind"]), record["step"]
-            while records and records[-1]["step"] >= step:
-                records.pop()
-            records.append(record)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number < len(lines):
-                raise UserError(f"{path}:{number}: not a record of a run: {line[:60]!r}") from None
+        except ValueError:
+            if number == len(lines):
+                break
+            record = None
+        if not _is_record(record):
+            raise UserError(f"{path}:{number}: not a record of a run: {line[:60]!r}")
+        records = getattr(run, record["kind"])
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
     if not (run.step or run.epoch):
         raise UserError(f"{path}: holds no records yet")
     return run
+
+
+def is_number(value: object) -> bool:
+    """Whether a value can be drawn; a loss that went to infinity or NaN cannot."""
+    return isinstance(value, (int, float)) and abs(value) < 1e100
+
+
+def _is_record(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and record.get("kind") in ("step", "epoch")
+        and all(is_number(record.get(key)) and record[key] >= 1 for key in ("step", "epoch"))
+    )
 
 
 def plot_metrics(
@@ -208,7 +225,7 @@ def _summary(run: Run) -> list[str]:
         return f"{values[-1]:.4f}" if values else "-"
 
     def best(key: str) -> str:
-        found = [r for r in run.epoch if isinstance(r.get(key), (int, float))]
+        found = [r for r in run.epoch if is_number(r.get(key))]
         top = max(found, key=lambda r: r[key], default=None)
         return f"{top[key]:.2f} % (epoch {top['epoch']})" if top else "-"
 

@@ -27,7 +27,7 @@ import paddle.nn.functional as F
 
 from errors import UserError, run_as_script
 from images import class_names as data_class_names
-from images import list_images, read_class_names, read_image
+from images import list_images, printable, read_class_names, read_image
 from tools.common import (
     IMAGENET_CLASSES,
     Parser,
@@ -129,7 +129,8 @@ def find_class_names(config, path: str | os.PathLike | None = None) -> list[str]
     names = data_class_names(config)
     if names is None and count == 1000:
         names = read_class_names(str(IMAGENET_CLASSES), count)
-    return names or [f"class {label}" for label in range(count)]
+    names = names or [f"class {label}" for label in range(count)]
+    return [printable(name) for name in names]  # those of folders may be any bytes
 
 
 @paddle.no_grad()
@@ -193,7 +194,7 @@ def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
         axis.axis("off")
     for axis, view, result in zip(axes, views, results):
         axis.imshow(view, interpolation="nearest")
-        name = "/".join(Path(result["image"]).parts[-2:])
+        name = printable("/".join(Path(result["image"]).parts[-2:]))
         name = name if len(name) <= 32 else f"…{name[-31:]}"
         axis.set_title(name, fontsize=7, color="gray", parse_math=False)
         for line, entry in enumerate(result["predictions"][:3]):
@@ -228,7 +229,8 @@ def main() -> None:
         raise UserError("command line: -json and -csv: choose one")
     images = []
     for source in args.images:
-        images += sys.stdin.read().splitlines() if source == "-" else [source]
+        names = sys.stdin.buffer.read().splitlines() if source == "-" else [source]
+        images += map(os.fsdecode, names)
     results = predict(
         images,
         args.pretrained,
@@ -242,7 +244,7 @@ def main() -> None:
     if args.grid:
         print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(json.dumps(results, indent=2))  # in ASCII, which every terminal and pipe takes
     else:
         print(as_csv(results) if args.csv else as_table(results))
 

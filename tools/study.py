@@ -13,7 +13,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import json
 import re
 import statistics
 import subprocess
@@ -24,28 +23,62 @@ import yaml
 
 from errors import ConfigError, UserError, run_as_script
 from tools.common import Parser, write_file
+from tools.plot_metrics import is_number, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Texts(yaml.BaseLoader):
+    """Leaves values the texts that they are, for -opts; refuses a name that is given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def read_study(path: str) -> dict[str, list[str]]:
     """Reads a study: name -> ``[KEY, VALUE, ...]``; the first variant is what others are held to.
 
     Raises:
-        ConfigError: the file is not a mapping of names to mappings of keys.
+        ConfigError: the file is not a mapping of names to mappings of keys, or two variants
+            have the same folder.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}")
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_Texts)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     if not isinstance(content, dict) or not all(
         isinstance(keys, dict) for keys in content.values()
     ):
         raise ConfigError(f"{path}: expected `variant: {{KEY: value, ...}}` lines")
+    folders = {}
+    for name in content:
+        folder = _folder(name)
+        if not folder:
+            raise ConfigError(f"{path}: {name!r} has no letter or digit to name a folder with")
+        if folder in folders:
+            raise ConfigError(
+                f"{path}: {folders[folder]!r} and {name!r} would share the folder {folder}; "
+                "rename one of them"
+            )
+        folders[folder] = name
     return {
-        str(name): [str(item) for pair in keys.items() for item in pair]
+        name: [str(item) for pair in keys.items() for item in pair]
         for name, keys in content.items()
     }
+
+
+def _folder(name: str) -> str:
+    """The folder of a variant's runs."""
+    return re.sub(r"\W+", "_", name).strip("_")
 
 
 def run_study(
@@ -64,12 +97,12 @@ def run_study(
         Variant -> top-1 of its runs after the last epoch, percent.
 
     Raises:
-        UserError: a run failed.
+        UserError: a run failed, or left no accuracy.
     """
     results: dict[str, list[float]] = {name: [] for name in study}
     for seed in range(seeds):  # a first column of results comes early
         for name, opts in study.items():
-            folder = Path(output) / re.sub(r"\W+", "_", name).strip("_") / f"seed_{seed}"
+            folder = Path(output) / _folder(name) / f"seed_{seed}"
             command = [sys.executable, str(ROOT / main), *arguments, f"-output={folder}"]
             command += ["-resume=auto", "-opts", *opts, "SEED", str(seed)]
             print(f"$ {' '.join(command)}", flush=True)
@@ -81,9 +114,11 @@ def run_study(
 
 
 def _last_top1(folder: Path) -> float:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    epochs = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
-    return epochs[-1].get("ema_top1", epochs[-1].get("val_top1"))
+    last = (read_metrics(folder).epoch or [{}])[-1]
+    top1 = last.get("ema_top1", last.get("val_top1"))
+    if not is_number(top1):
+        raise UserError(f"{folder}: the run has no top-1 of its last epoch in metrics.jsonl")
+    return top1
 
 
 def table(results: dict[str, list[float]]) -> str:
@@ -106,7 +141,7 @@ def main() -> None:
     parser.flag("data_path", "data folder", metavar="DIR", required=True)
     parser.flag("output", "folder of the runs", metavar="DIR", required=True)
     parser.flag("seeds", "runs of each variant (default: 3)", type=int, default=3)
-    parser.flag("opts", "config keys for all variants", nargs="+", metavar="KEY VALUE", default=[])
+    parser.opts_flag("config keys for all variants")
     parser.flag("multi", "train with main_multi_gpu.py", action="store_true")
     args = parser.parse_args()
     if args.seeds < 1:

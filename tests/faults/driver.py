@@ -30,6 +30,7 @@ import checkpoint
 import datasets
 import engine
 import main_multi_gpu
+import rendezvous
 from errors import run_as_script
 
 _calls = Counter()
@@ -97,6 +98,7 @@ class _HalfPickle:
         file.write(data[len(data) // 2 :])
 
 
+rendezvous._BEAT, rendezvous._SILENCE = 0.5, 10.0
 before("step", engine.Trainer, "_train_step")
 after("forward", engine.Trainer, "_loss")
 before("evaluation", engine.Trainer, "_evaluate")

@@ -6,6 +6,7 @@ write a file or open a connection; a timer that none keeps it busy.
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
@@ -118,9 +119,10 @@ def test_list_files(tmp_path, watch):
         assert len(index) == len(lines)
         for number, line in enumerate(lines):
             name, label = line.rsplit(None, 1)
-            assert index.name(number) == name and index.labels[number] == int(label) in range(7)
+            assert index.name(number) == (os.path.normpath(name) if b".." in name else name)
+            assert index.labels[number] == int(label) in range(7)
             assert index.path(number).startswith(root + "/")
-            assert "/../" not in index.path(number).replace(root, "") or b".." in line
+            assert "/../" not in index.path(number).replace(root, "")
     assert COUNT / 10 < accepted < 2.5 * COUNT  # mutations of both kinds
 
 

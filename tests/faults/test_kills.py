@@ -83,7 +83,8 @@ PLACES = [  # where, at which call of it: a first step, mid-epoch, evaluation, p
     "save_begin:{}:2:kill",
     "save_half:{}:2:kill",
     "save_rename:{}:2:kill",  # the file is whole, under its temporary name
-    "save_done:{}:3:kill",  # `last` is new, `best` and `epoch_NNN` are not
+    "save_rename:{}:3:kill",  # `best` and `epoch_NNN` are new, `last` is not
+    "save_done:{}:3:kill",
     "snapshot:{}:4:kill",
 ]
 

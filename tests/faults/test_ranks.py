@@ -77,9 +77,13 @@ def wait_for_ranks(process, folder):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-    return [int(pid) for pid in ranks]
+    return children(process.pid, "spawn_main")
+
+
+def children(parent, word):
+    """Processes that another has started, and whose command line has a word."""
+    pids = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return [pid for pid in pids if word in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -149,6 +153,27 @@ def test_a_preempted_rank_waits_for_the_one_that_writes(tmp_path, data, launched
     assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 3
 
 
+@pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
+def test_a_checkpoint_on_its_way_is_finished_when_all_ranks_fail(tmp_path, data, launched):
+    words = job(data, tmp_path, "SAVE_STEPS", 2)
+    if launched:
+        words = launcher(words, tmp_path / "logs", "--nproc_per_node", 2)
+    code, output = run(words, fault="save_half:0:2:sleep5 forward:1:5:nan")  # of steps 4, 5
+    assert code != 0 and "error: rank 1, step 4: the loss is not finite" in output, output
+    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
+
+
+@pytest.mark.parametrize("nprocs", [1, 2])
+def test_ctrl_c_saves_though_the_reader_of_the_output_is_gone(tmp_path, data, nprocs):
+    """`... 2>&1 | tee log`: a terminal's Ctrl-C ends tee too."""
+    process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 0, nprocs=nprocs))
+    wait_for_ranks(process, tmp_path)
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 75
+    assert "saved in" in (tmp_path / "run" / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("nprocs", [1, 2])
 def test_a_preempted_run_says_when_it_could_not_save(tmp_path, data, nprocs):
     words = job(data, tmp_path, "SAVE_STEPS", 2, "SAVE_FAILURE", "continue", nprocs=nprocs)
@@ -164,6 +189,24 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path, data):
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
+    while alive(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert alive(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
+def test_ranks_end_when_their_parent_is_killed_while_they_start(tmp_path, data, launched):
+    words = job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000)
+    if launched:
+        words = launcher(words, tmp_path / "logs", "--nproc_per_node", 2)
+    process = start(words)
+    ranks = lambda: children(process.pid, "-u" if launched else "spawn_main")  # noqa: E731
+    while sum("libpaddle" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks()) < 2:
+        assert process.poll() is None  # they import Paddle
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
     while alive(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert alive(str(tmp_path)) == []
@@ -266,7 +309,8 @@ def test_a_rank_that_fails_is_named_on_the_launchers_terminal(tmp_path, data, fa
 
 def test_two_nodes_are_one_job_and_end_together(tmp_path, data):
     port = free_port()
-    for name, fault, expected in (("fails", "step:1:4:kill", False), ("works", "", True)):
+    runs = [("step", "step:1:4:kill", False), ("evaluation", "evaluation:1:1:kill", False)]
+    for name, fault, expected in [*runs, ("works", "", True)]:
         folder = tmp_path / name
         folder.mkdir()
         nodes = [

@@ -1,0 +1,27 @@
+"""How a script ends, and what its output does with a text that it cannot encode."""
+
+import io
+import sys
+
+import pytest
+
+from errors import UserError, run_as_script
+
+
+def test_what_the_output_cannot_encode_is_shown_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as end:
+        run_as_script(lambda: print("\xfc \udce9"))
+    stream.flush()
+    assert not end.value.code
+    assert stream.buffer.getvalue() == rb"\xfc \udce9" + b"\n"
+
+
+def test_a_users_mistake_is_one_line_and_code_2(capsys):
+    def main():
+        raise UserError("what, where, how")
+
+    with pytest.raises(SystemExit) as end:
+        run_as_script(main)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: what, where, how\n"
