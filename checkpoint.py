@@ -121,15 +121,19 @@ class Writer:
             pending.result()
 
 
+def find(path: str | os.PathLike) -> Path:
+    """The file that a user's ``path`` means, with or without ``.pdparams``; it may not exist."""
+    whole = Path(f"{path}.pdparams")
+    return whole if os.path.isfile(whole) and not os.path.isfile(path) else Path(path)
+
+
 def load(path: str | os.PathLike) -> dict:
     """Reads a checkpoint back and checks that nothing of it was damaged.
 
     Raises:
         CheckpointError: missing, damaged, or not a training checkpoint of this project.
     """
-    path = Path(path)
-    if not os.path.isfile(path) and os.path.isfile(f"{path}.pdparams"):
-        path = Path(f"{path}.pdparams")
+    path = find(path)
     if os.path.isdir(path):
         raise CheckpointError(
             f"{path}: a folder; continue its run with -output {path} -resume auto"

@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +26,7 @@ from batch_augment import BatchAugment
 from dashboard import build_dashboard
 from datasets import build_loader, class_names
 from distillation import build_teacher
-from errors import CheckpointError, ConfigError, WeightsError
+from errors import CheckpointError, ConfigError, UserError, WeightsError
 from evaluation import Metrics, evaluate, write_report
 from losses import build_criterion, build_distillation_loss
 from model_ema import ModelEma
@@ -132,7 +132,11 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> dict:
     result = {key: getattr(metrics, key) for key in ("top1", "top5", "loss", "images")}
     folder.write("eval.json", json.dumps(result, indent=1) + "\n")
     if config.EVAL_REPORT and process.main:
-        for path in write_report(metrics, class_names(config), folder.path):
+        try:
+            paths = write_report(metrics, class_names(config), folder.path)
+        except OSError as error:
+            raise UserError(f"{folder.path}: the report cannot be written: {error.strerror}")
+        for path in paths:
             _log.info(f"wrote {path}")
     return {"folder": folder.path, "rank": process.rank, **result}
 
@@ -199,9 +203,7 @@ class Trainer:
             self.network = paddle.DataParallel(self.model)
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
         self.writer = checkpoint.Writer()
-        # Of the last whole checkpoint: its step, and the best top-1 so far and its epoch.
-        self.saved_step = self.place.step if saved else -1
-        self.saved_best = self.place.best_top1, self.place.best_epoch
+        self.saved_place = replace(self.place) if saved else None  # of the last whole checkpoint
         self.signal = StopSignal()
         self.watch = StepWatch(
             config, process, self.place, self.scaler, folder.path, self.train_loader.dataset.files
@@ -218,12 +220,11 @@ class Trainer:
                 metrics = self._finish_epoch(epoch) or metrics
             self._finish_saving()
         except TrainingError:  # of all ranks: a launcher would end rank 0 when another has ended
-            with main_first(self.process), contextlib.suppress(CheckpointError):
-                self.writer.finish()
+            with main_first(self.process):
+                self._finish_writing()
             raise
         finally:
-            with contextlib.suppress(CheckpointError):  # what broke off the run comes first
-                self.writer.finish()
+            self._finish_writing()
             self.dashboard.close()
             self.signal.close()
         best, epoch = self.place.best_top1, self.place.best_epoch
@@ -324,10 +325,10 @@ class Trainer:
         with main_first(self.process):
             self._finish_saving()
         folder = self.folder.path
-        if self.saved_step == self.place.step:
-            saved = f"saved in {folder}"
-        elif self.saved_step < 0:
+        if self.saved_place is None:
             saved = f"nothing is saved yet in {folder}"
+        elif self.saved_place.step == self.place.step:
+            saved = f"saved in {folder}"
         else:
             saved = f"that could not be saved; the last checkpoint is in {folder}"
         raise Preempted(from_main(f"{what}; {saved}", self.process))
@@ -480,16 +481,14 @@ class Trainer:
             try:
                 self.folder.flush_metrics()
                 state = checkpoint.to_numpy(self._state())
-                best = self.place.best_top1, self.place.best_epoch
-                step = self.place.step
-                self.writer.start(lambda: self._write(state, names, step, best))
+                self.writer.start(lambda: self._write(state, names))
             except CheckpointError as error:
                 self._saving_failed(error)
 
-    def _write(self, state: dict, names: tuple[str, ...], step: int, best: tuple) -> None:
+    def _write(self, state: dict, names: tuple[str, ...]) -> None:
         path, config = self.folder.path / checkpoint.LAST, self.config
         checkpoint.save(state, path, names)
-        self.saved_step, self.saved_best = step, best
+        self.saved_place = Place(**state["place"])
         checkpoint.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
 
     def _finish_saving(self, wait: bool = True) -> None:
@@ -498,11 +497,19 @@ class Trainer:
         except CheckpointError as error:
             self._saving_failed(error)
 
+    def _finish_writing(self) -> None:
+        """At the end of a run: what has broken it off comes before a save that fails too."""
+        try:
+            self.writer.finish()
+        except CheckpointError as error:
+            _log.error(str(error))
+
     def _saving_failed(self, error: CheckpointError) -> None:
         if self.config.SAVE_FAILURE == "stop":
             raise error
         _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
-        self.place.best_top1, self.place.best_epoch = self.saved_best
+        saved = self.saved_place or Place()
+        self.place.best_top1, self.place.best_epoch = saved.best_top1, saved.best_epoch
 
     def _state(self) -> dict:
         state = {
@@ -545,11 +552,10 @@ class Trainer:
 
     def _go_back(self, saved: dict) -> None:
         """Where the user has chosen an earlier checkpoint of this very run."""
-        chosen = Path(self.config.MODEL.RESUME)
-        if not chosen.is_file():
-            chosen = chosen.with_name(f"{chosen.name}.pdparams")
-        here = chosen.is_file() and chosen.parent.samefile(self.folder.path)
-        if self.process.main and here and chosen.name != checkpoint.LAST:
+        if self.config.MODEL.RESUME == "auto" or not self.process.main:
+            return
+        chosen = checkpoint.find(self.config.MODEL.RESUME)
+        if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoint.LAST:
             checkpoint.go_back_to(chosen, saved)
             if not (self.folder.path / checkpoint.BEST).exists():
                 self.place.best_top1, self.place.best_epoch = -1.0, 0

@@ -170,7 +170,7 @@ def _watch(
     deadline = float("inf")
     while len(endings) < len(workers):
         late = time.monotonic() - deadline
-        if late > 0 and not (0 not in endings and late < _SAVING_GRACE and saving()):
+        if late > 0 and (0 in endings or late > _SAVING_GRACE or not saving()):
             break
         going = [rank for rank in range(len(workers)) if rank not in endings]
         wait([x for rank in going for x in (readers[rank], workers[rank].sentinel)], timeout=0.2)

@@ -85,7 +85,7 @@ def meet(rank: int, world: int) -> None:
 
 
 def _wait_for(key: str, count: int, world: int) -> None:
-    pause, beats, heard = 0.0005, {}, dict.fromkeys(range(world), time.monotonic())
+    pause, heard = 0.0005, {}  # heard: rank -> its last sign of life, and when it was new
     next_look = time.monotonic() + _BEAT
     while _count(key) < count:
         time.sleep(pause)
@@ -96,9 +96,9 @@ def _wait_for(key: str, count: int, world: int) -> None:
         next_look = now + _BEAT
         for rank in range(world):
             beat = _count(f"resmlp/alive/{rank}")
-            if beats.get(rank) != beat:
-                beats[rank], heard[rank] = beat, now
-            elif now - heard[rank] > _SILENCE:
+            if rank not in heard or heard[rank][0] != beat:
+                heard[rank] = beat, now
+            elif now - heard[rank][1] > _SILENCE:
                 raise ConnectionError(f"rank {rank} gives no sign of life for {_SILENCE:.0f} s")
 
 
@@ -120,9 +120,13 @@ def _connect(rank: int) -> None:
             while not ending.wait(_BEAT):
                 _count(f"resmlp/alive/{rank}", 1)
 
+    def end():
+        ending.set()
+        thread.join()
+
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    atexit.register(lambda: (ending.set(), thread.join()))  # not in Paddle while that is taken down
+    atexit.register(end)  # or it would be inside of Paddle while Python takes that down
 
 
 def _on_one_machine() -> bool:

@@ -71,7 +71,11 @@ class RunFolder:
                 self._claim(resume)
             name = "log" if training else "eval_log"
             self._open_log(self.path / (f"{name}.txt" if self.main else f"{name}.rank{rank}.txt"))
+        except UserError:
+            self.close()
+            raise
         except OSError as error:
+            self.close()
             raise UserError(f"-output {self.path}: cannot be written: {error.strerror or error}")
 
     def _claim(self, resume: str | None) -> None:
@@ -156,7 +160,7 @@ class RunFolder:
         if not self._unwritten:
             return
         path = self.path / "metrics.jsonl"
-        size = 0
+        size = None
         try:
             with open(path, "ab") as file:
                 size = file.tell()
@@ -164,8 +168,9 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(path, size)
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(path, size)
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}")
         self.metrics_lines += len(self._unwritten)
         self._unwritten = []

@@ -155,7 +155,10 @@ class StepWatch:
             "images": [self.files.path(index) for index in record.indices],
         }
         path = self.folder / f"nonfinite.rank{rank}.json"
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        try:
+            path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:  # the ranks still have to agree on what to say
+            _log.warning(f"{path}: cannot be written: {error.strerror}")
         wrong = [float(r == rank and not np.isfinite(own_loss)) for r in range(world)]
         wrong = [r for r, flag in enumerate(sum_over_ranks(wrong, self.process)) if flag]
         where = f"rank {', '.join(map(str, wrong))}" if wrong else "all ranks together"

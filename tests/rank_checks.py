@@ -17,7 +17,6 @@ import paddle.distributed as dist
 import rendezvous
 from config import get_config
 from evaluation import evaluate
-from rendezvous import _tcp_sockets
 from resmlp import build_resmlp
 from samplers import EvalBatchSampler
 from utils import Process, from_main, main_first, prepare_process, sum_over_ranks, wait_for_all
@@ -138,7 +137,7 @@ def main_leaves_a_meeting_last(process: Process) -> None:
 def nobody_else_can_connect(process: Process) -> None:
     """What a rank listens on is a loopback address, or tied to the loopback device."""
     listening = []
-    for found in _tcp_sockets():
+    for found in rendezvous._tcp_sockets():
         if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
             listening.append((found.getsockname(), device.rstrip(b"\0")))
@@ -151,7 +150,7 @@ def nothing_waits_to_be_sent(process: Process) -> None:
     """Each request to the store comes in pieces; none waits for the receipt of the one before."""
     connections = [
         found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        for found in _tcp_sockets()
+        for found in rendezvous._tcp_sockets()
         if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     ]
     assert connections and all(connections)

@@ -1,5 +1,8 @@
 import csv
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -192,6 +195,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     facts = json.loads((tmp_path / "run" / "nonfinite.rank0.json").read_text())
     assert (facts["step"], facts["epoch"], len(facts["images"])) == (4, 2, 8)
     assert all(np.isfinite(value).all() for value in weights_of(tmp_path).values())
+
+
+def test_a_full_disk_hides_no_step_that_is_not_finite(tmp_path, data, monkeypatch):
+    poison(monkeypatch, at={4})
+    config = make_config(tmp_path, data)
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(TrainingError, match="rank 0, step 4: the loss is not finite"):
+        run(config)
+
+
+def test_a_report_that_cannot_be_written_is_said(tmp_path, data, monkeypatch):
+    run(make_config(tmp_path, data))
+    monkeypatch.setattr(engine, "write_report", full_disk)
+    opts = ["EVAL", True, "EVAL_REPORT", True]
+    opts += ["MODEL.PRETRAINED", tmp_path / "run" / "last.pdparams"]
+    with pytest.raises(UserError, match="run: the report cannot be written: No space"):
+        run(make_config(tmp_path, data, *opts))
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_loss_that_is_not_finite_is_skipped_on_request(tmp_path, data, monkeypatch):

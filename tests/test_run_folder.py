@@ -103,6 +103,29 @@ def test_a_checkpoint_of_an_impossible_name_leaves_the_run_a_dated_folder():
     assert choose_folder(config).name.startswith("train-")
 
 
+def test_metrics_that_cannot_even_be_opened_stay(tmp_path, monkeypatch):
+    folder = claim(tmp_path)
+    add(folder, 1)
+
+    def refuse(path, mode="r", **_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(run_folder, "open", refuse, raising=False)
+    add(folder, 2)
+    monkeypatch.undo()
+    assert lines(folder) == [1]
+    add(folder, 3)
+    assert lines(folder) == [1, 2, 3]
+
+
+def test_a_refused_run_lets_the_folder_go(tmp_path):
+    add(claim(tmp_path), 1)
+    with pytest.raises(UserError, match="holds an earlier run") as kept:  # as a notebook keeps it
+        claim(tmp_path)
+    claim(tmp_path, resume="auto")
+    assert kept.value.__traceback__ is not None
+
+
 def test_the_log_takes_any_name(tmp_path):
     claim(tmp_path)
     log = logging.getLogger("resmlp")

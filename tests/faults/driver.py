@@ -2,7 +2,8 @@
 
     FAULT="where:rank:count:what ..."
 
-where: step, forward, evaluation, save_begin, save_half, save_rename, save_done, snapshot, load
+where: step, forward, evaluation, save_begin, save_half, save_names, save_rename, save_done,
+       snapshot, load
 rank:  which rank it hits
 count: at which call of the place (from 1)
 what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleepN (seconds), hang,
@@ -106,6 +107,7 @@ before("snapshot", engine.Trainer, "_state")
 before("save_begin", checkpoint, "save")
 if faults_at("save_half"):
     checkpoint.pickle = _HalfPickle
+after("save_names", checkpoint, "duplicate")
 before("save_rename", checkpoint, "_replace")
 after("save_done", checkpoint, "save")
 before("load", datasets, "open_image")

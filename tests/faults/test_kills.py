@@ -83,7 +83,7 @@ PLACES = [  # where, at which call of it: a first step, mid-epoch, evaluation, p
     "save_begin:{}:2:kill",
     "save_half:{}:2:kill",
     "save_rename:{}:2:kill",  # the file is whole, under its temporary name
-    "save_rename:{}:3:kill",  # `best` and `epoch_NNN` are new, `last` is not
+    "save_names:{}:1:kill",  # `best` is new, `epoch_NNN` and `last` are not
     "save_done:{}:3:kill",
     "snapshot:{}:4:kill",
 ]

@@ -80,6 +80,14 @@ def wait_for_ranks(process, folder):
     return children(process.pid, "spawn_main")
 
 
+def all_end(folder, seconds):
+    """Whether nothing that was started for a folder lives on after some seconds."""
+    deadline = time.monotonic() + seconds
+    while alive(str(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return alive(str(folder)) == []
+
+
 def children(parent, word):
     """Processes that another has started, and whose command line has a word."""
     pids = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
@@ -188,10 +196,7 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path, data):
     wait_for_ranks(process, tmp_path)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while alive(str(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert alive(str(tmp_path)) == []
+    assert all_end(tmp_path, 10)
 
 
 @pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
@@ -206,10 +211,7 @@ def test_ranks_end_when_their_parent_is_killed_while_they_start(tmp_path, data, 
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 20
-    while alive(str(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert alive(str(tmp_path)) == []
+    assert all_end(tmp_path, 20)
 
 
 @pytest.mark.parametrize("to", ["the parent", "its group", "every process"])
@@ -336,10 +338,7 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, data):
     wait_for_ranks(process, tmp_path)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 15
-    while alive(str(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert alive(str(tmp_path)) == []
+    assert all_end(tmp_path, 15)
     assert "-resume auto goes on from there" in (tmp_path / "run" / "log.txt").read_text()
 
 
