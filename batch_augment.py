@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import numpy as np
 import paddle

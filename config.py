@@ -16,8 +16,8 @@ from contextlib import suppress
 import yaml
 from yacs.config import CfgNode as CN
 
-from config_rules import RULES, check_consistency, coerce
-from errors import ConfigError
+from cli.config_rules import RULES, check_consistency, coerce
+from cli.errors import ConfigError
 
 _C = CN()
 _C.BASE = [""]  # YAML files to merge first, relative to the file that names them

@@ -16,13 +16,21 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-import pixels
-from errors import DataError
-from images import BadImage, ImageIndex, class_names, open_image, read_image, read_list, scan_folder
-from loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
-from samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
+from cli.errors import DataError
+from cpu import resample
+from loading.files import (
+    BadImage,
+    ImageIndex,
+    class_names,
+    open_image,
+    read_image,
+    read_list,
+    scan_folder,
+)
+from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
+from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
+from storage.weights import shorten
 from transforms import build_eval_transform, build_train_transform
-from weights import shorten
 
 __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader", "class_names"]
 
@@ -155,7 +163,7 @@ def build_loader(
     """
     dataset = build_dataset(config, split)
     told = split == "train" or config.EVAL  # once a run
-    pixels.prepare(log if told else lambda line: None)  # before workers are forked
+    resample.prepare(log if told else lambda line: None)  # before workers are forked
     _warn_of_empty_classes(config, split, dataset.files, log)
     data = config.DATA
     if split == "train":

@@ -13,7 +13,7 @@ Paddle's parameters, by which optimizer states are stored.
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import difflib
 import os
@@ -24,10 +24,10 @@ from typing import Callable
 import paddle
 import paddle.nn.functional as F
 
-import safe_pickle
-from errors import ConfigError, WeightsError
+from cli.errors import ConfigError, WeightsError
 from resmlp import build_resmlp, load_state
-from weights import read_weights, shorten, unreachable
+from storage import safe_pickle
+from storage.weights import read_weights, shorten, unreachable
 
 
 class Teacher:

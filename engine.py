@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import contextlib
 import json
@@ -21,13 +21,10 @@ import numpy as np
 import paddle
 from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
-import checkpoint
 from batch_augment import BatchAugment
-from dashboard import build_dashboard
+from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, WeightsError
 from datasets import build_loader, class_names
 from distillation import build_teacher
-from errors import CheckpointError, ConfigError, UserError, WeightsError
-from evaluation import Metrics, evaluate, write_report
 from losses import build_criterion, build_distillation_loss
 from model_ema import ModelEma
 from optimizer import (
@@ -38,26 +35,22 @@ from optimizer import (
     optimizer_state,
     scaled_rate,
 )
-from resmlp import FLOAT32_LAYERS, build_resmlp, load_pretrained, load_state
-from run_folder import RunFolder, choose_folder
-from step_watch import Place, StepWatch
-from utils import (
-    Meter,
-    Normalize,
+from parallel.process import (
     Preempted,
     Process,
-    ProgressLine,
     StopSignal,
-    TrainingError,
-    duration,
     from_main,
     main_first,
-    memory_mb,
     prepare_process,
-    seed_everything,
-    step_rng,
     wait_for_all,
 )
+from resmlp import FLOAT32_LAYERS, build_resmlp, load_pretrained, load_state
+from storage import checkpoints
+from storage.run_folder import RunFolder, choose_folder
+from training.dashboard import build_dashboard
+from training.evaluation import Metrics, evaluate, write_report
+from training.progress import Place, StepWatch
+from utils import Meter, Normalize, ProgressLine, duration, memory_mb, seed_everything, step_rng
 
 # Where the float16 loss scale starts. The usual 2**16 would flush most gradients behind a
 # LayerScale of 1e-6 to zero (tests/test_amp.py); too high a start costs a skipped step a halving.
@@ -202,7 +195,7 @@ class Trainer:
             wait_for_all(process)  # starting may take one rank longer than a collective waits
             self.network = paddle.DataParallel(self.model)
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
-        self.writer = checkpoint.Writer()
+        self.writer = checkpoints.Writer()
         self.saved_place = replace(self.place) if saved else None  # of the last whole checkpoint
         self.signal = StopSignal()
         self.watch = StepWatch(
@@ -229,7 +222,7 @@ class Trainer:
             self.signal.close()
         best, epoch = self.place.best_top1, self.place.best_epoch
         if epoch:
-            path = self.folder.path / checkpoint.BEST
+            path = self.folder.path / checkpoints.BEST
             whose = " of the EMA" if self.ema else ""
             _log.info(f"done: best top-1{whose} {best:.2f} %, after epoch {epoch}, in {path}")
         result = {"folder": self.folder.path, "rank": self.process.rank, "best_top1": best}
@@ -364,9 +357,9 @@ class Trainer:
             self._finish_saving()  # which takes back a best that could not be saved
             if metrics.top1 > place.best_top1:
                 place.best_top1, place.best_epoch = metrics.top1, epoch + 1
-                names.append(checkpoint.BEST)
+                names.append(checkpoints.BEST)
         if last or (epoch + 1) % config.SAVE_FREQ == 0:
-            names.append(checkpoint.epoch_name(epoch + 1))
+            names.append(checkpoints.epoch_name(epoch + 1))
         self.folder.add_metrics(record)
         self._show_epoch(record)
         place.epoch, place.samples, place.seconds, place.timed_images = epoch + 1, 0, 0.0, 0
@@ -480,16 +473,16 @@ class Trainer:
             self._finish_saving()
             try:
                 self.folder.flush_metrics()
-                state = checkpoint.to_numpy(self._state())
+                state = checkpoints.to_numpy(self._state())
                 self.writer.start(lambda: self._write(state, names))
             except CheckpointError as error:
                 self._saving_failed(error)
 
     def _write(self, state: dict, names: tuple[str, ...]) -> None:
-        path, config = self.folder.path / checkpoint.LAST, self.config
-        checkpoint.save(state, path, names)
+        path, config = self.folder.path / checkpoints.LAST, self.config
+        checkpoints.save(state, path, names)
         self.saved_place = Place(**state["place"])
-        checkpoint.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
+        checkpoints.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
 
     def _finish_saving(self, wait: bool = True) -> None:
         try:
@@ -534,7 +527,7 @@ class Trainer:
             return None
         if resume == "auto":  # rank 0 chooses, so that all take the same
             with main_first(self.process) as main:
-                found = checkpoint.load_newest(self.folder.path) if main else None
+                found = checkpoints.load_newest(self.folder.path) if main else None
             resume = from_main(str(found[1]) if found else None, self.process)
             if resume is None:
                 _log.info(f"resume auto: no checkpoint in {self.folder.path} yet, starting anew")
@@ -542,7 +535,7 @@ class Trainer:
                 return None
             if found:
                 return found[0]
-        return checkpoint.load(resume)
+        return checkpoints.load(resume)
 
     def _load_saved_model(self, state: dict) -> None:
         try:
@@ -554,10 +547,10 @@ class Trainer:
         """Where the user has chosen an earlier checkpoint of this very run."""
         if self.config.MODEL.RESUME == "auto" or not self.process.main:
             return
-        chosen = checkpoint.find(self.config.MODEL.RESUME)
-        if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoint.LAST:
-            checkpoint.go_back_to(chosen, saved)
-            if not (self.folder.path / checkpoint.BEST).exists():
+        chosen = checkpoints.find(self.config.MODEL.RESUME)
+        if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoints.LAST:
+            checkpoints.go_back_to(chosen, saved)
+            if not (self.folder.path / checkpoints.BEST).exists():
                 self.place.best_top1, self.place.best_epoch = -1.0, 0
 
     def _restore(self, saved: dict) -> None:
@@ -571,7 +564,7 @@ class Trainer:
         self.place = Place(**saved["place"])
         self._go_back(saved)
         self.folder.rewind_metrics(saved["metrics_lines"])
-        changes = checkpoint.config_changes(saved["config"], self.config.dump())
+        changes = checkpoints.config_changes(saved["config"], self.config.dump())
         if saved["processes"] != self.process.world:
             changes.append(f"processes {saved['processes']} -> {self.process.world}")
         for change in changes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import logging
 import mmap
@@ -24,13 +24,13 @@ from pathlib import Path
 
 import paddle.distributed as dist
 
-from checkpoint import LAST, is_writing
+from cli.errors import ConfigError, UserError
 from config import get_config
 from engine import run
-from errors import ConfigError, UserError
-from run_folder import DEFAULT, choose_folder
+from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count
+from storage.checkpoints import LAST, is_writing
+from storage.run_folder import DEFAULT, choose_folder
 from tools.plot_metrics import plot_metrics
-from utils import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count
 
 _GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
 _FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
@@ -264,7 +264,7 @@ def _run_launched(config) -> int:
     each rank has a witness: a forked process that says on the launcher's terminal how the rank
     ended, if it was the first.
     """
-    rank, launcher, here = int(os.environ["PADDLE_TRAINER_ID"]), runtime.PARENT, os.getpid()
+    rank, launcher, here = int(os.environ["PADDLE_TRAINER_ID"]), setup.PARENT, os.getpid()
     step = mmap.mmap(-1, 8)  # shared with the witness
     reader, writer = os.pipe()
     if os.fork() == 0:

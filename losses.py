@@ -5,14 +5,14 @@ All of them compute in float32, whatever the logits are, and return the mean ove
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 from typing import Callable
 
 import paddle
 import paddle.nn.functional as F
 
-from errors import ConfigError
+from cli.errors import ConfigError
 from mixup import smooth_one_hot
 
 Criterion = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]

@@ -7,10 +7,10 @@ python -m paddle.distributed.launch --nnodes 2 --master HOST:PORT main_multi_gpu
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
+from cli.errors import run_as_script
 from config import get_arguments, get_config, update_config
-from errors import run_as_script
 from launch import launch
 
 

@@ -6,10 +6,10 @@ python main_single_gpu.py -cfg=./configs/resmlp_24_224.yaml -dataset=imagenet201
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
+from cli.errors import ConfigError, run_as_script
 from config import get_arguments, get_config, update_config
-from errors import ConfigError, run_as_script
 from launch import run_here
 
 

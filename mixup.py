@@ -9,7 +9,7 @@ Distributions and targets are those of timm's ``Mixup``.
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from errors import ConfigError
+from cli.errors import ConfigError
 
 MODES = ("batch", "pair", "elem")
 

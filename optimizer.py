@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import logging
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from errors import CheckpointError
+from cli.errors import CheckpointError
 
 
 # --------------------------------------------------------------------------------- schedule

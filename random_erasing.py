@@ -6,14 +6,14 @@ are gathered, filled between two columns, and put back, without a loop over imag
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import math
 
 import numpy as np
 import paddle
 
-from errors import ConfigError
+from cli.errors import ConfigError
 
 MODES = ("const", "rand", "pixel")
 AREA = (0.02, 1 / 3)  # share of the image

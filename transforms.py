@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from auto_augment import Policy, build_policy, rand_augment
-from errors import ConfigError
-from images import BadImage
-from pixels import resize
+from augment import Policy, build_policy, rand_augment
+from cli.errors import ConfigError
+from cpu.resample import resize
+from loading.files import BadImage
 
 _RESAMPLE = {
     name: Image.Resampling[name.upper()]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import DataError
+from cli.errors import DataError
 
 CLASSES = (
     "T-shirt/top",

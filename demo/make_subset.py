@@ -16,8 +16,8 @@ if not __package__:
 
 import numpy as np
 
+from cli.errors import DataError, run_as_script
 from demo.fashion_mnist import CLASSES, Split, fingerprint, read, write_archive
-from errors import DataError, run_as_script
 from tools.common import Parser
 
 ARCHIVE = Path(__file__).with_name("fashion_mnist_subset.tar.xz")

@@ -24,9 +24,9 @@ if not __package__:
 
 from PIL import Image
 
+from cli.errors import DataError, run_as_script
 from demo.fashion_mnist import CLASSES, Split, fingerprint, folder_name, read
 from demo.make_subset import ARCHIVE
-from errors import DataError, run_as_script
 from tools.common import Parser
 
 _MARK = ".fashion_mnist"  # in a folder that this script made: the fingerprint of its images

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from errors import WeightsError
+from cli.errors import WeightsError
 
 
 class Architecture(NamedTuple):

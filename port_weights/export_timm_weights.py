@@ -11,13 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import WeightsError, run_as_script
+from cli.errors import WeightsError, run_as_script
 from port_weights import names, verify
 from port_weights.architecture import infer
 from port_weights.torch_files import read_torch_weights, write_torch_weights
 from resmlp import ResMLP, load_state
+from storage.weights import KEYS, read_weights
 from tools.common import Parser
-from weights import KEYS, read_weights
 
 
 def export(

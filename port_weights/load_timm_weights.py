@@ -13,15 +13,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cli.errors import UserError, WeightsError, run_as_script
 from config import get_config
-from errors import UserError, WeightsError, run_as_script
 from port_weights import names, verify
 from port_weights.architecture import Architecture, infer
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, load_state
+from storage.weights import check_state, read_weights, write_weights
 from tools.common import Parser
-from weights import check_state, read_weights, write_weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from errors import WeightsError
-from weights import shorten
+from cli.errors import WeightsError
+from storage.weights import shorten
 
 FORMATS = ("timm", "facebook")
 _MODULES = (  # ours, timm's, facebookresearch/deit's; {} is the number of the block

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from errors import WeightsError
-from weights import (
+from cli.errors import WeightsError
+from storage.weights import (
     TORCH_BEGINNINGS,
     check_state,
     refuse_text,

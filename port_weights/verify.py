@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import WeightsError
+from cli.errors import WeightsError
 from port_weights.architecture import Architecture
 
 TOLERANCE = 1e-9  # of the spread, in float64

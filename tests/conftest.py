@@ -1,6 +1,6 @@
 """Shared fixtures: the process is prepared as in the mains, and no test sees another's log."""
 
-import runtime  # noqa: F401  isort: skip  (before Paddle)
+from cpu import setup  # noqa: F401  isort: skip  (before Paddle)
 
 import logging
 

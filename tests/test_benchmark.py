@@ -6,8 +6,8 @@ import statistics
 import paddle
 import pytest
 
+from cli.errors import UserError
 from config import get_config
-from errors import UserError
 from resmlp import build_resmlp
 from tools import benchmark as tool
 from tools.benchmark import Job, benchmark

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from errors import UserError
+from cli.errors import UserError
 from tools.common import Parser, write_file
 
 

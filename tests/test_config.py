@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cli.config_rules import RULES
+from cli.errors import ConfigError
 from config import check_config, get_arguments, get_config, update_config
-from config_rules import RULES
-from errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 ZOO = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

@@ -7,7 +7,7 @@ import paddle
 import pytest
 from paddle.distributed.fleet.utils import recompute
 
-import cpu_ops
+from cpu import ops
 from resmlp import PatchEmbedding, ResBlock, ResMLP
 
 
@@ -26,7 +26,7 @@ def layers_only(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(cpu_ops, "usable", lambda layer: False)
+            patch.setattr(ops, "usable", lambda layer: False)
             return function(*args)
 
     return call
@@ -36,8 +36,8 @@ def layers_only(monkeypatch):
 def fused_calls(monkeypatch):
     """Counts what goes through the fused branches."""
     calls = []
-    original = cpu_ops.mix_channels
-    monkeypatch.setattr(cpu_ops, "mix_channels", lambda *args: calls.append(1) or original(*args))
+    original = ops.mix_channels
+    monkeypatch.setattr(ops, "mix_channels", lambda *args: calls.append(1) or original(*args))
     return calls
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from dashboard import Dashboard, build_dashboard
+from training.dashboard import Dashboard, build_dashboard
 
 
 def write_some(dashboard):

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import datasets
+from cli.errors import DataError
 from config import get_config
 from datasets import build_dataset, build_loader
-from errors import DataError
 from transforms import EvalTransform
 
 NUM_IMAGES, NUM_CLASSES, SIZE = 23, 5, 8

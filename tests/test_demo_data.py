@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cli.errors import DataError
 from demo import make_subset
 from demo.fashion_mnist import CLASSES, SPLITS, Split, fingerprint, folder_name, read, write_archive
 from demo.prepare import prepare
-from errors import DataError
-from images import class_names, read_image, read_list, scan_folder
+from loading.files import class_names, read_image, read_list, scan_folder
 
 ORIGINAL = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 

@@ -10,9 +10,9 @@ import paddle
 import pytest
 from paddle.static import InputSpec
 
+from cli.errors import ConfigError, WeightsError
 from config import get_config
 from distillation import Teacher, build_teacher
-from errors import ConfigError, WeightsError
 from resmlp import build_resmlp
 
 CLASSES = 5

@@ -6,13 +6,13 @@ import numpy as np
 import paddle.distributed as dist
 import pytest
 
-import checkpoint
 import engine
-from samplers import train_indices
+from loading.samplers import train_indices
+from storage import checkpoints
 
-from . import rank_checks
-from .runs import command, metrics, run
-from .tiny_data import make_config, make_data
+from .helpers import rank_checks
+from .helpers.runs import command, metrics, run
+from .helpers.tiny_data import make_config, make_data
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data):
     code, output = run(words)
     assert code == 0, output
     runs = tmp_path / "one" / "run", tmp_path / "two" / "run"
-    one, two = (checkpoint.load(path / "last.pdparams") for path in runs)
+    one, two = (checkpoints.load(path / "last.pdparams") for path in runs)
     assert one["place"]["step"] == two["place"]["step"] == 50
     for key in ("model", "model_ema"):
         assert max(np.abs(one[key][k] - two[key][k]).max() for k in one[key]) < 1e-5

@@ -8,16 +8,15 @@ import numpy as np
 import paddle
 import pytest
 
-import checkpoint
 import engine
+from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, WeightsError
 from config import get_config
 from engine import Trainer, run
-from errors import CheckpointError, ConfigError, UserError, WeightsError
 from optimizer import learning_rate
-from utils import TrainingError
-from weights import read_weights
+from storage import checkpoints
+from storage.weights import read_weights
 
-from .tiny_data import make_config, make_data
+from .helpers.tiny_data import make_config, make_data
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def metrics(folder, kind):
 
 
 def weights_of(folder, name="last.pdparams", key="model"):
-    return checkpoint.load(folder / "run" / name)[key]
+    return checkpoints.load(folder / "run" / name)[key]
 
 
 def distance(a, b):
@@ -113,7 +112,7 @@ def test_the_best_checkpoint_is_chosen_by_the_ema_where_there_is_one(tmp_path, d
 
     monkeypatch.setattr(Trainer, "_evaluate", evaluate)
     run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
-    place = checkpoint.load(tmp_path / "run" / "best.pdparams")["place"]
+    place = checkpoints.load(tmp_path / "run" / "best.pdparams")["place"]
     assert (place["best_epoch"], place["best_top1"], place["epoch"]) == (1, 50.0, 1)
 
 
@@ -221,7 +220,7 @@ def full_disk(*_, **__):
 def test_a_loss_that_is_not_finite_is_skipped_on_request(tmp_path, data, monkeypatch):
     poison(monkeypatch, at={4})
     run(make_config(tmp_path, data, "TRAIN.NONFINITE", "skip"))
-    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["skipped_steps"] == 1
+    assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["skipped_steps"] == 1
     assert all(np.isfinite(value).all() for value in weights_of(tmp_path).values())
 
 

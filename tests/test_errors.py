@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from errors import UserError, run_as_script
+from cli.errors import UserError, run_as_script
 
 
 def test_what_the_output_cannot_encode_is_shown_escaped(monkeypatch):

@@ -2,9 +2,9 @@ import numpy as np
 import paddle
 import pytest
 
-from errors import UserError
-from evaluation import evaluate
-from utils import Process
+from cli.errors import UserError
+from parallel.process import Process
+from training.evaluation import evaluate
 
 
 class Loader(list):

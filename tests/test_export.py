@@ -13,9 +13,9 @@ from PIL import Image
 
 import tools.export as export_module
 import tools.infer_exported as infer_module
+from cli.errors import DataError, UserError
 from config import get_config
-from errors import DataError, UserError
-from images import read_image
+from loading.files import read_image
 from tools.common import load_model, run_config
 from tools.export import export, verification_images
 from tools.infer_exported import (
@@ -29,7 +29,7 @@ from tools.infer_exported import (
 from tools.predict import predict
 from transforms import build_eval_transform
 
-from .tiny_run import NAMES, ROOT, logits_by_hand, make_images, make_run, run_tool
+from .helpers.tiny_run import NAMES, ROOT, logits_by_hand, make_images, make_run, run_tool
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.229, 0.224, 0.225)  # tiny_run's, and the default
 UNSEEN = np.random.default_rng(7).integers(0, 256, [5, 16, 16, 3], dtype=np.uint8)

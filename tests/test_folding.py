@@ -5,8 +5,8 @@ import paddle
 import pytest
 from paddle.static import InputSpec
 
-from folding import fold
 from resmlp import ResMLP
+from tools.folding import fold
 
 
 def random_model(**changes) -> ResMLP:

@@ -7,11 +7,11 @@ import paddle
 import pytest
 from paddle import _C_ops
 
-import cpu_ops
 import engine
-from step_watch import SYNC_STEPS_GPU, StepWatch
+from cpu import ops
+from training.progress import SYNC_STEPS_GPU, StepWatch
 
-from .tiny_data import make_config, make_data
+from .helpers.tiny_data import make_config, make_data
 
 STEPS = 24
 OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "getitem", "setitem")
@@ -23,7 +23,7 @@ RECIPE += " TRAIN.CUTMIX_ALPHA 0.0 TRAIN.MIXUP_ALPHA 0.8 TRAIN.RANDOM_ERASE_PROB
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The layers instead of `cpu_ops`, and a look at the losses as rarely as on a GPU."""
-    monkeypatch.setattr(cpu_ops, "usable", lambda layer: False)
+    monkeypatch.setattr(ops, "usable", lambda layer: False)
     build = StepWatch.__init__
 
     def build_as_on_a_gpu(self, config, process, *rest):

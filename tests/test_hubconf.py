@@ -8,9 +8,9 @@ import numpy as np
 import paddle
 import pytest
 
-from errors import WeightsError
+from cli.errors import WeightsError
 from port_weights.zoo import ZOO
-from weights import write_weights
+from storage.weights import write_weights
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 SMALL = ["DATA.IMAGE_SIZE", 32, "MODEL.MIXER.EMBED_DIM", 8, "MODEL.MIXER.DEPTH", 1]

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import launch
-import rendezvous
+from cli.errors import ConfigError, UserError
 from config import get_config
-from errors import ConfigError, UserError
-from utils import PREEMPTED, Preempted, StopSignal
+from parallel import rendezvous
+from parallel.process import PREEMPTED, Preempted, StopSignal
 
-from .runs import alive, run
-from .runs import command as command_for
-from .tiny_data import make_data
+from .helpers.runs import alive, run
+from .helpers.runs import command as command_for
+from .helpers.tiny_data import make_data
 
 _forking = multiprocessing.get_context("fork")
 
@@ -221,11 +221,11 @@ def test_a_port_that_stays_open_to_others_is_said():
 
 
 _MEETING = """
-import runtime
+from cpu import setup
 import os
 import socket
 import sys
-import rendezvous
+from parallel import rendezvous
 
 def meet():
     for found in rendezvous._tcp_sockets():
@@ -256,7 +256,7 @@ def test_the_store_is_tied_before_the_ranks_meet(host):
     result = subprocess.run(
         [sys.executable, "-c", _MEETING, port],
         env={**os.environ, **environment},
-        cwd=Path(rendezvous.__file__).parent,
+        cwd=Path(rendezvous.__file__).parent.parent,
         capture_output=True,
         text=True,
         timeout=60,

@@ -14,12 +14,12 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-import loader
-from errors import DataError
-from loader import Loader, Sample, shared_memory_fits
-from samplers import EvalBatchSampler
+from cli.errors import DataError
+from loading import loader
+from loading.loader import Loader, Sample, shared_memory_fits
+from loading.samplers import EvalBatchSampler
 
-ROOT = os.path.dirname(os.path.abspath(loader.__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(loader.__file__)))
 
 
 class Numbers:

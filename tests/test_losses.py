@@ -6,8 +6,8 @@ import numpy as np
 import paddle
 import pytest
 
+from cli.errors import ConfigError
 from config import get_config
-from errors import ConfigError
 from losses import (
     BinaryCrossEntropy,
     CrossEntropy,

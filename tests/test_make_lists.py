@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import tools.make_lists as tool
-from errors import DataError
-from images import read_class_names, read_list, scan_folder
+from cli.errors import DataError
+from loading.files import read_class_names, read_list, scan_folder
 from tools.make_lists import find_identical, make_lists
 
 

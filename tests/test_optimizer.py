@@ -4,8 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
+from cli.errors import CheckpointError
 from config import get_config
-from errors import CheckpointError
 from optimizer import (
     build_optimizer,
     clip_gradients,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from errors import UserError
+from cli.errors import UserError
 from tools.plot_metrics import _figure, plot_metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,14 +11,14 @@ import numpy as np
 import paddle
 import pytest
 
+from cli.errors import UserError, WeightsError
 from config import get_config
-from errors import UserError, WeightsError
 from port_weights import export_timm_weights, load_timm_weights, names, verify
 from port_weights.architecture import infer
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, load_state
-from weights import read_weights, write_weights
+from storage.weights import read_weights, write_weights
 
 DIM, GRID, PATCH, HIDDEN, DEPTH, CLASSES = 6, 2, 4, 24, 2, 5
 

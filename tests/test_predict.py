@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 import tools.predict as predict_module
+from cli.errors import DataError, UserError
 from config import get_config
-from errors import DataError, UserError
 from tools.common import IMAGENET_CLASSES, run_config
 from tools.predict import _draw_grid, as_csv, as_table, find_class_names, find_images, predict
 
-from .tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
+from .helpers.tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.229, 0.224, 0.225)  # tiny_run's, and the default
 

@@ -7,8 +7,8 @@ import paddle
 import pytest
 
 import random_erasing
+from cli.errors import ConfigError
 from config import get_config
-from errors import ConfigError
 from random_erasing import MODES, RandomErasing, draw_boxes
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
+from cli.errors import ConfigError
 from config import get_config
-from errors import ConfigError
 from port_weights.names import to_paddle
 from resmlp import DropPath, ResMLP, build_resmlp, default_layer_scale, load_state
 

@@ -10,15 +10,15 @@ import threading
 import numpy as np
 import pytest
 
-import checkpoint
 import datasets
 import engine
+from cli.errors import CheckpointError
 from engine import Trainer
-from errors import CheckpointError
-from utils import Preempted
+from parallel.process import Preempted
+from storage import checkpoints
 
-from .runs import RECIPE, differences, metrics
-from .tiny_data import make_config, make_data
+from .helpers.runs import RECIPE, differences, metrics
+from .helpers.tiny_data import make_config, make_data
 
 RESUME = ["MODEL.RESUME", "auto"]
 STEPS = 6  # optimizer steps of a run below: 21 images in batches of 4, two a step, two epochs
@@ -89,7 +89,7 @@ def test_a_signal_at_any_step_leaves_no_trace(tmp_path, data, whole, step):
             os.kill(os.getpid(), signal.SIGTERM)
 
     interrupt(config_for(tmp_path, data, "SAVE_STEPS", 0), Preempted, on_step)
-    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] >= step
+    assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] >= step
     engine.run(config_for(tmp_path, data, *RESUME))
     assert differences(tmp_path / "run", whole) == []
 
@@ -112,7 +112,7 @@ def test_a_crash_in_evaluation_costs_no_training(tmp_path, data, whole, monkeypa
 
     monkeypatch.setattr(Trainer, "_evaluate", evaluate)
     interrupt(config_for(tmp_path, data), Crash)
-    place = checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]
+    place = checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]
     assert place["step"] == STEPS // 2 * ((call + 1) // 2)
     engine.run(config_for(tmp_path, data, *RESUME))
     assert differences(tmp_path / "run", whole) == []
@@ -173,17 +173,17 @@ def test_an_earlier_checkpoint_of_the_run_becomes_its_last(tmp_path, data, whole
 
 
 def test_a_best_that_could_not_be_saved_is_not_claimed(tmp_path, data, monkeypatch):
-    original = checkpoint.save
+    original = checkpoints.save
 
     def save(state, path, names=()):
-        if checkpoint.BEST in names and state["place"]["epoch"] == 1:
+        if checkpoints.BEST in names and state["place"]["epoch"] == 1:
             raise CheckpointError("the disk is full")
         original(state, path, names)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     config = config_for(tmp_path, data, "SAVE_FAILURE", "continue", "SAVE_STEPS", 0)
     result = engine.run(config)
-    best = checkpoint.load(result["folder"] / "best.pdparams")["place"]
+    best = checkpoints.load(result["folder"] / "best.pdparams")["place"]
     assert (best["best_epoch"], best["best_top1"]) == (2, result["best_top1"])
 
 
@@ -232,8 +232,8 @@ def test_a_run_goes_on_in_another_folder(tmp_path, data, whole):
     interrupt(config_for(tmp_path / "a", data), Crash, crash_at_step(3))
     last = tmp_path / "a" / "run" / "last.pdparams"
     engine.run(config_for(tmp_path / "b", data, "MODEL.RESUME", last))
-    ours = checkpoint.load(tmp_path / "b" / "run" / "last.pdparams")
-    theirs = checkpoint.load(whole / "last.pdparams")
+    ours = checkpoints.load(tmp_path / "b" / "run" / "last.pdparams")
+    theirs = checkpoints.load(whole / "last.pdparams")
     assert all(np.array_equal(ours["model"][k], theirs["model"][k]) for k in ours["model"])
     opts = [*RESUME, "TRAIN.NUM_EPOCHS", 4]
     interrupt(config_for(tmp_path / "b", data, *opts), Crash, crash_at_step(8))

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-import run_folder
+from cli.errors import CheckpointError, UserError
 from config import get_config
-from errors import CheckpointError, UserError
-from run_folder import RunFolder, choose_folder
+from storage import run_folder
+from storage.run_folder import RunFolder, choose_folder
 
-from .runs import ROOT
+from .helpers.runs import ROOT
 
 
 def claim(path, training=True, resume=None, rank=0):
@@ -71,7 +71,9 @@ def test_a_second_run_is_refused_while_the_first_is_going(tmp_path):
 
 def test_the_claim_ends_with_its_process(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    code += "from pathlib import Path; from run_folder import RunFolder; import os, signal\n"
+    code += (
+        "from pathlib import Path; from storage.run_folder import RunFolder; import os, signal\n"
+    )
     code += f"RunFolder(Path({str(tmp_path)!r}), 0, True); os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     claim(tmp_path)

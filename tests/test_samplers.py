@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from samplers import (
+from loading.samplers import (
     EvalBatchSampler,
     TrainBatchSampler,
     eval_indices,

@@ -7,28 +7,43 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
-    ["errors", "runtime", "pixel_kernels"],
-    ["safe_pickle", "config_rules", "samplers", "pixels", "images", "rendezvous"],
-    ["config", "weights", "dashboard", "auto_augment"],
-    ["utils", "cpu_ops", "loader", "transforms"],
-    ["resmlp", "checkpoint", "datasets", "mixup"],
-    ["folding", "run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
-    ["distillation", "evaluation", "batch_augment", "step_watch"],
+    ["cli.errors", "cpu.setup", "cpu.resample_kernels"],
+    ["storage.safe_pickle", "cli.config_rules", "loading.samplers", "cpu.resample"],
+    ["loading.files", "parallel.rendezvous"],
+    ["config", "storage.weights", "training.dashboard", "augment", "parallel.process"],
+    ["utils", "cpu.ops", "loading.loader", "transforms", "storage.adapt"],
+    ["resmlp", "storage.checkpoints", "datasets", "mixup"],
+    ["storage.run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
+    ["distillation", "training.evaluation", "batch_augment", "training.progress"],
     ["engine"],
     ["launch"],
     ["main_single_gpu", "main_multi_gpu", "hubconf"],
 ]
 TOP = ("tools", "port_weights", "demo")  # scripts: they may import anything but a main
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+FOLDERS = ("cli", "cpu", "loading", "parallel", "storage", "training")
+PATHS = [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in PATHS
+    if path.name != "__init__.py"
+)
+
+
+def path_of(module):
+    return ROOT / f"{module.replace('.', '/')}.py"
 
 
 def imports(path):
+    """The modules that a file imports, dotted; of a folder of ours, what is taken from it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module.split(".")[0]
+            if node.module in FOLDERS:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
 
 
 def test_every_module_has_a_place_in_the_picture():
@@ -37,11 +52,11 @@ def test_every_module_has_a_place_in_the_picture():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_downwards(module):
-    found = set(imports(ROOT / f"{module}.py"))
+    found = set(imports(path_of(module)))
     wrong = {name for name in found & set(LEVEL_OF) if LEVEL_OF[name] >= LEVEL_OF[module]}
     assert not wrong
     if module not in ("launch", "main_single_gpu", "main_multi_gpu", "hubconf"):
-        assert not found & {*TOP, "config"} - {module}
+        assert not {name.split(".")[0] for name in found} & {*TOP, "config"} - {module}
 
 
 @pytest.mark.parametrize("folder", TOP)
@@ -50,6 +65,16 @@ def test_nobody_imports_a_main(folder):
         assert not {"main_single_gpu", "main_multi_gpu"} & set(imports(path)), path
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "runtime", "samplers", "images", "weights"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "config",
+        "cli.errors",
+        "cpu.setup",
+        "loading.samplers",
+        "loading.files",
+        "storage.weights",
+    ],
+)
 def test_modules_that_promise_it_import_no_paddle(module):
-    assert "paddle" not in set(imports(ROOT / f"{module}.py"))
+    assert not any(name.startswith("paddle") for name in imports(path_of(module)))

@@ -1,9 +1,9 @@
 import pytest
 
-from errors import ConfigError, UserError
+from cli.errors import ConfigError, UserError
 from tools.study import ROOT, _last_top1, read_study, run_study, table
 
-from .tiny_data import CONFIG, make_data
+from .helpers.tiny_data import CONFIG, make_data
 
 
 def test_a_study_trains_every_variant_with_every_seed(tmp_path):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-import auto_augment
-from auto_augment import OPS, POLICIES, Policy, apply_op, build_policy, op_argument, rand_augment
+import augment
+from augment import OPS, POLICIES, Policy, apply_op, build_policy, op_argument, rand_augment
+from cli.errors import ConfigError
 from config import get_config
-from errors import ConfigError
-from images import BadImage, open_image, read_image
+from loading.files import BadImage, open_image, read_image
 from transforms import (
     Box,
     ColorJitter,
@@ -282,7 +282,7 @@ def test_increasing_operations_change_more_at_higher_levels():
         out = apply_op(name, image, op_argument(name, level))
         return np.abs(np.asarray(out, int) - np.asarray(image)).mean()
 
-    for name in auto_augment.RAND_INCREASING_OPS:
+    for name in augment.RAND_INCREASING_OPS:
         if OPS[name].argument:
             assert change(name, 9) > change(name, 2), name
 

@@ -7,8 +7,8 @@ import paddle
 import pytest
 from PIL import Image
 
+from cli.errors import UserError
 from config import get_config
-from errors import UserError
 from resmlp import ResMLP
 from tools.common import load_model, run_config
 from tools.visualize import (
@@ -24,7 +24,7 @@ from tools.visualize import (
     visualize,
 )
 
-from .tiny_run import make_images, make_run, run_tool
+from .helpers.tiny_run import make_images, make_run, run_tool
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
 
-import safe_pickle
-from errors import WeightsError
-from resmlp import ResMLP, adapt_state_dict, load_state, resample_tokens
-from weights import check_state, read_weights, safe_load, write_weights
+from cli.errors import WeightsError
+from resmlp import ResMLP, load_state
+from storage import safe_pickle
+from storage.adapt import adapt_state_dict, resample_tokens
+from storage.weights import check_state, read_weights, safe_load, write_weights
 
 
 def tiny(**changes) -> ResMLP:

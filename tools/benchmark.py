@@ -18,7 +18,7 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import argparse
 import json
@@ -40,11 +40,10 @@ from paddle import nn
 from PIL import Image
 
 from batch_augment import BatchAugment
+from cli.errors import UserError, run_as_script
 from config import get_config, update_config
 from datasets import build_loader
-from errors import UserError, run_as_script
-from folding import fold
-from images import read_image
+from loading.files import read_image
 from losses import build_criterion
 from model_ema import ModelEma
 from optimizer import build_optimizer, clip_gradients
@@ -52,6 +51,7 @@ from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
 from tools.common import Parser
 from tools.export import ONNX_PACKAGES, require, save_for_inference
+from tools.folding import fold
 from tools.infer_exported import open_onnx, open_paddle
 from tools.model_info import config_info
 from transforms import build_train_transform
@@ -160,7 +160,7 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
         if compare:
             raise UserError("-compare is for -mode infer, train and data")
         return [_measure_parts(job, rounds)]
-    runtime.set_threads(job.threads)
+    setup.set_threads(job.threads)
     with ExitStack() as stack:
         files = stack.enter_context(_sample_jpegs()) if job.mode == "data" else []
         step = stack.enter_context(_paddle_step(job, files))
@@ -178,7 +178,7 @@ def gemm_peak(dtype: str = "float32", threads: int | None = None) -> float:
 
     Paddle has no int8 product on a CPU: for int8 it is the float32 rate, which int8 may exceed.
     """
-    runtime.set_threads(threads)
+    setup.set_threads(threads)
     dtype = "float32" if dtype == "int8" else dtype
     if on_gpu() or dtype == "float32":
         factor = paddle.randn([GEMM_SIZE, GEMM_SIZE]).astype(dtype)
@@ -299,7 +299,7 @@ def _peak_memory_mb() -> float:
 # -------------------------------------------------------------------- a training step, by part
 def _measure_parts(job: Job, rounds: int) -> dict:
     """Times the parts of the recipe's training step, each waited for on its own."""
-    runtime.set_threads(job.threads)
+    setup.set_threads(job.threads)
     times = defaultdict(list)
 
     def timed(part: str, function: Callable, *args):
@@ -520,10 +520,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("-rounds is at least 1")
     config = update_config(get_config(), argparse.Namespace(cfg=args.cfg, opts=args.opts))
     config.freeze()
-    threads = runtime.default_threads() if args.threads is None else args.threads
+    threads = setup.default_threads() if args.threads is None else args.threads
     job = Job(config, args.mode, args.batch_size, threads, args.dtype, args.backend)
     if not args.json:
-        print(runtime.describe())
+        print(setup.describe())
     try:
         results = benchmark(job, args.rounds, args.compare)
     except MemoryError:  # Paddle's is pages long

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from cli.errors import UserError
 from config import get_config, update_config
-from errors import UserError
-from weights import find_file, write_atomically
+from storage.weights import find_file, write_atomically
 
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import contextlib
 import importlib.util
@@ -30,17 +30,17 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.static import InputSpec
 
+from cli.errors import UserError, run_as_script
 from datasets import build_dataset
-from errors import UserError, run_as_script
-from folding import fold
-from images import read_image
+from loading.files import read_image
 from resmlp import build_resmlp, load_state
+from storage.weights import read_weights
 from tools.common import Parser, load_model, run_config, write_file
+from tools.folding import fold
 from tools.infer_exported import ModelError, Run, open_onnx, open_paddle
 from tools.predict import find_class_names, find_images
 from transforms import build_eval_transform
 from utils import Normalize
-from weights import read_weights
 
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
 VERIFY_IMAGES = 16

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from errors import DataError, run_as_script
-from images import (
+from cli.errors import DataError, run_as_script
+from loading.files import (
     BadImage,
     class_folders,
     find_classes,

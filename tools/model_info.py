@@ -18,12 +18,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import paddle
 
+from cli.errors import UserError, run_as_script
 from config import get_config, update_config
-from errors import UserError, run_as_script
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, build_resmlp
 from tools.common import Parser

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from errors import UserError
+from cli.errors import UserError
 
 OPSET = 17
 # Weights have 7 bits: where a processor adds pairs of 8-bit products in 16 bits (AVX2 without

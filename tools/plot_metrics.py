@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from errors import UserError, run_as_script
-from images import printable
+from cli.errors import UserError, run_as_script
+from loading.files import printable
 from tools.common import Parser, html_page, html_table, new_figure, render, write_file
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")

@@ -9,7 +9,7 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import csv
 import glob
@@ -25,9 +25,9 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from errors import UserError, run_as_script
-from images import class_names as data_class_names
-from images import list_images, printable, read_class_names, read_image
+from cli.errors import UserError, run_as_script
+from loading.files import class_names as data_class_names
+from loading.files import list_images, printable, read_class_names, read_image
 from tools.common import (
     IMAGENET_CLASSES,
     Parser,

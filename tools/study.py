@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from errors import ConfigError, UserError, run_as_script
+from cli.errors import ConfigError, UserError, run_as_script
 from tools.common import Parser, write_file
 from tools.plot_metrics import is_number, read_metrics
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import os
 from collections.abc import Iterable, Sequence
@@ -24,9 +24,9 @@ import numpy as np
 import paddle
 
 from batch_augment import BatchAugment
+from cli.errors import UserError, run_as_script
 from datasets import build_loader
-from errors import UserError, run_as_script
-from images import read_image
+from loading.files import read_image
 from mixup import smooth_one_hot
 from resmlp import ResMLP
 from tools.common import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ from demo.prepare import prepare
 from port_weights.names import from_paddle
 from port_weights.torch_files import write_torch_weights
 from resmlp import build_resmlp
-from weights import write_weights
+from storage.weights import write_weights
 
 from . import tables
 from .pages import ROOT

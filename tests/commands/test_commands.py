@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import finish
+from tests.helpers.runs import finish
 
 from . import stand_ins, tables
 from .pages import PAGES, Command, commands

@@ -20,19 +20,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import errno
 import signal
 import time
 from collections import Counter
 
-import checkpoint
 import datasets
 import engine
 import main_multi_gpu
-import rendezvous
-from errors import run_as_script
+from cli.errors import run_as_script
+from parallel import rendezvous
+from storage import checkpoints
 
 _calls = Counter()
 
@@ -86,7 +86,7 @@ def after(where, module, name):
 
 
 class _HalfPickle:
-    """`pickle` as checkpoint.py uses it, hit between the two halves of a file."""
+    """`pickle` as storage/checkpoints.py uses it, hit between the two halves of a file."""
 
     @staticmethod
     def dump(state, file, protocol):
@@ -104,12 +104,12 @@ before("step", engine.Trainer, "_train_step")
 after("forward", engine.Trainer, "_loss")
 before("evaluation", engine.Trainer, "_evaluate")
 before("snapshot", engine.Trainer, "_state")
-before("save_begin", checkpoint, "save")
+before("save_begin", checkpoints, "save")
 if faults_at("save_half"):
-    checkpoint.pickle = _HalfPickle
-after("save_names", checkpoint, "duplicate")
-before("save_rename", checkpoint, "_replace")
-after("save_done", checkpoint, "save")
+    checkpoints.pickle = _HalfPickle
+after("save_names", checkpoints, "duplicate")
+before("save_rename", checkpoints, "_replace")
+after("save_done", checkpoints, "save")
 before("load", datasets, "open_image")
 
 

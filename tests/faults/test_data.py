@@ -5,10 +5,10 @@ import time
 import pytest
 from PIL import Image
 
-from samplers import train_indices
+from loading.samplers import train_indices
 
-from ..runs import DRIVER, alive, command, error_line, metrics, run
-from ..tiny_data import make_data
+from ..helpers.runs import DRIVER, alive, command, error_line, metrics, run
+from ..helpers.tiny_data import make_data
 
 
 def truncated(path):

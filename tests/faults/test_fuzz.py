@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-import checkpoint
+from cli.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
 from config import check_config, get_config, update_config
-from errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
-from images import read_image, read_list
+from loading.files import read_image, read_list
 from resmlp import build_resmlp, load_state
-from weights import read_weights, write_weights
+from storage import checkpoints
+from storage.weights import read_weights, write_weights
 
 COUNT = 1000  # inputs of each kind, at least
 SECONDS = 10  # for one input
@@ -258,16 +258,16 @@ def test_checkpoints(tmp_path, watch):
         "place": {"step": 7, "epoch_loss": 0.3, "best_top1": -1.0},
         "config": YAML.decode(),
     }
-    checkpoint.save(state, path)
+    checkpoints.save(state, path)
     data = path.read_bytes()
-    expected = checkpoint.checksum(state)
+    expected = checkpoints.checksum(state)
     for _ in range(2 * COUNT):
         path.write_bytes(mutate(rng, data, WEIGHT_WORDS))
-        loaded = watch(checkpoint.load, path)
+        loaded = watch(checkpoints.load, path)
         if isinstance(loaded, UserError):
             assert isinstance(loaded, CheckpointError)
         else:
-            assert checkpoint.checksum(loaded) == expected  # only the wrapping was touched
+            assert checkpoints.checksum(loaded) == expected  # only the wrapping was touched
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it makes of them

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from ..runs import DRIVER, RECIPE, alive, command, differences, finish, run, start
-from ..tiny_data import make_data
+from ..helpers.runs import DRIVER, RECIPE, alive, command, differences, finish, run, start
+from ..helpers.tiny_data import make_data
 
 RESUME = ["MODEL.RESUME", "auto"]
 

@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-from ..runs import RECIPE, ROOT
-from ..tiny_data import make_data
+from ..helpers.runs import RECIPE, ROOT
+from ..helpers.tiny_data import make_data
 
 STEPS, EPOCHS = 2000, 20
 
@@ -13,9 +13,9 @@ _RUN = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import runtime
+from cpu import setup
 from engine import run
-from tests.tiny_data import make_config
+from tests.helpers.tiny_data import make_config
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4  # KB

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from storage import checkpoints
 
-from ..runs import DRIVER, ROOT, alive, command, finish, run, start
-from ..tiny_data import make_data
+from ..helpers.runs import DRIVER, ROOT, alive, command, finish, run, start
+from ..helpers.tiny_data import make_data
 
 LIMIT = 30  # seconds from the fault to the end of the job; a start takes most of it here
 
@@ -129,7 +129,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path, data):
 def test_a_bad_image_on_one_rank_is_named(tmp_path, rank):
     data = make_data(tmp_path / "data", train=48, val=12)
     # Position p of the epoch's order belongs to rank p % 2.
-    from samplers import train_indices
+    from loading.samplers import train_indices
 
     index = train_indices(48, 0, 0, rank, 2)[9]
     paths = sorted((data / "train").rglob("*.png"))
@@ -158,7 +158,7 @@ def test_a_preempted_rank_waits_for_the_one_that_writes(tmp_path, data, launched
     code, output = run(words, fault="step:1:3:term save_half:0:1:sleep8")
     assert launched or code == 75, output
     assert f"stopped after step 3; saved in {tmp_path}/run" in output, output
-    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 3
+    assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 3
 
 
 @pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
@@ -168,7 +168,7 @@ def test_a_checkpoint_on_its_way_is_finished_when_all_ranks_fail(tmp_path, data,
         words = launcher(words, tmp_path / "logs", "--nproc_per_node", 2)
     code, output = run(words, fault="save_half:0:2:sleep5 forward:1:5:nan")  # of steps 4, 5
     assert code != 0 and "error: rank 1, step 4: the loss is not finite" in output, output
-    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
+    assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
 
 
 @pytest.mark.parametrize("nprocs", [1, 2])
@@ -188,7 +188,7 @@ def test_a_preempted_run_says_when_it_could_not_save(tmp_path, data, nprocs):
     code, output = run(words, fault="step:0:5:term save_half:0:3:full")
     assert code == 75, output
     assert "stopped after step 5; that could not be saved; the last checkpoint is in" in output
-    assert checkpoint.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
+    assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
 
 
 def test_ranks_end_when_their_parent_is_killed(tmp_path, data):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-import checkpoint
+from storage import checkpoints
 
-from ..runs import DRIVER, command, error_line, metrics, run
-from ..tiny_data import make_data
+from ..helpers.runs import DRIVER, command, error_line, metrics, run
+from ..helpers.tiny_data import make_data
 
 # Small models make small checkpoints: about 100 KB with LAMB's moments.
 OPTS = ["TRAIN.OPTIMIZER.NAME", "lamb", "SAVE_STEPS", 1, "TRAIN.NUM_EPOCHS", 3, "SAVE_FREQ", 1]
@@ -50,13 +50,13 @@ def job(data, output, *opts):
 def test_a_full_disk_stops_the_run_and_keeps_the_old_checkpoint(small_disk, data, leave):
     output = small_disk / "run"
     assert run(job(data, output, "TRAIN.NUM_EPOCHS", 1))[0] == 0
-    before = checkpoint.load(output / "last.pdparams")
+    before = checkpoints.load(output / "last.pdparams")
     fill(small_disk, leave)
     words = job(data, output, "MODEL.RESUME", "auto")
     code, text = run(words)
     assert code == 2, text
     assert "cannot be written: No space left on device" in error_line(text)
-    after = checkpoint.load_newest(output)[0]
+    after = checkpoints.load_newest(output)[0]
     assert after["place"]["step"] >= before["place"]["step"]
     assert not list(output.glob(".*.tmp"))
 
@@ -74,7 +74,7 @@ def test_a_full_disk_lets_the_run_go_on_by_a_key(small_disk, data):
     code, text = run(job(data, output, "MODEL.RESUME", "auto", "SAVE_FAILURE", "continue"))
     assert code == 0, text
     assert "going on without it (SAVE_FAILURE continue)" in text
-    assert checkpoint.load_newest(output)[0]["place"]["step"] >= 3
+    assert checkpoints.load_newest(output)[0]["place"]["step"] >= 3
 
 
 def test_a_read_only_folder_is_said_at_the_start(tmp_path, data):
@@ -109,4 +109,4 @@ driver.run_as_script(driver.main_multi_gpu.main)
     if "busy" in text:
         pytest.skip("the kernel does not remount a file system with open files")
     assert result.returncode == 2 and "Read-only file system" in error_line(text)
-    assert checkpoint.load(output / "last.pdparams")["place"]["step"] == 3
+    assert checkpoints.load(output / "last.pdparams")["place"]["step"] == 3

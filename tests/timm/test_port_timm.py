@@ -118,7 +118,7 @@ def test_the_zoo_agrees_with_timms_own_table():
 def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_path):
     from argparse import Namespace
 
-    from errors import WeightsError
+    from cli.errors import WeightsError
     from port_weights.torch_files import read_torch_weights
 
     tensors = {"a": torch.ones(2, dtype=torch.bfloat16)}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from samplers import train_indices
+from loading.samplers import train_indices
 
 pytest.importorskip("timm")
 from timm.data.distributed_sampler import RepeatAugSampler  # noqa: E402

@@ -23,7 +23,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
 from torchvision.transforms import ColorJitter as TorchColorJitter  # noqa: E402
 from torchvision.transforms import functional as F  # noqa: E402
 
-from auto_augment import OPS, apply_op, build_policy, op_argument  # noqa: E402
+from augment import OPS, apply_op, build_policy, op_argument  # noqa: E402
 from config import get_config  # noqa: E402
 from transforms import (  # noqa: E402
     ColorJitter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import os
 import subprocess
@@ -15,9 +15,9 @@ from PIL import Image
 
 from config import get_config
 from resmlp import build_resmlp
-from weights import write_weights
+from storage.weights import write_weights
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = ("cat", "dog", "tree, wood", "car")
 
 _CONFIG = """

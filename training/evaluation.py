@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import csv
 import time
@@ -14,8 +14,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from errors import UserError
-from utils import Process, sum_over_ranks, wait_for_all
+from cli.errors import UserError
+from parallel.process import Process, sum_over_ranks, wait_for_all
 
 
 @dataclass

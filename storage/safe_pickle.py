@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from errors import WeightsError
+from cli.errors import WeightsError
 
 MAX_DEPTH = 64  # containers inside containers
 MAX_VALUES = 1_000_000  # counted as often as they are referred to: no "billion laughs"

@@ -1,4 +1,4 @@
-"""pixels.py: the same pixels as Pillow's, whoever computes them."""
+"""cpu/resample.py: the same pixels as Pillow's, whoever computes them."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import pixels
+from cpu import resample
 
 BICUBIC = Image.Resampling.BICUBIC
 FILL = (124, 116, 104)
@@ -14,9 +14,9 @@ FILL = (124, 116, 104)
 
 @pytest.fixture(autouse=True)
 def loaded_afresh():
-    pixels._compiled.cache_clear()
+    resample._compiled.cache_clear()
     yield
-    pixels._compiled.cache_clear()
+    resample._compiled.cache_clear()
 
 
 def photo(width, height, seed=0):
@@ -34,7 +34,7 @@ def mapped(image, matrix, resample=BICUBIC):
 
 def reason():
     lines = []
-    pixels.prepare(lines.append)
+    resample.prepare(lines.append)
     return "\n".join(lines)
 
 
@@ -49,14 +49,14 @@ def test_resizing_gives_pillows_pixels(seed):
     for _ in range(5):
         old, new = rng.integers(1, 600, 2), tuple(map(int, rng.integers(1, 300, 2)))
         image = photo(*old)
-        assert pixels.resize(image, new, BICUBIC) == image.resize(new, BICUBIC), (old, new)
+        assert resample.resize(image, new, BICUBIC) == image.resize(new, BICUBIC), (old, new)
 
 
 @pytest.mark.parametrize("old", [(1, 1), (1, 300), (300, 1), (224, 90), (90, 224), (224, 224)])
 def test_resizing_unusual_shapes_gives_pillows_pixels(old):
     for new in ((224, 224), (1, 1), (3, 500)):
         image = photo(*old)
-        assert pixels.resize(image, new, BICUBIC) == image.resize(new, BICUBIC), new
+        assert resample.resize(image, new, BICUBIC) == image.resize(new, BICUBIC), new
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_resizing_unusual_shapes_gives_pillows_pixels(old):
 @pytest.mark.parametrize("size", [(64, 64), (61, 47), (5, 1), (1, 1)])
 def test_affine_maps_give_pillows_pixels(matrix, size):
     image = photo(*size)
-    assert pixels.affine(image, matrix, BICUBIC, FILL) == mapped(image, matrix)
+    assert resample.affine(image, matrix, BICUBIC, FILL) == mapped(image, matrix)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (61, 47), (2, 9), (9, 2), (3, 3), (1, 1)])
 def test_smoothing_gives_pillows_pixels(size):
     image = photo(*size)
-    assert pixels.smooth(image) == image.filter(ImageFilter.SMOOTH)
+    assert resample.smooth(image) == image.filter(ImageFilter.SMOOTH)
 
 
 @pytest.mark.parametrize("switched", ["on", "off"])
@@ -88,23 +88,23 @@ def test_other_modes_and_filters_are_pillows(switched, monkeypatch):
     monkeypatch.setenv("RESMLP_NUMBA", switched)
     matrix, bilinear = (0.8, 0.6, -3.3, -0.6, 0.8, 5.1), Image.Resampling.BILINEAR
     image, gray = photo(40, 30), photo(40, 30).convert("L")
-    assert pixels.resize(image, (20, 20), bilinear) == image.resize((20, 20), bilinear)
-    assert pixels.resize(gray, (20, 20), BICUBIC) == gray.resize((20, 20), BICUBIC)
-    assert pixels.affine(image, matrix, bilinear, FILL) == mapped(image, matrix, bilinear)
-    assert pixels.smooth(gray) == gray.filter(ImageFilter.SMOOTH)
+    assert resample.resize(image, (20, 20), bilinear) == image.resize((20, 20), bilinear)
+    assert resample.resize(gray, (20, 20), BICUBIC) == gray.resize((20, 20), BICUBIC)
+    assert resample.affine(image, matrix, bilinear, FILL) == mapped(image, matrix, bilinear)
+    assert resample.smooth(gray) == gray.filter(ImageFilter.SMOOTH)
 
 
 def test_the_switch_leaves_everything_to_pillow_and_is_said(monkeypatch):
     monkeypatch.setenv("RESMLP_NUMBA", "off")
     image = photo(40, 30)
-    assert pixels.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
+    assert resample.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
     assert "by Pillow" in reason() and "RESMLP_NUMBA" in reason()
 
 
 def test_without_numba_pillow_does_it_and_that_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     image = photo(40, 30)
-    assert pixels.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
+    assert resample.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
     assert "by Pillow" in reason() and "numba" in reason()
 
 
@@ -115,4 +115,4 @@ def test_a_pillow_that_rounds_in_another_way_is_left_alone(monkeypatch):
     )
     assert "rounds in another way" in reason()
     image = photo(40, 30)
-    assert pixels.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)
+    assert resample.resize(image, (20, 20), BICUBIC) == image.resize((20, 20), BICUBIC)

@@ -9,8 +9,8 @@ import numpy as np
 import paddle
 import pytest
 
-import checkpoint
-from errors import CheckpointError
+from cli.errors import CheckpointError
+from storage import checkpoints
 
 
 def make_state(step=1, size=1000):
@@ -35,21 +35,21 @@ def same(a, b):
 def test_what_is_saved_comes_back_bit_by_bit(tmp_path):
     state = make_state()
     state["model"]["nan"] = np.array([np.nan, np.inf, -0.0], "float32")
-    checkpoint.save(state, tmp_path / "last.pdparams")
-    assert same(checkpoint.load(tmp_path / "last.pdparams"), state)
-    assert same(checkpoint.load(tmp_path / "last"), state)
+    checkpoints.save(state, tmp_path / "last.pdparams")
+    assert same(checkpoints.load(tmp_path / "last.pdparams"), state)
+    assert same(checkpoints.load(tmp_path / "last"), state)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pdparams"]
 
 
 def test_paddle_opens_it_too(tmp_path):
-    checkpoint.save(make_state(), tmp_path / "last.pdparams")
+    checkpoints.save(make_state(), tmp_path / "last.pdparams")
     loaded = paddle.load(str(tmp_path / "last.pdparams"))
     assert np.array_equal(np.asarray(loaded["model"]["weight"]), make_state()["model"]["weight"])
 
 
 def test_a_copy_of_the_state_does_not_follow_the_training():
     weight = paddle.ones([3])
-    copy = checkpoint.to_numpy({"list": [weight], "number": 1})
+    copy = checkpoints.to_numpy({"list": [weight], "number": 1})
     weight.add_(paddle.ones([3]))
     assert copy["list"][0].tolist() == [1.0, 1.0, 1.0] and copy["number"] == 1
 
@@ -57,35 +57,35 @@ def test_a_copy_of_the_state_does_not_follow_the_training():
 @pytest.mark.parametrize("where", np.linspace(0, 0.999, 23))
 def test_one_flipped_bit_anywhere_is_found(tmp_path, where):
     path = tmp_path / "last.pdparams"
-    checkpoint.save(make_state(size=50), path)
+    checkpoints.save(make_state(size=50), path)
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 4
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="last.pdparams"):
-        state = checkpoint.load(path)
+        state = checkpoints.load(path)
         assert not same(state, make_state(size=50)), "the flip changed nothing"
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_found(tmp_path, share):
     path = tmp_path / "last.pdparams"
-    checkpoint.save(make_state(), path)
+    checkpoints.save(make_state(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match="last.pdparams"):
-        checkpoint.load(path)
+        checkpoints.load(path)
 
 
 def test_a_missing_file_and_a_file_of_weights_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such checkpoint"):
-        checkpoint.load(tmp_path / "nowhere")
+        checkpoints.load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="aaa: cannot be read: File name too long"):
-        checkpoint.load(tmp_path / ("a" * 300))
+        checkpoints.load(tmp_path / ("a" * 300))
     with pytest.raises(CheckpointError, match="a folder; .* -output .* -resume auto"):
-        checkpoint.load(tmp_path)
+        checkpoints.load(tmp_path)
     paddle.save({"w": paddle.ones([2])}, str(tmp_path / "w.pdparams"))
     with pytest.raises(CheckpointError, match="-pretrained instead of -resume"):
-        checkpoint.load(tmp_path / "w.pdparams")
+        checkpoints.load(tmp_path / "w.pdparams")
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
@@ -95,23 +95,23 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
 
     (tmp_path / "last.pdparams").write_bytes(pickle.dumps({"optimizer": Evil(), "checksum": 0}))
     with pytest.raises(CheckpointError):
-        checkpoint.load(tmp_path / "last.pdparams")
+        checkpoints.load(tmp_path / "last.pdparams")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_write_that_fails_keeps_the_earlier_file_and_leaves_nothing(tmp_path, monkeypatch, call):
     path = tmp_path / "last.pdparams"
-    checkpoint.save(make_state(1), path)
+    checkpoints.save(make_state(1), path)
 
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, call, fail)
+    monkeypatch.setattr(checkpoints.os, call, fail)
     with pytest.raises(CheckpointError, match="No space left .* earlier checkpoints are untouched"):
-        checkpoint.save(make_state(2), path)
+        checkpoints.save(make_state(2), path)
     monkeypatch.undo()
-    assert same(checkpoint.load(path), make_state(1))
+    assert same(checkpoints.load(path), make_state(1))
     assert [path.name for path in tmp_path.iterdir()] == ["last.pdparams"]
 
 
@@ -126,34 +126,34 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         order.append("rename")
         replace(a, b)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", log_fsync)
-    monkeypatch.setattr(checkpoint.os, "replace", log_replace)
-    checkpoint.save(make_state(), tmp_path / "last.pdparams")
+    monkeypatch.setattr(checkpoints.os, "fsync", log_fsync)
+    monkeypatch.setattr(checkpoints.os, "replace", log_replace)
+    checkpoints.save(make_state(), tmp_path / "last.pdparams")
     assert order == ["file", "rename", "folder"]
 
 
 def test_a_second_name_outlives_the_next_save(tmp_path):
     last = tmp_path / "last.pdparams"
-    checkpoint.save(make_state(1), last)
-    checkpoint.duplicate(last, "best.pdparams")
-    checkpoint.save(make_state(2), last)
-    assert same(checkpoint.load(tmp_path / "best.pdparams"), make_state(1))
-    assert same(checkpoint.load(last), make_state(2))
+    checkpoints.save(make_state(1), last)
+    checkpoints.duplicate(last, "best.pdparams")
+    checkpoints.save(make_state(2), last)
+    assert same(checkpoints.load(tmp_path / "best.pdparams"), make_state(1))
+    assert same(checkpoints.load(last), make_state(2))
 
 
 def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    checkpoint.save(make_state(1), tmp_path / "last.pdparams")
-    monkeypatch.setattr(checkpoint.os, "link", fail)
-    checkpoint.duplicate(tmp_path / "last.pdparams", "best.pdparams")
-    assert same(checkpoint.load(tmp_path / "best.pdparams"), make_state(1))
+    checkpoints.save(make_state(1), tmp_path / "last.pdparams")
+    monkeypatch.setattr(checkpoints.os, "link", fail)
+    checkpoints.duplicate(tmp_path / "last.pdparams", "best.pdparams")
+    assert same(checkpoints.load(tmp_path / "best.pdparams"), make_state(1))
 
 
 def fill(folder, **steps):
     for name, step in steps.items():
-        checkpoint.save(make_state(step), folder / f"{name}.pdparams")
+        checkpoints.save(make_state(step), folder / f"{name}.pdparams")
 
 
 def damage(*paths):
@@ -162,40 +162,40 @@ def damage(*paths):
 
 
 def test_the_newest_whole_one_is_found(tmp_path, caplog):
-    assert checkpoint.load_newest(tmp_path) is None
-    assert checkpoint.load_newest(tmp_path / "missing") is None
+    assert checkpoints.load_newest(tmp_path) is None
+    assert checkpoints.load_newest(tmp_path / "missing") is None
     fill(tmp_path, epoch_001=10, epoch_002=20, best=15, last=25)
-    assert checkpoint.load_newest(tmp_path)[1].name == "last.pdparams"
+    assert checkpoints.load_newest(tmp_path)[1].name == "last.pdparams"
     damage(tmp_path / "last.pdparams")
-    assert checkpoint.load_newest(tmp_path)[1].name == "epoch_002.pdparams"
+    assert checkpoints.load_newest(tmp_path)[1].name == "epoch_002.pdparams"
     damage(tmp_path / "epoch_002.pdparams")
-    state, path = checkpoint.load_newest(tmp_path)
+    state, path = checkpoints.load_newest(tmp_path)
     assert (state["place"]["step"], path.name) == (15, "best.pdparams")
     damage(tmp_path / "epoch_001.pdparams", tmp_path / "best.pdparams")
     with pytest.raises(CheckpointError, match="none of its 4 checkpoints is whole"):
-        checkpoint.load_newest(tmp_path)
+        checkpoints.load_newest(tmp_path)
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
     def closed(path):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpoint.os, "listdir", closed)
+    monkeypatch.setattr(checkpoints.os, "listdir", closed)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be read: Permission denied"):
-        checkpoint.load_newest(tmp_path)
+        checkpoints.load_newest(tmp_path)
 
 
 def test_rotation_keeps_the_newest_and_every_so_many(tmp_path):
     fill(tmp_path, best=1, last=1, **{f"epoch_{n:03d}": n for n in (1, 2, 3, 4, 5, 6, 999, 1000)})
-    checkpoint.rotate(tmp_path, keep=2, keep_every=3)
+    checkpoints.rotate(tmp_path, keep=2, keep_every=3)
     kept = {path.stem for path in tmp_path.iterdir()}
     assert kept == {"best", "last", "epoch_003", "epoch_006", "epoch_999", "epoch_1000"}
-    checkpoint.rotate(tmp_path, keep=1, keep_every=0)
+    checkpoints.rotate(tmp_path, keep=1, keep_every=0)
     assert {path.stem for path in tmp_path.iterdir()} == {"best", "last", "epoch_1000"}
 
 
 def test_the_writer_works_behind_training_and_passes_on_what_fails():
-    writer, gate, written = checkpoint.Writer(), threading.Event(), []
+    writer, gate, written = checkpoints.Writer(), threading.Event(), []
 
     def write():
         gate.wait()
@@ -221,5 +221,5 @@ def test_the_changes_between_configs_are_listed_by_key():
     old = "A: 1\nB:\n  C: [1, 2]\n  D: x\n  E: null\n"
     new = "A: 1\nB:\n  C: [1, 3]\n  E: 0\nF: true\n"
     changes = ["B.C [1, 2] -> [1, 3]", "B.D x -> (none)", "B.E None -> 0", "F (none) -> True"]
-    assert sorted(checkpoint.config_changes(old, new)) == changes
-    assert checkpoint.config_changes(new, new) == []
+    assert sorted(checkpoints.config_changes(old, new)) == changes
+    assert checkpoints.config_changes(new, new) == []

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from PIL import Image
 
-from errors import DataError
+from cli.errors import DataError
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

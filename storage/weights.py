@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-import safe_pickle
-from errors import WeightsError
+from cli.errors import WeightsError
+from storage import safe_pickle
 
 SUFFIXES = ("", ".pdparams", ".safetensors")
 KEYS = ("auto", "model", "model_ema")

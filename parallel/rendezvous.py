@@ -4,7 +4,7 @@ that another is gone.
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import atexit
 import os
@@ -19,7 +19,7 @@ from contextlib import suppress
 import paddle.distributed as dist
 from paddle.base import core
 
-from errors import UserError
+from cli.errors import UserError
 
 _JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
 _LOOPBACK = "lo"  # Linux's name of the network device that no other machine is on

@@ -26,6 +26,10 @@ class CheckpointError(UserError):
     """A training checkpoint that cannot be written, read or resumed from."""
 
 
+class TrainingError(UserError):
+    """Training cannot go on: a loss or gradient is not finite. All ranks raise it together."""
+
+
 def run_as_script(main: Callable[[], int | None]) -> None:
     """Calls ``main`` and exits: 0 (or its return value), 2 on a `UserError`, 130 on Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import runtime
+from cpu import setup
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ("RESMLP_", "OMP_", "MKL_", "MALLOC_", "PADDLE_")
@@ -30,13 +30,13 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_importing_it_imports_no_paddle():
-    assert run("import runtime, sys; print('paddle' in sys.modules)") == "False"
+    assert run("from cpu import setup; import sys; print('paddle' in sys.modules)") == "False"
 
 
 def test_paddle_gets_all_cores_and_child_processes_choose_anew():
     code = (
-        "import os, runtime, paddle; print(runtime.set_threads(), runtime.physical_cores(),"
-        " os.environ.get('OMP_NUM_THREADS')); print(runtime.describe())"
+        "import os; from cpu import setup; import paddle;"
+        " print(setup.set_threads(), setup.physical_cores(), os.environ.get('OMP_NUM_THREADS')); print(setup.describe())"
     )
     first, line = run(code).splitlines()  # and no ccache warning
     threads, cores, omp = first.split()
@@ -45,19 +45,20 @@ def test_paddle_gets_all_cores_and_child_processes_choose_anew():
 
 
 def test_importing_resmlp_is_enough():
-    code = "import resmlp, runtime; print(runtime.describe())"
+    code = "import resmlp; from cpu import setup; print(setup.describe())"
     assert "CPU thread" in run(code)
 
 
 def test_omp_num_threads_of_the_user_is_kept():
-    code = "import runtime, os; print(runtime.default_threads(), os.environ['OMP_NUM_THREADS'])"
+    code = "from cpu import setup; import os;"
+    code += "print(setup.default_threads(), os.environ['OMP_NUM_THREADS'])"
     assert run(code, OMP_NUM_THREADS="3") == "3 3"
 
 
 def test_off_leaves_everything_alone():
     code = (
-        "import runtime, os, warnings; before = list(warnings.filters);"
-        "print(runtime.set_threads(2), os.environ.get('MKL_DEBUG_CPU_TYPE'), runtime.describe())"
+        "from cpu import setup; import os, warnings; before = list(warnings.filters);"
+        "print(setup.set_threads(2), os.environ.get('MKL_DEBUG_CPU_TYPE'), setup.describe())"
     )
     found = run(code, RESMLP_RUNTIME="off")
     assert found == "None None process: left as it is (RESMLP_RUNTIME)"
@@ -66,20 +67,20 @@ def test_off_leaves_everything_alone():
 def test_paddle_imported_first_is_said():
     code = (
         "import sys, types; sys.modules['paddle'] = types.ModuleType('paddle');"
-        "import runtime; print(runtime.describe())"
+        "from cpu import setup; print(setup.describe())"
     )
     assert "Paddle was imported first" in run(code)
 
 
 def test_the_allocator_is_left_alone_when_told_so():
-    code = "import runtime; print(runtime.describe())"
+    code = "from cpu import setup; print(setup.describe())"
     assert "as it is (RESMLP_MALLOC)" in run(code, RESMLP_MALLOC="off")
     assert "as MALLOC_* says" in run(code, MALLOC_TRIM_THRESHOLD_="100000")
 
 
 def _page_faults_of_large_blocks() -> str:
     return (
-        "import runtime, ctypes, resource; libc = ctypes.CDLL(None);"
+        "from cpu import setup; import ctypes, resource; libc = ctypes.CDLL(None);"
         "libc.malloc.restype = ctypes.c_void_p; libc.free.argtypes = [ctypes.c_void_p];\n"
         "def touch():\n"
         "    block = libc.malloc(ctypes.c_size_t(64 << 20))\n"
@@ -103,31 +104,31 @@ def fresh(monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")  # so that it is as before when the test ends
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
-    monkeypatch.setattr(runtime, "_user_omp_threads", None)
-    monkeypatch.setattr(runtime, "_threads", None)
-    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
+    monkeypatch.setattr(setup, "_user_omp_threads", None)
+    monkeypatch.setattr(setup, "_threads", None)
+    monkeypatch.setattr(setup, "has_gpu", lambda: False)
     return monkeypatch
 
 
 def test_ranks_of_a_run_share_the_cores(fresh):
-    fresh.setattr(runtime, "physical_cores", lambda: 8)
-    assert runtime.default_threads() == 8
+    fresh.setattr(setup, "physical_cores", lambda: 8)
+    assert setup.default_threads() == 8
     fresh.setenv("PADDLE_TRAINERS_NUM", "2")
-    assert runtime.default_threads() == 4
+    assert setup.default_threads() == 4
     fresh.setenv("PADDLE_LOCAL_SIZE", "16")  # more ranks than cores, on this of several machines
-    assert runtime.default_threads() == 1
+    assert setup.default_threads() == 1
 
 
 def test_resmlp_threads_wins_over_everything(fresh):
-    fresh.setattr(runtime, "_user_omp_threads", "2")
+    fresh.setattr(setup, "_user_omp_threads", "2")
     fresh.setenv("PADDLE_TRAINERS_NUM", "2")
-    assert runtime.default_threads() == 2
+    assert setup.default_threads() == 2
     fresh.setenv("RESMLP_THREADS", "5")
-    assert runtime.default_threads() == 5
+    assert setup.default_threads() == 5
     fresh.setenv("RESMLP_THREADS", "many")  # not a number: as if it were not there
-    fresh.setattr(runtime, "_user_omp_threads", None)
-    fresh.setattr(runtime, "physical_cores", lambda: 6)
-    assert runtime.default_threads() == 3
+    fresh.setattr(setup, "_user_omp_threads", None)
+    fresh.setattr(setup, "physical_cores", lambda: 6)
+    assert setup.default_threads() == 3
 
 
 def test_hardware_threads_of_a_core_and_a_container_quota_count_once(fresh):
@@ -135,29 +136,29 @@ def test_hardware_threads_of_a_core_and_a_container_quota_count_once(fresh):
         f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}"
         for n in range(8)
     }
-    fresh.setattr(runtime.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    fresh.setattr(runtime, "_read", lambda path: files.get(path, ""))
-    assert runtime.physical_cores() == 4
+    fresh.setattr(setup.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    fresh.setattr(setup, "_read", lambda path: files.get(path, ""))
+    assert setup.physical_cores() == 4
     files["/sys/fs/cgroup/cpu.max"] = "250000 100000"
-    assert runtime.physical_cores() == 2
+    assert setup.physical_cores() == 2
     files["/sys/fs/cgroup/cpu.max"] = "max 100000"
-    assert runtime.physical_cores() == 4
+    assert setup.physical_cores() == 4
 
 
 def test_an_amd_processor_gets_mkls_fast_path_unless_the_user_chose(fresh):
-    fresh.setattr(runtime, "is_amd", lambda: True)
-    assert "MKL_DEBUG_CPU_TYPE=5 (AMD)" in runtime._prepare()
+    fresh.setattr(setup, "is_amd", lambda: True)
+    assert "MKL_DEBUG_CPU_TYPE=5 (AMD)" in setup._prepare()
     assert os.environ["MKL_DEBUG_CPU_TYPE"] == "5"
     fresh.setenv("MKL_DEBUG_CPU_TYPE", "4")
-    assert "MKL_DEBUG_CPU_TYPE=4 (AMD)" in runtime._prepare()
+    assert "MKL_DEBUG_CPU_TYPE=4 (AMD)" in setup._prepare()
 
 
 def test_a_gpu_machine_is_left_alone(fresh):
-    fresh.setattr(runtime, "has_gpu", lambda: True)
-    fresh.setattr(runtime, "is_amd", lambda: True)
-    assert runtime._prepare() == ["GPU machine, nothing else to prepare"]
+    fresh.setattr(setup, "has_gpu", lambda: True)
+    fresh.setattr(setup, "is_amd", lambda: True)
+    assert setup._prepare() == ["GPU machine, nothing else to prepare"]
     assert "MKL_DEBUG_CPU_TYPE" not in os.environ
-    assert runtime.set_threads() is None
+    assert setup.set_threads() is None
 
 
 @pytest.mark.parametrize(
@@ -169,11 +170,11 @@ def test_systems_without_glibc_are_fine(fresh, libc):
             raise libc
         return libc
 
-    fresh.setattr(runtime.ctypes, "CDLL", open_library)
-    assert runtime._keep_freed_memory() is False
+    fresh.setattr(setup.ctypes, "CDLL", open_library)
+    assert setup._keep_freed_memory() is False
 
 
 def test_a_paddle_without_the_private_function_is_fine(fresh):
     fresh.setitem(sys.modules, "paddle", types.ModuleType("paddle"))
-    assert runtime.set_threads(2) is None
-    assert runtime.describe().startswith("process: ")
+    assert setup.set_threads(2) is None
+    assert setup.describe().startswith("process: ")

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from errors import CheckpointError, UserError
-from weights import safe_load, unreachable
+from cli.errors import CheckpointError, UserError
+from storage.weights import safe_load, unreachable
 
 LAST, BEST = "last.pdparams", "best.pdparams"
 _EPOCH = re.compile(r"epoch_(\d+)\.pdparams")

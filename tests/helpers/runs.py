@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
+from storage import checkpoints
 
 from .tiny_data import CONFIG
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DRIVER = ROOT / "tests" / "faults" / "driver.py"
 SPEED = {"images_per_second", "data_share", "memory_mb", "seconds"}  # differ from run to run
 
@@ -99,7 +99,7 @@ def differences(one: Path, other: Path) -> list[str]:
     ]
     found = [] if names[0] == names[1] else [f"checkpoints: {names[0]} {names[1]}"]
     for name in set(names[0]) & set(names[1]):
-        states = [checkpoint.load(folder / name) for folder in (one, other)]
+        states = [checkpoints.load(folder / name) for folder in (one, other)]
         for state in states:
             del state["config"]  # names the folder
             del state["place"]["seconds"]

@@ -11,7 +11,7 @@ import math
 import os
 import reprlib
 
-from errors import ConfigError
+from cli.errors import ConfigError
 
 _short = reprlib.Repr()  # a hostile value may be huge
 _short.maxlevel = 2

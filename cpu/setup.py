@@ -150,7 +150,7 @@ def _prepare() -> list[str]:
     elif _keep_freed_memory():
         notes.append("allocator keeps freed memory")
     if "paddle" in sys.modules:
-        notes.append("but Paddle was imported first: import runtime or resmlp before it")
+        notes.append("but Paddle was imported first: import resmlp before it")
     return notes
 
 

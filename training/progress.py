@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import json
 import logging
@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from checkpoint import LAST
-from utils import Process, TrainingError, sum_over_ranks
+from cli.errors import TrainingError
+from parallel.process import Process, sum_over_ranks
+from storage.checkpoints import LAST
 
 SYNC_STEPS_GPU = 10  # steps between looks at the numbers on a GPU; on a CPU looking is free
 _log = logging.getLogger("resmlp")

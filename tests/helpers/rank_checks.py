@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip
+from cpu import setup  # noqa: F401  isort: skip
 
 import ipaddress
 import os
@@ -14,12 +14,19 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-import rendezvous
 from config import get_config
-from evaluation import evaluate
+from loading.samplers import EvalBatchSampler
+from parallel import rendezvous
+from parallel.process import (
+    Process,
+    from_main,
+    main_first,
+    prepare_process,
+    sum_over_ranks,
+    wait_for_all,
+)
 from resmlp import build_resmlp
-from samplers import EvalBatchSampler
-from utils import Process, from_main, main_first, prepare_process, sum_over_ranks, wait_for_all
+from training.evaluation import evaluate
 
 CLASSES = 7
 

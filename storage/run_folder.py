@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from checkpoint import BEST, LAST
-from errors import CheckpointError, UserError
+from cli.errors import CheckpointError, UserError
+from storage.checkpoints import BEST, LAST
 
 try:
     import fcntl

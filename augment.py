@@ -18,8 +18,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from errors import ConfigError
-from pixels import affine, smooth
+from cli.errors import ConfigError
+from cpu.resample import affine, smooth
 
 MAX_LEVEL = 10.0
 RESAMPLE = Image.Resampling  # an operation that moves pixels interpolates with one of these

@@ -6,7 +6,7 @@ function with fewer sweeps over the activations. `tools/export` writes this form
 
 from __future__ import annotations
 
-import runtime  # noqa: F401  isort: skip  (prepares the process, before Paddle is imported)
+from cpu import setup  # noqa: F401  isort: skip  (prepares the process, before Paddle is imported)
 
 import numpy as np
 import paddle

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from errors import DataError
-from images import (
+from cli.errors import DataError
+from loading.files import (
     BadImage,
     class_names,
     find_classes,
@@ -343,7 +343,9 @@ def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
     palette.save(tmp_path / "palette.png", transparency=b"\x10\x80")
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x1a\x01\x05\0\x01"
     Image.new("RGB", (4, 4)).save(tmp_path / "exif.jpg", exif=exif)
-    code = "import sys, images; [images.read_image(path) for path in sys.argv[1:]]"
+    code = (
+        "import sys; from loading import files; [files.read_image(path) for path in sys.argv[1:]]"
+    )
     paths = [str(tmp_path / "palette.png"), str(tmp_path / "exif.jpg")]
     command = [sys.executable, "-W", "always", "-c", code, *paths]
     result = subprocess.run(command, capture_output=True, text=True)

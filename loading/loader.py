@@ -10,7 +10,7 @@ path and no idle worker holds memory.
 
 from __future__ import annotations
 
-import runtime  # isort: skip
+from cpu import setup  # isort: skip
 
 import ctypes
 import multiprocessing
@@ -28,8 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import paddle
 
-from errors import DataError
-from samplers import EvalBatchSampler, TrainBatchSampler
+from cli.errors import DataError
+from loading.samplers import EvalBatchSampler, TrainBatchSampler
 
 _PREFETCH = 2  # batches that each worker prepares ahead (Paddle's default)
 _DEATH_CHECK = 1  # seconds between looks at whether a worker still lives
@@ -255,7 +255,7 @@ def _start_worker(worker_id: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     if os.getppid() != multiprocessing.parent_process().pid:  # killed before that line
         os._exit(1)
-    runtime.set_threads(1)
+    setup.set_threads(1)
 
 
 def _leave(signum, frame) -> None:

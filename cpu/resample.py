@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from runtime import enabled
+from cpu.setup import enabled
 
 _BICUBIC = Image.Resampling.BICUBIC
 
@@ -114,10 +114,10 @@ def _compiled() -> tuple[_Compiled | None, str]:
 
         if numba.config.DISABLE_JIT:
             return None, "NUMBA_DISABLE_JIT"
-        import pixel_kernels
+        from cpu import resample_kernels
 
         for order in _ORDERS:
-            compiled = _Compiled(pixel_kernels, order)
+            compiled = _Compiled(resample_kernels, order)
             if _gives_pillows_pixels(compiled):
                 return compiled, ""
     except Exception as error:  # missing, too old for this NumPy, no folder to cache in, ...

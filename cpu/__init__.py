@@ -1,0 +1,1 @@
+"""How a CPU is made fast: the process, the block's operators, Pillow's pixels."""

@@ -1,0 +1,164 @@
+"""A process among the others of its job: device and rank, sums over ranks, log, signals."""
+
+from __future__ import annotations
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+from parallel import rendezvous
+
+PREEMPTED = 75  # exit code of a run that saved on SIGTERM or Ctrl-C and wants to be resumed
+SIGNAL_GRACE = 1.0  # seconds within which signals count as one: a scheduler sends SIGTERM to every
+# process of a job, and a terminal Ctrl-C, and the parent of the ranks passes on its own
+_log = logging.getLogger("resmlp")
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved what it needs to go on."""
+
+
+# --------------------------------------------------------------------------------- processes
+@dataclass(frozen=True)
+class Process:
+    """This process among the others of its job."""
+
+    rank: int = 0
+    world: int = 1
+    on_gpu: bool = False
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def gpu_count() -> int:
+    """Visible GPUs that Paddle can use; 0 with a CPU build. (set_device would kill the process.)"""
+    return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+
+
+def prepare_process() -> Process:
+    """Chooses the device, joins the other processes where a launcher started several, and opens
+    the log. One process makes no collective calls at all.
+
+    Raises:
+        UserError: as `rendezvous.join`.
+    """
+    on_gpu = gpu_count() > 0
+    world, warning = int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), ""
+    if world > 1:
+        warning = rendezvous.join()
+        process = Process(dist.get_rank(), dist.get_world_size(), on_gpu)
+    else:
+        paddle.set_device("gpu:0" if on_gpu else "cpu")
+        process = Process(on_gpu=on_gpu)
+    setup.set_threads()
+    _open_log(process)
+    if warning:
+        _log.warning(warning)
+    _log.info(setup.describe())
+    if not on_gpu:
+        _log.info("no GPU found: running on CPU")
+    return process
+
+
+def _open_log(process: Process) -> None:
+    """Rank 0 talks to the terminal, the others only in warnings; each has a file of its own, see
+    storage/run_folder.py. Debug messages go to the files alone.
+    """
+    _log.setLevel(logging.DEBUG)
+    _log.propagate = False
+    for handler in list(_log.handlers):  # of an earlier run in this process
+        handler.close()
+        _log.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setLevel(logging.INFO if process.main else logging.WARNING)
+    label = "" if process.main else f"[rank {process.rank}] "
+    handler.setFormatter(logging.Formatter(f"{label}%(message)s"))
+    handler.handleError = lambda record: None  # a terminal that is gone: training goes on
+    _log.addHandler(handler)
+
+
+def sum_over_ranks(values: list[float], process: Process) -> list[float]:
+    """Sums numbers over all ranks in float64: exact for counts up to 2**53."""
+    if process.world == 1:
+        return list(values)
+    tensor = paddle.to_tensor(np.array(values, "float64"))
+    dist.all_reduce(tensor)
+    return tensor.numpy().tolist()
+
+
+def from_main(value, process: Process):
+    """Rank 0's value, on every rank."""
+    if process.world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@contextlib.contextmanager
+def main_first(process: Process):
+    """Rank 0 runs the body for as long as it takes while the others wait for it.
+
+    Yields whether this is rank 0.
+    """
+    if process.main:
+        try:
+            yield True
+        finally:
+            wait_for_all(process)
+    else:
+        yield False
+        wait_for_all(process)
+
+
+def wait_for_all(process: Process) -> None:
+    """Returns when every rank has called it, however long that takes; see `rendezvous.meet`."""
+    if process.world > 1:
+        rendezvous.meet(process.rank, process.world)
+
+
+# ----------------------------------------------------------------------------------- signals
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the training loop looks; a second one exits at once (after
+    `SIGNAL_GRACE`).
+    """
+
+    def __init__(self):
+        self.received = False
+        self._first = 0.0
+        self._pid = os.getpid()
+        self._before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+            # Or a rank that waits for others would fail: Paddle does not repeat system calls.
+            signal.siginterrupt(number, False)
+
+    def close(self) -> None:
+        """Gives the signals back to whom they belonged, when those that count as one are over."""
+        if self.received:
+            time.sleep(max(0.0, self._first + SIGNAL_GRACE - time.monotonic()))
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if os.getpid() != self._pid:  # a forked loader worker: not its business
+            return
+        if self.received:
+            if time.monotonic() - self._first > SIGNAL_GRACE:
+                os._exit(128 + number)
+            return
+        self.received, self._first = True, time.monotonic()
+        with contextlib.suppress(OSError):  # of `2>&1 | tee`: Ctrl-C has ended that too
+            os.write(2, b"stopping: saving at the next step (a second signal exits at once)\n")

@@ -1,0 +1,1 @@
+"""What lies on disk: the run's folder, checkpoints, weight files."""

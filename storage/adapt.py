@@ -1,0 +1,195 @@
+"""Fits a state dict to a model: another head, another resolution, or one clear refusal."""
+
+from __future__ import annotations
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from paddle import nn
+
+from cli.errors import WeightsError
+from storage.weights import read_weights, shorten
+
+
+def load_pretrained(model: nn.Layer, config, new_head: bool = False) -> list[str]:
+    """Loads the weight file that a config names, as its ``MODEL`` section says.
+
+    Args:
+        model: receives the weights.
+        config: PRETRAINED, PRETRAINED_KEY and RESIZE_TOKENS of its ``MODEL`` are used.
+        new_head: see `load_state`: for training on other classes.
+
+    Returns:
+        Lines for the log: what was read, and each adaptation that was made.
+
+    Raises:
+        WeightsError: the file cannot be read, or does not fit the model.
+    """
+    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    try:
+        notes = load_state(model, file.state, new_head, config.MODEL.RESIZE_TOKENS)
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {error}") from None
+    return [f"weights: {file}", *notes]
+
+
+def load_state(
+    model: nn.Layer,
+    state: Mapping[str, np.ndarray],
+    new_head: bool = False,
+    resize_tokens: bool = False,
+) -> list[str]:
+    """Loads a state dict into the model, all of it or (with an error) nothing.
+
+    Args:
+        model: receives the weights.
+        state: parameter name -> array, as `weights.read_weights` returns it.
+        new_head: accept weights for another number of classes; the head keeps its initialisation.
+        resize_tokens: accept weights for another image size; token mixing is resampled.
+
+    Returns:
+        One line for the log about each adaptation that was made.
+
+    Raises:
+        WeightsError: the state dict does not fit; the model is as it was.
+    """
+    state, notes = adapt_state_dict(state, model, new_head, resize_tokens)
+    missing, unexpected = model.set_state_dict(state)  # only warns about what it skips
+    if missing or unexpected:
+        raise WeightsError(f"Paddle skipped weights: {shorten([*missing, *unexpected])}")
+    return notes
+
+
+def adapt_state_dict(
+    state: Mapping[str, np.ndarray],
+    model: nn.Layer,
+    new_head: bool = False,
+    resize_tokens: bool = False,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The state dict as the model needs it; arguments and errors as for `load_state`.
+
+    Returns:
+        The state dict, with exactly the model's names and shapes, and the notes for the log.
+    """
+    state, notes = dict(state), []
+    _adapt_head(state, model, new_head, notes)
+    _adapt_tokens(state, model, resize_tokens, notes)
+    _check_match(state, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+    return state, notes
+
+
+def _adapt_head(state: dict, model: nn.Layer, new_head: bool, notes: list[str]) -> None:
+    """Puts the model's own head into the state dict where the file's has other classes."""
+    head = state.get("head.weight", np.empty((model.embed_dim, 0)))
+    if head.ndim != 2 or head.shape[0] != model.embed_dim:
+        return  # not only another number of classes: `_check_match` says what else
+    found, wanted = head.shape[1], model.num_classes
+    if found == wanted or (not found and not new_head):
+        return
+    if wanted and not new_head:
+        raise WeightsError(
+            f"the weights are for {found} classes, the model has {wanted}: set "
+            f"MODEL.NUM_CLASSES {found}, or train a new head first"
+        )
+    if not wanted:
+        notes.append(f"the head of the file ({found} classes) is left out: the model has none")
+    elif not found:
+        notes.append(f"head initialised for {wanted} classes: the file has none")
+    else:
+        notes.append(f"head initialised for {wanted} classes: the file's has {found}")
+    for name in ("head.weight", "head.bias"):
+        state.pop(name, None)
+    state.update((f"head.{n}", value.numpy()) for n, value in model.head.state_dict().items())
+
+
+def _adapt_tokens(state: dict, model: nn.Layer, resize_tokens: bool, notes: list[str]) -> None:
+    """Resamples the token-mixing layers where the file's are for another number of patches."""
+    name = "mixer_layers.{}.linear_tokens.{}".format
+    weight, kernel = state.get(name(0, "weight")), state.get("patch_embed.patch_embed.weight")
+    new_grid, patch = model.patch_embed.grid_size, model.image_size // model.patch_embed.grid_size
+    if weight is None or kernel is None or kernel.shape[2:] != (patch, patch):
+        return  # not only another resolution: `_check_match` says what else
+    tokens = weight.shape[-1] if weight.ndim else 0
+    old_grid = math.isqrt(tokens)
+    if old_grid in (0, new_grid) or old_grid**2 != tokens or weight.shape != (tokens, tokens):
+        return
+    sizes = (
+        f"from {old_grid * patch} x {old_grid * patch} pixels ({tokens} tokens) "
+        f"to {model.image_size} x {model.image_size} ({new_grid**2} tokens)"
+    )
+    if not resize_tokens:
+        raise WeightsError(
+            f"the weights are for another image size: set MODEL.RESIZE_TOKENS True to resample "
+            f"the token mixing {sizes}, or DATA.IMAGE_SIZE {old_grid * patch}"
+        )
+    for block in range(len(model.mixer_layers)):
+        weight, bias = state.get(name(block, "weight")), state.get(name(block, "bias"))
+        if weight is None or bias is None or (*weight.shape, *bias.shape) != (tokens,) * 3:
+            continue  # `_check_match` names it
+        weight, bias = resample_tokens(weight, bias, new_grid)
+        state[name(block, "weight")], state[name(block, "bias")] = weight, bias
+    notes.append(f"token mixing resampled {sizes}")
+
+
+def resample_tokens(
+    weight: np.ndarray, bias: np.ndarray, new_grid: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A token-mixing layer for another patch grid, as if the tokens were resampled around it.
+
+    The weights are a kernel over four axes (input row and column, output row and column). The
+    new layer is: bring the new grid's tokens to the old grid, mix them, bring the result to the
+    new grid, with bicubic interpolation both ways. So what an output token sums its inputs to is
+    interpolated from the old layer, not multiplied by the number of tokens, and a layer of the
+    same size stays as it is.
+
+    Args:
+        weight: ``[T, T]``, input tokens first (Paddle's layout), T a square number.
+        bias: ``[T]``.
+        new_grid: patches along a side of the new grid.
+
+    Returns:
+        Weight and bias for ``new_grid ** 2`` tokens, float32.
+    """
+    old_grid = math.isqrt(len(bias))
+    to_new, to_old = _bicubic(old_grid, new_grid), _bicubic(new_grid, old_grid)
+    to_new, to_old = np.kron(to_new, to_new), np.kron(to_old, to_old)  # rows, then columns
+    weight = to_old.T @ weight.astype(np.float64) @ to_new.T  # [T_in, T_out]
+    return weight.astype(np.float32), (to_new @ bias.astype(np.float64)).astype(np.float32)
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """Matrix ``[new, old]`` that resamples a line of ``old`` values; its rows sum to one.
+
+    Keys' cubic with a = -0.5, stretched where the line shrinks, renormalised at the borders: as
+    Pillow and (antialiased) PyTorch do.
+    """
+    stretch = max(old / new, 1.0)
+    centers = (np.arange(new) + 0.5) * (old / new) - 0.5  # of the new values, on the old line
+    x = np.abs(np.arange(old) - centers[:, None]) / stretch
+    near = 1.5 * x**3 - 2.5 * x**2 + 1.0
+    far = -0.5 * x**3 + 2.5 * x**2 - 4.0 * x + 2.0
+    matrix = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def _check_match(state: Mapping[str, np.ndarray], wanted: Mapping[str, tuple]) -> None:
+    """Raises with everything that is missing, unexpected or of another shape."""
+    problems = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": [
+            f"{name} {list(state[name].shape)}, needed {list(shape)}"
+            + (" (transposed?)" if state[name].shape == shape[::-1] else "")
+            for name, shape in wanted.items()
+            if name in state and state[name].shape != shape
+        ],
+    }
+    if not any(problems.values()):
+        return
+    details = "; ".join(f"{kind}: {shorten(found)}" for kind, found in problems.items() if found)
+    if {"stem.proj.weight", "patch_embed.proj.weight"} & set(state):
+        details += " (PyTorch's names: port the file with port_weights/load_timm_weights.py)"
+    raise WeightsError(f"the weights do not fit the model; {details}")

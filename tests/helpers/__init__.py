@@ -1,0 +1,1 @@
+"""What several tests use: small data, small runs, checks that every rank makes."""
