@@ -36,7 +36,8 @@ def test_importing_it_imports_no_paddle():
 def test_paddle_gets_all_cores_and_child_processes_choose_anew():
     code = (
         "import os; from cpu import setup; import paddle;"
-        " print(setup.set_threads(), setup.physical_cores(), os.environ.get('OMP_NUM_THREADS')); print(setup.describe())"
+        " print(setup.set_threads(), setup.physical_cores(),"
+        " os.environ.get('OMP_NUM_THREADS')); print(setup.describe())"
     )
     first, line = run(code).splitlines()  # and no ccache warning
     threads, cores, omp = first.split()

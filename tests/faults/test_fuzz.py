@@ -304,4 +304,4 @@ def test_the_watch_sees_what_it_shall(watch):
             watch(act)
         _seen.clear()
     with pytest.raises(AssertionError):
-        watch(exec, "raise __import__('errors').UserError('two' + chr(10) + 'lines')")
+        watch(exec, "raise __import__('cli.errors').errors.UserError('two' + chr(10) + 'lines')")
