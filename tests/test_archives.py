@@ -1,0 +1,204 @@
+"""loading/archives.py: tar and zip files as folders."""
+
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cli.errors import DataError
+from loading import archives
+
+FILES = {"cat/1.jpg": b"one", "cat/sub/2.jpg": b"two" * 999, "dog/3.jpg": b""}
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    archives.open_archive.cache_clear()
+
+
+def add(tar, name, data=b"x", **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def tar_of(path, files=FILES):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            add(tar, name, data)
+    return str(path)
+
+
+def tree_of(folder):
+    for name, data in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def by_gnu_tar(folder, path):
+    subprocess.run(["tar", "-cf", path, "."], cwd=folder, check=True)
+
+
+def by_python_tar(folder, path):
+    tar_of(path)
+
+
+def by_python_zip(folder, path, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name in FILES:
+            archive.write(folder / name, name)
+
+
+def by_deflating_zip(folder, path):
+    by_python_zip(folder, path, zipfile.ZIP_DEFLATED)
+
+
+def by_tar_in_a_tar(folder, path):
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        for name in FILES:
+            add(tar, name, FILES[name])
+    with tarfile.open(path, "w") as tar:
+        add(tar, "in.tar", inner.getvalue())
+
+
+WRITERS = [by_gnu_tar, by_python_tar, by_python_zip, by_deflating_zip]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_members_read_as_the_files_they_were(tmp_path, write):
+    path = str(tmp_path / ("a.zip" if "zip" in write.__name__ else "a.tar"))
+    write(tree_of(tmp_path / "tree"), path)
+    for name, data in FILES.items():
+        assert archives.read(f"{path}/{name}") == data
+    assert list(archives.open_archive(path).under("")) == sorted(FILES)
+    assert list(archives.open_archive(path).under("cat")) == ["cat/1.jpg", "cat/sub/2.jpg"]
+    assert archives.open_archive(path).folders("") == ["cat", "dog"]
+    assert archives.is_folder(f"{path}/cat") and not archives.is_folder(f"{path}/ca")
+    assert archives.exists(f"{path}/dog/3.jpg") and not archives.exists(f"{path}/dog/4.jpg")
+
+
+def test_a_tar_in_a_tar_is_a_folder(tmp_path):
+    by_tar_in_a_tar(None, tmp_path / "out.tar")
+    assert archives.read(f"{tmp_path}/out.tar/in.tar/cat/sub/2.jpg") == FILES["cat/sub/2.jpg"]
+    assert archives.open_archive(f"{tmp_path}/out.tar").folders("in.tar") == ["cat", "dog"]
+
+
+def test_a_second_name_of_a_file_is_that_file(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "a.jpg", b"data")
+        add(tar, "b.jpg", b"", type=tarfile.LNKTYPE, linkname="a.jpg")
+    assert archives.read(f"{tmp_path}/a.tar/b.jpg") == b"data"
+
+
+def test_an_index_is_kept_until_the_archive_changes(tmp_path):
+    path = tar_of(tmp_path / "a.tar")
+    archives.open_archive(path)
+    kept = tmp_path / ".a.tar.index.npz"
+    before = kept.stat().st_mtime_ns
+    archives.open_archive.cache_clear()
+    archives.open_archive(path)
+    assert kept.stat().st_mtime_ns == before
+    tar_of(path, {"other.jpg": b"new"})
+    archives.open_archive.cache_clear()
+    assert archives.read(f"{path}/other.jpg") == b"new"
+
+
+def test_a_damaged_index_is_made_anew(tmp_path):
+    path = tar_of(tmp_path / "a.tar")
+    archives.open_archive(path)
+    (tmp_path / ".a.tar.index.npz").write_bytes(b"PK\3\4 half")
+    archives.open_archive.cache_clear()
+    assert archives.read(f"{path}/cat/1.jpg") == b"one"
+
+
+def test_an_archive_that_changes_in_use_is_refused(tmp_path):
+    path = tar_of(tmp_path / "a.tar")
+    archives.open_archive(path)
+    with open(path, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match="a.tar: was changed while it was in use"):
+        archives.read(f"{path}/cat/1.jpg")
+
+
+@pytest.mark.parametrize("cut", [100, 512, 1600, 3000])
+def test_a_truncated_tar_is_refused_at_whatever_place(tmp_path, cut):
+    path = tmp_path / "a.tar"
+    tar_of(path)
+    os.truncate(path, cut)
+    with pytest.raises(DataError, match="a.tar: cannot be read as an archive"):
+        archives.open_archive(str(path))
+
+
+def test_a_truncated_zip_is_refused(tmp_path):
+    path = str(tmp_path / "a.zip")
+    by_python_zip(tree_of(tmp_path / "tree"), path)
+    os.truncate(path, os.path.getsize(path) - 30)
+    with pytest.raises(DataError, match="a.zip: cannot be read as an archive"):
+        archives.open_archive(path)
+
+
+def test_a_damaged_member_of_a_zip_is_named(tmp_path):
+    path = str(tmp_path / "a.zip")
+    by_python_zip(tree_of(tmp_path / "tree"), path)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data.replace(b"twotwo", b"owtowt", 1))
+    with pytest.raises(DataError, match="a.zip/cat/sub/2.jpg: the member is damaged"):
+        archives.read(f"{path}/cat/sub/2.jpg")
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([("../out.jpg", {})], "'../out.jpg' is no path inside"),
+        ([("/etc/x.jpg", {})], "'/etc/x.jpg' is no path inside"),
+        ([("a.jpg", {}), ("./a.jpg", {})], "'./a.jpg' is there twice"),
+        ([("a.jpg", {"type": tarfile.SYMTYPE, "linkname": "b"})], "'a.jpg' is a link or device"),
+        ([("a.jpg", {"type": tarfile.LNKTYPE, "linkname": "b"})], "is a link to 'b', which is not"),
+        ([("a.jpg", {"type": tarfile.FIFOTYPE})], "'a.jpg' is a link or device"),
+    ],
+)
+def test_members_that_cannot_be_used_are_named(tmp_path, members, message):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, fields in members:
+            add(tar, name, b"" if fields else b"x", **fields)
+    with pytest.raises(DataError, match="a.tar: the member .*" + message.split("'", 1)[1]):
+        archives.open_archive(str(tmp_path / "a.tar"))
+
+
+def test_a_compressed_tar_says_how_to_convert_it(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        add(tar, "a.jpg")
+    with pytest.raises(DataError, match="compressed.*gunzip it first"):
+        archives.open_archive(str(tmp_path / "a.tar"))
+
+
+def test_an_index_goes_to_the_cache_where_the_archive_cannot_have_it_beside(tmp_path):
+    path = tar_of(tmp_path / "a.tar")
+    (tmp_path / ".a.tar.index.npz").mkdir()  # cannot be replaced by a file
+    assert archives.read(f"{path}/cat/1.jpg") == b"one"
+    assert [file.suffix for file in (tmp_path / "cache" / "resmlp").iterdir()] == [".npz"]
+
+
+def test_a_folder_that_is_called_like_an_archive_is_a_folder(tmp_path):
+    (tmp_path / "x.tar").mkdir()
+    (tmp_path / "x.tar" / "a.jpg").write_bytes(b"a")
+    assert archives.split(str(tmp_path / "x.tar" / "a.jpg")) is None
+    assert archives.read(str(tmp_path / "x.tar" / "a.jpg")) is None
+
+
+@pytest.mark.skipif(not shutil.which("zip"), reason="zip is not installed")
+def test_an_archive_of_the_program_zip_reads(tmp_path):
+    tree_of(tmp_path / "tree")
+    subprocess.run(["zip", "-qr", "../a.zip", "."], cwd=tmp_path / "tree", check=True)
+    for name, data in FILES.items():
+        assert archives.read(f"{tmp_path}/a.zip/{name}") == data
