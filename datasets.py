@@ -18,6 +18,7 @@ from PIL import Image
 
 from cli.errors import DataError
 from cpu import resample
+from loading import archives
 from loading.files import (
     BadImage,
     ImageIndex,
@@ -120,7 +121,7 @@ def build_dataset(config, split: str) -> ImageDataset:
             that do not fit MODEL.NUM_CLASSES.
     """
     root = config.DATA.DATA_PATH
-    if not os.path.isdir(root):
+    if not archives.is_folder(root):
         raise DataError(f"{root}: no such data folder; set it with `-data_path`")
     if config.DATA.DATASET == "imagefolder":
         files = scan_folder(root, split, config.MODEL.NUM_CLASSES)
@@ -132,7 +133,7 @@ def build_dataset(config, split: str) -> ImageDataset:
             config.MODEL.NUM_CLASSES,
             config.DATA.ALLOW_OUTSIDE_PATHS,
         )
-    if not os.path.lexists(files.path(0)):  # the others are missed when they are read
+    if not archives.exists(files.path(0)):  # the others are missed when they are read
         slashes = " with forward slashes" if b"\\" in files.name(0) else ""
         raise DataError(
             f"{files.where(0)}: no such file; the paths of a list are relative to {root}{slashes}"

@@ -22,7 +22,7 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -90,7 +90,7 @@ def read(path: str) -> bytes | None:
     return open_archive(found[0]).read(found[1])
 
 
-@lru_cache(maxsize=16)
+@cache
 def open_archive(path: str) -> Archive:
     """The archive at a path, indexed; opened once in a process."""
     return Archive(path)

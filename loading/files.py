@@ -7,11 +7,14 @@ Two layouts of a data folder, DATA.DATASET:
       val_list.txt      (val/b.JPEG 0)          train/dog/b.jpg
       train/ val/                               val/cat/c.jpg
       classes.txt       (optional: names)       val/dog/d.jpg
+
+An archive, ``train.tar`` or ``train.zip``, may stand for a folder; see archives.py.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import stat
@@ -23,6 +26,7 @@ from typing import NoReturn
 from PIL import Image
 
 from cli.errors import DataError
+from loading import archives
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -68,9 +72,11 @@ def open_image(path: str) -> Image.Image:
         BadImage: missing, unreadable, empty, not an image, larger than Pillow's limit.
     """
     try:
-        if regular_size(path) == 0:
+        data = archives.read(path)
+        size = regular_size(path) if data is None else len(data)
+        if size == 0:
             raise BadImage(path, "the file is empty")
-        image = Image.open(path, formats=_FORMATS)
+        image = Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS)
         pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
         if 0 < pixels <= (limit or pixels):
             return image
@@ -102,6 +108,8 @@ def _bad_image(path: str, error: Exception) -> BadImage:
         return error
     if isinstance(error, FileNotFoundError):
         return BadImage(path, "no such file")
+    if isinstance(error, DataError):  # of its archive
+        return BadImage(path, str(error))
     if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
         return BadImage(path, _reason(error))
     if isinstance(error, Image.UnidentifiedImageError):
@@ -211,8 +219,8 @@ def find_classes(root: str) -> list[str]:
         DataError: neither is there, it holds no folders, or as `class_folders`.
     """
     for split in ("train", "val"):
-        folder = os.path.join(root, split)
-        if os.path.isdir(folder):
+        folder = split_folder(root, split)
+        if archives.is_folder(folder):
             classes = class_folders(folder)
             if not classes:
                 raise DataError(f"{folder}: no class folders; expected {split}/<class>/<image>")
@@ -221,6 +229,13 @@ def find_classes(root: str) -> list[str]:
         f"{root}: expected train/<class>/<image> and val/<class>/<image>; "
         "tools/make_lists.py splits a folder that has only classes"
     )
+
+
+def split_folder(root: str, split: str) -> str:
+    """``root/split``, or the archive ``root/split.tar`` or ``.zip`` that is there in its place."""
+    folder = os.path.join(root, split)
+    packed = [folder + ending for ending in archives.ENDINGS if os.path.isfile(folder + ending)]
+    return packed[0] if packed and not os.path.isdir(folder) else folder
 
 
 def scan_folder(root: str, split: str, num_classes: int) -> ImageIndex:
@@ -237,8 +252,8 @@ def scan_folder(root: str, split: str, num_classes: int) -> ImageIndex:
             f"{root}: {len(classes)} class folders but MODEL.NUM_CLASSES is {num_classes}; "
             f"set it with `-opts MODEL.NUM_CLASSES {len(classes)}`"
         )
-    folder = os.path.join(root, split)
-    if not os.path.isdir(folder):
+    folder = split_folder(root, split)
+    if not archives.is_folder(folder):
         raise DataError(f"{folder}: no such folder; expected {split}/<class>/<image>")
     there = set(class_folders(folder))
     unknown = sorted(there - set(classes))
@@ -262,6 +277,13 @@ def list_images(folder: str) -> list[str]:
     Raises:
         DataError: a folder that cannot be read, a link to a folder that it lies in.
     """
+    if inside := archives.split(folder):
+        names = archives.open_archive(inside[0]).under(inside[1])
+        return [
+            f"{inside[0]}/{name}"
+            for name in names
+            if name.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)\.", name)
+        ]
     found = []
     for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         _check_link(parent)
@@ -310,7 +332,7 @@ def class_names(config) -> list[str] | None:
         return read_class_names(config.DATA.CLASS_NAMES, config.MODEL.NUM_CLASSES)
     if os.path.isfile(beside):
         return read_class_names(beside, config.MODEL.NUM_CLASSES)
-    if config.DATA.DATASET == "imagefolder" and os.path.isdir(root):
+    if config.DATA.DATASET == "imagefolder" and archives.is_folder(root):
         return find_classes(root)
     return None
 
@@ -322,10 +344,14 @@ def class_folders(folder: str) -> list[str]:
         DataError: the folder cannot be read, or a name is no line of a text file of names.
     """
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        if inside := archives.split(folder):
+            names = archives.open_archive(inside[0]).folders(inside[1])
+        else:
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries if entry.is_dir())
     except OSError as error:
         _refuse(error)
+    names = [name for name in names if not name.startswith(".")]
     for name in names:
         if printable(name) != name or not name.strip():
             raise DataError(

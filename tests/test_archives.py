@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from cli.errors import DataError
+from datasets import build_dataset
 from loading import archives
+from loading.files import BadImage, read_image
+
+from .helpers.tiny_data import make_config, make_data
 
 FILES = {"cat/1.jpg": b"one", "cat/sub/2.jpg": b"two" * 999, "dog/3.jpg": b""}
 
@@ -202,3 +206,42 @@ def test_an_archive_of_the_program_zip_reads(tmp_path):
     subprocess.run(["zip", "-qr", "../a.zip", "."], cwd=tmp_path / "tree", check=True)
     for name, data in FILES.items():
         assert archives.read(f"{tmp_path}/a.zip/{name}") == data
+
+
+def packed(files, to, ending):
+    """The data set with an archive in the place of each split, and lists that lead into it."""
+    to.mkdir()
+    for split in ("train", "val"):
+        shutil.make_archive(str(to / split), ending, files / split)
+        images = sorted((files / split).rglob("*.png"))
+        for folder, name in ((files, split), (to, f"{split}.{ending}")):
+            lines = [f"{name}/{p.parent.name}/{p.name} {p.parent.name[-1]}\n" for p in images]
+            (folder / f"{split}_list.txt").write_text("".join(lines))
+    return to
+
+
+def samples(work, root, *opts, split="train"):
+    data = build_dataset(make_config(work, root, *opts), split)
+    found = [data[(0, index, index)] for index in range(len(data))]
+    assert not any(sample.error for sample in found)
+    return [(sample.label, sample.image.tobytes()) for sample in found]
+
+
+@pytest.mark.parametrize("dataset", ["imagenet2012", "imagefolder"])
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+def test_a_packed_data_set_gives_the_samples_of_its_files(tmp_path, ending, dataset):
+    files = make_data(tmp_path / "files")
+    archive = packed(files, tmp_path / "packed", ending)
+    for split in ("train", "val"):
+        opts = ("DATA.DATASET", dataset)
+        expected = samples(tmp_path, files, *opts, split=split)
+        assert len(expected) == {"train": 24, "val": 9}[split]
+        assert samples(tmp_path, archive, *opts, split=split) == expected
+
+
+def test_a_member_that_is_no_image_is_named_with_its_archive(tmp_path):
+    path = tar_of(tmp_path / "a.tar", {"x.jpg": b"no image"})
+    with pytest.raises(BadImage, match="a.tar/x.jpg: not an image of a known format"):
+        read_image(f"{path}/x.jpg")
+    with pytest.raises(BadImage, match="a.tar/y.jpg: no such file"):
+        read_image(f"{path}/y.jpg")

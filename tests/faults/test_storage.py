@@ -99,8 +99,8 @@ sys.argv = {job(data, output, "MODEL.RESUME", "auto")[1:]!r}
 import tests.faults.driver as driver
 def read_only(*args):
     subprocess.run(["mount", "-o", "remount,ro", {str(small_disk)!r}], check=True)
-driver.checkpoint.to_numpy, original = (
-    lambda state: (read_only(), original(state))[1]), driver.checkpoint.to_numpy
+driver.checkpoints.to_numpy, original = (
+    lambda state: (read_only(), original(state))[1]), driver.checkpoints.to_numpy
 driver.run_as_script(driver.main_multi_gpu.main)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
