@@ -1,6 +1,8 @@
 """The zoo's models for ``paddle.hub``:
 
 paddle.hub.load(".", "resmlp_24_224", source="local", pretrained="resmlp_24_224.pdparams")
+
+Nothing is downloaded: ``paddle.hub.help`` says where each model's file was published.
 """
 
 from __future__ import annotations
@@ -17,6 +19,14 @@ from resmlp import load_pretrained as _load_pretrained
 dependencies = ["paddle", "numpy", "yacs", "yaml"]  # paddle.hub checks them
 
 
+def _published(name: str) -> str:
+    """Where the file of a model is."""
+    weights = next(weights for weights in _ZOO if weights.name == name)
+    if not weights.paddle:
+        return f"{name}.pdparams is ported from {weights.url} (docs/porting.md)"
+    return f"{name}.pdparams is PPViT's: {weights.paddle.shared.links}"
+
+
 def _entry_point(name: str):
     path = str(_Path(__file__).resolve().parent / "configs" / f"{name}.yaml")
 
@@ -31,6 +41,8 @@ def _entry_point(name: str):
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""The model of configs/{name}.yaml.
+
+    {_published(name)}
 
     Args:
         pretrained: weight file, with or without its suffix; None leaves the initialisation.

@@ -1,8 +1,8 @@
 """The published ResMLP weights: facts, in one place (README's table is rendered from here).
 
 Accuracies are percent of the ImageNet-1k validation set at 224 pixels, crop 0.875, bicubic, as in
-timm's results/results-imagenet.csv. DINO's weights have no trained head: theirs is the k-NN
-accuracy that facebookresearch/deit gives in README_resmlp.md.
+timm's results/results-imagenet.csv and, for a Paddle file, in PPViT's README. DINO's weights have
+no trained head: theirs is the k-NN accuracy that facebookresearch/deit gives in README_resmlp.md.
 """
 
 from __future__ import annotations
@@ -10,6 +10,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 DOWNLOADS = "https://dl.fbaipublicfiles.com/deit/"
+
+
+class Shared(NamedTuple):
+    """A file that PPViT published, in two places."""
+
+    drive: str  # its id on Google Drive
+    baidu: str  # its id on Baidu
+    code: str  # that Baidu asks for
+
+    @property
+    def links(self) -> str:
+        """Both places, as Markdown."""
+        drive = f"https://drive.google.com/file/d/{self.drive}/view?usp=sharing"
+        baidu = f"https://pan.baidu.com/s/{self.baidu}?pwd={self.code}"
+        return f"[google]({drive})/[baidu]({baidu})({self.code})"
+
+
+class PaddleFile(NamedTuple):
+    """PPViT's ``.pdparams`` of some weights, and what PPViT measured with it."""
+
+    top1: float
+    top5: float
+    shared: Shared
 
 
 class Weights(NamedTuple):
@@ -28,9 +51,50 @@ class Weights(NamedTuple):
         """Where facebookresearch/deit's file is."""
         return DOWNLOADS + self.file
 
+    @property
+    def paddle(self) -> PaddleFile | None:
+        """PPViT's file, ``<name>.pdparams``; None: it published none."""
+        return PADDLE_FILES.get(self.name)
+
+
+# The lists of ImageNet2012.
+LISTS = {
+    "train_list.txt": Shared(
+        "10YGzx_aO3IYjBOhInKT_gY6p0mC3beaC", "1G5xYPczfs9koDb7rM4c0lA", "a4vm"
+    ),
+    "val_list.txt": Shared("1aXHu0svock6MJSur4-FKjW0nyjiJaWHE", "1TFGda7uBZjR7g-A6YjQo-g", "kdga"),
+}
 
 _LABELS, _DISTILLED, _DINO = "labels", "labels, distilled", "DINO, k-NN accuracy"
 _22K = "ImageNet-22k, fine-tuned"
+# PPViT's files, by name. It published none of resmlp_12_224, and none of DINO's.
+PADDLE_FILES = {
+    "resmlp_24_224": PaddleFile(
+        79.38, 94.55, Shared("15A5q1XSXBz-y1AcXhy_XaDymLLj2s2Tn", "1nLAvyG53REdwYNCLmp4yBA", "jdcx")
+    ),
+    "resmlp_36_224": PaddleFile(
+        79.77, 94.89, Shared("1WrhVm-7EKnLmPU18Xm0C7uIqrg-RwqZL", "1QD4EWmM9b2u1r8LsnV6rUA", "33w3")
+    ),
+    "resmlp_big_24_224": PaddleFile(
+        81.04, 95.02, Shared("1KLlFuzYb17tC5Mmue3dfyr2L_q4xHTZi", "1oXU6CR0z7O0XNwu_UdZv_w", "r9kb")
+    ),
+    "resmlp_12_distilled_224": PaddleFile(
+        77.95, 93.56, Shared("1cDMpAtCB0pPv6F-VUwvgwAaYtmP8IfRw", "15kJeZ_V1MMjTX9f1DBCgnw", "ghyp")
+    ),
+    "resmlp_24_distilled_224": PaddleFile(
+        80.76, 95.22, Shared("15d892ExqR1sIAjEn-cWGlljX54C3vihA", "1NgQtSwuAwsVVOB8U6N4Aqw", "sxnx")
+    ),
+    "resmlp_36_distilled_224": PaddleFile(
+        81.15, 95.48, Shared("1Laqz1oDg-kPh6eb6bekQqnE0m-JXeiep", "1p1xGOJbMzH_RWEj36ruQiw", "vt85")
+    ),
+    "resmlp_big_24_distilled_224": PaddleFile(
+        83.59, 96.65, Shared("199q0MN_BlQh9-HbB28RdxHj1ApMTHow-", "1yUrfbqW8vLODDiRV5WWkhQ", "4jk5")
+    ),
+    "resmlp_big_24_22k_224": PaddleFile(
+        84.40, 97.11, Shared("1zATKq1ruAI_kX49iqJOl-qomjm9il1LC", "1VrnRMbzzZBmLiR45YwICmA", "ve7i")
+    ),
+}
+
 # fmt: off
 ZOO = (
     Weights("resmlp_12_224", "resmlp_12_224",

@@ -10,7 +10,7 @@ import paddle
 import pytest
 
 from config import get_config
-from port_weights.zoo import ZOO
+from port_weights.zoo import LISTS, PADDLE_FILES, ZOO
 from resmlp import ResMLP
 from tools import model_info
 
@@ -82,7 +82,21 @@ def test_the_zoos_table_has_a_row_for_every_weight():
         assert len(re.findall(r"\|", row)) == columns
         assert f"`{weights.timm}`" in row and weights.url in row
         assert (ROOT / "configs" / f"{weights.config}.yaml").is_file()
+        assert not weights.paddle or weights.paddle.shared.links in row
+    assert "| 79.38 | 94.55 |" in rows[1] and "?pwd=jdcx)(jdcx)" in rows[1]  # PPViT's, not timm's
     assert "| 15.35 | 3.01 |" in rows[0] and "| 129.14 | 100.23 |" in rows[3]
+
+
+def test_the_readme_links_the_published_lists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, shared in LISTS.items():
+        assert f"`{name}`: {shared.links}" in text
+
+
+def test_ppvit_published_a_file_of_every_weight_but_three():
+    without = [weights.name for weights in ZOO if not weights.paddle]
+    assert without == ["resmlp_12_224", "resmlp_12_dino_224", "resmlp_24_dino_224"]
+    assert set(PADDLE_FILES) < {weights.name for weights in ZOO}
 
 
 def test_the_readme_shows_the_zoos_table_as_the_tool_prints_it():
