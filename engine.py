@@ -126,7 +126,9 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> dict:
     folder.write("eval.json", json.dumps(result, indent=1) + "\n")
     if config.EVAL_REPORT and process.main:
         try:
-            paths = write_report(metrics, class_names(config), folder.path)
+            paths = write_report(
+                metrics, class_names(config), folder.path, config.MODEL.NUM_CLASSES
+            )
         except OSError as error:
             raise UserError(f"{folder.path}: the report cannot be written: {error.strerror}")
         for path in paths:

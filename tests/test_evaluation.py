@@ -1,10 +1,15 @@
+import csv
+import logging
+import tracemalloc
+
 import numpy as np
 import paddle
 import pytest
+from PIL import Image
 
 from cli.errors import UserError
 from parallel.process import Process
-from training.evaluation import evaluate
+from training.evaluation import Metrics, evaluate, write_report
 
 
 class Loader(list):
@@ -48,7 +53,39 @@ def test_equal_logits_are_not_all_called_right():
 
 def test_the_confusion_matrix_counts_labels_against_predictions():
     found = run(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 1, 2]), confusion=True)
-    assert found.confusion.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+    assert found.confusion.tolist() == [[0, 0, 1], [1, 1, 1], [1, 2, 1], [2, 2, 1]]
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def test_the_report_names_each_class_with_its_most_frequent_mistake(tmp_path):
+    pairs = [[0, 0, 3], [0, 1, 1], [0, 2, 2], [2, 0, 4]]
+    metrics = Metrics(0.0, 30.0, 100.0, 10, 1.0, np.array(pairs))
+    table, picture = write_report(metrics, ["a", "b", "$c"], tmp_path, 3)
+    assert rows_of(table) == [
+        ["0", "a", "6", "50.00", "$c", "2"],
+        ["1", "b", "0", "", "", "0"],
+        ["2", "$c", "4", "0.00", "a", "4"],
+    ]
+    assert Image.open(picture).size > (300, 300)
+
+
+def test_very_many_classes_are_reported_without_a_picture_or_their_square_in_memory(
+    tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    classes = 10**6
+    pairs = np.array([[7, 7, 1], [7, classes - 1, 2]])
+    tracemalloc.start()
+    (table,) = write_report(Metrics(0.0, 0.0, 0.0, 3, 1.0, pairs), None, tmp_path, classes)
+    assert tracemalloc.get_traced_memory()[1] < 500e6
+    tracemalloc.stop()
+    assert rows_of(table)[7] == ["7", "7", "3", "33.33", "999999", "2"]
+    assert "no confusion.png: 1000000 classes are more than 1000" in caplog.text
 
 
 def test_a_logit_that_is_not_finite_is_an_error():

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
     ["cli.errors", "cpu.setup", "cpu.resample_kernels"],
     ["storage.safe_pickle", "cli.config_rules", "loading.samplers", "cpu.resample"],
-    ["loading.archives"],
+    ["loading.archives", "training.pictures"],
     ["loading.files", "parallel.rendezvous"],
     ["config", "storage.weights", "training.dashboard", "augment", "parallel.process"],
     ["utils", "cpu.ops", "loading.loader", "transforms", "storage.adapt"],

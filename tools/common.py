@@ -1,11 +1,10 @@
-"""What the tools share: flags, a run's config and model, pictures, HTML pages."""
+"""What the tools share: flags, a run's config and model, HTML pages."""
 
 from __future__ import annotations
 
 import argparse
 import base64
 import html
-import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,26 +104,7 @@ def load_model(config):
     return model
 
 
-# ------------------------------------------------------------------------ pictures and pages
-def new_figure(width: float, height: float, **options):
-    """A Matplotlib figure (inches) outside of pyplot: no window, no state that others share.
-
-    Raises:
-        UserError: Matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("pictures need `pip install matplotlib`") from None
-    return Figure(figsize=(width, height), **options)
-
-
-def render(figure, format: str = "png") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=format, dpi=110)
-    return buffer.getvalue()
-
-
+# ------------------------------------------------------------------------------------- pages
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -17,7 +17,8 @@ from statistics import median
 
 from cli.errors import UserError, run_as_script
 from loading.files import printable
-from tools.common import Parser, html_page, html_table, new_figure, render, write_file
+from tools.common import Parser, html_page, html_table, write_file
+from training.pictures import new_figure, render
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
 
@@ -198,7 +199,7 @@ def _figure(runs: list[Run]):
     if len(runs) > 1:
         figure.legend(
             [Line2D([], [], color=_COLORS[i % len(_COLORS)]) for i in range(len(runs))],
-            [run.name.replace("$", r"\$") for run in runs],
+            [run.name for run in runs],
             loc="outside upper center",
             ncols=min(len(runs), 5),
             frameon=False,

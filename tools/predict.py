@@ -32,11 +32,10 @@ from tools.common import (
     IMAGENET_CLASSES,
     Parser,
     load_model,
-    new_figure,
-    render,
     run_config,
     write_file,
 )
+from training.pictures import new_figure, render
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine
 
@@ -196,7 +195,7 @@ def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
         axis.imshow(view, interpolation="nearest")
         name = printable("/".join(Path(result["image"]).parts[-2:]))
         name = name if len(name) <= 32 else f"…{name[-31:]}"
-        axis.set_title(name, fontsize=7, color="gray", parse_math=False)
+        axis.set_title(name, fontsize=7, color="gray")
         for line, entry in enumerate(result["predictions"][:3]):
             name = entry["name"].split(",")[0]  # ImageNet's names are lists of synonyms
             axis.text(
@@ -204,7 +203,6 @@ def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
                 -0.08 - 0.1 * line,
                 f"{100 * entry['confidence']:5.1f} %  {name[:22]}",
                 transform=axis.transAxes,
-                parse_math=False,  # a dollar sign is a dollar sign
                 fontsize=8,
                 fontweight="bold" if line == 0 else "normal",
                 color="black" if line == 0 else "dimgray",

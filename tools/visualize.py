@@ -34,12 +34,11 @@ from tools.common import (
     html_image,
     html_page,
     load_model,
-    new_figure,
-    render,
     run_config,
     write_file,
 )
 from tools.predict import find_class_names, find_images
+from training.pictures import new_figure, render
 from transforms import build_eval_transform
 from utils import Normalize, step_rng
 
@@ -234,7 +233,7 @@ def draw_contributions(
                 extent=(-0.5, size - 0.5, size - 0.5, -0.5),
             )
             title = f"{names[k].split(',')[0][:24]}\nlogit {logit[k]:.2f}"
-            axis.set_title(title, fontsize=9, parse_math=False)
+            axis.set_title(title, fontsize=9)
         figure.colorbar(shown, ax=axes[1:], shrink=0.8)
         for axis in axes:
             axis.axis("off")
@@ -251,7 +250,7 @@ def draw_batch(images: np.ndarray, targets: np.ndarray, names: Sequence[str]):
         axis.imshow(image)
         top = [k for k in np.argsort(-target)[:2] if target[k] > 0.05 or k == target.argmax()]
         lines = [f"{100 * target[k]:.0f} % {names[k].split(',')[0][:18]}" for k in top]
-        axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
+        axis.set_title("\n".join(lines), fontsize=8)
     return figure
 
 

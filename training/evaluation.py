@@ -5,6 +5,7 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 import csv
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ import paddle.nn.functional as F
 
 from cli.errors import UserError
 from parallel.process import Process, sum_over_ranks, wait_for_all
+from training.pictures import new_figure, render
+
+PICTURE_CLASSES = 1000  # more make a confusion matrix whose cells are smaller than its pixels
+_log = logging.getLogger("resmlp")
 
 
 @dataclass
@@ -27,7 +32,9 @@ class Metrics:
     top5: float
     images: int
     seconds: float
-    confusion: np.ndarray | None = None  # int64 [K, K]: rows are labels, columns predictions
+    # int64 [pairs, 3]: label, prediction and its images, of the pairs that occur, in order. All
+    # K * K would take gigabytes for some thousand classes.
+    confusion: np.ndarray | None = None
 
     def __str__(self) -> str:
         return (
@@ -56,7 +63,7 @@ def evaluate(
         loader: this rank's share of the images (datasets.build_loader, split ``val``).
         process: this process; all ranks must call together.
         num_classes: K; top-5 is top-K where K is smaller.
-        confusion: also count labels against predictions.
+        confusion: also count labels against predictions (`Metrics.confusion`).
         stop: asked before each batch whether to break off.
         progress: called after each batch with batches done and in all.
 
@@ -70,7 +77,7 @@ def evaluate(
     k = min(5, num_classes)
     loss_sum = paddle.zeros([], "float64")
     hits = paddle.zeros([2], "int64")  # top-1, top-k
-    seen, matrix = 0, np.zeros([num_classes, num_classes], "int64") if confusion else None
+    seen, pairs = 0, []
     stopped = False
     for number, (images, labels, _) in enumerate(loader):
         stopped = stop()
@@ -84,7 +91,7 @@ def evaluate(
         loss_sum += losses.sum()
         seen += len(labels)
         if confusion:
-            np.add.at(matrix, (labels.numpy(), top[:, 0].numpy()), 1)
+            pairs.append(labels.numpy() * num_classes + top[:, 0].numpy())
         progress(number + 1, len(loader))
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
     loss, top1, topk, total, stopped = sum_over_ranks(
@@ -96,54 +103,76 @@ def evaluate(
         raise UserError(
             "evaluation: the loss is not finite; the weights hold or produce inf or NaN"
         )
-    if confusion:
-        matrix = np.array(sum_over_ranks(matrix.ravel().tolist(), process)).astype("int64")
-        matrix = matrix.reshape(num_classes, num_classes)
     return Metrics(
         loss / total,
         100 * top1 / total,
         100 * topk / total,
         int(total),
         time.time() - start,
-        matrix,
+        _count_pairs(pairs, num_classes, process) if confusion else None,
     )
 
 
-def write_report(metrics: Metrics, names: list[str] | None, folder: Path) -> list[Path]:
-    """Writes ``per_class.csv`` (label, name, images, top-1 in percent, most frequent mistake) and
-    ``confusion.png`` from an evaluation made with ``confusion=True``; returns both paths.
+def _count_pairs(pairs: list[np.ndarray], num_classes: int, process: Process) -> np.ndarray:
+    """`Metrics.confusion` from each rank's pairs, as ``label * num_classes + prediction``."""
+    own = np.concatenate([np.zeros(0, "int64"), *pairs])
+    counts = np.array(sum_over_ranks(np.eye(process.world)[process.rank] * len(own), process))
+    start = int(counts[: process.rank].sum())
+    every = np.zeros(int(counts.sum()))  # each rank fills its part
+    every[start : start + len(own)] = own
+    cells, images = np.unique(sum_over_ranks(every, process), return_counts=True)
+    return np.stack([*np.divmod(cells.astype("int64"), num_classes), images], axis=1)
+
+
+def write_report(
+    metrics: Metrics, names: list[str] | None, folder: Path, num_classes: int
+) -> list[Path]:
+    """Writes ``per_class.csv`` (label, name, images, top-1 in percent, most frequent mistake) and,
+    up to `PICTURE_CLASSES`, ``confusion.png`` from an evaluation made with ``confusion=True``.
+
+    Args:
+        metrics: of that evaluation.
+        names: of the classes; None: their numbers.
+        folder: where the files go.
+        num_classes: K.
+
+    Returns:
+        The files.
     """
-    matrix = metrics.confusion
-    names = names or [str(label) for label in range(len(matrix))]
-    table = folder / "per_class.csv"
+    names = names or [str(label) for label in range(num_classes)]
+    table, picture = folder / "per_class.csv", folder / "confusion.png"
+    labels, predictions, counts = metrics.confusion.T
+    right = labels == predictions
+    images = np.bincount(labels, counts, num_classes)
+    hits = np.bincount(labels[right], counts[right], num_classes)
+    mistakes = {}  # label -> its most frequent wrong prediction (the first of several), and images
+    for label, other, count in metrics.confusion[~right].tolist():
+        if count > mistakes.get(label, (0, 0))[1]:
+            mistakes[label] = other, count
     with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "name", "images", "top1", "most_confused_with", "confused"])
-        for label, row in enumerate(matrix):
-            mistakes = row.copy()
-            mistakes[label] = 0
-            other, images = int(mistakes.argmax()), int(row.sum())
-            wrong = [names[other], int(mistakes[other])] if mistakes[other] else ["", 0]
-            top1 = f"{100 * row[label] / images:.2f}" if images else ""
-            writer.writerow([label, names[label], images, top1, *wrong])
-    picture = folder / "confusion.png"
-    _draw_confusion(matrix, names, metrics, picture)
+        for label, name in enumerate(names):
+            other, count = mistakes.get(label, (None, 0))
+            wrong = [names[other], count] if count else ["", 0]
+            top1 = f"{100 * hits[label] / images[label]:.2f}" if images[label] else ""
+            writer.writerow([label, name, int(images[label]), top1, *wrong])
+    if num_classes > PICTURE_CLASSES:
+        _log.info(f"no {picture.name}: {num_classes} classes are more than {PICTURE_CLASSES}")
+        return [table]
+    share = np.zeros([num_classes, num_classes])
+    share[labels, predictions] = 100 * counts / images[labels]
+    picture.write_bytes(_draw_confusion(share, names, metrics.top1))
     return [table, picture]
 
 
-def _draw_confusion(matrix, names, metrics, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    figure, axes = pyplot.subplots(figsize=(7, 6), constrained_layout=True)
+def _draw_confusion(share: np.ndarray, names: list[str], top1: float) -> bytes:
+    figure = new_figure(7, 6, layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, label="share of the label's images, %")
     if len(names) <= 30:
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
         axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="label", title=f"top-1 {metrics.top1:.2f} %")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    axes.set(xlabel="predicted", ylabel="label", title=f"top-1 {top1:.2f} %")
+    return render(figure)
