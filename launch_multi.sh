@@ -1,12 +1,14 @@
 # What run_train_multi.sh and run_eval_multi.sh share: the launch line. (They source this file.)
+# Without any setting the two scripts are PPViT's commands: a ResMLP-S12, 256 images a process, -amp.
 
 launch_multi() { # launch_multi ARGUMENT...: runs main_multi_gpu.py on this node's devices
+    case "${AMP:-1}" in 0) amp= ;; *) amp=-amp ;; esac
     set -- "$here/main_multi_gpu.py" \
-        -cfg="${CFG:-$here/configs/resmlp_24_224.yaml}" \
+        -cfg="${CFG:-$here/configs/resmlp_12_224.yaml}" \
         -dataset="${DATASET:-imagenet2012}" \
         -data_path="${DATA_PATH:-/dataset/imagenet}" \
         -batch_size="${BATCH_SIZE:-256}" \
-        ${AMP:+-amp} \
+        $amp \
         "$@"
     if [ -n "${NNODES:-}" ]; then
         : "${MASTER:?NNODES is set: give host:port of the first node too, e.g. MASTER=10.0.0.1:6170}"

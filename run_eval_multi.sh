@@ -5,7 +5,7 @@
 #   DATA_PATH    data folder             BATCH_SIZE   images per GPU and step
 #   PRETRAINED   the weight file         OUTPUT       folder of the log and the numbers
 #   GPUS         e.g. 0,1,2,3            NPROCS       processes, e.g. 2 on a CPU
-#   AMP=1        mixed precision         PYTHON       the python to use
+#   AMP=0        float32, no -amp        PYTHON       the python to use
 #   DRY_RUN=1    print the command only
 #
 # NNODES, MASTER and NODE_RANK: as in run_train_multi.sh.
@@ -14,5 +14,5 @@ set -eu
 here=$(dirname "$0")
 . "$here/launch_multi.sh"
 
-set -- -eval -pretrained="${PRETRAINED:-./resmlp_24_224.pdparams}" ${OUTPUT:+"-output=$OUTPUT"} "$@"
+set -- -eval -pretrained="${PRETRAINED:-./resmlp_12_224.pdparams}" ${OUTPUT:+"-output=$OUTPUT"} "$@"
 launch_multi "$@"

@@ -5,7 +5,7 @@
 #   DATA_PATH    data folder             BATCH_SIZE   images per GPU and step
 #   OUTPUT       folder of the run       PRETRAINED   weight file to start from
 #   GPUS         e.g. 0,1,2,3            NPROCS       processes, e.g. 2 on a CPU
-#   RESUME       a checkpoint, or auto   AMP=1        mixed precision
+#   RESUME       a checkpoint, or auto   AMP=0        float32, no -amp
 #   ACCUM_ITER   batches per step        PYTHON       the python to use
 #   DRY_RUN=1    print the command only
 #

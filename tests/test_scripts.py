@@ -218,19 +218,26 @@ def test_the_demo_has_a_short_form_in_a_folder_of_its_own(sandbox):
 
 
 # ------------------------------------------------------ run_train_multi.sh, run_eval_multi.sh
-def test_the_launch_scripts_have_sensible_defaults(sandbox):
+def test_the_launch_scripts_without_settings_are_ppvits_commands(sandbox):
     train = sandbox.run("run_train_multi.sh", DRY_RUN="1").stdout.split()
     assert train == [
         "python3",
         "./main_multi_gpu.py",
-        "-cfg=./configs/resmlp_24_224.yaml",
+        "-cfg=./configs/resmlp_12_224.yaml",
         "-dataset=imagenet2012",
         "-data_path=/dataset/imagenet",
         "-batch_size=256",
+        "-amp",
     ]
     evaluate = sandbox.run("run_eval_multi.sh", DRY_RUN="1").stdout.split()
-    assert evaluate == [*train, "-eval", "-pretrained=./resmlp_24_224.pdparams"]
+    assert evaluate == [*train, "-eval", "-pretrained=./resmlp_12_224.pdparams"]
     assert not sandbox.calls()
+
+
+@pytest.mark.parametrize("script", ["run_train_multi.sh", "run_eval_multi.sh"])
+def test_amp_is_turned_off_by_zero(sandbox, script):
+    assert "-amp" not in sandbox.run(script, DRY_RUN="1", AMP="0").stdout.split()
+    assert "-amp" in sandbox.run(script, DRY_RUN="1", AMP="1").stdout.split()
 
 
 @pytest.mark.parametrize("script", ["run_train_multi.sh", "run_eval_multi.sh"])
