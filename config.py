@@ -2,8 +2,9 @@
 
     config = get_config("./configs/resmlp_12_224.yaml")
 
-The tree is PPViT's, with more keys; the defaults are the paper's recipe (arXiv 2105.03404,
-section 3 and appendix; DeiT's code where the paper refers to it). This module imports no Paddle.
+The tree is PPViT's, with more keys; the defaults are the paper's recipe: arXiv 2105.03404,
+section 3.1; the authors' answer in facebookresearch/deit, issue 106; DeiT's code where these refer
+to it. This module imports no Paddle.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ _C.TRAIN = CN()
 _C.TRAIN.LAST_EPOCH = 0  # epochs already done; a resumed checkpoint knows its own
 _C.TRAIN.NUM_EPOCHS = 400
 _C.TRAIN.WARMUP_EPOCHS = 5.0
-_C.TRAIN.COOLDOWN_EPOCHS = 0  # epochs at END_LR after NUM_EPOCHS (DeiT's launch used 10)
+_C.TRAIN.COOLDOWN_EPOCHS = 0  # epochs at END_LR after NUM_EPOCHS (DeiT's 10 never run)
 _C.TRAIN.WEIGHT_DECAY = 0.2  # on weight matrices only: not on biases, Affine, LayerScale
 _C.TRAIN.BASE_LR = 5e-3  # at a total batch of LINEAR_SCALED_LR
 _C.TRAIN.WARMUP_START_LR = 1e-6
@@ -131,7 +132,7 @@ _C.TRAIN.RANDOM_ERASE_MODE = "pixel"  # const (zero), rand (a colour), pixel (no
 _C.TRAIN.RANDOM_ERASE_COUNT = 1  # boxes an image, at most
 _C.TRAIN.RANDOM_ERASE_SPLIT = False  # leave the first half of a batch alone
 
-# distillation (paper, section 3.4: hard, with the label loss on the same head)
+# distillation (paper, sections 3.1, 3.2: hard, with the label loss on the same head)
 _C.TRAIN.DISTILLATION_TYPE = "none"  # none, hard, soft
 _C.TRAIN.DISTILLATION_ALPHA = 0.5  # share of the teacher's loss
 _C.TRAIN.DISTILLATION_TAU = 1.0  # temperature of soft distillation

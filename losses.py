@@ -101,8 +101,8 @@ class BinaryCrossEntropy:
 class DistillationLoss:
     """Adds what a teacher says to the loss of the labels, on the same output of the student.
 
-    ``(1 - alpha) * loss + alpha * distillation``. ResMLP's distilled models (paper, section 3.4)
-    use ``hard`` with alpha 0.5: the mean of the two losses.
+    ``(1 - alpha) * loss + alpha * distillation``. ResMLP's distilled models (paper, sections
+    3.1 and 3.2) use ``hard`` with alpha 0.5: the mean of the two losses.
 
     Args:
         kind: ``hard``: cross-entropy to the teacher's most probable class. ``soft``: divergence
