@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import subprocess
+import sys
 
 import paddle
 import pytest
@@ -226,3 +228,15 @@ def test_a_rival_that_stops_is_named_with_its_last_words(config, tmp_path, monke
     with pytest.raises(UserError, match="timm stopped .ValueError: no more"):  # noqa: SIM117
         with tool._Rival("timm", Job(config), []) as rival:
             rival.seconds()
+
+
+def test_the_rivals_script_has_help_where_torch_is_missing(tmp_path):
+    script = str(tool.__file__).replace("benchmark.py", "benchmark_timm.py")
+    (tmp_path / "torch.py").write_text("raise ImportError\n")
+    result = subprocess.run(
+        [sys.executable, script, "-h"],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "Started by tools/benchmark.py" in result.stdout

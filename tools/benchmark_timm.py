@@ -97,6 +97,9 @@ def _data_step(settings: dict) -> Callable[[], None]:
 
 
 def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"{__doc__}\nStarted by tools/benchmark.py; see its -h.")
+        return
     step = build_step(json.loads(sys.argv[1]))
     step()  # warm up
     print("ready", flush=True)
