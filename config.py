@@ -4,167 +4,254 @@
 
 The tree is PPViT's, with more keys; the defaults are the paper's recipe: arXiv 2105.03404,
 section 3.1; the authors' answer in facebookresearch/deit, issue 106; DeiT's code where these refer
-to it. This module imports no Paddle.
+to it. Each key is declared once:
+``_C.KEY = default, rule  # meaning``, the rule being what it takes (`cli.config_rules`).
+``python config.py`` prints all keys. This module imports no Paddle.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
+import re
 from contextlib import suppress
+from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode as CN
 
-from cli.config_rules import RULES, check_consistency, coerce
+from cli.config_rules import (
+    ALPHA,
+    COUNT,
+    INTERPOLATION,
+    MEAN,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    SHARE,
+    SIDE,
+    STD,
+    boolean,
+    check_consistency,
+    choice,
+    coerce,
+    either,
+    files,
+    integer,
+    milestones,
+    optional,
+    path,
+    real,
+    sequence,
+    text,
+)
 from cli.errors import ConfigError
+from cli.parser import Parser
 
 _C = CN()
-_C.BASE = [""]  # YAML files to merge first, relative to the file that names them
+_C.BASE = [""], files  # YAML files to merge first, relative to the file that names them
 
 # ------------------------------------------------------------------------------------ data
 _C.DATA = CN()
-_C.DATA.BATCH_SIZE = 256  # training images per process and step
-_C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per process and step; None: BATCH_SIZE
-_C.DATA.DATA_PATH = "/dataset/imagenet/"  # the data folder
-_C.DATA.DATASET = "imagenet2012"  # imagenet2012: list files; imagefolder: a folder per class
-_C.DATA.TRAIN_LIST = "train_list.txt"  # in DATA_PATH: `relative/path label` a line
-_C.DATA.VAL_LIST = "val_list.txt"
-_C.DATA.CLASS_NAMES = None  # a text file, one name a line; None: classes.txt in DATA_PATH
-_C.DATA.IMAGE_SIZE = 224  # pixels; a multiple of MODEL.MIXER.PATCH_SIZE
-_C.DATA.IMAGE_CHANNELS = 3
-_C.DATA.CROP_PCT = 0.875  # evaluation: short side to IMAGE_SIZE / CROP_PCT, then centre crop
-_C.DATA.INTERPOLATION = "bicubic"  # of the evaluation resize
-_C.DATA.TRAIN_INTERPOLATION = "bicubic"  # DeiT; `random`: bilinear or bicubic a draw (timm)
-_C.DATA.NUM_WORKERS = 2  # loader processes per process; 0: load in the main process
-_C.DATA.IMAGENET_MEAN = [0.485, 0.456, 0.406]
-_C.DATA.IMAGENET_STD = [0.229, 0.224, 0.225]
-_C.DATA.DROP_LAST = True  # training: drop a last batch that is smaller than the others
-_C.DATA.BAD_IMAGE = "error"  # error: stop and name it; skip: replace it (training only)
-_C.DATA.BAD_IMAGE_LIMIT = 100  # BAD_IMAGE skip: stop above so many in an epoch
-_C.DATA.ALLOW_OUTSIDE_PATHS = False  # may list files name files outside DATA_PATH?
-_C.DATA.WORKER_TIMEOUT = 300.0  # seconds without a batch before the loader counts as hung
+_C.DATA.BATCH_SIZE = 256, COUNT  # training images per process and step
+# evaluation images per process and step; None: BATCH_SIZE
+_C.DATA.BATCH_SIZE_EVAL = None, optional(COUNT)
+_C.DATA.DATA_PATH = "/dataset/imagenet/", path  # the data folder
+# imagenet2012: list files; imagefolder: a folder per class
+_C.DATA.DATASET = "imagenet2012", choice("imagenet2012", "imagefolder")
+_C.DATA.TRAIN_LIST = "train_list.txt", path  # in DATA_PATH: `relative/path label` a line
+_C.DATA.VAL_LIST = "val_list.txt", path  # the same for validation
+# a text file, one name a line; None: classes.txt in DATA_PATH
+_C.DATA.CLASS_NAMES = None, optional(path)
+_C.DATA.IMAGE_SIZE = 224, SIDE  # pixels; a multiple of MODEL.MIXER.PATCH_SIZE
+_C.DATA.IMAGE_CHANNELS = 3, integer(3, 3)
+# evaluation: short side to IMAGE_SIZE / CROP_PCT, then centre crop
+_C.DATA.CROP_PCT = 0.875, real(0.1, 1.0)
+_C.DATA.INTERPOLATION = "bicubic", choice(*INTERPOLATION)  # of the evaluation resize
+# DeiT; `random`: bilinear or bicubic a draw (timm)
+_C.DATA.TRAIN_INTERPOLATION = "bicubic", choice("nearest", "bilinear", "bicubic", "random")
+# loader processes per process; 0: load in the main process
+_C.DATA.NUM_WORKERS = 2, integer(0, 256)
+_C.DATA.IMAGENET_MEAN = [0.485, 0.456, 0.406], MEAN  # subtracted, of pixels from 0 to 1
+_C.DATA.IMAGENET_STD = [0.229, 0.224, 0.225], STD  # divided by
+_C.DATA.DROP_LAST = True, boolean  # training: drop a last batch that is smaller than the others
+# error: stop and name it; skip: replace it (training only)
+_C.DATA.BAD_IMAGE = "error", choice("error", "skip")
+_C.DATA.BAD_IMAGE_LIMIT = 100, NATURAL  # BAD_IMAGE skip: stop above so many in an epoch
+_C.DATA.ALLOW_OUTSIDE_PATHS = False, boolean  # may list files name files outside DATA_PATH?
+# seconds without a batch before the loader counts as hung
+_C.DATA.WORKER_TIMEOUT = 300.0, real(0.0, 1e6, open_low=True)
 
 # ----------------------------------------------------------------------------------- model
 _C.MODEL = CN()
-_C.MODEL.TYPE = "resmlp"
-_C.MODEL.NAME = "resmlp"
-_C.MODEL.RESUME = None  # a training checkpoint, or `auto`: the newest whole one of the run
-_C.MODEL.PRETRAINED = None  # a weight file, with or without its suffix
-_C.MODEL.PRETRAINED_KEY = "auto"  # in a checkpoint: model_ema, model, or auto (EMA if there)
-_C.MODEL.RESIZE_TOKENS = False  # resample token mixing when PRETRAINED has another resolution
-_C.MODEL.NUM_CLASSES = 1000
-_C.MODEL.DROPOUT = 0.0
-_C.MODEL.ATTENTION_DROPOUT = 0.0  # PPViT's key; ResMLP has no attention
-_C.MODEL.DROPPATH = 0.05  # stochastic depth, the same for every block
+_C.MODEL.TYPE = "resmlp", text  # PPViT's key, unused
+_C.MODEL.NAME = "resmlp", text
+# a training checkpoint, or `auto`: the newest whole one of the run
+_C.MODEL.RESUME = None, optional(path)
+_C.MODEL.PRETRAINED = None, optional(path)  # a weight file, with or without its suffix
+# in a checkpoint: model_ema, model, or auto (EMA if there)
+_C.MODEL.PRETRAINED_KEY = "auto", choice("auto", "model", "model_ema")
+# resample token mixing when PRETRAINED has another resolution
+_C.MODEL.RESIZE_TOKENS = False, boolean
+_C.MODEL.NUM_CLASSES = 1000, NATURAL  # 0: features only
+_C.MODEL.DROPOUT = 0.0, RATE  # in the MLPs
+_C.MODEL.ATTENTION_DROPOUT = 0.0, RATE  # PPViT's key; ResMLP has no attention
+_C.MODEL.DROPPATH = 0.05, RATE  # stochastic depth, the same for every block
 _C.MODEL.MIXER = CN()
-_C.MODEL.MIXER.PATCH_SIZE = 16  # pixels
-_C.MODEL.MIXER.EMBED_DIM = 384
-_C.MODEL.MIXER.DEPTH = 12
-_C.MODEL.MIXER.MLP_RATIO = 4.0
-_C.MODEL.MIXER.LAYER_SCALE_INIT = None  # None: 0.1 / 1e-5 / 1e-6 up to 18 / 24 / more blocks
+_C.MODEL.MIXER.PATCH_SIZE = 16, COUNT  # pixels
+_C.MODEL.MIXER.EMBED_DIM = 384, integer(1, 65536)  # channels of a token
+_C.MODEL.MIXER.DEPTH = 12, integer(1, 10000)  # blocks
+_C.MODEL.MIXER.MLP_RATIO = (
+    4.0,
+    real(0.0, 1000.0, open_low=True),
+)  # hidden units of the MLP per channel
+# None: 0.1 / 1e-5 / 1e-6 up to 18 / 24 / more blocks
+_C.MODEL.MIXER.LAYER_SCALE_INIT = None, optional(NOT_NEGATIVE)
 
 # -------------------------------------------------------------------------------- training
 _C.TRAIN = CN()
-_C.TRAIN.LAST_EPOCH = 0  # epochs already done; a resumed checkpoint knows its own
-_C.TRAIN.NUM_EPOCHS = 400
-_C.TRAIN.WARMUP_EPOCHS = 5.0
-_C.TRAIN.COOLDOWN_EPOCHS = 0  # epochs at END_LR after NUM_EPOCHS (DeiT's 10 never run)
-_C.TRAIN.WEIGHT_DECAY = 0.2  # on weight matrices only: not on biases, Affine, LayerScale
-_C.TRAIN.BASE_LR = 5e-3  # at a total batch of LINEAR_SCALED_LR
-_C.TRAIN.WARMUP_START_LR = 1e-6
-_C.TRAIN.END_LR = 1e-5
-_C.TRAIN.LINEAR_SCALED_LR = 2048  # BASE_LR *= total batch / this (DeiT: 512); None: as it is
-_C.TRAIN.GRAD_CLIP = 1.0  # global norm; apex's and timm's LAMB clip at 1.0; None: no clipping
-_C.TRAIN.ACCUM_ITER = 1  # batches per optimizer step
-_C.TRAIN.LAYER_DECAY = None  # fine-tuning: learning rate factor per block below the head
-_C.TRAIN.RECOMPUTE = False  # recompute activations in backward: less memory, more time
-_C.TRAIN.NONFINITE = "stop"  # a non-finite loss or gradient: stop, or skip the step
-_C.TRAIN.NONFINITE_LIMIT = 10  # NONFINITE skip: stop after so many in a row
+_C.TRAIN.LAST_EPOCH = 0, NATURAL  # epochs already done; a resumed checkpoint knows its own
+_C.TRAIN.NUM_EPOCHS = 400, COUNT
+_C.TRAIN.WARMUP_EPOCHS = (
+    5.0,
+    NOT_NEGATIVE,
+)  # from WARMUP_START_LR, linearly; shortened where it does not fit
+_C.TRAIN.COOLDOWN_EPOCHS = 0, NATURAL  # epochs at END_LR after NUM_EPOCHS (DeiT's 10 never run)
+# on weight matrices only: not on biases, Affine, LayerScale
+_C.TRAIN.WEIGHT_DECAY = 0.2, NOT_NEGATIVE
+_C.TRAIN.BASE_LR = 5e-3, POSITIVE  # at a total batch of LINEAR_SCALED_LR
+_C.TRAIN.WARMUP_START_LR = 1e-6, NOT_NEGATIVE
+_C.TRAIN.END_LR = 1e-5, NOT_NEGATIVE
+# BASE_LR *= total batch / this (DeiT: 512); None: as it is
+_C.TRAIN.LINEAR_SCALED_LR = 2048, optional(COUNT)
+# global norm; apex's and timm's LAMB clip at 1.0; None: no clipping
+_C.TRAIN.GRAD_CLIP = 1.0, optional(POSITIVE)
+_C.TRAIN.ACCUM_ITER = 1, COUNT  # batches per optimizer step
+# fine-tuning: learning rate factor per block below the head
+_C.TRAIN.LAYER_DECAY = None, optional(real(0.0, 1.0, open_low=True))
+_C.TRAIN.RECOMPUTE = False, boolean  # recompute activations in backward: less memory, more time
+# a non-finite loss or gradient: stop, or skip the step
+_C.TRAIN.NONFINITE = "stop", choice("stop", "skip")
+_C.TRAIN.NONFINITE_LIMIT = 10, COUNT  # NONFINITE skip: stop after so many in a row
 
 _C.TRAIN.LR_SCHEDULER = CN()
-_C.TRAIN.LR_SCHEDULER.NAME = "warmupcosine"  # warmupcosine, cosine (no warmup), constant, step
-_C.TRAIN.LR_SCHEDULER.MILESTONES = "30, 60, 90"  # step: epochs; empty: every DECAY_EPOCHS
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+# warmupcosine, cosine (no warmup), constant, step
+_C.TRAIN.LR_SCHEDULER.NAME = "warmupcosine", choice("warmupcosine", "cosine", "constant", "step")
+# step: epochs; empty: every DECAY_EPOCHS
+_C.TRAIN.LR_SCHEDULER.MILESTONES = "30, 60, 90", milestones
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0, POSITIVE  # step: epochs between drops
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1, real(0.0, 1.0, open_low=True)  # step: factor of each drop
 
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = "lamb"  # lamb (paper, section 3.1), adamw, sgd (Nesterov)
-_C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
-_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd
+# lamb (paper, section 3.1), adamw, sgd (Nesterov)
+_C.TRAIN.OPTIMIZER.NAME = "lamb", choice("lamb", "adamw", "sgd")
+_C.TRAIN.OPTIMIZER.EPS = 1e-8, POSITIVE
+_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999), sequence(real(0.0, 0.9999999), 2)
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9, RATE  # sgd
 
-_C.TRAIN.MODEL_EMA = False
-_C.TRAIN.MODEL_EMA_DECAY = 0.99996
-_C.TRAIN.MODEL_EMA_WARMUP = False  # decay min(MODEL_EMA_DECAY, (1 + step) / (10 + step))
-_C.TRAIN.MODEL_EMA_FORCE_CPU = False  # PPViT's key; here the EMA stays on the device
+_C.TRAIN.MODEL_EMA = False, boolean  # keep a moving average of the weights
+_C.TRAIN.MODEL_EMA_DECAY = 0.99996, SHARE
+_C.TRAIN.MODEL_EMA_WARMUP = False, boolean  # decay min(MODEL_EMA_DECAY, (1 + step) / (10 + step))
+_C.TRAIN.MODEL_EMA_FORCE_CPU = False, boolean  # PPViT's key; here the EMA stays on the device
 
-_C.TRAIN.LOSS = "ce"  # ce, or bce (ResNet strikes back, arXiv 2110.00476)
-_C.TRAIN.BCE_TARGET_THRESHOLD = None  # bce: targets above it become 1, others 0 (paper: 0.2)
-_C.TRAIN.SMOOTHING = 0.1
+_C.TRAIN.LOSS = "ce", choice("ce", "bce")  # ce, or bce (ResNet strikes back, arXiv 2110.00476)
+# bce: targets above it become 1, others 0 (paper: 0.2)
+_C.TRAIN.BCE_TARGET_THRESHOLD = None, optional(SHARE)
+_C.TRAIN.SMOOTHING = 0.1, RATE  # label smoothing
 
 # augmentation of single images, in the loader's workers
-_C.TRAIN.REPEATED_AUG = 3  # copies of an image in an epoch's order (DeiT); 1: off
-_C.TRAIN.CROP_SCALE = (0.08, 1.0)  # share of the area that a random crop keeps
-_C.TRAIN.CROP_RATIO = (0.75, 4 / 3)  # aspect ratio of a random crop
-_C.TRAIN.HFLIP = 0.5
-_C.TRAIN.VFLIP = 0.0
-_C.TRAIN.COLOR_JITTER = 0.4  # used where none of the next three is
-_C.TRAIN.AUTO_AUGMENT = False  # True or `original`, `v0`, ...; RAND_AUGMENT wins over it
-_C.TRAIN.THREE_AUGMENT = False  # 3-Augment (DeiT III, with COLOR_JITTER 0.3); wins over both
-_C.TRAIN.RAND_AUGMENT = True  # or timm's string, rand-m9-mstd0.5-inc1, in place of all numbers
-_C.TRAIN.RAND_AUGMENT_LAYERS = 2  # operations an image
-_C.TRAIN.RAND_AUGMENT_MAGNITUDE = 9.0  # of 10
-_C.TRAIN.RAND_AUGMENT_MAGNITUDE_STD = 0.5
-_C.TRAIN.RAND_AUGMENT_INCREASING = True  # severity grows with magnitude for every operation
-_C.TRAIN.RAND_AUGMENT_PROB = 0.5  # of each operation
+_C.TRAIN.REPEATED_AUG = 3, integer(1, 64)  # copies of an image in an epoch's order (DeiT); 1: off
+# share of the area that a random crop keeps
+_C.TRAIN.CROP_SCALE = (0.08, 1.0), sequence(real(0.0, 1.0, open_low=True), 2, ordered=True)
+# aspect ratio of a random crop
+_C.TRAIN.CROP_RATIO = (0.75, 4 / 3), sequence(POSITIVE, 2, ordered=True)
+_C.TRAIN.HFLIP = 0.5, SHARE  # probability
+_C.TRAIN.VFLIP = 0.0, SHARE  # probability
+_C.TRAIN.COLOR_JITTER = 0.4, real(0.0, 10.0)  # used where none of the next three is
+# True or `original`, `v0`, ...; RAND_AUGMENT wins over it
+_C.TRAIN.AUTO_AUGMENT = False, either(boolean, text)
+# 3-Augment (DeiT III, with COLOR_JITTER 0.3); wins over both
+_C.TRAIN.THREE_AUGMENT = False, boolean
+# or timm's string, rand-m9-mstd0.5-inc1, in place of all numbers
+_C.TRAIN.RAND_AUGMENT = True, either(boolean, text)
+_C.TRAIN.RAND_AUGMENT_LAYERS = 2, integer(0, 64)  # operations an image
+_C.TRAIN.RAND_AUGMENT_MAGNITUDE = 9.0, real(0.0, 10.0)  # of 10
+_C.TRAIN.RAND_AUGMENT_MAGNITUDE_STD = 0.5, NOT_NEGATIVE
+# severity grows with magnitude for every operation
+_C.TRAIN.RAND_AUGMENT_INCREASING = True, boolean
+_C.TRAIN.RAND_AUGMENT_PROB = 0.5, SHARE  # of each operation
 
 # augmentation of batches, on the device
-_C.TRAIN.MIXUP_ALPHA = 0.8
-_C.TRAIN.MIXUP_PROB = 1.0
-_C.TRAIN.MIXUP_SWITCH_PROB = 0.5  # of cutmix instead of mixup
-_C.TRAIN.MIXUP_MODE = "batch"  # one lambda a batch, pair or elem
-_C.TRAIN.CUTMIX_ALPHA = 1.0
-_C.TRAIN.CUTMIX_MINMAX = None  # (min, max) share of a side; turns CUTMIX_ALPHA off
-_C.TRAIN.RANDOM_ERASE_PROB = 0.25
-_C.TRAIN.RANDOM_ERASE_MODE = "pixel"  # const (zero), rand (a colour), pixel (noise)
-_C.TRAIN.RANDOM_ERASE_COUNT = 1  # boxes an image, at most
-_C.TRAIN.RANDOM_ERASE_SPLIT = False  # leave the first half of a batch alone
+_C.TRAIN.MIXUP_ALPHA = 0.8, ALPHA  # of Beta(alpha, alpha); 0: no mixup
+_C.TRAIN.MIXUP_PROB = 1.0, SHARE  # of mixing a batch at all
+_C.TRAIN.MIXUP_SWITCH_PROB = 0.5, SHARE  # of cutmix instead of mixup
+_C.TRAIN.MIXUP_MODE = "batch", choice("batch", "pair", "elem")  # one lambda a batch, pair or elem
+_C.TRAIN.CUTMIX_ALPHA = 1.0, ALPHA  # 0: no cutmix
+# (min, max) share of a side; turns CUTMIX_ALPHA off
+_C.TRAIN.CUTMIX_MINMAX = None, optional(sequence(SHARE, 2, ordered=True))
+_C.TRAIN.RANDOM_ERASE_PROB = 0.25, SHARE  # of each image
+# const (zero), rand (a colour), pixel (noise)
+_C.TRAIN.RANDOM_ERASE_MODE = "pixel", choice("const", "rand", "pixel")
+_C.TRAIN.RANDOM_ERASE_COUNT = 1, integer(1, 256)  # boxes an image, at most
+_C.TRAIN.RANDOM_ERASE_SPLIT = False, boolean  # leave the first half of a batch alone
 
 # distillation (paper, sections 3.1, 3.2: hard, with the label loss on the same head)
-_C.TRAIN.DISTILLATION_TYPE = "none"  # none, hard, soft
-_C.TRAIN.DISTILLATION_ALPHA = 0.5  # share of the teacher's loss
-_C.TRAIN.DISTILLATION_TAU = 1.0  # temperature of soft distillation
-_C.TRAIN.TEACHER_MODEL = None  # a paddle.vision.models name, a ResMLP YAML, a jit.saved prefix
-_C.TRAIN.TEACHER_PRETRAINED = None  # the teacher's weight file
-_C.TRAIN.TEACHER_IMAGE_SIZE = None  # pixels; None: the student's
-_C.TRAIN.TEACHER_MEAN = None  # None: the student's
-_C.TRAIN.TEACHER_STD = None
+_C.TRAIN.DISTILLATION_TYPE = "none", choice("none", "hard", "soft")  # none, hard, soft
+_C.TRAIN.DISTILLATION_ALPHA = 0.5, SHARE  # share of the teacher's loss
+_C.TRAIN.DISTILLATION_TAU = 1.0, POSITIVE  # temperature of soft distillation
+# a paddle.vision.models name, a ResMLP YAML, a jit.saved prefix
+_C.TRAIN.TEACHER_MODEL = None, optional(path)
+_C.TRAIN.TEACHER_PRETRAINED = None, optional(path)  # the teacher's weight file
+_C.TRAIN.TEACHER_IMAGE_SIZE = None, optional(SIDE)  # pixels; None: the student's
+_C.TRAIN.TEACHER_MEAN = None, optional(MEAN)  # None: the student's
+_C.TRAIN.TEACHER_STD = None, optional(STD)
 
 # ---------------------------------------------------------------------------- distribution
 _C.DIST = CN()
-_C.DIST.NPROCS = 0  # processes of main_multi_gpu.py; 0: one a visible GPU, or one on CPU
+# processes of main_multi_gpu.py; 0: one a visible GPU, or one on CPU
+_C.DIST.NPROCS = 0, integer(-1, 4096)
 
 # ------------------------------------------------------------------------------------ misc
-_C.SAVE = "./output"  # a run's folder; this default gives each run a dated folder inside it
-_C.SAVE_FREQ = 10  # epochs between kept checkpoints (epoch_NNN)
-_C.SAVE_STEPS = 0  # optimizer steps between saves of `last` within an epoch; 0: at its end only
-_C.SAVE_FAILURE = "stop"  # a checkpoint cannot be written: stop, or continue
-_C.KEEP_CHECKPOINTS = 3  # newest epoch_NNN checkpoints to keep
-_C.KEEP_EVERY = 0  # also keep every so many epochs for good; 0: none
-_C.REPORT_FREQ = 50  # optimizer steps between log lines
-_C.VALIDATE_FREQ = 1  # epochs between evaluations
-_C.SEED = 0
-_C.EVAL = False  # evaluate only
-_C.EVAL_REPORT = False  # per-class CSV, and a confusion matrix's picture up to 1000 classes
-_C.AMP = False  # mixed precision, on GPU (Paddle has none on CPU)
-_C.AMP_LEVEL = "O1"  # O1: a list of operations; O2: the whole model, float32 master weights
-_C.AMP_DTYPE = "float16"  # float16 (with a loss scaler) or bfloat16 (without)
-_C.DASHBOARD = "none"  # none, visualdl, tensorboard
-_C.TAG = "default"  # PPViT's keys, accepted and unused:
-_C.LOCAL_RANK = 0
-_C.NGPUS = -1
+_C.SAVE = "./output", path  # a run's folder; this default gives each run a dated folder inside it
+_C.SAVE_FREQ = 10, COUNT  # epochs between kept checkpoints (epoch_NNN)
+# optimizer steps between saves of `last` within an epoch; 0: at its end only
+_C.SAVE_STEPS = 0, NATURAL
+# a checkpoint cannot be written: stop, or continue
+_C.SAVE_FAILURE = "stop", choice("stop", "continue")
+_C.KEEP_CHECKPOINTS = 3, COUNT  # newest epoch_NNN checkpoints to keep
+_C.KEEP_EVERY = 0, NATURAL  # also keep every so many epochs for good; 0: none
+_C.REPORT_FREQ = 50, COUNT  # optimizer steps between log lines
+_C.VALIDATE_FREQ = 1, COUNT  # epochs between evaluations
+_C.SEED = 0, integer(0, 2**31 - 1)  # of everything random
+_C.EVAL = False, boolean  # evaluate only
+# per-class CSV, and a confusion matrix's picture up to 1000 classes
+_C.EVAL_REPORT = False, boolean
+_C.AMP = False, boolean  # mixed precision, on GPU (Paddle has none on CPU)
+# O1: a list of operations; O2: the whole model, float32 master weights
+_C.AMP_LEVEL = "O1", choice("O1", "O2")
+# float16 (with a loss scaler) or bfloat16 (without)
+_C.AMP_DTYPE = "float16", choice("float16", "bfloat16")
+_C.DASHBOARD = "none", choice("none", "visualdl", "tensorboard")  # none, visualdl, tensorboard
+_C.TAG = "default", text  # PPViT's keys, accepted and unused: TAG, LOCAL_RANK, NGPUS
+_C.LOCAL_RANK = 0, integer(-1)
+_C.NGPUS = -1, integer(-1)
+
+
+def _split(node: CN, prefix: str = "") -> dict:
+    """Leaves the defaults in the tree; returns the rules by dotted key."""
+    rules = {}
+    for name, declared in node.items():
+        if isinstance(declared, CN):
+            rules.update(_split(declared, f"{prefix}{name}."))
+        else:
+            node[name], rules[prefix + name] = declared
+    return rules
+
+
+RULES = _split(_C)
 
 _MAX_FILES = 100  # merged for one config, counted as often as BASE names them
 _OLD_NAMES = {  # PPViT's first releases
@@ -186,6 +273,7 @@ def get_config(cfg_file: str | None = None) -> CN:
     config = _C.clone()
     if cfg_file:
         _merge_file(config, cfg_file)
+        _settle(config, where=cfg_file)
     return config
 
 
@@ -196,22 +284,19 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
         ConfigError: as `get_config`; the message names the flag.
     """
     config.defrost()
-    for flag in ("cfg", *_FLAGS):
-        if getattr(args, flag, None) == "":  # `-pretrained=$FILE`, and FILE is not set
-            raise ConfigError(f"-{flag} is empty; leave it out, or give it a value")
     if getattr(args, "cfg", None):
         _merge_file(config, args.cfg)
-    for flag, keys in _FLAGS.items():
+    for flag, (_, _, *keys) in _FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None and value is not False:
             for key in keys:
-                _set(config, key, value, where=f"-{flag}")
+                _set(config, key, _parse(value, key, f"-{flag}"), where=f"-{flag}")
     opts = getattr(args, "opts", None) or []
     if len(opts) % 2:
         raise ConfigError(f"-opts takes KEY VALUE pairs, found an odd count: {' '.join(opts)}")
-    for key, text in zip(opts[::2], opts[1::2]):
-        _set(config, key, _parse(text, key), where="-opts")
-    check_consistency(config)
+    for key, value in zip(opts[::2], opts[1::2]):
+        _set(config, key, _parse(value, key, "-opts"), where="-opts")
+    _settle(config, where="config")
     return config
 
 
@@ -223,81 +308,110 @@ def check_config(config: CN) -> CN:
     """
     for key in RULES:
         node, name = _locate(config, key, where="config")
-        coerce(key, node[name], where="config")
+        coerce(key, RULES[key], node[name], where="config")
     check_consistency(config)
     return config
 
 
-_FLAGS = {  # flag -> the keys that it sets
-    "dataset": ["DATA.DATASET"],
-    "data_path": ["DATA.DATA_PATH"],
-    "output": ["SAVE"],
-    "batch_size": ["DATA.BATCH_SIZE", "DATA.BATCH_SIZE_EVAL"],  # PPViT: both
-    "batch_size_eval": ["DATA.BATCH_SIZE_EVAL"],
-    "image_size": ["DATA.IMAGE_SIZE"],
-    "accum_iter": ["TRAIN.ACCUM_ITER"],
-    "pretrained": ["MODEL.PRETRAINED"],
-    "resume": ["MODEL.RESUME"],
-    "last_epoch": ["TRAIN.LAST_EPOCH"],
-    "nprocs": ["DIST.NPROCS"],
-    "eval": ["EVAL"],
-    "amp": ["AMP"],
+_FLAGS = {  # flag -> what it is, how help names its value, the keys that it sets
+    "cfg": ("YAML config (default: the keys of config.py, a ResMLP-S12)", "FILE"),
+    "dataset": ("how the data are laid out", None, "DATA.DATASET"),
+    "data_path": ("data folder", "DIR", "DATA.DATA_PATH"),
+    "image_size": ("pixels", "N", "DATA.IMAGE_SIZE"),
+    "output": ("folder of this run; the default makes a dated one in it", "DIR", "SAVE"),
+    "batch_size": (  # PPViT: both
+        "images per process and step, training and evaluation",
+        "N",
+        "DATA.BATCH_SIZE",
+        "DATA.BATCH_SIZE_EVAL",
+    ),
+    "batch_size_eval": ("the same, evaluation only", "N", "DATA.BATCH_SIZE_EVAL"),
+    "accum_iter": ("batches per optimizer step", "N", "TRAIN.ACCUM_ITER"),
+    "amp": ("mixed precision on GPU", None, "AMP"),
+    "nprocs": (
+        "processes of main_multi_gpu.py; 0: one a GPU, or one on CPU",
+        "N",
+        "DIST.NPROCS",
+    ),
+    "pretrained": ("weight file, with or without its suffix", "FILE", "MODEL.PRETRAINED"),
+    "resume": ("checkpoint to continue from, or `auto`", "FILE", "MODEL.RESUME"),
+    "last_epoch": ("epochs done, where no checkpoint says it", "N", "TRAIN.LAST_EPOCH"),
+    "eval": ("evaluate only", None, "EVAL"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ConfigError(f"command line: {message} (see -h)")
+_GROUPS = {
+    "data and model": ("cfg", "dataset", "data_path", "image_size"),
+    "the run": ("output", "batch_size", "batch_size_eval", "accum_iter", "amp", "nprocs"),
+    "where it starts": ("pretrained", "resume", "last_epoch", "eval"),
+}
 
 
 def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") -> argparse.Namespace:
     """Parses the flags of the mains. Each works with one dash or two, with ``_`` or ``-``.
 
     Raises:
-        ConfigError: an unknown flag or a value that is no number where one is due.
+        ConfigError: an unknown flag, or one without its value.
     """
-    parser = _Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def add(name, help, **kwargs):
-        dashed = name.replace("_", "-")
-        flags = dict.fromkeys([f"-{name}", f"--{name}", f"-{dashed}", f"--{dashed}"])
-        parser.add_argument(*flags, dest=name, help=help, **kwargs)
-
-    add("cfg", "YAML config (default: the keys of config.py, a ResMLP-S12)", metavar="FILE")
-    add("dataset", "imagenet2012 (list files) or imagefolder (a folder per class)")
-    add("data_path", "data folder", metavar="DIR")
-    add("output", "folder of this run (default: a dated folder in ./output)", metavar="DIR")
-    add("batch_size", "images per process and step, training and evaluation", type=int)
-    add("batch_size_eval", "images per process and step, evaluation", type=int)
-    add("image_size", "pixels", type=int)
-    add("accum_iter", "batches per optimizer step", type=int)
-    add("pretrained", "weight file, with or without its suffix", metavar="FILE")
-    add("resume", "checkpoint to continue from, or `auto`", metavar="FILE")
-    add("last_epoch", "epochs already done, where the checkpoint does not say", type=int)
-    add("nprocs", "processes of main_multi_gpu.py (0: one a GPU, or one on CPU)", type=int)
-    parser.add_argument("-ngpus", "--ngpus", dest="nprocs", type=int, help=argparse.SUPPRESS)
-    add("eval", "evaluate only", action="store_true")
-    add("amp", "mixed precision on GPU", action="store_true")
-    add(
-        "opts",
-        "any other keys: -opts TRAIN.BASE_LR 0.001 SEED 1",
-        nargs="+",
-        action="extend",
-        metavar="KEY VALUE",
-    )
+    parser = Parser(description)
+    for title, flags in _GROUPS.items():
+        parser.group(title)
+        for flag in flags:
+            help, metavar, *keys = _FLAGS[flag]
+            options = dict(metavar=metavar) if metavar else {}
+            if keys:
+                node, name = _locate(_C, keys[0], where="config")
+                if RULES[keys[0]] is boolean:
+                    options = dict(action="store_true")
+                elif node[name] is not None:
+                    help += f" (default: {node[name]})"
+                names = getattr(RULES[keys[0]], "names", ())
+                if names:
+                    options = dict(metavar="{" + ",".join(names) + "}")
+            parser.flag(flag, help, **options)
+    parser.flag("ngpus", argparse.SUPPRESS, dest="nprocs")
+    parser.group("anything else")
+    parser.opts_flag("any other keys: -opts TRAIN.BASE_LR 0.001 SEED 1")
     return parser.parse_args(argv)
 
 
+# ------------------------------------------------------------------------------ describing
+def describe_keys() -> str:
+    """All keys as a YAML file: default, what it means, what it takes."""
+    meanings, above = {}, ""
+    for line in Path(__file__).read_text(encoding="utf-8").splitlines():
+        declared = re.match(r"_C\.([A-Z_.]+) = .*?(?:  # (.*))?$", line)
+        if declared:
+            meanings[declared[1]] = declared[2] or above
+        above = f"{above} {line[2:]}".strip() if line.startswith("# ") else ""
+    lines = []
+    for key, rule in RULES.items():
+        node, name = _locate(_C, key, where="config")
+        value = list(node[name]) if isinstance(node[name], tuple) else node[name]
+        value = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+        lines.append(f"{key}: {value}  # {'; '.join(filter(None, (meanings[key], rule.expects)))}")
+    return "\n".join(lines)
+
+
 # -------------------------------------------------------------------------------- merging
+def _settle(config: CN, where: str) -> None:
+    """Judges what joins several keys, when all are known: a base file, or a flag, may mend them."""
+    check_consistency(config, where)
+    train = config.TRAIN
+    cosine = train.LR_SCHEDULER.NAME == "warmupcosine"  # the others go on after any warmup
+    if cosine and train.WARMUP_EPOCHS >= train.NUM_EPOCHS and not config.EVAL:
+        fits = train.NUM_EPOCHS / 2
+        logging.getLogger("resmlp").warning(
+            f"{where}: TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS:g} does not fit into "
+            f"TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}; shortened to {fits:g}"
+        )
+        train.WARMUP_EPOCHS = fits
+
+
 def _merge_file(config: CN, path: str, chain: tuple = (), merged: list | None = None) -> None:
     """Merges a YAML file, its BASE files first.
 
     ``chain`` holds the files that led here, ``merged`` all files so far, each as often as it came.
     """
+    path = os.path.expanduser(path)
     real = os.path.realpath(path)
     if real in chain:
         raise ConfigError(f"{path}: BASE leads back to this file: {' -> '.join([*chain, real])}")
@@ -309,14 +423,12 @@ def _merge_file(config: CN, path: str, chain: tuple = (), merged: list | None = 
     entries = list(_entries(root, path, "", {}))
     for key, value, where in entries:
         if key == "BASE":
-            for base in filter(None, coerce(key, value, where)):
-                base_path = os.path.join(os.path.dirname(path), base)
+            for base in filter(None, coerce(key, RULES[key], value, where)):
+                base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base))
                 _merge_file(config, base_path, (*chain, real), merged)
     for key, value, where in entries:
         if key != "BASE":
             _set(config, key, value, where)
-    if not chain:  # a base may leave to its heir what makes it consistent
-        check_consistency(config, where=path)
 
 
 def _read_yaml(path: str) -> yaml.Node | None:
@@ -387,7 +499,7 @@ def _set(config: CN, key: str, value, where: str) -> None:
         if value is None:  # an empty section in a YAML file
             return
         raise ConfigError(f"{where}: {key} is a section; set one of {', '.join(node[name])}")
-    node[name] = coerce(key, value, where)
+    node[name] = coerce(key, RULES[key], value, where)
 
 
 def _locate(config: CN, key: str, where: str) -> tuple[CN, str]:
@@ -420,14 +532,21 @@ def _suggest(name: str, known: list[str]) -> str:
     return f"; did you mean {by_upper[near[0]]}?" if near else ""
 
 
-def _parse(text: str, key: str):
-    """Reads a value of ``-opts`` as YAML."""
+def _parse(text, key: str, where: str):
+    """Reads a value of the command line: a text as it stands, anything else as YAML."""
+    takes_text = getattr(RULES.get(_OLD_NAMES.get(key, key)), "takes_text", False)
+    if takes_text or not isinstance(text, str):
+        return text
     try:
         return yaml.safe_load(text)
     except Exception:  # PyYAML raises anything where a text does not fit its tag
-        raise ConfigError(f"-opts: {_show(key)}: cannot read the value {text[:80]!r}")
+        raise ConfigError(f"{where}: {_show(key)}: cannot read the value {text[:80]!r}")
 
 
 def _show(key: str) -> str:
     """A key for a message: as it is, if it could be one."""
     return key if key.isprintable() and len(key) <= 80 else repr(key[:80])
+
+
+if __name__ == "__main__":
+    print(describe_keys())

@@ -17,8 +17,8 @@ if not __package__:
 import numpy as np
 
 from cli.errors import DataError, run_as_script
+from cli.parser import Parser
 from demo.fashion_mnist import CLASSES, Split, fingerprint, read, write_archive
-from tools.common import Parser
 
 ARCHIVE = Path(__file__).with_name("fashion_mnist_subset.tar.xz")
 PER_CLASS = {"train": 940, "val": 120}  # as many as fit into 4 MB

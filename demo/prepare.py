@@ -25,9 +25,9 @@ if not __package__:
 from PIL import Image
 
 from cli.errors import DataError, run_as_script
+from cli.parser import Parser
 from demo.fashion_mnist import CLASSES, Split, fingerprint, folder_name, read
 from demo.make_subset import ARCHIVE
-from tools.common import Parser
 
 _MARK = ".fashion_mnist"  # in a folder that this script made: the fingerprint of its images
 
@@ -86,7 +86,9 @@ def _is_empty_folder(path: Path) -> bool:
 def main() -> None:
     parser = Parser(__doc__.split("\n", 1)[0])
     parser.flag("output", "folder to make", metavar="DIR", required=True)
-    parser.flag("idx", "folder of the original idx files (default: the bundled subset)")
+    parser.flag(
+        "idx", "folder of the original idx files (default: the bundled subset)", metavar="DIR"
+    )
     args = parser.parse_args()
     splits = read(args.idx or ARCHIVE)
     made = prepare(splits, args.output)

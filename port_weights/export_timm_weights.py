@@ -12,12 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.errors import WeightsError, run_as_script
+from cli.parser import Parser
 from port_weights import names, verify
 from port_weights.architecture import infer
 from port_weights.torch_files import read_torch_weights, write_torch_weights
 from resmlp import ResMLP, load_state
 from storage.weights import KEYS, read_weights
-from tools.common import Parser
 
 
 def export(
@@ -57,7 +57,7 @@ def export(
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Write Paddle ResMLP weights with PyTorch's names.")
-    parser.add_argument("pretrained", help="Paddle's weight file", metavar="FILE")
+    parser.paths("pretrained", "Paddle's weight file", metavar="FILE")
     parser.flag("output", ".safetensors, or .pth (needs torch)", required=True, metavar="FILE")
     parser.flag("format", "whose names (default: timm)", choices=names.FORMATS, default="timm")
     parser.flag("key", "which weights of a checkpoint", choices=KEYS, default="auto")

@@ -14,6 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli.errors import UserError, WeightsError, run_as_script
+from cli.parser import Parser
 from config import get_config
 from port_weights import names, verify
 from port_weights.architecture import Architecture, infer
@@ -21,7 +22,6 @@ from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, load_state
 from storage.weights import check_state, read_weights, write_weights
-from tools.common import Parser
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from cli.errors import UserError
-from tools.common import Parser, write_file
+from cli.parser import Parser
+from tools.common import write_file
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli.config_rules import RULES
 from cli.errors import ConfigError
-from config import check_config, get_arguments, get_config, update_config
+from config import RULES, check_config, describe_keys, get_arguments, get_config, update_config
 
 ROOT = Path(__file__).parent.parent
 ZOO = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -130,6 +129,83 @@ def test_opts_take_tuples_and_lists():
     assert config.TRAIN.CROP_SCALE == (0.5, 1.0)
 
 
+def test_the_command_line_may_mend_what_a_file_leaves_inconsistent(write):
+    path = write("DATA: {IMAGE_SIZE: 225}\nTRAIN: {LAST_EPOCH: 9, NUM_EPOCHS: 9}")
+    config = from_flags(f"-cfg={path}", "-image_size=224", "-opts", "TRAIN.NUM_EPOCHS", "10")
+    assert (config.DATA.IMAGE_SIZE, config.TRAIN.NUM_EPOCHS) == (224, 10)
+
+
+def test_a_warmup_that_does_not_fit_is_shortened_and_said(caplog):
+    assert from_flags("-opts", "TRAIN.NUM_EPOCHS", "1").TRAIN.WARMUP_EPOCHS == 0.5
+    assert [record.getMessage() for record in caplog.records] == [
+        "config: TRAIN.WARMUP_EPOCHS 5 does not fit into TRAIN.NUM_EPOCHS 1; shortened to 0.5"
+    ]
+
+
+SHORT = ["-opts", "TRAIN.NUM_EPOCHS", "1"]
+
+
+@pytest.mark.parametrize(
+    "more", [["TRAIN.LR_SCHEDULER.NAME", "constant"], ["TRAIN.LR_SCHEDULER.NAME", "step"]]
+)
+def test_schedules_without_an_end_take_a_warmup_longer_than_training(more, caplog):
+    assert from_flags(*SHORT, *more).TRAIN.WARMUP_EPOCHS == 5
+    assert not caplog.records
+
+
+def test_an_evaluation_says_nothing_about_the_warmup(caplog):
+    assert from_flags("-eval", *SHORT).TRAIN.WARMUP_EPOCHS == 5
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        ("DATA.DATA_PATH", "/data/my set #1"),
+        ("TAG", "007"),
+        ("TAG", "a: b"),
+        ("MODEL.PRETRAINED", "[best]"),
+        ("SAVE", "2026-01-01"),
+    ],
+)
+def test_opts_take_a_text_as_it_stands(key, text):
+    node = from_flags("-opts", key, text)
+    for name in key.split("."):
+        node = node[name]
+    assert node == text
+
+
+def test_a_home_folder_is_expanded_wherever_a_path_is_given(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("SEED: 7", "base.yaml")
+    write("BASE: ['~/base.yaml']\nDATA: {VAL_LIST: ~/val.txt}")
+    config = from_flags(
+        *("-cfg=~/x.yaml", "-output=~/run", "-opts", "TRAIN.TEACHER_PRETRAINED", "~/teacher")
+    )
+    assert config.SEED == 7 and f"{tmp_path}/run" == config.SAVE
+    assert f"{tmp_path}/val.txt" == config.DATA.VAL_LIST
+    assert f"{tmp_path}/teacher" == config.TRAIN.TEACHER_PRETRAINED
+
+
+def test_the_help_shows_each_flag_once_with_default_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        get_arguments(["-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    options = text.split("data and model:")[1]
+    assert options.count("-batch_size_eval") == 1 and "batch-size" not in text
+    assert "-image_size N pixels (default: 224)" in options
+    assert "-dataset {imagenet2012,imagefolder}" in options
+
+
+def test_the_list_of_keys_is_a_config_with_a_meaning_for_each(write):
+    assert get_config(write(describe_keys())) == get_config()
+    lines = {line.split(": ")[0]: line for line in describe_keys().splitlines()}
+    assert set(lines) == set(RULES)
+    assert "lamb (paper" in lines["TRAIN.OPTIMIZER.NAME"]
+    assert "one of lamb, adamw, sgd" in lines["TRAIN.OPTIMIZER.NAME"]
+    assert "(min, max) share of a side" in lines["TRAIN.CUTMIX_MINMAX"]
+
+
 BAD_FILES = {
     "DATA:\n  BATCHSIZE: 3": r"x.yaml:2: unknown .* DATA.BATCHSIZE; did you mean DATA.BATCH_SIZE",
     "FOO: {}": r"x.yaml:1: unknown config key FOO",
@@ -160,7 +236,6 @@ BAD_FILES = {
     "TRAIN: {BASE_LR: fast}": r"TRAIN.BASE_LR is 'fast'; expected a number above 0",
     "TRAIN: {BASE_LR: .nan}": r"TRAIN.BASE_LR is nan",
     "TRAIN: {OPTIMIZER: {NAME: adam2}}": r"NAME is 'adam2'; expected one of lamb, adamw, sgd",
-    "TRAIN: {NUM_EPOCHS: 4}": r"WARMUP_EPOCHS is 5, which leaves nothing of TRAIN.NUM_EPOCHS 4",
     "TRAIN: {CROP_SCALE: [1.0, 0.5]}": r"smaller first",
     "SEED: 1\nSEED: 2": r"x.yaml:2: SEED is given twice",
     "a: [1,": r"x.yaml:\d: not valid YAML",
@@ -184,16 +259,16 @@ def test_a_mistake_in_a_file_is_named_with_its_place(text, write):
 
 BAD_FLAGS = {
     "-foo": "unrecognized arguments: -foo",
-    "-batch_size x": "invalid int value: 'x'",
+    "-batch_size x": "-batch_size: DATA.BATCH_SIZE is 'x'; expected a whole number",
     "-batch_size 0": "-batch_size: DATA.BATCH_SIZE is 0",
     "-opts SEED": "-opts takes KEY VALUE pairs",
     "-opts TRAIN.BETAS 1": "did you mean TRAIN.OPTIMIZER.BETAS",
     "-opts SEED [": "-opts: SEED: cannot read the value",
     "-opts SEED !!int": "-opts: SEED: cannot read the value",
     "-opts BASE x.yaml": "-opts: BASE belongs in a YAML file",
-    "-pretrained=": "-pretrained is empty; leave it out",
-    "-resume=": "-resume is empty; leave it out",
-    "-cfg=": "-cfg is empty; leave it out",
+    "-pretrained=": "argument -pretrained: is empty; leave it out",
+    "-resume=": "argument -resume: is empty; leave it out",
+    "-cfg=": "argument -cfg: is empty; leave it out",
     "-last_epoch 400": "TRAIN.LAST_EPOCH is 400, which leaves nothing of TRAIN.NUM_EPOCHS 400",
     "-image_size 100": "DATA.IMAGE_SIZE is 100, not a multiple",
     "-cfg configs/resmlp_25_224.yaml": "no such config file",

@@ -41,6 +41,7 @@ from PIL import Image
 
 from batch_augment import BatchAugment
 from cli.errors import UserError, run_as_script
+from cli.parser import Parser
 from config import get_config, update_config
 from datasets import build_loader
 from loading.files import read_image
@@ -49,7 +50,6 @@ from model_ema import ModelEma
 from optimizer import build_optimizer, clip_gradients
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
-from tools.common import Parser
 from tools.export import ONNX_PACKAGES, require, save_for_inference
 from tools.folding import fold
 from tools.infer_exported import open_onnx, open_paddle
@@ -506,7 +506,7 @@ def as_table(results: Sequence[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("Measures speed and memory of a model beside the machine's limit.")
     parser.flag("cfg", "YAML config of the model", metavar="FILE")
-    parser.flag("mode", ", ".join(MODES), default="infer")
+    parser.flag("mode", ", ".join(MODES), default="infer", metavar="MODE")
     parser.flag("batch_size", "images in a step", type=int, default=32, metavar="N")
     parser.flag("threads", "CPU threads (default: all cores)", type=int, metavar="N")
     parser.flag("dtype", ", ".join(DTYPES), default="float32")

@@ -16,40 +16,6 @@ from storage.weights import find_file, write_atomically
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
 
-# ------------------------------------------------------------------------- the command line
-def _not_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; is a shell variable not set?")
-    return text
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags with one dash or two, with ``_`` or ``-``, as the mains have; a mistake is one line."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False)
-
-    def flag(self, name: str, help: str, **kwargs) -> None:
-        dashed = name.replace("_", "-")
-        flags = dict.fromkeys([f"-{name}", f"--{name}", f"-{dashed}", f"--{dashed}"])
-        if "action" not in kwargs:
-            kwargs.setdefault("type", _not_empty)
-        self.add_argument(*flags, dest=name, help=help, **kwargs)
-
-    def model_flags(self) -> None:
-        """Adds the flags that name a trained model: ``-pretrained``, ``-cfg``, ``-opts``."""
-        self.flag("pretrained", "weight file or checkpoint", metavar="FILE")
-        self.flag("cfg", "YAML config (default: config.yaml beside the weights)", metavar="FILE")
-        self.opts_flag("config keys: -opts DATA.CROP_PCT 0.9 ...")
-
-    def opts_flag(self, help: str) -> None:
-        """Adds ``-opts``; given twice, it takes the keys of both."""
-        self.flag("opts", help, action="extend", nargs="+", metavar="KEY VALUE", default=[])
-
-    def error(self, message: str):
-        raise UserError(f"command line: {message} (see -h)")
-
-
 # ---------------------------------------------------------------------------- trained models
 def run_config(
     pretrained: str | os.PathLike | None = None,

@@ -31,11 +31,12 @@ from paddle import nn
 from paddle.static import InputSpec
 
 from cli.errors import UserError, run_as_script
+from cli.parser import Parser
 from datasets import build_dataset
 from loading.files import read_image
 from resmlp import build_resmlp, load_state
 from storage.weights import read_weights
-from tools.common import Parser, load_model, run_config, write_file
+from tools.common import load_model, run_config, write_file
 from tools.folding import fold
 from tools.infer_exported import ModelError, Run, open_onnx, open_paddle
 from tools.predict import find_class_names, find_images
@@ -361,12 +362,20 @@ def _staging(output: str | os.PathLike) -> Iterator[Path]:
 def main() -> None:
     parser = Parser("Exports a trained model, and verifies what it wrote.")
     parser.model_flags()
-    parser.flag("output", "folder for model.* (default: `exported` beside the weights)")
+    parser.flag(
+        "output", "folder for model.* (default: `exported` beside the weights)", metavar="DIR"
+    )
     parser.flag("format", " ".join(_EXPORTERS), nargs="+", default=["paddle"], metavar="NAME")
     parser.flag(
         "with_preprocessing", "uint8 [B, H, W, 3] in, probabilities out", action="store_true"
     )
-    parser.flag("images", "images to verify on (default: validation data)", nargs="+", default=())
+    parser.flag(
+        "images",
+        "images to verify on (default: validation data)",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+    )
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
     args = parser.parse_args()
     metadata = export(

@@ -310,8 +310,10 @@ def classify(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("model", help="model.onnx, model.json or model.pdmodel")
-    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument(
+        "model", type=os.path.expanduser, help="model.onnx, model.json or model.pdmodel"
+    )
+    parser.add_argument("images", nargs="+", type=os.path.expanduser, help="image files")
     parser.add_argument("-top_k", "--top_k", "--top-k", type=int, default=5, metavar="K")
     parser.add_argument("-batch_size", "--batch_size", "--batch-size", type=int, default=8)
     parser.add_argument("-threads", "--threads", type=int, help="CPU threads (default: all cores)")

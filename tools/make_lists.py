@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cli.errors import DataError, run_as_script
+from cli.parser import Parser
 from loading.files import (
     BadImage,
     class_folders,
@@ -39,7 +40,6 @@ from loading.files import (
     read_list,
     regular_size,
 )
-from tools.common import Parser
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
 
@@ -348,9 +348,9 @@ def _listed(path: str) -> str:
 
 def main() -> None:
     parser = Parser("Makes train_list.txt, val_list.txt and classes.txt for a folder of images.")
-    parser.add_argument(
+    parser.paths(
         "source",
-        help="a folder with a folder per class, or with train/ and val/ of such; "
+        "a folder with a folder per class, or with train/ and val/ of such; "
         "or a CSV file of path,label",
     )
     parser.flag(

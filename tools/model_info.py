@@ -23,10 +23,10 @@ from cpu import setup  # noqa: F401  isort: skip
 import paddle
 
 from cli.errors import UserError, run_as_script
+from cli.parser import Parser
 from config import get_config, update_config
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, build_resmlp
-from tools.common import Parser
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median
 
 from cli.errors import UserError, run_as_script
+from cli.parser import Parser
 from loading.files import printable
-from tools.common import Parser, html_page, html_table, write_file
+from tools.common import html_page, html_table, write_file
 from training.pictures import new_figure, render
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
@@ -199,7 +200,7 @@ def _figure(runs: list[Run]):
     if len(runs) > 1:
         figure.legend(
             [Line2D([], [], color=_COLORS[i % len(_COLORS)]) for i in range(len(runs))],
-            [run.name for run in runs],
+            [run.name.replace("$", r"\$") for run in runs],
             loc="outside upper center",
             ncols=min(len(runs), 5),
             frameon=False,
@@ -241,7 +242,7 @@ def _summary(run: Run) -> list[str]:
 
 def main() -> None:
     parser = Parser("Curves of training runs, from their metrics.jsonl.")
-    parser.add_argument("runs", nargs="+", help="folders of runs", metavar="DIR")
+    parser.paths("runs", "folders of runs", nargs="+", metavar="DIR")
     parser.flag("output", "picture (default: curves.png in the first run)", metavar="FILE")
     parser.flag("html", "also a self-contained HTML page", metavar="FILE")
     args = parser.parse_args()

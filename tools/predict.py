@@ -26,11 +26,11 @@ import paddle
 import paddle.nn.functional as F
 
 from cli.errors import UserError, run_as_script
+from cli.parser import Parser
 from loading.files import class_names as data_class_names
 from loading.files import list_images, printable, read_class_names, read_image
 from tools.common import (
     IMAGENET_CLASSES,
-    Parser,
     load_model,
     run_config,
     write_file,
@@ -212,9 +212,7 @@ def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
 
 def main() -> None:
     parser = Parser("Classifies images with a trained model.")
-    parser.add_argument(
-        "images", nargs="+", help="files, folders, glob patterns; -: paths from standard input"
-    )
+    parser.paths("images", "files, folders, glob patterns; -: paths from standard input", nargs="+")
     parser.model_flags()
     parser.flag("top_k", "classes to name per image", type=int, default=5, metavar="K")
     parser.flag("batch_size", "images at a time", type=int, default=32)

@@ -22,7 +22,8 @@ from pathlib import Path
 import yaml
 
 from cli.errors import ConfigError, UserError, run_as_script
-from tools.common import Parser, write_file
+from cli.parser import Parser
+from tools.common import write_file
 from tools.plot_metrics import is_number, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,11 +137,11 @@ def table(results: dict[str, list[float]]) -> str:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("study", help="YAML file: variant -> config keys")
+    parser.paths("study", "YAML file: variant -> config keys")
     parser.flag("cfg", "YAML config of all variants", metavar="FILE", required=True)
     parser.flag("data_path", "data folder", metavar="DIR", required=True)
     parser.flag("output", "folder of the runs", metavar="DIR", required=True)
-    parser.flag("seeds", "runs of each variant (default: 3)", type=int, default=3)
+    parser.flag("seeds", "runs of each variant", type=int, default=3)
     parser.opts_flag("config keys for all variants")
     parser.flag("multi", "train with main_multi_gpu.py", action="store_true")
     args = parser.parse_args()
