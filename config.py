@@ -50,6 +50,7 @@ from cli.config_rules import (
 )
 from cli.errors import ConfigError
 from cli.parser import Parser
+from cli.ppvit_defaults import differences
 
 _C = CN()
 _C.BASE = [""], files  # YAML files to merge first, relative to the file that names them
@@ -253,6 +254,7 @@ def _split(node: CN, prefix: str = "") -> dict:
 
 RULES = _split(_C)
 
+_OURS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "configs")
 _MAX_FILES = 100  # merged for one config, counted as often as BASE names them
 _OLD_NAMES = {  # PPViT's first releases
     "MODEL.MIXER.HIDDEN_SIZE": "MODEL.MIXER.EMBED_DIM",
@@ -298,6 +300,27 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
         _set(config, key, _parse(value, key, "-opts"), where="-opts")
     _settle(config, where="config")
     return config
+
+
+def note_on_defaults(config: CN, args: argparse.Namespace) -> str | None:
+    """One line on unset keys that PPViT has other defaults for; None: there is nothing to say.
+
+    Our own YAML files, and those that build on one of them, hold the recipe that they mean.
+
+    Args:
+        config: the resolved config of a training.
+        args: the arguments that it was resolved from.
+    """
+    files: list[str] = []
+    if config.EVAL or not args.cfg:
+        return None
+    _merge_file(_C.clone(), args.cfg, merged=files)
+    if any(os.path.dirname(path) == _OURS for path in files):
+        return None
+    given = {key for path in files for key, _, _ in _entries(_read_yaml(path), path, "", {})}
+    given |= set((args.opts or [])[::2])  # no flag sets any of them
+    unset = differences(config, {_OLD_NAMES.get(key, key) for key in given})
+    return f"not set in {args.cfg}, so our default: {', '.join(unset)}" if unset else None
 
 
 def check_config(config: CN) -> CN:

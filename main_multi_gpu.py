@@ -10,12 +10,15 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 from cli.errors import run_as_script
-from config import get_arguments, get_config, update_config
+from config import get_arguments, get_config, note_on_defaults, update_config
 from launch import launch
 
 
 def main() -> int:
-    config = update_config(get_config(), get_arguments(description=__doc__))
+    arguments = get_arguments(description=__doc__)
+    config = update_config(get_config(), arguments)
+    if note := note_on_defaults(config, arguments):
+        print(note, flush=True)
     config.freeze()
     return launch(config)
 

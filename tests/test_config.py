@@ -6,7 +6,16 @@ import pytest
 import yaml
 
 from cli.errors import ConfigError
-from config import RULES, check_config, describe_keys, get_arguments, get_config, update_config
+from cli.ppvit_defaults import PPVIT
+from config import (
+    RULES,
+    check_config,
+    describe_keys,
+    get_arguments,
+    get_config,
+    note_on_defaults,
+    update_config,
+)
 
 ROOT = Path(__file__).parent.parent
 ZOO = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -333,3 +342,43 @@ def test_a_hand_edited_config_is_checked():
 
 def test_the_tree_is_plain_yaml(write):
     assert yaml.safe_load(get_config().dump())["DATA"]["BATCH_SIZE"] == 256
+
+
+# ------------------------------------------------------------------------- PPViT's defaults
+def note(*flags):
+    arguments = get_arguments(list(flags))
+    return note_on_defaults(update_config(get_config(), arguments), arguments)
+
+
+def test_a_ppvit_yaml_is_told_each_default_that_differs(write):
+    path = write("MODEL:\n    MIXER: {HIDDEN_SIZE: 384}\nTRAIN:\n    BASE_LR: 0.002\n")
+    text = note(f"-cfg={path}", "-opts", "TRAIN.GRAD_CLIP", "1.0", "TRAIN.WEIGHT_DECAY", "0.1")
+    assert text == (
+        f"not set in {path}, so our default: MODEL.DROPPATH 0.05 (PPViT 0.1), "
+        "TRAIN.NUM_EPOCHS 400 (PPViT 300), TRAIN.WARMUP_EPOCHS 5.0 (PPViT 20), "
+        "TRAIN.LINEAR_SCALED_LR 2048 (PPViT 512), TRAIN.OPTIMIZER.NAME lamb (PPViT adamw), "
+        "TRAIN.REPEATED_AUG 3 (PPViT 1)"
+    )
+
+
+def test_what_a_base_sets_is_set(write):
+    write("TRAIN: {NUM_EPOCHS: 400}", "base.yaml")
+    assert "NUM_EPOCHS" not in note(f"-cfg={write('BASE: [base.yaml]')}")
+
+
+def test_our_own_recipes_and_evaluation_need_no_note(write):
+    ours = ROOT / "configs" / "resmlp_12_224.yaml"
+    assert note(f"-cfg={ours}") is None
+    assert note(f"-cfg={write(f'BASE: [{ours}]')}") is None
+    path = write("SEED: 1")
+    assert note(f"-cfg={path}") and note(f"-cfg={path}", "-eval") is None
+
+
+def test_the_table_of_ppvits_defaults_in_the_docs_is_whole():
+    lines = (ROOT / "docs" / "porting.md").read_text().splitlines()
+    rows = {row[1].strip("` "): row[2:4] for row in (li.split("|") for li in lines) if len(row) > 5}
+    for key, theirs in PPVIT.items():
+        value = get_config()
+        for name in key.split("."):
+            value = value[name]
+        assert [cell.strip() for cell in rows[key]] == [str(theirs), str(value)], key

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
-    ["cli.errors", "cpu.setup", "cpu.resample_kernels"],
+    ["cli.errors", "cli.ppvit_defaults", "cpu.setup", "cpu.resample_kernels"],
     ["storage.safe_pickle", "cli.config_rules", "cli.parser", "loading.samplers", "cpu.resample"],
     ["loading.archives", "training.pictures"],
     ["loading.files", "parallel.rendezvous"],
