@@ -381,7 +381,8 @@ def test_inference_needs_none_of_the_training_code(exported_whole, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    header, *rows = done.stdout.splitlines()[-3:]
+    header, *rows = done.stdout.splitlines()  # and nothing else
+    assert len(rows) == 2
     assert header.split() == ["image", "confidence", "class"]
     assert all(row.split("  ")[-1] in NAMES for row in rows)
 
@@ -520,4 +521,4 @@ def test_what_is_no_model_is_refused(tmp_path, name, content):
 def test_the_script_reports_the_difference(weights, tmp_path):
     done = run_tool("export", "-pretrained", weights, "-output", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "verified on 16 generated images\npaddle: largest difference " in done.stdout
+    assert done.stdout.startswith("verified on 16 generated images\npaddle: largest difference ")

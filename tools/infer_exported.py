@@ -11,6 +11,8 @@ classes, stand in the model's metadata, which tools/export.py writes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -245,12 +247,34 @@ def open_paddle(
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     target = predictor.get_output_handle(predictor.get_output_names()[0])
 
+    guards = [_notes_to_stderr()]  # of the first run, which prints a note
+
     def run(images: np.ndarray) -> np.ndarray:
         source.copy_from_cpu(images)
-        predictor.run()
+        with guards.pop() if guards else contextlib.nullcontext():
+            predictor.run()
         return target.copy_to_cpu()
 
     return run
+
+
+@contextlib.contextmanager
+def _notes_to_stderr() -> Iterator[None]:
+    """Sends what Paddle's C++ code prints to standard error: standard output is for results."""
+    try:
+        stdout = os.dup(1)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows
+            ctypes.CDLL(None).fflush(None)  # what C++ still holds
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 # ---------------------------------------------------------------------------------- images
