@@ -6,7 +6,6 @@ from cpu import setup  # noqa: F401  isort: skip
 
 import contextlib
 import random
-import resource
 import sys
 import time
 
@@ -14,6 +13,11 @@ import numpy as np
 import paddle
 
 from parallel.process import Process
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 # ------------------------------------------------------------------------------------ seeds
@@ -60,9 +64,11 @@ class Normalize:
 
 
 def memory_mb(process: Process) -> float:
-    """Peak memory of this process, MB: of the GPU where there is one, else resident."""
+    """Peak memory of this process, MB: of the GPU if there is one, else resident (Windows: 0)."""
     if process.on_gpu:
         return paddle.device.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -17,8 +17,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from glob import glob
@@ -142,6 +144,7 @@ class Loader:
             yield [paddle.to_tensor(images), paddle.to_tensor(labels), *rest]
 
     def _from_workers(self) -> Iterator[list]:
+        warnings.filterwarnings("ignore", message=".*not supported on MacOs and Windows")
         loader = paddle.io.DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
@@ -152,6 +155,11 @@ class Loader:
             timeout=_DEATH_CHECK,  # in spite of its name it limits nothing
             worker_init_fn=_start_worker,
         )
+        if not loader.num_workers:  # macOS, Windows: Paddle has no workers there
+            self.log("Paddle has no loader workers on this system: images are loaded in turn")
+            self.num_workers = 0
+            yield from self._from_here()
+            return
         iterator = _start(loader)
         try:
             for _ in range(len(self.sampler) - getattr(self.sampler, "skip_batches", 0)):
@@ -275,7 +283,7 @@ def shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool:
 
     A worker that finds it full dies of a bus error in the middle of a batch.
     """
-    if not workers:
+    if not workers or sys.platform != "linux":  # elsewhere Paddle loads in the main process
         return True
     ranks_here = int(os.environ.get("PADDLE_LOCAL_SIZE", world))
     needed = ranks_here * (workers * _PREFETCH + 3) * batch_bytes  # 3: being read, copied, used

@@ -143,7 +143,8 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._handle)
             # Or a rank that waits for others would fail: Paddle does not repeat system calls.
-            signal.siginterrupt(number, False)
+            if hasattr(signal, "siginterrupt"):  # not on Windows
+                signal.siginterrupt(number, False)
 
     def close(self) -> None:
         """Gives the signals back to whom they belonged, when those that count as one are over."""

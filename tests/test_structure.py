@@ -1,6 +1,8 @@
 """The picture in the README, "How the code is laid out": imports run downwards only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,26 @@ def test_nobody_imports_a_main(folder):
 )
 def test_modules_that_promise_it_import_no_paddle(module):
     assert not any(name.startswith("paddle") for name in imports(path_of(module)))
+
+
+def _import_after(preparation):
+    code = f"import sys, types\nROOT = {str(ROOT)!r}\n{preparation}\nimport resmlp"
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, capture_output=True, text=True, cwd="/").stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["datasets", "utils", "config", "storage"])
+def test_another_module_of_a_name_of_ours_that_was_imported_is_told_in_one_line(name):
+    said = _import_after(
+        f"sys.modules[{name!r}] = types.ModuleType({name!r}); sys.path[:0] = [ROOT]"
+    )
+    assert said.startswith(f"ImportError: another module named {name} ")
+    assert said.endswith("was imported already; run ours in a process of its own")
+
+
+def test_another_module_that_would_be_found_first_is_told_in_one_line(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").touch()
+    said = _import_after(f"sys.path[:0] = [{str(tmp_path)!r}, ROOT]")
+    assert said.startswith(f"ImportError: another module named datasets ({tmp_path}")
+    assert said.endswith(f"begin with sys.path.insert(0, {str(ROOT)!r})")
