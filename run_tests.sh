@@ -7,6 +7,7 @@
 #   --with-extras   also what needs ONNX or TensorBoard (tools/requirements.txt)
 #   --faults        also the tests that kill processes and fill disks
 #   --commands      also every command of README.md and docs/
+#   --notebooks     also the notebook, executed (installs Jupyter's kernel)
 #
 #   PYTHON, DEVICE, PADDLE_VERSION   see setup_env.sh
 set -eu
@@ -17,6 +18,7 @@ with_timm=
 with_extras=
 faults=
 commands=
+notebooks=
 count=$#
 while [ "$count" -gt 0 ]; do # our options go, pytest's stay
     case $1 in
@@ -24,6 +26,7 @@ while [ "$count" -gt 0 ]; do # our options go, pytest's stay
     --with-extras) with_extras=yes ;;
     --faults) faults=yes ;;
     --commands) commands=yes ;;
+    --notebooks) notebooks=yes ;;
     *) set -- "$@" "$1" ;;
     esac
     shift
@@ -36,6 +39,8 @@ ensure requirements-test.txt pytest xdist ruff
 [ -z "$with_timm" ] || ensure port_weights/requirements.txt torch torchvision timm
 [ -z "$with_extras" ] || ensure tools/requirements.txt paddle2onnx onnx onnxruntime tensorboardX
 
+[ -z "$notebooks" ] || ensure notebooks/requirements.txt nbclient ipykernel
+
 step "Lint"
 lint=passed
 show "$PYTHON" -m ruff check . || lint=failed
@@ -45,5 +50,6 @@ step "Tests"
 [ -n "$with_timm" ] || set -- --ignore=tests/timm "$@"
 [ -n "$faults" ] || set -- --ignore=tests/faults "$@"
 [ -n "$commands" ] || set -- --ignore=tests/commands "$@"
+[ -n "$notebooks" ] || set -- --ignore=tests/notebooks "$@"
 show "$PYTHON" -m pytest "$@"
 [ $lint = passed ] || die "the tests passed, but not the lint above"

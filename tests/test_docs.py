@@ -10,11 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from config import RULES
 
 from .commands import tables
-from .commands.pages import PAGES, ROOT, commands, unmarked
+from .commands.pages import CHINESE, PAGES, ROOT, commands, unmarked
 
 KEYS = {*RULES, *(key.rpartition(".")[0] for key in RULES)}
 COMMANDS = [command for page in PAGES for command in commands(page)]
@@ -39,7 +40,7 @@ def help_of(script):
     return result.stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *CHINESE], ids=lambda page: page.name)
 def test_relative_links_lead_to_files_and_headings(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -105,6 +106,20 @@ def test_the_tables_of_how_commands_are_run_hold_nothing_that_no_page_says():
     for files, pattern, _, _ in tables.IN_THE_CLONE:
         found = list(ROOT.glob(files))
         assert found and all(re.search(pattern, path.read_text()) for path in found), files
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *ROOT.glob(".github/*.md")], ids=str)
+def test_pages_for_contributors_link_to_what_is_there(page):
+    test_relative_links_lead_to_files_and_headings(page)
+
+
+def test_forms_workflow_and_citation_can_be_read_and_the_workflow_runs_the_tests():
+    files = [ROOT / "CITATION.cff", *ROOT.glob(".github/*/*.yml")]
+    read = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+    assert {"bug.yml", "tests.yml"} < set(read)
+    job = read["tests.yml"]["jobs"]["tests"]
+    assert job["strategy"]["matrix"]["python"] == ["3.9", "3.11", "3.13"]
+    assert any(step.get("run", "").startswith("sh run_tests.sh") for step in job["steps"])
 
 
 def test_what_is_said_to_be_a_stage_of_continuous_integration_is_one():

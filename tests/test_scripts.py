@@ -171,12 +171,15 @@ def test_the_options_of_run_tests_go_and_those_of_pytest_stay(sandbox):
         assert result.returncode == 0, result.stderr
         return sandbox.calls("-m pytest")[0]
 
-    ignored = "--ignore=tests/commands --ignore=tests/faults --ignore=tests/timm"
+    ignored = (
+        "--ignore=tests/notebooks --ignore=tests/commands --ignore=tests/faults --ignore=tests/timm"
+    )
     assert pytest_line() == f"-m pytest {ignored}"
     assert pytest_line("-k", "mixup", "--with-timm", "-x") == (
-        "-m pytest --ignore=tests/commands --ignore=tests/faults -k mixup -x"
+        "-m pytest --ignore=tests/notebooks --ignore=tests/commands --ignore=tests/faults "
+        "-k mixup -x"
     )
-    assert pytest_line("--faults", "tests/faults", "--commands") == (
+    assert pytest_line("--faults", "tests/faults", "--commands", "--notebooks") == (
         "-m pytest --ignore=tests/timm tests/faults"
     )
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_ALL = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+CHINESE = [page for page in _ALL if page.stem.endswith("_cn")]  # say what the English pages say
+PAGES = [page for page in _ALL if page not in CHINESE]
 
 _BLOCK_OR_SPAN = re.compile(r"^ *```(\w*)\n(.*?)^ *```|(?<!`)`([^`]+)`", re.DOTALL | re.MULTILINE)
 _COMMAND = re.compile(r"(\w+=\S* )*(python3?|sh|pip|srun|sbatch|tensorboard|visualdl) ")

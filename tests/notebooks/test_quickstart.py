@@ -1,0 +1,42 @@
+"""The notebook runs from its first cell to its last, and is stored with what it printed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+SECONDS = 300  # at most, for one cell
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notebook") / "clone"
+    left_out = shutil.ignore_patterns(".*", "output", "data", "__pycache__")
+    return shutil.copytree(ROOT, folder, ignore=left_out)
+
+
+@pytest.mark.parametrize("first", ["", "import paddle"], ids=["as it is", "paddle is imported"])
+def test_every_cell_runs(clone, first):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
+    path = {"metadata": {"path": str(clone / "notebooks")}}
+    nbclient.NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", resources=path
+    ).execute()
+    assert (clone / "output" / "quickstart" / "pictures" / "token_mixing.png").is_file()
+
+
+def test_the_stored_outputs_are_there_and_small():
+    code = [
+        cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"
+    ]
+    assert all(cell.outputs for cell in code[1:])  # the first cell prints nothing in a clone
+    assert not [o for cell in code for o in cell.outputs if o.output_type == "error"]
+    assert NOTEBOOK.stat().st_size < 1_000_000
