@@ -23,6 +23,8 @@ from loading.files import (
     BadImage,
     ImageIndex,
     class_names,
+    find_classes,
+    folder_classes,
     open_image,
     read_image,
     read_list,
@@ -124,7 +126,10 @@ def build_dataset(config, split: str) -> ImageDataset:
     if not archives.is_folder(root):
         raise DataError(f"{root}: no such data folder; set it with `-data_path`")
     if config.DATA.DATASET == "imagefolder":
-        files = scan_folder(root, split, config.MODEL.NUM_CLASSES)
+        classes = folder_classes(config)
+        files = scan_folder(root, split, config.MODEL.NUM_CLASSES, classes)
+        if split == "train" or config.EVAL:
+            files.notes += _other_order(classes, root)
     else:
         name = config.DATA.TRAIN_LIST if split == "train" else config.DATA.VAL_LIST
         files = read_list(
@@ -147,6 +152,17 @@ def build_dataset(config, split: str) -> ImageDataset:
     return ImageDataset(files, lambda image, rng: evaluate(image))
 
 
+def _other_order(classes: list[str], root: str) -> list[str]:
+    sorted_ones = find_classes(root)
+    if classes == sorted_ones:
+        return []
+    label = next(i for i, name in enumerate(classes) if name != sorted_ones[i])
+    return [
+        f"warning: {root}: the classes.txt beside the weights has another order than the folders "
+        f"(label {label} is {classes[label]!r}, not {sorted_ones[label]!r}); the weights' is kept"
+    ]
+
+
 def build_loader(
     config, split: str, rank: int = 0, world: int = 1, log: Callable[[str], None] = print
 ) -> Loader:
@@ -165,6 +181,8 @@ def build_loader(
     dataset = build_dataset(config, split)
     told = split == "train" or config.EVAL  # once a run
     resample.prepare(log if told else lambda line: None)  # before workers are forked
+    for note in dataset.files.notes:
+        log(note)
     _warn_of_empty_classes(config, split, dataset.files, log)
     data = config.DATA
     if split == "train":

@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance
 from augment import Policy, build_policy, rand_augment
 from cli.errors import ConfigError
 from cpu.resample import resize
-from loading.files import BadImage
+from loading.files import BadImage, to_rgb
 
 _RESAMPLE = {
     name: Image.Resampling[name.upper()]
@@ -39,12 +39,6 @@ class Box(NamedTuple):
     top: int
     right: int
     bottom: int
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, read, as `image.convert("RGB")` but without copying one that is RGB."""
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # ---- evaluation --------------------------------------------------------------------------------

@@ -20,18 +20,40 @@ import re
 import stat
 import warnings
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 from PIL import Image
 
 from cli.errors import DataError
 from loading import archives
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 
 # Formats that Pillow decodes itself. (It would hand an .eps to Ghostscript, another program.)
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+try:
+    from PIL import AvifImagePlugin  # Pillow 11.3 and later, where its wheel has the decoder
+
+    if AvifImagePlugin.SUPPORTED:
+        EXTENSIONS, _FORMATS = (*EXTENSIONS, ".avif"), (*_FORMATS, "AVIF")
+except ImportError:
+    pass
+
+# What splits are called, in any case, the first name before the others. A `test` folder is neither:
+# its images are for the very end, or have no labels.
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+_TEST_NAMES = ("test", "testing")
+
+# Folders of operating systems, network drives and notebooks, which hold copies of images.
+_JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__")
+_JUNK += ("system volume information", "thumbs.db", "desktop.ini")
 
 _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 
@@ -88,15 +110,45 @@ def open_image(path: str) -> Image.Image:
         raise _bad_image(path, error) from None
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, read: as ``convert("RGB")``, without copying one that is RGB.
+
+    Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead,
+    with the upper 8 bits, as OpenCV does. Numbers without a known range are refused.
+
+    Raises:
+        BadImage: 32-bit integers or floating point.
+    """
+    image.load()
+    if image.mode == "RGB":
+        return image
+    sixteen = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        sixteen = True  # what older Pillow makes of 16 bits
+    if sixteen:
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(258, (16,))[0]  # BitsPerSample of a TIFF: 12 of a microscope or scanner
+        grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        inverted = tags.get(262) == 0  # WhiteIsZero, which Pillow heeds in 8 bits alone
+        image = Image.fromarray(255 - grey if inverted else grey)
+    elif image.mode in ("I", "F"):
+        raise BadImage(
+            getattr(image, "filename", "image"),
+            f"{'floating point' if image.mode == 'F' else '32-bit integers'}, whose black and "
+            "white are not known; save it with 8 or 16 bits",
+        )
+    return image.convert("RGB")
+
+
 def read_image(path: str) -> Image.Image:
-    """Decodes an image file to RGB as timm reads it: ``convert("RGB")``, EXIF rotation ignored.
+    """Decodes an image file to RGB as timm reads it (EXIF rotation ignored), by `to_rgb`.
 
     Raises:
         BadImage: as `open_image`; also truncated or broken files.
     """
     try:
         with open_image(path) as image:
-            rgb = image.convert("RGB")
+            rgb = to_rgb(image)
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise _bad_image(path, error) from None
     rgb.filename = path  # as `Image.open` sets it; a transform names it
@@ -126,6 +178,9 @@ class ImageIndex:
     Args:
         root: the data folder.
         list_file: where the entries come from, for messages; None: found by scanning `root`.
+
+    Attributes:
+        notes: lines for the log: what a scan passed over.
     """
 
     def __init__(self, root: str, list_file: str | None = None):
@@ -135,6 +190,7 @@ class ImageIndex:
         self._names = bytearray()
         self._ends = array("q", [0])
         self._lines = array("i")
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -211,19 +267,23 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
 
 
 def find_classes(root: str) -> list[str]:
-    """The class folders of a `DATASET: imagefolder` tree, sorted by name: label i is the i-th.
+    """The class folders of a `DATASET: imagefolder` tree in order: label i is the i-th.
 
     They are those of ``root/train``, or of ``root/val`` where there is no ``train``.
 
     Raises:
         DataError: neither is there, it holds no folders, or as `class_folders`.
     """
-    for split in ("train", "val"):
+    for split in SPLIT_NAMES:
         folder = split_folder(root, split)
         if archives.is_folder(folder):
             classes = class_folders(folder)
             if not classes:
-                raise DataError(f"{folder}: no class folders; expected {split}/<class>/<image>")
+                loose = len(list_images(folder))
+                found = f"{loose} images without a class" if loose else "no class folders"
+                raise DataError(
+                    f"{folder}: {found}; expected {split}/<class>/<image>, a folder for each class"
+                )
             return classes
     raise DataError(
         f"{root}: expected train/<class>/<image> and val/<class>/<image>; "
@@ -232,21 +292,52 @@ def find_classes(root: str) -> list[str]:
 
 
 def split_folder(root: str, split: str) -> str:
-    """``root/split``, or the archive ``root/split.tar`` or ``.zip`` that is there in its place."""
-    folder = os.path.join(root, split)
-    packed = [folder + ending for ending in archives.ENDINGS if os.path.isfile(folder + ending)]
-    return packed[0] if packed and not os.path.isdir(folder) else folder
+    """The folder of a split: ``root/train``, ``root/Training``, or the archive ``root/train.tar``
+    or ``.zip``; ``root/train`` where there is none.
+    """
+    names = os.listdir(root) if os.path.isdir(root) else []
+    if archives.is_folder(root) and not names:
+        names = archives.open_archive(root).folders("") if archives.split(root) else []
+    found = []
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        packed = ending in archives.ENDINGS and os.path.isfile(os.path.join(root, name))
+        known = (stem if packed else name).lower()
+        if known in SPLIT_NAMES[split] and (packed or archives.is_folder(f"{root}/{name}")):
+            found.append((packed, SPLIT_NAMES[split].index(known), name != split, name))
+    return os.path.join(root, min(found)[-1] if found else split)
 
 
-def scan_folder(root: str, split: str, num_classes: int) -> ImageIndex:
+def is_split_name(name: str) -> bool:
+    """Whether a folder's name is one that splits have, so that it is hardly a class."""
+    return any(name.lower() in names for names in (*SPLIT_NAMES.values(), _TEST_NAMES))
+
+
+def passed_over(root: str) -> list[str]:
+    """A line that names the folders of splits in `root` that no split is read from, if any."""
+    used = {os.path.basename(split_folder(root, split)) for split in SPLIT_NAMES}
+    names = class_folders(root) if os.path.isdir(root) else []
+    others = [name for name in names if is_split_name(name) and name not in used]
+    return [f"{root}: not used: {', '.join(f'{name}/' for name in others)}"] if others else []
+
+
+def scan_folder(
+    root: str, split: str, num_classes: int, classes: list[str] | None = None
+) -> ImageIndex:
     """Finds the images of ``root/split/<class>/``, at any depth, in the order of their names.
 
-    Files and folders that begin with a dot, and files without an image's ending, are passed over.
+    Junk (`is_junk`) is passed over; files without an image's ending too, named in the `notes`.
+
+    Args:
+        root: the data folder.
+        split: ``"train"`` or ``"val"``.
+        num_classes: how many classes there are to be.
+        classes: the class folders by label; None: `find_classes`.
 
     Raises:
         DataError: folders missing or empty, other classes than `num_classes` or than train's.
     """
-    classes = find_classes(root)
+    classes = find_classes(root) if classes is None else classes
     if len(classes) != num_classes:
         raise DataError(
             f"{root}: {len(classes)} class folders but MODEL.NUM_CLASSES is {num_classes}; "
@@ -259,41 +350,58 @@ def scan_folder(root: str, split: str, num_classes: int) -> ImageIndex:
     unknown = sorted(there - set(classes))
     if unknown:
         raise DataError(f"{folder}: class {unknown[0]!r} is not among the folders of train")
-    index = ImageIndex(root)
+    index, others = ImageIndex(root), []
     for label, name in enumerate(classes):
-        before = len(index)
-        for path in list_images(os.path.join(folder, name)) if name in there else ():
+        for path in list_images(os.path.join(folder, name), others) if name in there else ():
             index.add(os.fsencode(os.path.relpath(path, root)), label)
-        if split == "train" and len(index) == before:
-            raise DataError(f"{os.path.join(folder, name)}: no images ({' '.join(EXTENSIONS)})")
+    index.notes = describe_others(folder, others) + passed_over(root)
     if not len(index):
-        raise DataError(f"{folder}: no images ({' '.join(EXTENSIONS)})")
+        there = f"; {index.notes[0]}" if others else ""
+        raise DataError(f"{folder}: no images ({' '.join(EXTENSIONS)}){there}")
     return index
 
 
-def list_images(folder: str) -> list[str]:
-    """Paths of the image files under a folder, sorted; what begins with a dot is passed over.
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is an operating system's or notebook's: hidden, ``__MACOSX``, ..."""
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def list_images(folder: str, others: list[str] | None = None) -> list[str]:
+    """Paths of the image files under a folder, sorted; junk (`is_junk`) is passed over.
+
+    Args:
+        folder: on the disk or in an archive.
+        others: takes the paths of files that have another ending.
 
     Raises:
         DataError: a folder that cannot be read, a link to a folder that it lies in.
     """
-    if inside := archives.split(folder):
-        names = archives.open_archive(inside[0]).under(inside[1])
-        return [
-            f"{inside[0]}/{name}"
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)\.", name)
-        ]
     found = []
-    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-        _check_link(parent)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(found)
+    if inside := archives.split(folder):
+        for name in archives.open_archive(inside[0]).under(inside[1]):
+            if not any(map(is_junk, name.split("/"))):
+                found.append(f"{inside[0]}/{name}")
+    else:
+        for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+            _check_link(parent)
+            folders[:] = [name for name in folders if not is_junk(name)]
+            found += [os.path.join(parent, name) for name in files if not is_junk(name)]
+        found.sort()
+    if others is not None:
+        others += [path for path in found if not path.lower().endswith(EXTENSIONS)]
+    return [path for path in found if path.lower().endswith(EXTENSIONS)]
+
+
+def describe_others(folder: str, others: list[str]) -> list[str]:
+    """A line about the files of a folder that were passed over for their ending, if there are."""
+    if not others:
+        return []
+    counts = Counter(os.path.splitext(path)[1].lower() or "none" for path in others)
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in counts.most_common(5))
+    return [
+        f"warning: {printable(folder)}: {len(others)} files are passed over, for they have no "
+        f"image's ending: {printable(kinds)}, such as {printable(others[0])}"
+    ]
 
 
 def printable(path: str) -> str:
@@ -333,12 +441,36 @@ def class_names(config) -> list[str] | None:
     if os.path.isfile(beside):
         return read_class_names(beside, config.MODEL.NUM_CLASSES)
     if config.DATA.DATASET == "imagefolder" and archives.is_folder(root):
-        return find_classes(root)
+        return folder_classes(config)
     return None
 
 
+def folder_classes(config) -> list[str]:
+    """The class folders of an `imagefolder` tree by label: `find_classes`, unless the weights come
+    from a run whose classes.txt has these very names in another order. (Runs used to sort numbers
+    as texts.) The weights' order is kept then.
+    """
+    classes = find_classes(config.DATA.DATA_PATH)
+    order = _run_classes(config)
+    return order if order and sorted(order) == sorted(classes) else classes
+
+
+def _run_classes(config) -> list[str]:
+    """The lines of the classes.txt beside the weights that the config names, if there is one."""
+    for weights in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
+        folder = config.SAVE if weights == "auto" else os.path.dirname(weights)
+        path = os.path.join(folder, "classes.txt")
+        if os.path.isfile(path):
+            try:
+                with open(path, encoding="utf-8-sig") as file:
+                    return [line.strip() for line in file.read().rstrip().split("\n")]
+            except (OSError, UnicodeDecodeError):
+                return []
+    return []
+
+
 def class_folders(folder: str) -> list[str]:
-    """The names of the folders in a folder, sorted; what begins with a dot is passed over.
+    """The names of the folders in a folder, as `sort_classes`; junk (`is_junk`) is passed over.
 
     Raises:
         DataError: the folder cannot be read, or a name is no line of a text file of names.
@@ -348,16 +480,33 @@ def class_folders(folder: str) -> list[str]:
             names = archives.open_archive(inside[0]).folders(inside[1])
         else:
             with os.scandir(folder) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_dir())
+                names = [entry.name for entry in entries if entry.is_dir()]
     except OSError as error:
         _refuse(error)
-    names = [name for name in names if not name.startswith(".")]
+    names = sort_classes((name for name in names if not is_junk(name)), folder)
     for name in names:
         if printable(name) != name or not name.strip():
             raise DataError(
                 f"{printable(os.path.join(folder, name))}: a class name is UTF-8 text without "
                 "line breaks and control characters; rename the folder"
             )
+    return names
+
+
+def sort_classes(names: Iterable[str], where: str) -> list[str]:
+    """Class names in the order of their labels: by name, but whole numbers by their value.
+
+    ImageNet-V2's folders are 0 ... 999; as texts, 10 would come before 2.
+
+    Raises:
+        DataError: two names are one number, as 1 and 01.
+    """
+    names = sorted(names)
+    if all(re.fullmatch("[0-9]{1,9}", name) for name in names):
+        names.sort(key=int)
+        for one, other in zip(names, names[1:]):
+            if int(one) == int(other):
+                raise DataError(f"{where}: the labels {one!r} and {other!r} are one number")
     return names
 
 

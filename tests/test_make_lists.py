@@ -1,6 +1,7 @@
 """make_lists: folders and CSV files to list files that the loader reads; leaks and bad images."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -86,6 +87,47 @@ def test_a_train_folder_alone_is_split(tmp_path):
     split, _ = run(tmp_path)
     assert split.classes == ["a", "b"]
     assert all(path.startswith("train/") for path, _ in split.train + split.val)
+
+
+@pytest.mark.parametrize("train,val", [("Train", "Val"), ("train", "valid")])
+def test_other_names_of_the_split_are_the_split(tmp_path, train, val):
+    make_classes(tmp_path / train, {"a": 3, "b": 3})
+    make_classes(tmp_path / val, {"a": 1, "b": 1}, start=100)
+    save(tmp_path / "test/a/0.png", 999)
+    split, lines = run(tmp_path)
+    assert split.classes == ["a", "b"]
+    assert [path for path, _ in split.val] == [f"{val}/a/000.png", f"{val}/b/000.png"]
+    assert lines[0] == f"{tmp_path}: not used: test/"
+
+
+def test_trains_among_buses_and_cars_are_a_class(tmp_path):
+    make_classes(tmp_path, {"bus": 2, "car": 2, "train": 2})
+    assert run(tmp_path)[0].classes == ["bus", "car", "train"]
+
+
+def test_folders_that_are_numbers_are_ordered_by_value(tmp_path):
+    make_classes(tmp_path, {str(i): 2 for i in range(12)})
+    assert run(tmp_path)[0].classes == [str(i) for i in range(12)]
+
+
+def test_an_empty_class_keeps_its_label_and_what_was_passed_over_is_named(tmp_path):
+    make_classes(tmp_path, {"a": 2, "c": 2, "__MACOSX": 2})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/x.heic").write_bytes(b"?")
+    split, lines = run(tmp_path)
+    assert split.classes == ["a", "b", "c"]
+    assert "1 files are passed over" in lines[0] and ".heic (1)" in lines[0]
+    assert lines[1] == "warning: 1 of 3 classes have no image: b"
+
+
+def test_lists_can_be_written_elsewhere_and_point_to_the_images(tmp_path):
+    make_classes(tmp_path / "data", {"a": 3, "b": 3})
+    _, lines = run(tmp_path / "data", output=str(tmp_path / "lists"))
+    assert sorted(os.listdir(tmp_path / "lists")) == sorted(tool.FILES)
+    assert sorted(os.listdir(tmp_path / "data")) == ["a", "b"]
+    assert f"DATA.TRAIN_LIST {tmp_path}/lists/train_list.txt" in lines[-1]
+    index = read_list(str(tmp_path / "lists/train_list.txt"), str(tmp_path / "data"), 2, False)
+    assert all(os.path.isfile(index.path(i)) for i in range(len(index)))
 
 
 def test_a_csv_file_names_paths_and_labels(tmp_path):
@@ -185,6 +227,23 @@ def test_the_same_content_in_train_and_val_is_refused_and_named(tmp_path):
     with pytest.raises(DataError, match="train/a/001.png and val/b/copy.png are the same"):
         run(tmp_path)
     assert not (tmp_path / "train_list.txt").exists()
+
+
+def test_every_leak_is_named(tmp_path):
+    make_classes(tmp_path / "train", {"a": 3, "b": 3})
+    (tmp_path / "val").mkdir()
+    shutil.copytree(tmp_path / "train/a", tmp_path / "val/a")
+    lines = []
+    with pytest.raises(DataError, match="2 more are in both"):
+        make_lists(str(tmp_path), log=lines.append)
+    leaks = [f"in both train and val: train/a/{i:03d}.png, val/a/{i:03d}.png" for i in range(3)]
+    assert [line for line in lines if line.startswith("in both")] == leaks
+
+
+def test_one_picture_under_several_labels_is_named_with_them(tmp_path):
+    make_classes(tmp_path, {"a": 3, "b": 3})
+    save(tmp_path / "a/x.png", 99), save(tmp_path / "b/y.png", 99)
+    assert "warning: one picture under several labels: a/x.png (a), b/y.png (b)" in run(tmp_path)[1]
 
 
 def test_copies_within_one_side_are_no_leak(tmp_path):

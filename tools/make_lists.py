@@ -5,10 +5,10 @@ python tools/make_lists.py imagenet                              # imagenet/{tra
 python tools/make_lists.py photos/labels.csv                     # lines of path,label
 
 The lists lie in the folder itself (a CSV's: the one it lies in), so that the mains take it with
-`-dataset imagenet2012 -data_path FOLDER`. Labels count the classes in the order of their names;
-a CSV's whole numbers are ordered by value. Where there are train/ and val/, they are the split.
-Else the classes (those in train/, if it is there alone) are split each by its share, with a seed,
-and identical files stay on one side.
+`-dataset imagenet2012 -data_path FOLDER`; -output writes them elsewhere. Labels count the classes
+in the order of their names, whole numbers by value. Where there are train/ and val/ (or Training/,
+valid/, Validation/), they are the split. Else the classes (those in train/, if it is there alone)
+are split each by its share, with a seed, and identical files stay on one side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if not __package__:
 import csv
 import hashlib
 import os
-import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -30,16 +30,25 @@ import numpy as np
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
+from cpu.setup import physical_cores
 from loading.files import (
+    EXTENSIONS,
+    SPLIT_NAMES,
     BadImage,
     class_folders,
+    describe_others,
     find_classes,
+    is_split_name,
     list_images,
+    passed_over,
     printable,
     read_image,
     read_list,
     regular_size,
+    sort_classes,
+    split_folder,
 )
+from storage.weights import shorten
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
 
@@ -64,6 +73,7 @@ def make_lists(
     force: bool = False,
     workers: int | None = None,
     log: Callable[[str], None] = print,
+    output: str | None = None,
 ) -> Split:
     """Splits the images of a folder or CSV file and writes the three files beside them.
 
@@ -76,6 +86,8 @@ def make_lists(
         force: replace lists that are there.
         workers: processes that decode; None: one a core.
         log: takes one line of text.
+        output: folder for the files; None: beside the images. (Their paths stay relative to the
+            images' folder.)
 
     Raises:
         DataError: no such layout, unusable names, the same content on both sides, images that
@@ -88,78 +100,99 @@ def make_lists(
     if workers is not None and workers < 1:
         raise DataError(f"-workers is {workers}; give a number from 1 up")
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
-    there = [path for name in FILES if os.path.exists(path := os.path.join(root, name))]
+    folder = root if output is None else os.path.abspath(os.path.expanduser(output))
+    there = [path for name in FILES if os.path.exists(path := os.path.join(folder, name))]
     if there and not force and not verify:
         raise DataError(f"{there[0]} is there already; -force replaces it, -verify checks it")
     only_check = bool(there) and not force
-    split = _read_lists(root) if only_check else _find_split(source, root, val_fraction, seed, log)
+    split = (
+        _read_lists(folder, root)
+        if only_check
+        else _find_split(source, root, val_fraction, seed, log)
+    )
     if verify:
         paths = [os.path.join(root, path) for path, _ in split.train + split.val]
         check_images(paths, workers, log)
     if only_check:
         return split
-    _write_lists(split)
+    _write_lists(split, folder)
     counts = f"{len(split.train)} images to train on, {len(split.val)} to validate on"
     log(f"{root}: {counts}, {len(split.classes)} classes")
     for side, name in ((split.train, TRAIN_LIST), (split.val, VAL_LIST)):
         if not side:
             log(f"warning: {name} lists no images, and training needs some (two of a class)")
-    log(
-        f"use them with: -dataset imagenet2012 -data_path {root} "
-        f"-opts MODEL.NUM_CLASSES {len(split.classes)}"
-    )
+    keys = f"MODEL.NUM_CLASSES {len(split.classes)}"
+    if output is not None:
+        for key, name in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES):
+            keys += f" DATA.{key} {shlex.quote(os.path.join(folder, name))}"
+    log(f"use them with: -dataset imagenet2012 -data_path {root} -opts {keys}")
     return split
 
 
 # --------------------------------------------------------------------------- what is there
 def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> Split:
+    sides, others = None, []
     if not os.path.isdir(source):
-        entries, sides = _read_csv(source, root), None
-        classes = sorted({name for _, name in entries})
-        if all(re.fullmatch("[0-9]{1,9}", name) for name in classes):
-            classes.sort(key=int)
-            for one, other in zip(classes, classes[1:]):
-                if int(one) == int(other):
-                    raise DataError(f"{source}: the labels {one!r} and {other!r} are one number")
-    elif all(os.path.isdir(os.path.join(root, side)) for side in ("train", "val")):
-        sides = [_scan(root, side) for side in ("train", "val")]
-        classes = find_classes(root)
-        unknown = sorted({name for _, name in sides[1]} - set(classes))
-        if unknown:
-            raise DataError(f"{root}/val: class {unknown[0]!r} is not among the folders of train")
-        entries = sides[0] + sides[1]
+        entries = _read_csv(source, root)
+        classes = sort_classes({name for _, name in entries}, source)
     else:
-        entries, sides = _scan(root, "train") or _scan(root, ""), None
-        classes = sorted({name for _, name in entries})
+        folders = {side: split_folder(root, side) for side in SPLIT_NAMES}
+        there = [side for side, folder in folders.items() if os.path.isdir(folder)]
+        if there == ["val"]:
+            raise DataError(f"{folders['val']}: there is no train/ beside it to train on")
+        besides = [name for name in class_folders(root) if not is_split_name(name)]
+        if there == ["train"] and len(besides) > 1 and not class_folders(folders["train"]):
+            there = []  # trains among buses and cars
+        classes = find_classes(root) if there else class_folders(root)
+        scanned = [folders[side] for side in there] or [root]
+        scans = [_scan(root, folder, others) for folder in scanned]
+        entries = sum(scans, [])
+        if len(there) == 2:
+            sides = scans
+            unknown = sorted({name for _, name in sides[1]} - set(classes))
+            if unknown:
+                raise DataError(
+                    f"{folders['val']}: class {unknown[0]!r} is not among the folders of train"
+                )
+        for line in describe_others(root, others) + (passed_over(root) if there else []):
+            log(line)
     if len(classes) < 2:
         raise DataError(
             f"{source}: found {len(classes)} classes; expected <class>/<image>, or train/<class>/"
             "<image> and val/<class>/<image>, or a CSV file of path,label"
         )
+    if not entries:
+        raise DataError(f"{source}: no images ({' '.join(EXTENSIONS)})")
     for path, name in entries:
         _check_names(path, name)
+    empty = [name for name in classes if name not in {name for _, name in entries}]
+    if empty:
+        log(f"warning: {len(empty)} of {len(classes)} classes have no image: {shorten(empty, 5)}")
     twins = find_identical(root, [path for path, _ in entries])
-    if sides is not None:
-        _refuse_leaks(root, twins, {path for path, _ in sides[1]})
-        return Split(root, classes, *sides)
-    if twins:
+    label = dict(entries)
+    contradictions = [group for group in twins if len({label[path] for path in group}) > 1]
+    if twins and sides is None:
         first = twins[0]
         log(
             f"{len(twins)} groups of identical files (such as {printable(first[0])} and "
-            f"{printable(first[1])}): each stays on one side"
+            f"{printable(first[1])}): each stays on one side; "
+            f"{len(contradictions)} of them under several labels"
         )
+    for group in contradictions:  # at most one of the labels is right
+        places = ", ".join(f"{printable(path)} ({label[path]})" for path in group)
+        log(f"warning: one picture under several labels: {places}")
+    if sides is not None:
+        _refuse_leaks(root, twins, {path for path, _ in sides[1]}, log)
+        return Split(root, classes, *sides)
     return Split(root, classes, *_divide(entries, twins, val_fraction, seed))
 
 
-def _scan(root: str, side: str) -> list[Entry]:
-    """The images of ``root/side/<class>/``."""
-    folder = os.path.join(root, side)
-    if not os.path.isdir(folder):
-        return []
+def _scan(root: str, folder: str, others: list[str]) -> list[Entry]:
+    """The images of ``folder/<class>/``, relative to `root`; `others` takes what is no image."""
     return [
         (os.path.relpath(path, root), name)
         for name in class_folders(folder)
-        for path in list_images(os.path.join(folder, name))
+        for path in list_images(os.path.join(folder, name), others)
     ]
 
 
@@ -203,10 +236,10 @@ def _check_names(path: str, name: str) -> None:
         raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES} (UTF-8)")
 
 
-def _read_lists(root: str) -> Split:
+def _read_lists(folder: str, root: str) -> Split:
     sides = []
     for name in (TRAIN_LIST, VAL_LIST):
-        index = read_list(os.path.join(root, name), root, 10**9, allow_outside=True)
+        index = read_list(os.path.join(folder, name), root, 10**9, allow_outside=True)
         sides.append([(os.fsdecode(index.name(i)), "") for i in range(len(index))])
     return Split(root, [], *sides)
 
@@ -249,8 +282,10 @@ def _digest(path: str) -> bytes:
     return digest.digest()
 
 
-def _refuse_leaks(root: str, twins: list[list[str]], val: set[str]) -> None:
+def _refuse_leaks(root: str, twins: list[list[str]], val: set[str], log) -> None:
     leaks = [group for group in twins if 0 < sum(path in val for path in group) < len(group)]
+    for group in leaks:
+        log(f"in both train and val: {', '.join(map(printable, group))}")
     if leaks:
         train_path = next(path for path in leaks[0] if path not in val)
         val_path = next(path for path in leaks[0] if path in val)
@@ -296,7 +331,7 @@ def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str],
 
     progress, bad = ProgressLine("verify"), []
     try:
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(workers or physical_cores()) as pool:
             for done, reason in enumerate(pool.map(_problem, paths, chunksize=16), 1):
                 if reason:
                     bad.append(reason)
@@ -320,7 +355,7 @@ def _problem(path: str) -> str | None:
     return None
 
 
-def _write_lists(split: Split) -> None:
+def _write_lists(split: Split, folder: str) -> None:
     label = {name: str(i) for i, name in enumerate(split.classes)}
     contents = {
         TRAIN_LIST: [f"{_listed(path)} {label[name]}" for path, name in split.train],
@@ -328,17 +363,18 @@ def _write_lists(split: Split) -> None:
         CLASSES: split.classes,
     }
     try:
+        os.makedirs(folder, exist_ok=True)
         for name, lines in contents.items():
-            path = os.path.join(split.root, name)
+            path = os.path.join(folder, name)
             with open(f"{path}.tmp", "wb") as file:
                 file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
                 file.flush()
                 os.fsync(file.fileno())
         for name in contents:
-            path = os.path.join(split.root, name)
+            path = os.path.join(folder, name)
             os.replace(f"{path}.tmp", path)
     except OSError as error:
-        raise DataError(f"{split.root}: cannot write the lists: {error.strerror}") from None
+        raise DataError(f"{folder}: cannot write the lists: {error.strerror}") from None
 
 
 def _listed(path: str) -> str:
@@ -367,9 +403,18 @@ def main() -> None:
         action="store_true",
     )
     parser.flag("force", "replace lists that are there already", action="store_true")
+    parser.flag("output", "folder for the lists (default: beside the images)", metavar="FOLDER")
     parser.flag("workers", "processes for -verify (default: one a core)", type=int, metavar="N")
     args = parser.parse_args()
-    make_lists(args.source, args.val_fraction, args.seed, args.verify, args.force, args.workers)
+    make_lists(
+        args.source,
+        args.val_fraction,
+        args.seed,
+        args.verify,
+        args.force,
+        args.workers,
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":
