@@ -50,6 +50,29 @@ def learning_rate(config, epoch: float, total_batch: int) -> float:
     return train.END_LR + (base - train.END_LR) * cosine
 
 
+class Schedule:
+    """How a run is divided into steps, and the learning rate of each.
+
+    Args:
+        config: the run's config.
+        batches: of an epoch, on each process.
+        world: number of processes.
+    """
+
+    def __init__(self, config, batches: int, world: int):
+        self.config, accum = config, config.TRAIN.ACCUM_ITER
+        self.samples_per_step = config.DATA.BATCH_SIZE * world * accum
+        self.steps_per_epoch = -(-batches // accum)
+        self.total_epochs = config.TRAIN.NUM_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
+        self.base_rate = scaled_rate(config, self.samples_per_step)
+
+    def rate(self, epoch: int, step: int) -> float:
+        """The learning rate of a step of an epoch, both counted from 0."""
+        return learning_rate(
+            self.config, epoch + step / self.steps_per_epoch, self.samples_per_step
+        )
+
+
 # ---------------------------------------------------------------------------------- roles
 def decayed_parameters(model: nn.Layer) -> set[str]:
     """Names of the parameters that weight decay applies to: the weights of linear layers and of

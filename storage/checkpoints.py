@@ -112,13 +112,19 @@ class Writer:
         self.finish()
         self._pending = self._pool.submit(write)
 
-    def finish(self, wait: bool = True) -> None:
-        """Waits for what was started (or only looks whether it is done); raises what it raised."""
-        if self._pending is not None and (wait or self._pending.done()):
-            pending, self._pending = self._pending, None
-            while not pending.done():
-                wait_for([pending], 0.2)  # in pieces: signals are handled in between
-            pending.result()
+    def finish(self, wait: bool = True) -> bool:
+        """Waits for what was started (or only looks whether it is done); raises what it raised.
+
+        Returns:
+            Whether it has ended since the last call.
+        """
+        if self._pending is None or not (wait or self._pending.done()):
+            return False
+        pending, self._pending = self._pending, None
+        while not pending.done():
+            wait_for([pending], 0.2)  # in pieces: signals are handled in between
+        pending.result()
+        return True
 
 
 def find(path: str | os.PathLike) -> Path:

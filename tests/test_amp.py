@@ -5,8 +5,8 @@ import paddle
 import pytest
 from paddle.amp.auto_cast import amp_initialize
 
-from engine import FLOAT16_LOSS_SCALE
 from resmlp import FLOAT32_LAYERS, ResMLP
+from training.learner import FLOAT16_LOSS_SCALE
 
 
 def branch(half, scale, stream):

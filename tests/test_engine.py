@@ -12,9 +12,12 @@ import engine
 from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, WeightsError
 from config import get_config
 from engine import Trainer, run
-from optimizer import learning_rate
+from optimizer import Schedule
 from storage import checkpoints
 from storage.weights import read_weights
+from training import report
+from training.dashboard import Dashboard
+from training.learner import Learner
 
 from .helpers.tiny_data import make_config, make_data
 
@@ -57,7 +60,8 @@ def test_training_learns_and_leaves_what_a_run_leaves(tmp_path, data):
 def test_the_learning_rate_moves_with_every_step(tmp_path, data):
     config = make_config(tmp_path, data)
     run(config)
-    expected = [learning_rate(config, step / 3, 8) for step in range(6)]
+    schedule = Schedule(config, batches=3, world=1)
+    expected = [schedule.rate(epoch, step) for epoch in (0, 1) for step in range(3)]
     assert np.allclose([record["lr"] for record in metrics(tmp_path, "step")], expected, rtol=1e-9)
 
 
@@ -103,14 +107,16 @@ def test_the_whole_recipe_runs_at_once(tmp_path, data):
 
 def test_the_best_checkpoint_is_chosen_by_the_ema_where_there_is_one(tmp_path, data, monkeypatch):
     found = iter([(10.0, 50.0), (20.0, 40.0)])  # (raw, EMA) of each epoch
+    pairs = []
 
     def evaluate(self, model, label):
-        if model is self.model:
-            self.pair = next(found)
-        top1 = self.pair[model is not self.model]
+        raw = model is self.learner.model
+        if raw:
+            pairs.append(next(found))
+        top1 = pairs[-1][not raw]
         return engine.Metrics(1.0, top1, 100.0, 9, 1.0)
 
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
     run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
     place = checkpoints.load(tmp_path / "run" / "best.pdparams")["place"]
     assert (place["best_epoch"], place["best_top1"], place["epoch"]) == (1, 50.0, 1)
@@ -176,13 +182,14 @@ def test_a_finished_run_resumes_to_nothing(tmp_path, data):
 
 def poison(monkeypatch, at):
     """Makes the loss of optimizer step ``at`` not a number."""
-    original = Trainer._loss
+    backward, steps = Learner.backward, []
 
-    def loss(self, images, targets):
-        value = original(self, images, targets)
-        return value * float("nan") if self.place.step in at else value
+    def poisoned(self, window, rng):
+        loss, norm = backward(self, window, rng)
+        steps.append(window)
+        return (loss * float("nan"), norm) if len(steps) - 1 in at else (loss, norm)
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(Learner, "backward", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
@@ -239,7 +246,7 @@ def test_layer_scale_and_affine_survive_training_without_weight_decay(tmp_path, 
 
 
 def test_the_dashboard_gets_curves_histograms_and_augmented_images(tmp_path, data, monkeypatch):
-    class Recorder(engine.build_dashboard("none", tmp_path).__class__):
+    class Recorder(Dashboard):
         active, written = True, []
 
         def scalar(self, name, value, step):
@@ -252,7 +259,7 @@ def test_the_dashboard_gets_curves_histograms_and_augmented_images(tmp_path, dat
             assert image.dtype == np.uint8 and image.shape == (16, 8 * 16, 3) and image.std() > 10
             self.written.append((name, step))
 
-    monkeypatch.setattr(engine, "build_dashboard", lambda kind, folder: Recorder())
+    monkeypatch.setattr(report, "build_dashboard", lambda kind, folder: Recorder())
     run(make_config(tmp_path, data))
     assert {
         ("train/loss", 6),

@@ -1,6 +1,5 @@
 """What a training step asks of the device, counted on a CPU with what a GPU runs: the layers."""
 
-import dataclasses
 from collections import Counter
 
 import paddle
@@ -9,7 +8,7 @@ from paddle import _C_ops
 
 import engine
 from cpu import ops
-from training.progress import SYNC_STEPS_GPU, StepWatch
+from training.progress import SYNC_STEPS_GPU, Monitor
 
 from .helpers.tiny_data import make_config, make_data
 
@@ -24,12 +23,8 @@ RECIPE += " TRAIN.CUTMIX_ALPHA 0.0 TRAIN.MIXUP_ALPHA 0.8 TRAIN.RANDOM_ERASE_PROB
 def as_on_a_gpu(monkeypatch):
     """The layers instead of `cpu_ops`, and a look at the losses as rarely as on a GPU."""
     monkeypatch.setattr(ops, "usable", lambda layer: False)
-    build = StepWatch.__init__
-
-    def build_as_on_a_gpu(self, config, process, *rest):
-        build(self, config, dataclasses.replace(process, on_gpu=True), *rest)
-
-    monkeypatch.setattr(StepWatch, "__init__", build_as_on_a_gpu)
+    monkeypatch.setattr(Monitor, "before_each_step", False)
+    monkeypatch.setattr(Monitor, "due", lambda self: self.progress.step % SYNC_STEPS_GPU == 0)
 
 
 def counted(monkeypatch, owner, names, calls):

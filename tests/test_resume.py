@@ -16,6 +16,7 @@ from cli.errors import CheckpointError
 from engine import Trainer
 from parallel.process import Preempted
 from storage import checkpoints
+from training import report
 
 from .helpers.runs import RECIPE, differences, metrics
 from .helpers.tiny_data import make_config, make_data
@@ -102,7 +103,7 @@ def test_the_number_of_workers_leaves_no_trace(tmp_path, data, whole):
 
 @pytest.mark.parametrize("call", [1, 4])  # raw and EMA weights, twice
 def test_a_crash_in_evaluation_costs_no_training(tmp_path, data, whole, monkeypatch, call):
-    calls, original = [], Trainer._evaluate
+    calls, original = [], Trainer.evaluate
 
     def evaluate(self, model, label):
         calls.append(label)
@@ -110,7 +111,7 @@ def test_a_crash_in_evaluation_costs_no_training(tmp_path, data, whole, monkeypa
             raise Crash
         return original(self, model, label)
 
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
     interrupt(config_for(tmp_path, data), Crash)
     place = checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]
     assert place["step"] == STEPS // 2 * ((call + 1) // 2)
@@ -119,14 +120,14 @@ def test_a_crash_in_evaluation_costs_no_training(tmp_path, data, whole, monkeypa
 
 
 def test_a_signal_in_evaluation_stops_at_the_next_batch(tmp_path, data, whole, monkeypatch):
-    original = Trainer._evaluate
+    original = Trainer.evaluate
 
     def evaluate(self, model, label):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(self, model, label)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_evaluate", evaluate)
+        patched.setattr(Trainer, "evaluate", evaluate)
         interrupt(config_for(tmp_path, data), Preempted)
     engine.run(config_for(tmp_path, data, *RESUME))
     assert differences(tmp_path / "run", whole) == []
@@ -206,7 +207,7 @@ def test_the_dashboard_is_closed_when_a_run_breaks_off(tmp_path, data, monkeypat
         def close(self):
             Dashboard.closed = True
 
-    monkeypatch.setattr(engine, "build_dashboard", lambda name, folder: Dashboard())
+    monkeypatch.setattr(report, "build_dashboard", lambda name, folder: Dashboard())
     interrupt(config_for(tmp_path, data), Crash, crash_at_step(2))
     assert Dashboard.closed
 

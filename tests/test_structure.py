@@ -18,6 +18,8 @@ LEVELS = [  # a module imports only from levels above its own line
     ["resmlp", "storage.checkpoints", "datasets", "mixup"],
     ["storage.run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
     ["distillation", "training.evaluation", "batch_augment", "training.progress"],
+    ["training.learner", "training.saving"],
+    ["training.report"],
     ["engine"],
     ["launch"],
     ["main_single_gpu", "main_multi_gpu", "hubconf"],

@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 
 from cli.errors import TrainingError
-from parallel.process import Process, sum_over_ranks
+from parallel.process import Process, StopSignal, sum_over_ranks
 from storage.checkpoints import LAST
 
 SYNC_STEPS_GPU = 10  # steps between looks at the numbers on a GPU; on a CPU looking is free
@@ -21,7 +21,7 @@ _log = logging.getLogger("resmlp")
 
 
 @dataclass
-class Place:
+class Progress:
     """Where a run stands: saved with every checkpoint, and all that resuming needs to know."""
 
     epoch: int = 0  # epochs done, their evaluation included
@@ -38,6 +38,11 @@ class Place:
     skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
     skipped_in_a_row: int = 0  # of those that count against NONFINITE_LIMIT
 
+    def start_next_epoch(self) -> None:
+        """Counts an epoch as done, its evaluation included."""
+        self.epoch, self.samples, self.seconds, self.timed_images = self.epoch + 1, 0, 0.0, 0
+        self.epoch_loss, self.epoch_count = 0.0, 0
+
 
 @dataclass
 class StepRecord:
@@ -50,8 +55,8 @@ class StepRecord:
     indices: list  # of this rank's images, to name them when the loss is not finite
 
 
-class StepWatch:
-    """Takes the numbers of every step; reads them, and adds them to the run's `Place`, in time.
+class Monitor:
+    """Takes the numbers of every step; reads them, and adds them to the run's `Progress`, in time.
 
     On a CPU they are read before each step is applied, on a GPU every `SYNC_STEPS_GPU` steps, and
     always before a report or a save: no checkpoint holds what a non-finite step has left.
@@ -59,7 +64,7 @@ class StepWatch:
     Args:
         config: ``TRAIN.NONFINITE`` and ``NONFINITE_LIMIT`` are used.
         process: this process.
-        place: of the run; losses and skipped steps are counted there.
+        progress: of the run; losses and skipped steps are counted there.
         scaler: the loss scaler.
         folder: of the run, for the facts of a non-finite step.
         files: index of the training images, to name them.
@@ -67,12 +72,13 @@ class StepWatch:
     Attributes:
         norm: gradient norm of the last step that was read.
         stop: whether any rank had been asked to stop by then; the same on every rank.
+        signal: whether this rank has been asked to stop.
     """
 
-    def __init__(self, config, process: Process, place: Place, scaler, folder: Path, files):
-        self.config, self.process, self.place = config, process, place
+    def __init__(self, config, process: Process, progress: Progress, scaler, folder: Path, files):
+        self.config, self.process, self.progress = config, process, progress
         self.scaler, self.folder, self.files = scaler, folder, files
-        self.norm, self.stop = 0.0, False
+        self.norm, self.stop, self.signal = 0.0, False, StopSignal()
         self._unread: list[StepRecord] = []
 
     @property
@@ -82,28 +88,25 @@ class StepWatch:
 
     def due(self) -> bool:
         """Whether it is time to read the numbers, after a step."""
-        return not self.process.on_gpu or self.place.step % SYNC_STEPS_GPU == 0
+        return not self.process.on_gpu or self.progress.step % SYNC_STEPS_GPU == 0
 
-    def add(
-        self, lr: float, loss: paddle.Tensor, norm: paddle.Tensor, signalled: bool, indices: list
-    ) -> None:
+    def add(self, lr: float, loss: paddle.Tensor, norm: paddle.Tensor, indices: list) -> None:
         """Keeps a step's numbers; all ranks get the same totals, so that they decide alike.
 
         Args:
             lr: learning rate.
             loss: float64 scalar, the sum of the losses of this rank's images.
             norm: float32 scalar, gradient norm before clipping.
-            signalled: whether this rank has been asked to stop.
             indices: this rank's images.
         """
-        totals = paddle.stack([loss, paddle.full_like(loss, float(signalled))])
+        totals = paddle.stack([loss, paddle.full_like(loss, float(self.signal.received))])
         if self.process.world > 1:
             paddle.distributed.all_reduce(totals)
         numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
-        self._unread.append(StepRecord(self.place.step, lr, numbers, indices))
+        self._unread.append(StepRecord(self.progress.step, lr, numbers, indices))
 
-    def finite(self) -> bool:
-        """Reads the numbers that are still on the device.
+    def count_or_raise(self) -> bool:
+        """Reads the numbers that are still on the device, and counts them in the progress.
 
         Returns:
             Whether all are finite. The scaler of float16 leaves out steps of its own: they count
@@ -120,23 +123,23 @@ class StepWatch:
         return all(results)
 
     def _judge(self, record: StepRecord, own_loss, loss, stop, norm) -> bool:
-        place, train = self.place, self.config.TRAIN
+        progress, train = self.progress, self.config.TRAIN
         self.stop = stop > 0
         if np.isfinite(loss):
             count = len(record.indices) * self.process.world
-            place.epoch_loss += loss
-            place.epoch_count += count
-            place.report_loss += loss
-            place.report_count += count
+            progress.epoch_loss += loss
+            progress.epoch_count += count
+            progress.report_loss += loss
+            progress.report_count += count
             self.norm = norm
             if np.isfinite(norm):
-                place.skipped_in_a_row = 0
+                progress.skipped_in_a_row = 0
                 return True
-        place.skipped_steps += 1
+        progress.skipped_steps += 1
         if np.isfinite(loss) and self.scaler.is_enable():
             return True
-        place.skipped_in_a_row += 1
-        if train.NONFINITE == "stop" or place.skipped_in_a_row > train.NONFINITE_LIMIT:
+        progress.skipped_in_a_row += 1
+        if train.NONFINITE == "stop" or progress.skipped_in_a_row > train.NONFINITE_LIMIT:
             raise self._error(record, own_loss, loss, norm)
         _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
         return False
@@ -145,7 +148,7 @@ class StepWatch:
         """Writes what is needed to reproduce the step, on every rank, and says where it is."""
         rank, world = self.process.rank, self.process.world
         facts = {
-            "epoch": self.place.epoch + 1,
+            "epoch": self.progress.epoch + 1,
             "step": record.step,
             "rank": rank,
             "lr": record.lr,

@@ -33,6 +33,7 @@ import main_multi_gpu
 from cli.errors import run_as_script
 from parallel import rendezvous
 from storage import checkpoints
+from training import learner, saving
 
 _calls = Counter()
 
@@ -100,10 +101,10 @@ class _HalfPickle:
 
 
 rendezvous._BEAT, rendezvous._SILENCE = 0.5, 10.0
-before("step", engine.Trainer, "_train_step")
-after("forward", engine.Trainer, "_loss")
-before("evaluation", engine.Trainer, "_evaluate")
-before("snapshot", engine.Trainer, "_state")
+before("step", learner.Learner, "backward")
+after("forward", learner.Learner, "forward")
+before("evaluation", engine.Trainer, "evaluate")
+before("snapshot", saving.Checkpoints, "snapshot")
 before("save_begin", checkpoints, "save")
 if faults_at("save_half"):
     checkpoints.pickle = _HalfPickle

@@ -1,0 +1,174 @@
+"""The learner: everything that an optimizer step changes. It knows no epoch, no file and no log."""
+
+from __future__ import annotations
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import paddle
+from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
+
+from batch_augment import BatchAugment
+from distillation import build_teacher
+from losses import build_criterion, build_distillation_loss
+from model_ema import ModelEma
+from optimizer import build_optimizer, clip_gradients, load_optimizer_state, optimizer_state
+from parallel.process import Process, wait_for_all
+from resmlp import FLOAT32_LAYERS, load_state
+
+# Where the float16 loss scale starts. The usual 2**16 would flush most gradients behind a
+# LayerScale of 1e-6 to zero (tests/test_amp.py); too high a start costs a skipped step a halving.
+FLOAT16_LOSS_SCALE = 2.0**20
+
+
+def autocast(config, process: Process):
+    """The mixed-precision context that the config asks for, on GPU."""
+    if not (config.AMP and process.on_gpu):
+        return contextlib.nullcontext()
+    return paddle.amp.auto_cast(level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
+
+
+class Objective:
+    """The training loss: the criterion, and where there is a teacher its part."""
+
+    def __init__(self, config, load_config: Callable | None = None):
+        self.criterion, self.distill = build_criterion(config), build_distillation_loss(config)
+        wanted = config.TRAIN.DISTILLATION_TYPE != "none"
+        self.teacher = build_teacher(config, load_config) if wanted else None
+
+    def __call__(self, logits, images, targets) -> paddle.Tensor:
+        loss = self.criterion(logits, targets)
+        return loss if self.teacher is None else self.distill(loss, logits, self.teacher(images))
+
+
+class Learner:
+    """A model in training: `backward` and `apply` make an optimizer step.
+
+    The order of building matters: the EMA starts from the weights that the model holds, and a
+    teacher draws random numbers and shifts Paddle's names, so it comes last.
+
+    Args:
+        config: the frozen config.
+        process: this process; all ranks build and step together.
+        model: with its first weights.
+        load_config: path of a YAML file -> config; a teacher that is a ResMLP needs it.
+        saved: what `state` returned, from a checkpoint; the weights in ``model`` are its own.
+    """
+
+    def __init__(self, config, process: Process, model, load_config=None, saved=None):
+        self.config, self.process, self.model = config, process, model
+        train, use_amp = config.TRAIN, config.AMP and process.on_gpu
+        self.ema = None
+        if train.MODEL_EMA:
+            self.ema = ModelEma(model, train.MODEL_EMA_DECAY, train.MODEL_EMA_WARMUP)
+        self.optimizer = build_optimizer(config, model)
+        self.scaler = paddle.amp.GradScaler(
+            enable=use_amp and config.AMP_DTYPE == "float16",
+            init_loss_scaling=FLOAT16_LOSS_SCALE,
+            incr_every_n_steps=1000,
+        )
+        if use_amp and config.AMP_LEVEL == "O2":  # float32 master weights, float32 checkpoints
+            self.model, self.optimizer = paddle.amp.decorate(
+                model,
+                self.optimizer,
+                level="O2",
+                dtype=config.AMP_DTYPE,
+                master_weight=True,
+                save_dtype="float32",
+                master_grad=True,  # unscaled in float16, the gradients behind LayerScale are 0
+                excluded_layers=FLOAT32_LAYERS,
+            )
+        self._resumed_optimizer: dict = {}  # until the first step
+        if saved:
+            self._restore(saved)
+        self.augment = BatchAugment(config)
+        self.objective = Objective(config, load_config)
+        self.network = self.model
+        if process.world > 1:  # gradients are averaged over ranks, in buckets of 25 MB
+            wait_for_all(process)  # starting may take one rank longer than a collective waits
+            self.network = paddle.DataParallel(self.model)
+
+    def backward(self, window: Sequence, rng: np.random.Generator) -> tuple:
+        """Computes the clipped gradients of the batches of an accumulation window.
+
+        Args:
+            window: batches of the training loader (loading.loader.Batch).
+            rng: of the step, for erasing and mixing (utils.step_rng).
+
+        Returns:
+            On the device: the sum of the losses of this rank's images, float64; the norm of the
+            gradient over all ranks before clipping, float32.
+        """
+        total = sum(len(batch.indices) for batch in window)
+        fused = self.config.TRAIN.RECOMPUTE and self.process.world > 1
+        losses = []
+        for number, batch in enumerate(window):
+            images, targets = self.augment(batch.images, batch.labels, rng)
+            local = fused or number + 1 < len(window)
+            with self._no_sync(local), autocast(self.config, self.process):
+                loss = self.forward(images, targets)
+                # Each image of the window weighs the same, whatever the size of its batch.
+                self.scaler.scale(loss * (len(batch.indices) / total)).backward()
+            losses.append(loss.detach().astype("float64") * len(batch.indices))
+        if fused:  # recomputation in backward and DataParallel's hooks exclude each other
+            fused_allreduce_gradients(self.model.parameters(), None)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
+        return paddle.add_n(losses), norm
+
+    def forward(self, images: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
+        """The mean training loss of augmented images ``[B, 3, H, W]``."""
+        return self.objective(self.network(images), images, targets)
+
+    def apply(self, lr: float, step: int, norm: paddle.Tensor, allowed: bool = True) -> None:
+        """Moves the weights along the gradients of `backward`, and the EMA after them.
+
+        Args:
+            lr: learning rate.
+            step: optimizer steps before this one.
+            norm: from `backward`.
+            allowed: False drops the gradients. (float16's scaler leaves out steps by itself.)
+        """
+        if allowed or self.scaler.is_enable():  # a scaler must be told of every step
+            self.optimizer.set_lr(lr)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self._resumed_optimizer = {}  # Paddle's own copy is complete now
+            if self.ema is not None:
+                applied = paddle.isfinite(norm) if self.scaler.is_enable() else None
+                self.ema.update(step, applied)
+        self.optimizer.clear_grad()
+
+    def predict(self, images: paddle.Tensor, model: Callable | None = None) -> paddle.Tensor:
+        """Logits ``[B, K]`` of uint8 images ``[B, H, W, 3]``, by ``model`` instead if given."""
+        with autocast(self.config, self.process):
+            return (model or self.model)(self.augment.normalize(images))
+
+    def state(self) -> dict:
+        """All that a step changes, as trees of tensors, for a checkpoint."""
+        state = {
+            "model": self.model.state_dict(),
+            # Before its first step, Paddle 2's optimizer does not show what it was given.
+            "optimizer": optimizer_state(self.optimizer, self.model) or self._resumed_optimizer,
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.ema is not None:
+            state["model_ema"] = self.ema.model.state_dict()
+        return state
+
+    def _restore(self, saved: dict) -> None:
+        load_optimizer_state(self.optimizer, self.model, saved["optimizer"])
+        self._resumed_optimizer = saved["optimizer"]
+        if self.ema is not None:
+            load_state(self.ema.model, saved.get("model_ema", saved["model"]))
+        if saved["scaler"] and self.scaler.is_enable():
+            self.scaler.load_state_dict(saved["scaler"])
+
+    def _no_sync(self, wanted: bool):
+        """Keeps gradients local until the last batch of a window."""
+        if wanted and self.process.world > 1:
+            return self.network.no_sync()
+        return contextlib.nullcontext()

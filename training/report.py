@@ -1,0 +1,142 @@
+"""What a run says of itself: lines in the log, records in metrics.jsonl, the dashboard."""
+
+from __future__ import annotations
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import logging
+
+import numpy as np
+
+from datasets import class_names
+from parallel.process import Process
+from storage import checkpoints
+from storage.run_folder import RunFolder
+from training.dashboard import build_dashboard
+from training.evaluation import Metrics
+from training.learner import Learner
+from training.progress import Progress
+from utils import Meter, duration, memory_mb
+
+_log = logging.getLogger("resmlp")
+
+
+class Report:
+    """Writes the reports of a training run; nothing in it changes the run but its clock.
+
+    Args:
+        config: the frozen config.
+        process: this process; rank 0 writes.
+        folder: of the run.
+        schedule: of the run (optimizer.Schedule).
+    """
+
+    def __init__(self, config, process: Process, folder: RunFolder, schedule):
+        self.config, self.process, self.folder = config, process, folder
+        self.schedule = schedule
+        self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
+
+    def hello(self, learner: Learner, progress: Progress, images: tuple[int, int]) -> None:
+        """Leaves classes and config in the folder, and says what is going to be trained."""
+        config, schedule = self.config, self.schedule
+        names = class_names(config)
+        if names:
+            self.folder.write("classes.txt", "".join(f"{name}\n" for name in names))
+        self.folder.write("config.yaml", config.dump())
+        count = sum(int(np.prod(p.shape)) for p in learner.model.parameters())
+        _log.info(
+            f"{config.MODEL.NAME}: {count:,} parameters; {images[0]} training and {images[1]} "
+            f"validation images; {schedule.steps_per_epoch} steps of {schedule.samples_per_step} "
+            f"images an epoch on {self.process.world} process{'es' * (self.process.world > 1)}; "
+            f"base learning rate {schedule.base_rate:.3g}; output in {self.folder.path}"
+        )
+        memory = 1 / max(1 - config.TRAIN.MODEL_EMA_DECAY, 1e-9)  # steps
+        steps = schedule.total_epochs * schedule.steps_per_epoch
+        if learner.ema and not learner.ema.warmup and memory > steps:
+            _log.warning(
+                f"TRAIN.MODEL_EMA_DECAY {config.TRAIN.MODEL_EMA_DECAY} remembers {memory:.0f} "
+                f"steps, more than this run has: its EMA stays near the first weights; lower it, "
+                f"or set TRAIN.MODEL_EMA_WARMUP True"
+            )
+        if progress.epoch >= schedule.total_epochs:
+            _log.info(f"this run has finished its {schedule.total_epochs} epochs already")
+
+    def images(self, learner: Learner, batch, rng: np.random.Generator, epoch: int) -> None:
+        """Sends the first images of an epoch, as the model gets them, to the dashboard."""
+        if self.dashboard.active:
+            images, _ = learner.augment(batch.images, batch.labels, rng)
+            row = np.concatenate(list(learner.augment.normalize.undo(images[:8])), axis=1)
+            self.dashboard.image("train/images", row, epoch + 1)
+
+    def step(self, progress: Progress, norm: float, meter: Meter, step: int, lr: float) -> None:
+        """Logs a line, records it, and starts the next interval of ``meter`` and ``progress``."""
+        epoch, schedule, world = progress.epoch, self.schedule, self.process.world
+        seconds, data_share = meter.read()
+        loss = progress.report_loss / progress.report_count if progress.report_count else None
+        rate = meter.images * world / seconds
+        progress.seconds += seconds
+        progress.timed_images += meter.images * world
+        memory = memory_mb(self.process)
+        left = (schedule.total_epochs - epoch) * schedule.steps_per_epoch - step - 1
+        eta = left * schedule.samples_per_step / rate
+        shown = "-" if loss is None else f"{loss:.4f}"  # all steps of the interval were skipped
+        skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
+        _log.info(
+            f"epoch {epoch + 1}/{schedule.total_epochs}  step {step + 1}/"
+            f"{schedule.steps_per_epoch}  lr {lr:.2e}  loss {shown}  grad norm {norm:.2f}  "
+            f"{rate:.1f} images/s  data {100 * data_share:.0f} %  {memory:.0f} MB  "
+            f"ETA {duration(eta)}{skipped}"
+        )
+        record = {"kind": "step", "epoch": epoch + 1, "step": progress.step, "lr": lr, "loss": loss}
+        speed = {
+            "images_per_second": round(rate, 1),
+            "data_share": round(data_share, 3),
+            "memory_mb": round(memory),
+        }
+        norm = norm if np.isfinite(norm) else None  # JSON knows no infinity
+        self.folder.add_metrics({**record, "grad_norm": norm, **speed})
+        self._curves("train/", {"lr": lr, "loss": loss}, progress.step)
+        progress.report_loss, progress.report_count = 0.0, 0
+        meter.restart()
+
+    def epoch(
+        self, learner: Learner, progress: Progress, raw: Metrics | None, ema: Metrics | None
+    ) -> None:
+        """Records an epoch that has ended, with its evaluation where there was one."""
+        epoch, mean = progress.epoch, None
+        if progress.epoch_count:
+            mean = progress.epoch_loss / progress.epoch_count
+        record = {
+            "kind": "epoch",
+            "epoch": epoch + 1,
+            "step": progress.step,
+            "lr": self.schedule.rate(epoch, self.schedule.steps_per_epoch - 1),
+            "train_loss": mean,
+            "images_per_second": round(progress.timed_images / max(progress.seconds, 1e-9), 1),
+            "seconds": round(progress.seconds, 1),
+        }
+        for name, found in (("val", raw), ("ema", ema)):
+            if found is not None:
+                values = found.loss, found.top1, found.top5
+                record.update(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), values))
+        self.folder.add_metrics(record)
+        shown = {k: v for k, v in record.items() if k.startswith(("val_", "ema_", "train_"))}
+        self._curves("epoch/", shown, epoch + 1)
+        if self.dashboard.active:
+            for name, parameter in learner.model.named_parameters():
+                if name.endswith((".ls1", ".ls2")):
+                    self.dashboard.histogram(name, parameter.numpy(), epoch + 1)
+
+    def _curves(self, prefix: str, values: dict, step: int) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self.dashboard.scalar(prefix + name, value, step)
+
+    def done(self, progress: Progress, ema: bool) -> None:
+        """Says how the run ended."""
+        if progress.best_epoch:
+            path = self.folder.path / checkpoints.BEST
+            _log.info(
+                f"done: best top-1{' of the EMA' * ema} {progress.best_top1:.2f} %, after epoch "
+                f"{progress.best_epoch}, in {path}"
+            )

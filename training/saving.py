@@ -1,0 +1,136 @@
+"""Checkpoints of a run: which one to resume, what is saved, and writing it in the background."""
+
+from __future__ import annotations
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import logging
+from dataclasses import asdict, replace
+
+from cli.errors import CheckpointError
+from parallel.process import Process, from_main, main_first
+from storage import checkpoints
+from storage.run_folder import RunFolder
+from training.progress import Progress
+
+_log = logging.getLogger("resmlp")
+
+
+class Checkpoints:
+    """Saves and resumes one run. The writing thread sees copies; it changes nothing of the run.
+
+    Args:
+        config: the frozen config.
+        process: this process; rank 0 writes, the others wait until it has copied the state.
+        folder: of the run.
+
+    Attributes:
+        saved: where the run stood in the last checkpoint that is known to be whole, or None.
+    """
+
+    def __init__(self, config, process: Process, folder: RunFolder):
+        self.config, self.process, self.folder = config, process, folder
+        self.saved: Progress | None = None
+        self._writing: Progress | None = None
+        self._writer = checkpoints.Writer()
+
+    # -------------------------------------------------------------------------------- resuming
+    def choose(self) -> dict | None:
+        """Reads what ``MODEL.RESUME`` names, on every rank; None to start anew."""
+        resume = self.config.MODEL.RESUME
+        if not resume:
+            return None
+        if resume == "auto":  # rank 0 chooses, so that all take the same
+            with main_first(self.process) as main:
+                found = checkpoints.load_newest(self.folder.path) if main else None
+            resume = from_main(str(found[1]) if found else None, self.process)
+            if resume is None:
+                _log.info(f"resume auto: no checkpoint in {self.folder.path} yet, starting anew")
+                self.folder.rewind_metrics(0)
+                return None
+            if found:
+                return found[0]
+        return checkpoints.load(resume)
+
+    def resume(self, state: dict) -> Progress:
+        """Puts the folder back to where a checkpoint stands, says so, and returns where that is."""
+        progress = Progress(**state["place"])
+        self._go_back(state, progress)
+        self.folder.rewind_metrics(state["metrics_lines"])
+        self.saved = replace(progress)
+        changes = checkpoints.config_changes(state["config"], self.config.dump())
+        if state["processes"] != self.process.world:
+            changes.append(f"processes {state['processes']} -> {self.process.world}")
+        for change in changes:
+            if not change.startswith(("MODEL.RESUME ", "SAVE ")):
+                _log.info(f"changed since the checkpoint: {change}")
+        images = f" and {progress.samples} images" if progress.samples else ""
+        _log.info(f"resumed after epoch {progress.epoch}{images}, step {progress.step}")
+        return progress
+
+    def _go_back(self, state: dict, progress: Progress) -> None:
+        """Where the user has chosen an earlier checkpoint of this very run."""
+        if self.config.MODEL.RESUME == "auto" or not self.process.main:
+            return
+        chosen = checkpoints.find(self.config.MODEL.RESUME)
+        if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoints.LAST:
+            checkpoints.go_back_to(chosen, state)
+            if not (self.folder.path / checkpoints.BEST).exists():
+                progress.best_top1, progress.best_epoch = -1.0, 0
+
+    # ---------------------------------------------------------------------------------- saving
+    def save(self, learner, progress: Progress, *names: str) -> None:
+        """Rank 0 saves under more ``names`` and as ``last``, in the background."""
+        with main_first(self.process) as main:
+            if not main:
+                return
+            self.finish_or_raise(progress)
+            try:
+                self.folder.flush_metrics()
+                state = checkpoints.to_numpy(self.snapshot(learner, progress))
+                self._writer.start(lambda: self._write(state, names))
+                self._writing = replace(progress)
+            except CheckpointError as error:
+                self._failed(progress, error)
+
+    def snapshot(self, learner, progress: Progress) -> dict:
+        """What a checkpoint holds, as trees of tensors."""
+        return {
+            **learner.state(),
+            "epoch": progress.epoch,
+            "place": asdict(progress),
+            "metrics_lines": self.folder.metrics_lines,
+            "config": self.config.dump(),
+            "processes": self.process.world,
+        }
+
+    def _write(self, state: dict, names: tuple[str, ...]) -> None:
+        path, config = self.folder.path / checkpoints.LAST, self.config
+        checkpoints.save(state, path, names)
+        checkpoints.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
+
+    def finish_or_raise(self, progress: Progress, wait: bool = True) -> None:
+        """Waits for the save under way (or only looks whether it is done).
+
+        One that failed raises, or under ``SAVE_FAILURE continue`` is said, and a best that could
+        not be saved is taken back from ``progress``.
+        """
+        try:
+            if self._writer.finish(wait):
+                self.saved = self._writing
+        except CheckpointError as error:
+            self._failed(progress, error)
+
+    def _failed(self, progress: Progress, error: CheckpointError) -> None:
+        if self.config.SAVE_FAILURE == "stop":
+            raise error
+        _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
+        saved = self.saved or Progress()
+        progress.best_top1, progress.best_epoch = saved.best_top1, saved.best_epoch
+
+    def close(self) -> None:
+        """At the end of a run: what has broken it off comes before a save that fails too."""
+        try:
+            self._writer.finish()
+        except CheckpointError as error:
+            _log.error(str(error))
