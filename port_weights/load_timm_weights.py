@@ -54,6 +54,11 @@ def port(
     ported, rows = names.to_paddle(state, source)
     architecture = infer(ported)
     log(f"{source} names, {len(state)} tensors: {_describe(architecture)}")
+    if architecture.in_channels != 3:
+        raise WeightsError(
+            f"the weights are for images of {architecture.in_channels} channels; here images are "
+            f"RGB, of 3"
+        )
     if cfg:
         differences = architecture.differences(get_config(cfg))
         if differences:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import pickletools
 import re
-from typing import Any, Callable
+from collections.abc import Mapping
+from typing import Any, BinaryIO, Callable
 
 import numpy as np
 
@@ -22,6 +23,13 @@ MAX_DEPTH = 64  # containers inside containers
 MAX_VALUES = 1_000_000  # counted as often as they are referred to: no "billion laughs"
 MAX_STEPS = 1_000_000  # of the machine; an array takes about twenty
 MAX_BITS = 1024  # of a whole number; Python refuses to print very long ones
+
+
+class Foreign:
+    """Stands for an object of a known kind that is no plain data: its name, never the object."""
+
+    def __init__(self, name: str):
+        self.name = name
 
 
 class _Pending:
@@ -124,10 +132,22 @@ class _Machine:
     Args:
         budget: how many characters, bytes and items may be handed to functions, in all. What is
             remembered can be handed over again and again, and most functions copy it.
+        names: accepted names, see `_NAMES`.
+        foreign: beginnings of names that become a `Foreign`.
+        persistent: what the tuple of a persistent id stands for; None: files have none.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(
+        self,
+        budget: int,
+        names: Mapping[str, Any] | None = None,
+        foreign: tuple[str, ...] = (),
+        persistent: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.budget = budget
+        self.names = {**_NAMES, **(names or {})}
+        self.foreign = foreign
+        self.persistent = persistent
         self.stack: list = []
         self.marked: list[list] = []  # the stacks below each MARK
         self.memo: dict[int, Any] = {}
@@ -176,11 +196,13 @@ class _Machine:
             self.stack.append(_dict(zip(items[::2], items[1::2])))
         elif name in ("APPEND", "APPENDS"):
             items = self.pop(1) if name == "APPEND" else self.pop_mark()
-            list.extend(self.stack[-1], items)
+            if not isinstance(self.stack[-1], Foreign):
+                list.extend(self.stack[-1], items)
         elif name in ("SETITEM", "SETITEMS"):
             items = self.pop(2) if name == "SETITEM" else self.pop_mark()
             for key, value in zip(items[::2], items[1::2]):
-                _set_item(self.stack[-1], key, value)
+                if not isinstance(self.stack[-1], Foreign):
+                    _set_item(self.stack[-1], key, value)
         elif name == "MARK":
             self.marked.append(self.stack)
             self.stack = []
@@ -191,12 +213,24 @@ class _Machine:
             filled = isinstance(item, _Pending) and item.value is not None
             push(item.value if filled else item)
         elif name == "GLOBAL":
-            push(_Name(argument.replace(" ", ".", 1)))
+            push(self.named(argument.replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
-            push(_Name(".".join(self.pop(2))))
+            push(self.named(".".join(self.pop(2))))
+        elif name == "BINPERSID" and self.persistent:
+            push(self.persistent(*self.pop(1)))
+        elif name in ("REDUCE", "NEWOBJ") and isinstance(self.stack[-2], Foreign):
+            push(self.pop(2)[0])
+        elif name == "BUILD" and isinstance(self.stack[-2], Foreign):
+            self.pop(1)
         elif name == "REDUCE":
             function, arguments = self.pop(2)
-            push(function.call(self.pay(arguments)))
+            self.pay(arguments)
+            try:
+                push(function.call(arguments))
+            except WeightsError:
+                if not self.foreign:
+                    raise
+                push(Foreign("numbers of another kind"))  # texts and dates of NumPy
         elif name == "BUILD":
             pending, state = self.pop(2)
             if not isinstance(pending, _Pending):
@@ -207,15 +241,20 @@ class _Machine:
             what = f"{name} ({argument})" if isinstance(argument, str) else name
             raise WeightsError(f"the pickle instruction {what}, which plain data does not need")
 
+    def named(self, name: str) -> Any:
+        name = name.replace("__builtin__", "builtins")  # as protocol 2 writes it
+        if name in self.names:
+            return _Name(self.names[name])
+        if name.startswith(self.foreign):
+            return Foreign(name)
+        raise WeightsError(f"{name}, which is not plain data")
+
 
 class _Name:
     """An accepted name, on the stack until REDUCE calls what it stands for."""
 
-    def __init__(self, name: str):
-        name = name.replace("__builtin__", "builtins")  # as protocol 2 writes it
-        if name not in _NAMES:
-            raise WeightsError(f"{name}, which is not plain data")
-        self.call = lambda arguments: _NAMES[name](*arguments)
+    def __init__(self, function: Callable):
+        self.call = lambda arguments: function(*arguments)
 
 
 def _set_item(target: dict, key: Any, value: Any) -> None:
@@ -226,7 +265,9 @@ def _set_item(target: dict, key: Any, value: Any) -> None:
 
 def _count(item: Any, depth: int, known: dict[int, int]) -> int:
     """Values in ``item``; refuses leftovers of the machine, cycles and what is nested too deep."""
-    if isinstance(item, (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic)):
+    if isinstance(
+        item, (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic, Foreign)
+    ):
         return 1
     if type(item) not in (list, tuple, dict) or depth > MAX_DEPTH:
         raise WeightsError(
@@ -258,15 +299,34 @@ def load(path: str | os.PathLike) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            machine = _Machine(budget=4 * os.fstat(file.fileno()).st_size)
-            for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-                if step == 0 and opcode.name not in _BEGINNINGS:
-                    raise ValueError("not a pickle")
-                if step == MAX_STEPS:
-                    raise WeightsError(f"more than {MAX_STEPS:,} instructions")
-                machine.run(opcode.name, argument)
-            if file.read(1) or len(machine.stack) != 1 or machine.marked:
-                raise ValueError("something is left over")
+            return read(file, os.fstat(file.fileno()).st_size, path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read(file: BinaryIO, size: int, path: str | os.PathLike, **options) -> Any:
+    """What `load` returns, of an open file.
+
+    Args:
+        file: the pickle, and nothing behind it.
+        size: its bytes.
+        path: for messages.
+        options: ``names``, ``foreign`` and ``persistent`` of the machine: what a pickle inside
+            another format may hold beside plain data.
+
+    Raises:
+        WeightsError: as `load`.
+    """
+    try:
+        machine = _Machine(4 * size, **options)
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if step == 0 and opcode.name not in _BEGINNINGS:
+                raise ValueError("not a pickle")
+            if step == MAX_STEPS:
+                raise WeightsError(f"more than {MAX_STEPS:,} instructions")
+            machine.run(opcode.name, argument)
+        if file.read(1) or len(machine.stack) != 1 or machine.marked:
+            raise ValueError("something is left over")
         (result,) = machine.stack
         _count(result, 0, {})
     except WeightsError as error:

@@ -9,9 +9,10 @@ Imports no Paddle. Arrays that are read are read-only.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import pickle
-import tempfile
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,8 +24,17 @@ import numpy as np
 from cli.errors import WeightsError
 from storage import safe_pickle
 
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be deleted
+    fcntl = None
+
 SUFFIXES = ("", ".pdparams", ".safetensors")
 KEYS = ("auto", "model", "model_ema")
+# Where training checkpoints keep a model: PPViT's and DeiT's name, timm's; averaged weights first.
+CONTAINERS = ("model_ema", "state_dict_ema", "model", "state_dict")
+# DistributedDataParallel, torch.compile, Paddle's DataParallel.
+_PREFIXES = ("module.", "_orig_mod.", "_layers.")
 _NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
 # A zip archive; before PyTorch 1.6, a pickled number.
 TORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02\x8a\n")
@@ -137,7 +147,8 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     Args:
         path: the file, with or without its suffix.
         key: which weights of a checkpoint: ``model``, ``model_ema``, or ``auto``: ``model_ema``
-            where there is one, else ``model``. (The averaged weights are what one evaluates and
+            where there is one, else ``model``; timm's ``state_dict_ema`` and ``state_dict`` mean
+            the same. (The averaged weights are what one evaluates and
             fine-tunes from; PPViT and timm do the same.) A file that is one state dict has no
             choice, and ``model`` means it too.
 
@@ -155,6 +166,7 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     state, taken = _choose(content, key, path)
+    state = without_prefixes(state, path)
     return WeightFile(check_state(state, str(path)), taken, str(path))
 
 
@@ -214,20 +226,35 @@ def write_atomically(data: bytes, path: str | os.PathLike) -> None:
         WeightsError: the file cannot be written; one of that name is left as it was.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(descriptor, "wb") as file:
+        _remove_leftovers(path)
+        with open(temporary, "wb") as file:
+            if fcntl is not None:
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
+            if fcntl is not None:
+                os.replace(temporary, path)
+        if fcntl is None:
+            os.replace(temporary, path)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        with suppress(OSError):
+            temporary.unlink()
         raise WeightsError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporary files of writers of ``path`` that were killed: nobody holds their lock."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+        with suppress(OSError):  # being written, or another's
+            if fcntl is not None:
+                with open(leftover, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def shorten(names: list, limit: int = 6) -> str:
@@ -266,17 +293,36 @@ def _without_name_table(content: Any) -> Any:
 
 def _choose(content: dict, key: str, path: Path) -> tuple[dict, str]:
     """The state dict that ``key`` means, and the key that was taken."""
-    nested = [name for name in ("model", "model_ema") if isinstance(content.get(name), dict)]
+    nested = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
     if not nested:
         if key == "model_ema" or any(isinstance(value, dict) for value in content.values()):
             wanted = "model_ema" if key == "model_ema" else "model"
             raise WeightsError(f"{path}: has no {wanted}; it holds {shorten(list(content))}")
         return content, ""
-    if key == "auto":
-        key = nested[-1]
-    if key not in nested:
-        raise WeightsError(f"{path}: has no {key}; it holds {shorten(list(content))}")
-    return content[key], key
+    wanted = {"model": CONTAINERS[2:], "model_ema": CONTAINERS[:2]}.get(key, CONTAINERS)
+    for name in nested:
+        if name in wanted:
+            return content[name], name
+    raise WeightsError(f"{path}: has no {key}; it holds {shorten(list(content))}")
+
+
+def without_prefixes(state: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """The state dict without the prefixes of wrapped models (``module.``, ``_layers.``, ...).
+
+    Raises:
+        WeightsError: a name is there with a prefix and without.
+    """
+    result = {_without_prefix(name): value for name, value in state.items()}
+    if len(result) != len(state):
+        raise WeightsError(f"{path}: some parameters are there twice, with a prefix and without")
+    return result
+
+
+def _without_prefix(name: Any) -> Any:
+    for prefix in _PREFIXES:
+        if isinstance(name, str) and name.startswith(prefix):
+            return _without_prefix(name[len(prefix) :])
+    return name
 
 
 def _is_float(value: Any) -> bool:

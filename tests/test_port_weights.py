@@ -201,6 +201,15 @@ def test_wrappers_of_data_parallel_models_are_taken_off(tmp_path):
     assert_bit_identical(read_torch_weights(str(tmp_path / "x.safetensors"))[0], state)
 
 
+def test_weights_for_another_number_of_channels_are_refused(tmp_path):
+    state = torch_state("timm")
+    state["stem.proj.weight"] = state["stem.proj.weight"][:, :1]
+    write_weights(state, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="images of 1 channels; here images are RGB, of 3"):
+        run("-checkpoint", tmp_path / "x.safetensors", "-output", tmp_path / "x.pdparams")
+    assert not (tmp_path / "x.pdparams").exists()
+
+
 def test_the_architecture_is_read_off_the_shapes_and_checked_against_a_config(tmp_path):
     ported, _ = names.to_paddle(torch_state("timm"), "timm")
     assert infer(ported)._asdict() == dict(
@@ -226,7 +235,7 @@ def test_a_file_without_a_head_becomes_a_model_of_features(tmp_path, capsys):
 
 def test_pth_files_without_torch_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "x.pth").write_bytes(b"PK\x03\x04" + bytes(64))
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF")  # before PyTorch 1.6
     with pytest.raises(WeightsError, match="pip install -r port_weights/requirements.txt"):
         run("-checkpoint", tmp_path / "x.pth")
 

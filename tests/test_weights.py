@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -17,6 +21,8 @@ from resmlp import ResMLP, load_state
 from storage import safe_pickle
 from storage.adapt import adapt_state_dict, resample_tokens
 from storage.weights import check_state, read_weights, safe_load, write_weights
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def tiny(**changes) -> ResMLP:
@@ -544,3 +550,63 @@ def test_resampled_rows_keep_a_common_sum():
     for grid in (3, 6, 9, 12):
         new_weight, _ = resample_tokens(weight, bias, grid)
         np.testing.assert_allclose(new_weight.sum(axis=0), 1.0, atol=2e-4)
+
+
+# ------------------------------------------------------------------------- wrapped, and written
+@pytest.mark.parametrize("prefix", ["module.", "_layers.", "_orig_mod.module."])
+@pytest.mark.parametrize("container", [None, "model", "state_dict", "state_dict_ema"])
+def test_wrapped_paddle_files_are_understood_as_pytorchs_are(tmp_path, state, prefix, container):
+    wrapped = {f"{prefix}{name}": value for name, value in state.items()}
+    content = {container: wrapped, "epoch": 3} if container else wrapped
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps(content))
+    found = read_weights(tmp_path / "x")
+    assert_same(found.state, state)
+    assert found.key == (container or "")
+
+
+def test_averaged_weights_come_before_the_others_under_timms_names_too(tmp_path, state):
+    other = {name: value + 1 for name, value in state.items()}
+    content = {"state_dict": other, "state_dict_ema": state}
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps(content))
+    assert_same(read_weights(tmp_path / "x").state, state)
+    assert_same(read_weights(tmp_path / "x", "model").state, other)
+
+
+def test_a_name_with_a_prefix_and_without_is_refused(tmp_path, state):
+    (tmp_path / "x.pdparams").write_bytes(pickle.dumps({**state, "module.norm.beta": np.ones(6)}))
+    with pytest.raises(WeightsError, match="twice, with a prefix and without"):
+        read_weights(tmp_path / "x")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_files_obey_the_umask(tmp_path, state, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_weights(state, tmp_path / "x.pdparams")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.pdparams").stat().st_mode & 0o777 == mode
+
+
+_KILLED = """
+import os, signal, sys
+from storage import weights
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+weights.write_atomically(b"half of it", sys.argv[1])
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, state):
+    path = tmp_path / "x.pdparams"
+    subprocess.run([sys.executable, "-c", _KILLED, path], cwd=ROOT)
+    assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
+    write_weights(state, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_another_writer_is_writing_is_left_alone(tmp_path, state):
+    other = tmp_path / ".x.pdparams.1-2.tmp"
+    with open(other, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write_weights(state, tmp_path / "x.pdparams")
+        assert other.exists()

@@ -135,10 +135,40 @@ def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_pat
             return open, (str(tmp_path / "ran"), "w")
 
     torch.save({"model": tensors, "x": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match="torch refuses it: .*open") as caught:
+    with pytest.raises(
+        WeightsError, match="holds .*open, which is not plain data; nothing of it was run"
+    ) as caught:
         read_torch_weights(str(tmp_path / "evil.pth"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
     (tmp_path / "cut.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:200])
-    with pytest.raises(WeightsError, match="torch refuses it"):
+    with pytest.raises(WeightsError, match="truncated, damaged"):
         read_torch_weights(str(tmp_path / "cut.pth"))
+
+
+def test_what_stands_beside_the_weights_is_no_hindrance_and_tensors_are_torchs_own(tmp_path):
+    from collections import defaultdict
+    from datetime import datetime
+    from pathlib import Path
+
+    from port_weights.torch_files import read_torch_weights
+
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "a": whole.T[1:, ::2],
+        "b": torch.nn.Parameter(whole[2]),
+        "c": whole.half(),
+        "d": whole.bfloat16(),
+        "e": torch.tensor(3.5, dtype=torch.float64),
+    }
+    beside = {
+        "numbers": [np.float64(0.5), np.int64(3), np.zeros(3), np.str_("x"), np.datetime64("2020")],
+        "path": [Path("x"), datetime.now(), torch.float32, torch.device("cpu"), torch.Size([2])],
+        "counts": defaultdict(list, a=[1]),
+        "steps": {0: {"step": torch.tensor(3)}},
+    }
+    torch.save({"model": tensors, **beside}, tmp_path / "x.pth")
+    state, _ = read_torch_weights(str(tmp_path / "x.pth"))
+    assert state.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert np.array_equal(state[name], value.detach().float().numpy()), name
