@@ -113,7 +113,11 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> Result:
     if config.EVAL_REPORT and process.main:
         try:
             paths = write_report(
-                metrics, class_names(config), folder.path, config.MODEL.NUM_CLASSES
+                metrics,
+                class_names(config),
+                folder.path,
+                config.MODEL.NUM_CLASSES,
+                loader.dataset.files,
             )
         except OSError as error:
             raise UserError(f"{folder.path}: the report cannot be written: {error.strerror}")

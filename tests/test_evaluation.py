@@ -1,4 +1,5 @@
 import csv
+import json
 import logging
 import tracemalloc
 
@@ -18,7 +19,11 @@ class Loader(list):
     def __init__(self, logits, labels, batch):
         cuts = range(0, len(labels), batch)
         super().__init__(
-            (paddle.to_tensor(logits[i : i + batch]), paddle.to_tensor(labels[i : i + batch]), None)
+            (
+                paddle.to_tensor(logits[i : i + batch]),
+                paddle.to_tensor(labels[i : i + batch]),
+                list(range(i, min(i + batch, len(labels)))),
+            )
             for i in cuts
         )
 
@@ -93,3 +98,47 @@ def test_a_logit_that_is_not_finite_is_an_error():
     logits[1, 1] = np.nan
     with pytest.raises(UserError, match="not finite"):
         run(logits, np.arange(3))
+
+
+def softmax(logits):
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    return odds / odds.sum(1, keepdims=True)
+
+
+def test_the_scores_of_a_report_are_scikit_learns(tmp_path):
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
+
+    rng = np.random.default_rng(3)
+    logits, labels = 2 * rng.normal(size=[400, 6]).astype("float32"), rng.integers(0, 5, 400)
+    logits[np.arange(400), labels] += 2
+    logits[:, 4] -= 1
+    write_report(run(logits, labels, 7, confusion=True), None, tmp_path, 6)
+    found = json.loads((tmp_path / "report.json").read_text())
+    odds, predictions = softmax(logits.astype("float64")), logits.argmax(1)
+    right, sure = predictions == labels, odds.max(1)
+    accuracy, confidence = calibration_curve(right, sure, n_bins=15)
+    share = np.histogram(sure, np.linspace(0, 1, 16))[0] / 400
+    gap = 100 * np.sum(share[share > 0] * np.abs(accuracy - confidence))
+    assert found["balanced_accuracy"] == pytest.approx(
+        100 * balanced_accuracy_score(labels, predictions)
+    )
+    assert found["macro_f1"] == pytest.approx(100 * f1_score(labels, predictions, average="macro"))
+    assert found["calibration_error"] == pytest.approx(gap, abs=1e-4)
+    assert found["negative_log_likelihood"] == pytest.approx(
+        log_loss(labels, odds, labels=range(6)), rel=1e-5
+    )
+    assert Image.open(tmp_path / "reliability.png").size > (300, 300)
+
+
+def test_the_most_confident_mistakes_are_kept_in_order_for_any_batch_size():
+    rng = np.random.default_rng(4)
+    logits, labels = rng.normal(size=[300, 6]), rng.integers(0, 6, 300)
+    sure, predictions = softmax(logits).max(1), logits.argmax(1)
+    wrong = [i for i in np.argsort(-sure) if predictions[i] != labels[i]][:16]
+    for batch in (1, 7, 300):
+        mistakes = run(logits, labels, batch, confusion=True).calibration.mistakes
+        assert mistakes[:, 1].tolist() == wrong
+        assert mistakes[:, 2].tolist() == labels[wrong].tolist()
+        assert mistakes[:, 3].tolist() == predictions[wrong].tolist()
+        assert np.allclose(mistakes[:, 0], sure[wrong], atol=1e-6)

@@ -14,7 +14,7 @@ LEVELS = [  # a module imports only from levels above its own line
     ["loading.archives", "training.pictures"],
     ["loading.files", "parallel.rendezvous"],
     ["config", "storage.weights", "training.dashboard", "augment", "parallel.process"],
-    ["utils", "cpu.ops", "loading.loader", "transforms", "storage.adapt"],
+    ["training.eval_report", "utils", "cpu.ops", "loading.loader", "transforms", "storage.adapt"],
     ["resmlp", "storage.checkpoints", "datasets", "mixup"],
     ["storage.run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
     ["distillation", "training.evaluation", "batch_augment", "training.progress"],

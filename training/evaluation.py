@@ -5,6 +5,7 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 import csv
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import paddle.nn.functional as F
 
 from cli.errors import UserError
 from parallel.process import Process, sum_over_ranks, wait_for_all
+from training.eval_report import Calibration, class_scores
 from training.pictures import new_figure, render
 
 PICTURE_CLASSES = 1000  # more make a confusion matrix whose cells are smaller than its pixels
@@ -35,6 +37,7 @@ class Metrics:
     # int64 [pairs, 3]: label, prediction and its images, of the pairs that occur, in order. All
     # K * K would take gigabytes for some thousand classes.
     confusion: np.ndarray | None = None
+    calibration: Calibration | None = None
 
     def __str__(self) -> str:
         return (
@@ -63,7 +66,8 @@ def evaluate(
         loader: this rank's share of the images (datasets.build_loader, split ``val``).
         process: this process; all ranks must call together.
         num_classes: K; top-5 is top-K where K is smaller.
-        confusion: also count labels against predictions (`Metrics.confusion`).
+        confusion: also count labels against predictions (`Metrics.confusion`) and confidences
+            (`Metrics.calibration`).
         stop: asked before each batch whether to break off.
         progress: called after each batch with batches done and in all.
 
@@ -77,9 +81,9 @@ def evaluate(
     k = min(5, num_classes)
     loss_sum = paddle.zeros([], "float64")
     hits = paddle.zeros([2], "int64")  # top-1, top-k
-    seen, pairs = 0, []
+    seen, pairs, calibration = 0, [], Calibration()
     stopped = False
-    for number, (images, labels, _) in enumerate(loader):
+    for number, (images, labels, indices) in enumerate(loader):
         stopped = stop()
         if stopped:
             break
@@ -91,7 +95,10 @@ def evaluate(
         loss_sum += losses.sum()
         seen += len(labels)
         if confusion:
-            pairs.append(labels.numpy() * num_classes + top[:, 0].numpy())
+            truth, predicted = labels.numpy(), top[:, 0].numpy()
+            pairs.append(truth * num_classes + predicted)
+            confidence = F.softmax(logits, axis=-1).max(axis=-1).numpy()
+            calibration.add(confidence, np.asarray(indices), truth, predicted)
         progress(number + 1, len(loader))
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
     loss, top1, topk, total, stopped = sum_over_ranks(
@@ -103,6 +110,8 @@ def evaluate(
         raise UserError(
             "evaluation: the loss is not finite; the weights hold or produce inf or NaN"
         )
+    if confusion:
+        calibration.reduce(process)
     return Metrics(
         loss / total,
         100 * top1 / total,
@@ -110,6 +119,7 @@ def evaluate(
         int(total),
         time.time() - start,
         _count_pairs(pairs, num_classes, process) if confusion else None,
+        calibration if confusion else None,
     )
 
 
@@ -125,16 +135,18 @@ def _count_pairs(pairs: list[np.ndarray], num_classes: int, process: Process) ->
 
 
 def write_report(
-    metrics: Metrics, names: list[str] | None, folder: Path, num_classes: int
+    metrics: Metrics, names: list[str] | None, folder: Path, num_classes: int, files=None
 ) -> list[Path]:
     """Writes ``per_class.csv`` (label, name, images, top-1 in percent, most frequent mistake) and,
-    up to `PICTURE_CLASSES`, ``confusion.png`` from an evaluation made with ``confusion=True``.
+    up to `PICTURE_CLASSES`, ``confusion.png`` from an evaluation made with ``confusion=True``;
+    with its calibration ``report.json`` (the scores of docs/tools.md) and ``reliability.png``.
 
     Args:
         metrics: of that evaluation.
         names: of the classes; None: their numbers.
         folder: where the files go.
         num_classes: K.
+        files: the `ImageIndex` evaluated; given, ``mistakes.png`` shows the most confident ones.
 
     Returns:
         The files.
@@ -157,13 +169,32 @@ def write_report(
             wrong = [names[other], count] if count else ["", 0]
             top1 = f"{100 * hits[label] / images[label]:.2f}" if images[label] else ""
             writer.writerow([label, name, int(images[label]), top1, *wrong])
+    scores = _write_scores(metrics, names, folder, num_classes, files)
     if num_classes > PICTURE_CLASSES:
         _log.info(f"no {picture.name}: {num_classes} classes are more than {PICTURE_CLASSES}")
-        return [table]
+        return [table, *scores]
     share = np.zeros([num_classes, num_classes])
     share[labels, predictions] = 100 * counts / images[labels]
     picture.write_bytes(_draw_confusion(share, names, metrics.top1))
-    return [table, picture]
+    return [table, picture, *scores]
+
+
+def _write_scores(metrics: Metrics, names, folder: Path, num_classes: int, files) -> list[Path]:
+    calibration = metrics.calibration
+    if calibration is None:
+        return []
+    scores = class_scores(metrics.confusion, num_classes)
+    scores.update(calibration_error=calibration.error(), negative_log_likelihood=metrics.loss)
+    _log.info(", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in scores.items()))
+    contents = {
+        "report.json": (json.dumps(scores, indent=1) + "\n").encode(),
+        "reliability.png": calibration.draw(),
+    }
+    if files is not None:
+        contents["mistakes.png"] = calibration.draw_mistakes(files, names)
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in contents]
 
 
 def _draw_confusion(share: np.ndarray, names: list[str], top1: float) -> bytes:

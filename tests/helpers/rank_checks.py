@@ -71,6 +71,16 @@ def evaluation_counts(process: Process) -> None:
         assert metrics.top5 == 100 * int(hits[:, :5].sum()) / count
         assert metrics.confusion[:, 2].sum() == count
         assert sum(n for a, b, n in metrics.confusion.tolist() if a == b) == int(hits[:, 0].sum())
+        alone = Process()
+        one = evaluate(
+            lambda images: paddle.to_tensor(logits_of(images.numpy())),
+            Loader(count, alone),
+            alone,
+            CLASSES,
+            confusion=True,
+        )
+        assert (metrics.calibration.bins == one.calibration.bins).all()
+        assert (metrics.calibration.mistakes == one.calibration.mistakes).all()
 
 
 def breaking_off(process: Process) -> None:
