@@ -9,7 +9,8 @@ step. What the layers lose on a CPU, and what is done here instead:
 - A bias gradient is a column sum, which Paddle's CPU reduction does ten to a hundred times slower
   than the same sum written as a product with a row of ones.
 - The patch convolution is a matrix product, once the image is cut.
-- Residual and bias additions ride along in the matrix product (``addmm``).
+- GELU and its gradient run on one thread. oneDNN has them on all (`onednn`), and with them what
+  follows a product: biases, the scales, the residual addition.
 
 On a GPU the layers are used instead: there AMP casts each product, a fold of a LayerScale of 1e-6
 would underflow in float16, and reductions are fast.
@@ -25,6 +26,8 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.autograd.py_layer import once_differentiable
+
+from cpu import onednn
 
 
 def usable(layer) -> bool:
@@ -48,7 +51,13 @@ def usable(layer) -> bool:
 def embed_patches(images, conv):
     """A convolution whose stride is its kernel, as a matrix product: ``[B, N, C]`` tokens."""
     patches = F.unfold(images, conv.weight.shape[2:], conv.weight.shape[2:])  # [B, 3 * p * p, N]
-    return paddle.matmul(patches, conv.weight.flatten(1).t(), transpose_x=True) + conv.bias
+    rows = patches.transpose([0, 2, 1]).reshape([-1, patches.shape[1]])  # [M, 3 * p * p]
+    weight = conv.weight.flatten(1).t()
+    if paddle.is_grad_enabled():
+        y = _Linear.apply(rows, weight, conv.bias)
+    else:
+        y = _product(rows, weight, bias=conv.bias)
+    return y.reshape([images.shape[0], -1, y.shape[-1]])
 
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
@@ -64,46 +73,58 @@ def mix_channels(x, norm, mlp, layer_scale, mask):
     parameters = norm.alpha, norm.beta, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
     if paddle.is_grad_enabled():
         return _MixChannels.apply(x, *parameters, layer_scale, mask)
-    return _channels_forward(x, *parameters, layer_scale, mask, F.gelu)[0]
+    return _channels_forward(x, *parameters, layer_scale, mask, _gelu_of_product)[0]
+
+
+class _Linear(PyLayer):
+    @staticmethod
+    def forward(ctx, rows, weight, bias):
+        ctx.save_for_backward(rows, weight)
+        _remember_needed(ctx, rows, weight, bias)
+        return _product(rows, weight, bias=bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensor()
+        d_rows = _product(grad, weight, transpose_b=True) if ctx.needed[0] else None
+        d_weight = _product(rows, grad, transpose_a=True)
+        return _only_needed(ctx, d_rows, d_weight, _column_sum(grad))
 
 
 def _tokens_forward(x, alpha, beta, w, bias, scale, mask):
     """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
-    mixed = paddle.matmul(w, x, transpose_x=True)  # [B, N, C]
     constant = _outer(w.sum(0), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
-    y = mixed * (alpha.flatten() * scale)
-    y.add_(constant * scale)
-    if mask is not None:
-        y.multiply_(mask)
-    return y.add_(x), mixed, constant
+    then = [("multiply", alpha.flatten() * scale), ("add", constant * scale)]
+    then += [("add", x)] if mask is None else [("multiply", mask), ("add", x)]
+    return _product(w, x, transpose_a=True, then=then), constant
 
 
 class _MixTokens(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w, bias, scale, mask):
-        y, mixed, constant = _tokens_forward(x, alpha, beta, w, bias, scale, mask)
-        ctx.save_for_backward(x, alpha, beta, w, scale, mask, mixed, constant)
+        y, constant = _tokens_forward(x, alpha, beta, w, bias, scale, mask)
+        ctx.save_for_backward(x, alpha, beta, w, scale, mask, constant)
         _remember_needed(ctx, x, alpha, beta, w, bias, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, alpha, beta, w, scale, mask, mixed, constant = ctx.saved_tensor()
-        branch = (
-            grad if mask is None else grad * mask
-        )  # of (w^T x) * alpha scale + scale * constant
-        d_product = _column_sum(branch * mixed)  # of alpha * scale, [C]
-        d_constant = branch.sum(0)  # [N, C], before the LayerScale
-        d_scale = d_product * alpha.flatten() + (d_constant * constant).sum(0)
+        x, alpha, beta, w, scale, mask, constant = ctx.saved_tensor()
+        branch = grad if mask is None else grad * mask  # of (w^T x) * factor + scale * constant
+        factor = alpha.flatten() * scale
+        back = _product(w, branch)  # [B, N, C], of x * factor
+        d_factor = _column_sum(back * x)  # [C]
+        d_constant = _batch_sum(branch)  # [N, C], before the LayerScale
+        d_scale = d_factor * alpha.flatten() + (d_constant * constant).sum(0)
         d_constant = d_constant * scale
-        d_mixed = branch * (alpha.flatten() * scale)
-        d_w = paddle.matmul(x, d_mixed, transpose_y=True).sum(0)  # [N, N]
+        d_w = _batch_sum(_product(x, _multiply(branch, factor), transpose_b=True))  # [N, N]
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
         return _only_needed(
             ctx,
-            paddle.matmul(w, d_mixed).add_(grad),
-            (d_product * scale).reshape(alpha.shape),
+            _multiply(back, factor, then=[("add", grad)]),
+            (d_factor * scale).reshape(alpha.shape),
             paddle.matmul(w.sum(0), d_constant).reshape(beta.shape),
             d_w,
             d_constant.sum(1),
@@ -111,28 +132,29 @@ class _MixTokens(PyLayer):
         )
 
 
-def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, gelu):
-    """With alpha and beta in the first linear layer, and scale in the second."""
+def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_half):
+    """With alpha and beta in the first linear layer, and scale in the second.
+
+    ``first_half`` makes the hidden units, and what else comes of them is returned too.
+    """
     folded1, folded2 = _scale_rows(alpha, w1), w2 * scale  # [C, H], [H, C]
     rows = x.reshape([-1, x.shape[-1]])  # [M, C]
-    before = paddle.addmm(bias1 + paddle.matmul(beta.flatten(), w1), rows, folded1)  # [M, H]
-    hidden = gelu(before)
-    if mask is None:
-        y = paddle.addmm(rows + bias2 * scale, hidden, folded2).reshape(x.shape)
-    else:
-        y = paddle.addmm(bias2 * scale, hidden, folded2).reshape(x.shape)
-        y.multiply_(mask).add_(x)
-    return y, before, hidden, folded1, folded2
+    hidden, *rest = first_half(rows, folded1, bias1 + paddle.matmul(beta.flatten(), w1))  # [M, H]
+    then = [("add", rows)]
+    if mask is not None:
+        of_row = mask.expand([-1, x.shape[1], -1]).reshape([-1, 1])  # [B, 1, 1] -> [M, 1]
+        then.insert(0, ("multiply", of_row))
+    y = _product(hidden, folded2, bias=bias2 * scale, then=then).reshape(x.shape)
+    return y, folded1, folded2, hidden, *rest
 
 
 class _MixChannels(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, mask):
-        y, before, hidden, folded1, folded2 = _channels_forward(
-            x, alpha, beta, w1, bias1, w2, bias2, scale, mask, _recorded_gelu
+        y, folded1, folded2, *ctx.gelu = _channels_forward(
+            x, alpha, beta, w1, bias1, w2, bias2, scale, mask, _differentiable_gelu_of_product
         )
         ctx.save_for_backward(x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2)
-        ctx.gelu = before, hidden
         _remember_needed(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale)
         return y
 
@@ -140,18 +162,19 @@ class _MixChannels(PyLayer):
     @once_differentiable
     def backward(ctx, grad):
         x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2 = ctx.saved_tensor()
-        before, hidden = ctx.gelu
+        hidden, gelu_gradient = ctx.gelu
         del ctx.gelu
         channels = x.shape[-1]
         branch = (grad if mask is None else grad * mask).reshape([-1, channels])  # [M, C]
-        d_folded2 = paddle.matmul(hidden.detach(), branch, transpose_x=True)  # [H, C]
+        d_folded2 = _product(hidden, branch, transpose_a=True)  # [H, C]
+        del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_hidden = paddle.matmul(branch, folded2, transpose_y=True)  # [M, H]
-        (d_before,) = paddle.grad(hidden, before, d_hidden)
-        del before, hidden, d_hidden  # the largest activations: free them before the next product
-        d_folded1 = paddle.matmul(x.reshape([-1, channels]), d_before, transpose_x=True)  # [C, H]
+        d_before = gelu_gradient(_product(branch, folded2, transpose_b=True))  # [M, H]
+        del gelu_gradient
+        d_folded1 = _product(x.reshape([-1, channels]), d_before, transpose_a=True)  # [C, H]
         d_bias1 = _column_sum(d_before)
-        d_x = paddle.addmm(grad.reshape([-1, channels]), d_before, folded1.t())
+        grad_rows = grad.reshape([-1, channels])
+        d_x = _product(d_before, folded1, transpose_b=True, then=[("add", grad_rows)])
         return _only_needed(
             ctx,
             d_x.reshape(x.shape),
@@ -165,17 +188,55 @@ class _MixChannels(PyLayer):
         )
 
 
-def _recorded_gelu(before):
-    """GELU with its graph, so that its gradient is Paddle's own."""
+# ------------------------------------------- operators: oneDNN's, or Paddle's where it is missing
+def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=()):
+    """``a @ b + bias``, then each of ``then``: as `onednn.product`."""
+    y = onednn.product(a, b, transpose_a, transpose_b, bias, then=then)
+    if y is not None:
+        return y
+    y = paddle.matmul(a, b, transpose_a, transpose_b) if bias is None else paddle.addmm(bias, a, b)
+    return _go_on(y, then)
+
+
+def _multiply(a, b, then=()):
+    """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``."""
+    y = onednn.multiply(a, b, then)
+    return _go_on(a * b, then) if y is None else y
+
+
+def _go_on(y, then):
+    for name, other in then:
+        y = y.add_(other) if name == "add" else y.multiply_(other)
+    return y
+
+
+def _gelu_of_product(rows, weight, bias):
+    """``gelu(rows @ weight + bias)``, alone in a tuple."""
+    y = onednn.product(rows, weight, bias=bias, gelu=True)
+    return (F.gelu(paddle.addmm(bias, rows, weight)) if y is None else y,)
+
+
+def _differentiable_gelu_of_product(rows, weight, bias):
+    """The same, and the function that leads a gradient back to before the GELU."""
+    before = _product(rows, weight, bias=bias)
+    hidden = onednn.gelu(before)
+    if hidden is not None:
+        return hidden, lambda gradient: onednn.gelu_gradient(gradient, before)
     before.stop_gradient = False
-    with paddle.enable_grad():
-        return F.gelu(before)
+    with paddle.enable_grad():  # its gradient is Paddle's own
+        hidden = F.gelu(before)
+    return hidden.detach(), lambda gradient: paddle.grad(hidden, before, gradient)[0]
 
 
 def _column_sum(x):
     """The sum over all axes but the last, as a product with ones: ``[..., C] -> [C]``."""
     rows = x.reshape([-1, x.shape[-1]])
     return paddle.matmul(paddle.ones([rows.shape[0]], x.dtype), rows)
+
+
+def _batch_sum(x):
+    """The sum over the first axis, likewise."""
+    return _column_sum(x.reshape([x.shape[0], -1])).reshape(x.shape[1:])
 
 
 def _row_sum(x):

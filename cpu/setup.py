@@ -13,7 +13,8 @@ one). `describe` says what was done. On a machine with an NVIDIA GPU only the wa
 
 Environment: ``RESMLP_RUNTIME=off`` leaves the process alone, ``RESMLP_MALLOC=off`` only the
 allocator, ``RESMLP_THREADS`` or ``OMP_NUM_THREADS`` fixes the threads, and ``MKL_DEBUG_CPU_TYPE``
-and ``MALLOC_*_`` keep the user's values. (``RESMLP_NUMBA`` is read by `pixels`.)
+and ``MALLOC_*_`` keep the user's values. (``RESMLP_NUMBA`` is read by `resample`, ``RESMLP_ONEDNN``
+by `onednn`.)
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
     ["cli.errors", "cli.ppvit_defaults", "cpu.setup", "cpu.resample_kernels"],
     ["storage.safe_pickle", "cli.config_rules", "cli.parser", "loading.samplers", "cpu.resample"],
-    ["loading.archives", "training.pictures"],
+    ["cpu.onednn", "loading.archives", "training.pictures"],
     ["loading.files", "parallel.rendezvous"],
     ["config", "storage.weights", "training.dashboard", "augment", "parallel.process"],
     ["training.eval_report", "utils", "cpu.ops", "loading.loader", "transforms", "storage.adapt"],

@@ -1,0 +1,300 @@
+"""oneDNN, from Paddle's own wheel, called directly: products, GELU and casts of CPU tensors.
+
+Paddle's eager mode reaches oneDNN on a CPU not at all, and MKL for float32 products only. What it
+lacks is here: bfloat16 products that accumulate in float32, additions and multiplications within a
+product, GELU and its gradient on all threads. Names and numbers are those of oneDNN's C API,
+version 3 (https://uxlfoundation.github.io/oneDNN).
+
+A primitive is made once for each set of shapes and kept as long as the process lives. All calls
+wait for their result. ``RESMLP_ONEDNN=off`` leaves all this unused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import paddle
+
+from cpu import setup
+
+_MAJOR = 3  # of the C API below
+_CPU_ENGINE, _IN_ORDER, _FORWARD_TRAINING = 1, 1, 64
+_GELU_ERF = 0x31
+_BINARY = {"add": 0x1FFF0, "multiply": 0x1FFF1}
+_SRC, _SRC_1, _DST, _WEIGHTS, _BIAS, _DIFF_SRC, _DIFF_DST = 1, 2, 17, 33, 41, 129, 145
+_POST_OP = 2**15
+_TYPES = {paddle.bfloat16: 2, paddle.float32: 3}
+_log = logging.getLogger("resmlp")
+
+
+class Unsupported(Exception):
+    """oneDNN is missing, or refuses a combination of shapes and types."""
+
+
+class _Version(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("major", "minor", "patch")]
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_int), ("memory", ctypes.c_void_p)]
+
+
+class _Library:
+    """The library with its engine and stream; every call is checked."""
+
+    def __init__(self):
+        path = Path(paddle.__file__).parent / "libs" / "libdnnl.so.3"
+        try:
+            self._functions = ctypes.CDLL(str(path))
+            self._functions.dnnl_version.restype = ctypes.POINTER(_Version)
+            version = self._functions.dnnl_version().contents
+        except (OSError, AttributeError) as error:
+            raise Unsupported(f"none in this Paddle that can be called ({error})") from None
+        if version.major != _MAJOR:
+            raise Unsupported(f"this Paddle brings version {version.major}, not {_MAJOR}")
+        self.engine = self.new("engine_create", _CPU_ENGINE, ctypes.c_size_t(0))
+        self.stream = self.new("stream_create", self.engine, _IN_ORDER)
+        self.set_data_handle = self._functions.dnnl_memory_set_data_handle
+        self.execute = self._functions.dnnl_primitive_execute
+
+    def call(self, name: str, *arguments) -> None:
+        if getattr(self._functions, f"dnnl_{name}")(*arguments):
+            raise Unsupported(f"{name} was refused")
+
+    def new(self, name: str, *arguments) -> ctypes.c_void_p:
+        """What a ``..._create`` function puts where its first argument points."""
+        handle = ctypes.c_void_p()
+        self.call(name, ctypes.byref(handle), *arguments)
+        return handle
+
+
+@functools.cache
+def _library() -> _Library:
+    if not setup.enabled("RESMLP_ONEDNN"):
+        raise Unsupported("switched off (RESMLP_ONEDNN)")
+    return _Library()
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Logs a line, once."""
+    _log.info(text)
+
+
+def _or_none(function):
+    """Makes a function return None where oneDNN cannot do it, and say why, once each reason."""
+
+    @functools.wraps(function)
+    def attempt(x, *arguments, **options):
+        if x.dtype not in _TYPES:
+            return None
+        try:
+            return function(x, *arguments, **options)
+        except Unsupported as error:
+            _say(f"oneDNN: {error}; Paddle's own operators are used instead")
+            return None
+
+    return attempt
+
+
+@_or_none
+def product(a, b, transpose_a=False, transpose_b=False, bias=None, gelu=False, then=(), dtype=None):
+    """``a @ b + bias``, then GELU, then each of ``then``, in one pass.
+
+    Args:
+        a: ``[M, K]`` or ``[B, M, K]``; without B where only ``b`` has it.
+        b: ``[K, N]`` or ``[B, K, N]``, likewise.
+        transpose_a: ``a`` is ``[..., K, M]``.
+        transpose_b: ``b`` is ``[..., N, K]``.
+        bias: ``[N]``, or None.
+        gelu: apply GELU.
+        then: pairs ``("add" or "multiply", tensor)``; a tensor is broadcast to the result.
+        dtype: of the result; None for that of ``a``.
+
+    Returns:
+        The result, or None where oneDNN cannot be used, as of all functions here.
+    """
+    dtype = a.dtype if dtype is None else dtype
+    tensors = [a, b, *([] if bias is None else [bias]), *(tensor for _, tensor in then)]
+    run, shape = _product(
+        _kinds(tensors),
+        transpose_a,
+        transpose_b,
+        bias is not None,
+        gelu,
+        tuple(name for name, _ in then),
+        dtype,
+    )
+    return run(tensors, paddle.empty(shape, dtype))
+
+
+@_or_none
+def multiply(a, b, then=(), dtype=None):
+    """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``; see `product`."""
+    dtype = a.dtype if dtype is None else dtype
+    tensors = [a, b, *(tensor for _, tensor in then)]
+    run = _multiplication(_kinds(tensors), tuple(name for name, _ in then), dtype)
+    return run(tensors, paddle.empty(a.shape, dtype))
+
+
+@_or_none
+def gelu(x):
+    """GELU in its exact form, of the type of ``x``."""
+    return _gelu(tuple(x.shape), x.dtype)[0]([x], paddle.empty(x.shape, x.dtype))
+
+
+@_or_none
+def gelu_gradient(gradient, x):
+    """The gradient of GELU's argument ``x`` from that of its result, which it overwrites."""
+    return _gelu(tuple(x.shape), x.dtype)[1]([gradient, x], gradient)
+
+
+@_or_none
+def cast(x, dtype):
+    """``x`` in another type."""
+    return _cast(tuple(x.shape), x.dtype, dtype)([x], paddle.empty(x.shape, dtype))
+
+
+def _kinds(tensors) -> tuple:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+
+
+# ------------------------------------------------------------------- primitives, by their shapes
+@functools.cache
+def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
+    (shape_a, type_a), (shape_b, type_b), *others = operands
+    rank = max(len(shape_a), len(shape_b))
+    a = _Operand(shape_a, type_a, rank, transpose_a)
+    b = _Operand(shape_b, type_b, rank, transpose_b)
+    batch = [max(sizes) for sizes in zip(a.shape[:-2], b.shape[:-2])]
+    shape = [*batch, a.shape[-2], b.shape[-1]]
+    others = [_Operand(*other, rank) for other in others]
+    bias = others.pop(0) if has_bias else None
+    result = _Operand(shape, dtype, rank)
+    attributes, names = _attributes(gelu, list(zip(then, others)))
+    descriptor = _library().new(
+        "matmul_primitive_desc_create",
+        _library().engine,
+        a.descriptor,
+        b.descriptor,
+        bias.descriptor if has_bias else None,
+        result.descriptor,
+        attributes,
+    )
+    arguments = [(_SRC, a), (_WEIGHTS, b), *([(_BIAS, bias)] if has_bias else [])]
+    return _Primitive(descriptor, [*arguments, *zip(names, others), (_DST, result)]), shape
+
+
+@functools.cache
+def _multiplication(operands, then, dtype):
+    rank = len(operands[0][0])
+    a, b, *others = (_Operand(*operand, rank) for operand in operands)
+    result = _Operand(operands[0][0], dtype, rank)
+    attributes, names = _attributes(False, list(zip(then, others)))
+    descriptor = _library().new(
+        "binary_primitive_desc_create",
+        _library().engine,
+        _BINARY["multiply"],
+        a.descriptor,
+        b.descriptor,
+        result.descriptor,
+        attributes,
+    )
+    return _Primitive(descriptor, [(_SRC, a), (_SRC_1, b), *zip(names, others), (_DST, result)])
+
+
+@functools.cache
+def _gelu(shape, dtype):
+    """GELU and its gradient."""
+    x, zero = _Operand(shape, dtype, len(shape)), ctypes.c_float(0)
+    library = _library()
+    engine, form = library.engine, (x.descriptor, x.descriptor)
+    forward = library.new(
+        "eltwise_forward_primitive_desc_create",
+        *(engine, _FORWARD_TRAINING, _GELU_ERF, *form, zero, zero, None),
+    )
+    backward = library.new(
+        "eltwise_backward_primitive_desc_create",
+        *(engine, _GELU_ERF, *form, x.descriptor, zero, zero, forward, None),
+    )
+    return (
+        _Primitive(forward, [(_SRC, x), (_DST, x)]),
+        _Primitive(backward, [(_DIFF_DST, x), (_SRC, x), (_DIFF_SRC, x)]),
+    )
+
+
+@functools.cache
+def _cast(shape, source, target):
+    a, b = (_Operand(shape, dtype, len(shape)) for dtype in (source, target))
+    engine = _library().engine
+    descriptor = _library().new(
+        "reorder_primitive_desc_create", a.descriptor, engine, b.descriptor, engine, None
+    )
+    return _Primitive(descriptor, [(_SRC, a), (_DST, b)])
+
+
+def _attributes(gelu: bool, then: list):
+    """Attributes of a primitive that goes on with GELU and ``then``; names of the latter's data."""
+    library = _library()
+    if not gelu and not then:
+        return None, []
+    operations, attributes = library.new("post_ops_create"), library.new("primitive_attr_create")
+    if gelu:
+        zero = ctypes.c_float(0)
+        library.call("post_ops_append_eltwise", operations, _GELU_ERF, zero, zero)
+    for name, operand in then:
+        library.call("post_ops_append_binary", operations, _BINARY[name], operand.descriptor)
+    library.call("primitive_attr_set_post_ops", attributes, operations)
+    return attributes, [_POST_OP * (gelu + number + 1) | _SRC_1 for number in range(len(then))]
+
+
+class _Operand:
+    """A contiguous tensor's place in a primitive.
+
+    Attributes:
+        shape: with ones in front, as many as make ``rank`` axes; seen transposed where asked for.
+        descriptor: oneDNN's.
+    """
+
+    def __init__(self, shape, dtype, rank: int, transposed: bool = False):
+        shape = [1] * (rank - len(shape)) + list(shape)
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.insert(0, strides[0] * size)
+        if transposed:
+            shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
+        sizes = ctypes.c_int64 * rank
+        self.shape = shape
+        self.descriptor = _library().new(
+            "memory_desc_create_with_strides", rank, sizes(*shape), _TYPES[dtype], sizes(*strides)
+        )
+
+
+class _Primitive:
+    """Runs a primitive on tensors, given in the order of ``arguments``; the last is the result."""
+
+    def __init__(self, descriptor, arguments: list):
+        library = _library()
+        self._primitive = library.new("primitive_create", descriptor)
+        memories = [
+            library.new("memory_create", operand.descriptor, library.engine, None)
+            for _, operand in arguments
+        ]
+        self._memories = memories
+        self._arguments = (_Argument * len(arguments))(
+            *(_Argument(name, memory) for (name, _), memory in zip(arguments, memories))
+        )
+
+    def __call__(self, tensors: list, result):
+        library = _library()
+        # Contiguous copies live as long as this list, that is until the primitive is done.
+        tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+        for memory, tensor in zip(self._memories, [*tensors, result]):
+            library.set_data_handle(memory, ctypes.c_void_p(tensor.data_ptr()))
+        count = len(self._arguments)
+        if library.execute(self._primitive, library.stream, count, self._arguments):
+            raise RuntimeError("oneDNN failed in a computation")
+        return result

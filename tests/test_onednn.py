@@ -1,0 +1,164 @@
+"""oneDNN, called directly: its results are the plain formulas', and without it nothing changes."""
+
+import logging
+import os
+import subprocess
+import sys
+from math import erf, pi, sqrt
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from cpu import onednn, ops
+from resmlp import ResBlock, ResMLP
+
+ROOT = Path(__file__).parent.parent
+needs_onednn = pytest.mark.skipif(
+    onednn.cast(paddle.zeros([1]), paddle.float32) is None, reason="no oneDNN in this Paddle"
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    paddle.seed(0)
+
+
+def close(found, expected, tolerance=1e-6):
+    scale = abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def doubles(*tensors):
+    return [tensor.astype("float32").numpy().astype("float64") for tensor in tensors]
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(erf)(x / sqrt(2)))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_a_product_with_bias_and_gelu_is_the_formula(dtype, tolerance, transpose_a, transpose_b):
+    a, b, bias = paddle.randn([7, 5]), paddle.randn([5, 6]), paddle.randn([6])
+    exact = gelu(np.matmul(*doubles(a, b)) + doubles(bias)[0])
+    a, b = (a.t() if transpose_a else a), (b.t() if transpose_b else b)
+    a, b = onednn.cast(a, getattr(paddle, dtype)), onednn.cast(b, getattr(paddle, dtype))
+    y = onednn.product(a, b, transpose_a, transpose_b, bias, gelu=True, dtype=paddle.float32)
+    close(y.numpy(), exact, tolerance)
+
+
+@needs_onednn
+def test_what_follows_a_product_is_done_in_order_and_broadcast():
+    w, x = paddle.randn([5, 4]), paddle.randn([3, 5, 6])
+    scale, constant, mask = paddle.randn([6]), paddle.randn([4, 6]), paddle.randn([3, 1, 1])
+    then = [("multiply", scale), ("add", constant), ("multiply", mask)]
+    found = onednn.product(w, x, transpose_a=True, then=then)
+    w, x, scale, constant, mask = doubles(w, x, scale, constant, mask)
+    close(found.numpy(), (np.einsum("nm,bnc->bmc", w, x) * scale + constant) * mask)
+
+
+@needs_onednn
+def test_gelu_and_its_gradient_are_the_formulas():
+    x = paddle.linspace(-6, 6, 201)
+    close(onednn.gelu(x).numpy(), gelu(doubles(x)[0]))
+    exact = doubles(x)[0]
+    slope = 0.5 * (1 + np.vectorize(erf)(exact / sqrt(2)))
+    slope += exact * np.exp(-(exact**2) / 2) / sqrt(2 * pi)
+    close(onednn.gelu_gradient(paddle.full_like(x, 3.0), x).numpy(), 3 * slope)
+
+
+@needs_onednn
+def test_a_multiplication_goes_on_with_an_addition():
+    a, b, c = paddle.randn([3, 4, 5]), paddle.randn([5]), paddle.randn([3, 4, 5])
+    expected = (a * b + c).numpy()
+    close(onednn.multiply(a, b, [("add", c)]).numpy(), expected)
+
+
+@needs_onednn
+def test_a_tensor_that_is_not_contiguous_is_read_right():
+    wide = paddle.arange(12, dtype="float32").reshape([2, 6])
+    part = wide[:, 1:3]
+    close(onednn.product(part, paddle.eye(2)).numpy(), part.numpy())
+
+
+@needs_onednn
+def test_a_cast_rounds_to_the_nearest_bfloat16():
+    x = paddle.randn([1000])
+    found = onednn.cast(onednn.cast(x, paddle.bfloat16), paddle.float32).numpy()
+    assert (abs(found - x.numpy()) <= abs(x.numpy()) * 2.0**-8).all()
+    bits = np.frombuffer(found.tobytes(), "uint32")
+    assert (bits & 0xFFFF == 0).all()
+
+
+def test_float64_is_left_to_paddle():
+    x = paddle.ones([2, 2], "float64")
+    assert onednn.product(x, x) is None and onednn.gelu(x) is None
+
+
+def test_refused_shapes_are_left_to_paddle_and_logged_once(caplog):
+    caplog.set_level(logging.INFO, "resmlp")
+    a, b = paddle.ones([2, 3]), paddle.ones([4, 5])
+    assert onednn.product(a, b) is None and onednn.product(a, b) is None
+    assert len([r for r in caplog.records if "Paddle's own operators" in r.message]) <= 1
+
+
+def gradients(block, x, projection):
+    x = x.detach()
+    x.stop_gradient = False
+    block.clear_gradients()
+    y = block(x)
+    (y * projection).sum().backward()
+    found = {name: p.grad.numpy().copy() for name, p in block.named_parameters()}
+    return {"output": y.numpy(), "x": x.grad.numpy(), **found}
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_a_float32_block_of_real_width_equals_its_layers(drop_path, monkeypatch):
+    block = ResBlock(dim=96, num_tokens=49, drop_path=drop_path)
+    x, projection = paddle.randn([4, 49, 96]), paddle.randn([4, 49, 96])
+    for parameter in block.parameters():
+        parameter.set_value(parameter + 0.1 * paddle.randn(parameter.shape))
+    paddle.seed(1)
+    found = gradients(block, x, projection)
+    monkeypatch.setattr(ops, "usable", lambda layer: False)
+    paddle.seed(1)
+    for name, expected in gradients(block, x, projection).items():
+        close(found[name], expected, 1e-5)
+
+
+def test_the_switch_turns_it_off_says_so_once_and_changes_no_result():
+    code = (
+        "import logging, resmlp, paddle\n"
+        "log = logging.getLogger('resmlp'); log.setLevel(20)\n"
+        "log.addHandler(logging.StreamHandler()); log.propagate = False\n"
+        "paddle.seed(0)\n"
+        "model = resmlp.ResMLP(32, 8, 3, 5, 16, 2)\n"
+        "y = model(paddle.randn([2, 3, 32, 32])); (y * y).sum().backward()\n"
+        "print(float(y.abs().sum()), float(model.patch_embed.patch_embed.weight.grad.abs().sum()))"
+    )
+    found = {}
+    for switch in ("on", "off"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "RESMLP_ONEDNN": switch},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[switch] = np.array(done.stdout.split(), float)
+        assert done.stderr.count("RESMLP_ONEDNN") == (switch == "off")
+    np.testing.assert_allclose(found["on"], found["off"], rtol=1e-5)
+
+
+def test_an_image_that_wants_a_gradient_gets_the_convolution_s():
+    model, images = ResMLP(32, 8, 3, 5, 16, 2), paddle.randn([2, 3, 32, 32])
+    images.stop_gradient = False
+    tokens = model.patch_embed(images)
+    tokens.sum().backward()
+    weight = model.patch_embed.patch_embed.weight.numpy().sum(0)  # [3, 8, 8]
+    close(images.grad.numpy()[0, :, :8, :8], weight)
