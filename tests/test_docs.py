@@ -88,6 +88,36 @@ def test_commands_stand_in_blocks_that_are_run(page):
     assert unmarked(page) == []
 
 
+def in_step(page):
+    """What a page in another language has to have in common with it, by kind, in any order."""
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    words = re.sub(r"`[^`]+`|\]\([^)]*\)|https?:\S+", " ", prose)
+    number = r"(?<![\w.-])\d[\d,.]*(?:e-\d+)?(?<![,.])"
+    return {
+        "commands": sorted(command.text for command in commands(page)),
+        "names, flags, keys": sorted(set(spans)),
+        "tables": [
+            sorted(re.findall(number, row, re.ASCII))
+            for row in re.findall(r"^ *\|.*$", words, re.MULTILINE)
+        ],
+        "numbers": sorted(set(re.findall(number, words, re.ASCII))),
+        "pictures": re.findall(r"!\[[^]]*\]\(([^)]+)\)", text),
+        "links elsewhere": sorted(re.findall(r"\]\((https?:[^)]+)\)", text)),
+    }
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_a_chinese_page_is_in_step_with_its_english_one_and_each_links_the_other(page):
+    english = page.with_name(page.name.replace("_cn.md", ".md"))
+    expected, found = in_step(english), in_step(page)
+    for kind, things in expected.items():
+        assert found[kind] == things, kind
+    for one, other in ((page, english), (english, page)):
+        assert f"]({other.name})" in one.read_text(encoding="utf-8").splitlines()[0]
+
+
 def test_python_blocks_are_python():
     for command in COMMANDS:
         if command.language == "python":
