@@ -1,6 +1,7 @@
 import pytest
 
 from cli.errors import ConfigError, UserError
+from config import get_arguments, get_config, update_config
 from tools.study import ROOT, _last_top1, read_study, run_study, table
 
 from .helpers.tiny_data import CONFIG, make_data
@@ -31,6 +32,15 @@ def test_the_table_has_mean_spread_and_difference():
 def test_the_ablation_of_the_paper_is_there():
     study = read_study(str(ROOT / "configs" / "studies" / "ablation.yaml"))
     assert list(study)[0] == "full recipe" and study["full recipe"] == [] and len(study) == 6
+
+
+@pytest.mark.parametrize("name", ["training", "model"])
+def test_the_papers_studies_are_configs_that_the_12_layers_take(name):
+    study = read_study(str(ROOT / "configs" / "studies" / f"{name}.yaml"))
+    cfg = f"-cfg={ROOT / 'configs' / 'resmlp_12_224.yaml'}"
+    for keys in study.values():
+        arguments = get_arguments([cfg, *(["-opts", *keys] if keys else [])])
+        update_config(get_config(), arguments)  # refuses what is wrong
 
 
 def test_a_study_that_is_no_mapping_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from tools.visualize import (
     draw_contributions,
     draw_token_mixing,
     magnitudes,
+    sparsity,
     token_maps,
     training_batch,
     visualize,
@@ -120,6 +121,14 @@ def test_a_mosaic_shows_the_central_maps_and_marks_their_own_patch(grid, side):
     assert np.isnan(mosaic).sum() == mosaic.size - (side * grid) ** 2  # the gaps between maps
     first_own = np.argwhere(maps[:, (grid - side) // 2, (grid - side) // 2] == 1)[0, 0]
     np.testing.assert_array_equal(mosaic[:grid, :grid], maps[first_own])
+
+
+def test_sparsity_is_the_share_below_a_twentieth_of_the_largest_weight(weights):
+    model = load_model(run_config(weights))
+    values = np.full([16, 16], 1.0, "float32")
+    values[0, 0], values[1, :6] = -40.0, [1.9, -1.9, 2.1, -2.1, 30.0, 0.0]  # the limit is 2
+    model.mixer_layers[1].linear_tokens.weight.set_value(values)
+    assert sparsity(model)[1] == (256 - 4) / 256  # all but -40, 2.1, -2.1 and 30
 
 
 def test_magnitudes_are_absolute_values_layer_by_layer(model):

@@ -52,7 +52,8 @@ _TEXTS = {  # picture -> heading, explanation
         "Token mixing",
         "One map for each output patch, placed where that patch is in the image (the central ones "
         "of a large grid). A map shows how much the output patch, marked by a dot, takes from each "
-        "input patch: red adds, blue subtracts. Each layer has its own scale.",
+        "input patch: red adds, blue subtracts. Each layer has its own scale. "
+        "Sparse are weights below 5 % of the largest.",
     ),
     "magnitudes": (
         "LayerScale and Affine",
@@ -79,6 +80,12 @@ def token_maps(model: ResMLP, layer: int) -> np.ndarray:
     weight = model.mixer_layers[layer].linear_tokens.weight.numpy()  # [tokens in, tokens out]
     grid = model.patch_embed.grid_size
     return weight.T.reshape(-1, grid, grid)
+
+
+def sparsity(model: ResMLP) -> list[float]:
+    """Share of each layer's token-mixing weights below 5 % of its largest (paper, figure 3)."""
+    weights = [np.abs(block.linear_tokens.weight.numpy()) for block in model.mixer_layers]
+    return [float((weight < 0.05 * weight.max()).mean()) for weight in weights]
 
 
 def magnitudes(model: ResMLP) -> dict[str, np.ndarray]:
@@ -146,12 +153,13 @@ def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
+    sparse = sparsity(model)
     for axis, layer in zip(axes, layers):
         mosaic, dots = _mosaic(token_maps(model, layer))
         limit = np.nanquantile(np.abs(mosaic), 0.995)
         axis.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axis.plot(*dots, ".", color="black", markersize=2)
-        axis.set_title(f"layer {layer + 1}, scale ±{limit:.2g}")
+        axis.set_title(f"layer {layer + 1}, scale ±{limit:.2g}, {100 * sparse[layer]:.0f} % sparse")
     return figure
 
 
