@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
+from cpu import setup  # isort: skip
 
 import logging
-import mmap
 import multiprocessing
 import os
-import select
 import signal
-import socket
-import stat
 import sys
 import threading
 import time
@@ -260,69 +256,14 @@ def _flush() -> None:
 def _run_launched(config) -> int:
     """Runs one rank that Paddle's launcher has started.
 
-    The launcher shows the output of rank 0 alone, and of a rank that is killed it says nothing. So
-    each rank has a witness: a forked process that says on the launcher's terminal how the rank
-    ended, if it was the first.
+    What it has to say at the end goes to its output: of rank 0 that is the launcher's terminal, of
+    the others a file in the launcher's log folder. Of a rank that is killed the launcher tells.
     """
-    rank, launcher, here = int(os.environ["PADDLE_TRAINER_ID"]), setup.PARENT, os.getpid()
-    step = mmap.mmap(-1, 8)  # shared with the witness
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        try:
-            os.close(writer)
-            _witness(config, rank, here, launcher, step, reader)
-        finally:
-            os._exit(0)
     end = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
-    threading.Thread(target=_follow_parent, args=(launcher, end), daemon=True).start()
-
-    def on_step(number):
-        step[:] = number.to_bytes(8, "little")
-
-    code, text = _run(config, on_step)
-    if rank > 0:  # to the launcher's log of this rank
-        _show(text)
+    threading.Thread(target=_follow_parent, args=(setup.PARENT, end), daemon=True).start()
+    code = run_here(config)
     _flush()
-    os.write(writer, f"{code} {text[-_TEXT_LIMIT:]}".encode())
     os._exit(code)  # no atexit hook may wait for a rank that is gone
-
-
-def _witness(config, rank: int, pid: int, launcher: int, step: mmap.mmap, reader: int) -> None:
-    """Waits for the end of a rank, its parent, and tells of it as `_spawn` does."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    _wait_for_end(pid)  # at once: rank 0 aborts a moment after another rank is gone
-    os.set_blocking(reader, False)
-    said = b""
-    with suppress(BlockingIOError):  # nothing, and a loader worker still holds the other end
-        said = os.read(reader, 4 * _TEXT_LIMIT)
-    code, _, text = said.decode(errors="replace").partition(" ")
-    lost = -signal.SIGKILL, "it was killed, or crashed because another rank was gone"
-    ending = (int(code), text) if code else lost
-    steps = [0] * int(os.environ["PADDLE_TRAINERS_NUM"])
-    steps[rank] = int.from_bytes(step[:], "little")
-    if ending[0] == 0:
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as claim:
-        claim.bind(f"\0resmlp-{launcher}")  # fails if another rank was first
-        with suppress(OSError):
-            sys.stderr = open(f"/proc/{launcher}/fd/2", "a")  # noqa: SIM115
-        in_file = stat.S_ISREG(os.fstat(sys.stderr.fileno()).st_mode)
-        if in_file:  # where the launcher would write over it
-            _wait_for_end(launcher)
-        _tell({rank: ending}, steps, _last_of(config), False)
-        _wait_for_end(launcher)  # what other ranks have to say meanwhile are consequences
-
-
-def _wait_for_end(pid: int) -> None:
-    """Waits for the end of a process that need not be a child."""
-    try:
-        select.select([os.pidfd_open(pid)], [], [])
-    except ProcessLookupError:
-        return
-    except (AttributeError, OSError):  # a kernel before 5.3
-        while os.path.exists(f"/proc/{pid}"):
-            time.sleep(0.05)
 
 
 def _follow_parent(parent: int, end: Callable[[], None]) -> None:
