@@ -99,11 +99,6 @@ class Loader:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    @property
-    def num_images(self) -> int:
-        """Images of the whole data set, over all processes."""
-        return len(self.dataset)
-
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
         """Chooses the training epoch, and the batch of it to go on with, for the next pass."""
         self.sampler.set_epoch(epoch, skip_batches)

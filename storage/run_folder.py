@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cli.errors import CheckpointError, UserError
 from storage.checkpoints import BEST, LAST
+from storage.weights import write_atomically
 
 try:
     import fcntl
@@ -115,19 +116,9 @@ class RunFolder:
         Raises:
             UserError: it cannot be written; one of that name is left as it was.
         """
-        if not self.main:
-            return
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(text.encode() if isinstance(text, str) else text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise UserError(f"{self.path / name}: cannot be written: {error.strerror}")
+        if self.main:
+            data = text.encode() if isinstance(text, str) else text
+            write_atomically(data, self.path / name)
 
     def rewind_metrics(self, lines: int) -> None:
         """Cuts metrics.jsonl to its first ``lines`` lines: a checkpoint says where it stood."""
