@@ -49,7 +49,7 @@ class ImageDataset:
         seed: the run's seed.
         replace_limit: how many unreadable images in a row to replace by the next one; 0: none.
         keep_last: keep the last image decoded, for repeated augmentation, which asks for the same
-            one several times in a row. Otherwise large JPEGs may be decoded at a fraction.
+            one several times in a row.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ImageDataset:
                 self._last = index, read_image(path)
             return self.transform(self._last[1], rng)
         try:
-            with open_image(path) as image:  # unread: the transform may decode a JPEG smaller
+            with open_image(path) as image:
                 return self.transform(image, rng)
         except BadImage:
             raise

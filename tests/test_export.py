@@ -508,6 +508,57 @@ def test_a_broken_image_is_named(exported, tmp_path):
         list(classify(load(exported[1]), [str(tmp_path / "x.jpg")]))
 
 
+def test_a_broken_image_is_left_out_where_that_is_asked_for(exported, tmp_path):
+    (tmp_path / "x.jpg").write_text("not a JPEG")
+    paths = make_images(tmp_path / "good", 2)
+    paths.insert(1, str(tmp_path / "x.jpg"))
+    bad = []
+    found = list(classify(load(exported[1]), paths, batch_size=2, on_bad=bad.append))
+    assert [path for path, _ in found] == [paths[0], paths[2]]
+    assert len(bad) == 1 and bad[0].startswith(f"{tmp_path}/x.jpg: cannot be read")
+
+
+def test_the_stand_alone_file_names_a_broken_image_and_classifies_the_others(exported, tmp_path):
+    (tmp_path / "x.jpg").write_text("not a JPEG")
+    (path,) = make_images(tmp_path / "good", 1)
+    done = run_tool("infer_exported", exported[1], "x.jpg", path, "-top_k", "1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1].startswith(path)
+    assert done.stderr.splitlines()[-1] == "error: 1 of 2 images cannot be read"
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint8"])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_grey_images_are_read_as_in_training(tmp_path, dtype, ending):
+    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, [9, 7]).astype(dtype)
+    Image.fromarray(values).save(tmp_path / f"x.{ending}")
+    with Image.open(tmp_path / f"x.{ending}") as image:
+        theirs = np.asarray(infer_module.to_rgb(image))
+    np.testing.assert_array_equal(theirs, np.asarray(read_image(str(tmp_path / f"x.{ending}"))))
+
+
+@pytest.mark.parametrize("suffix", [".pdiparams", ".program"])
+def test_a_paddle_model_that_is_cut_or_changed_is_refused(exported, tmp_path, suffix):
+    _, file, _ = exported
+    if file.suffix == ".onnx":
+        pytest.skip("for Paddle")
+    folder = shutil.copytree(file.parent, tmp_path / "copy")
+    file = folder / file.name
+    changed = file if suffix == ".program" else file.with_suffix(suffix)
+    changed.write_bytes(changed.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=f"{changed.name}: not the file that was exported"):
+        load(file)
+
+
+def test_threads_keep_to_the_cores_of_the_process():
+    code = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+        "from tools.infer_exported import usable_cores; print(usable_cores())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "name, content", [("model.onnx", None), ("model.onnx", b"x"), ("a.pt", b"")]
 )

@@ -95,6 +95,36 @@ def test_a_broken_image_is_named(weights, tmp_path):
         predict(tmp_path / "x.jpg", weights)
 
 
+@pytest.mark.parametrize("form", ["-csv", "-json", None])
+def test_a_broken_image_among_others_is_named_and_the_others_are_classified(
+    weights, images, tmp_path, form
+):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    paths = [images[0], "x.png", images[1]]
+    done = run_tool(
+        "predict",
+        *paths,
+        "-pretrained",
+        weights,
+        "-top_k",
+        "1",
+        *filter(None, [form]),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: x.png: not an image of a known format",
+        "error: 1 of 3 images cannot be read",
+    ]
+    if form == "-json":
+        assert [found["image"] for found in json.loads(done.stdout)] == images[:2]
+    else:
+        start = "image,rank" if form else "image "
+        lines = done.stdout.splitlines()
+        assert len(lines) == 3 and lines[0].startswith(start)
+        assert [line.split("," if form else None)[0] for line in lines[1:]] == images[:2]
+
+
 def test_names_come_from_the_file_then_the_run_then_the_config(weights, tmp_path):
     own, other = tmp_path / "own.txt", tmp_path / "other.txt"
     own.write_text("a\nb\nc\nd\n")

@@ -17,14 +17,12 @@ from cli.errors import ConfigError
 from config import get_config
 from loading.files import BadImage, open_image, read_image
 from transforms import (
-    Box,
     ColorJitter,
     build_augmentations,
     build_eval_transform,
     build_train_transform,
     center_box,
     draw_crop,
-    read_crop,
     resized_size,
     to_rgb,
 )
@@ -202,27 +200,15 @@ def test_random_interpolation_is_bilinear_or_bicubic(config):
     assert seen == {"BILINEAR", "BICUBIC"}
 
 
-def test_a_large_crop_of_an_unread_jpeg_is_decoded_at_half_the_size():
-    jpeg = as_jpeg(photo(200, 160))
-    crop = read_crop(jpeg, Box(20, 10, 160, 150), 64)
-    assert jpeg.size == (100, 80)
-    assert crop.size == (70, 70)
-    full = as_jpeg(photo(200, 160)).convert("RGB").crop((20, 10, 160, 150))
-    difference = np.asarray(crop.resize((64, 64)), int) - np.asarray(full.resize((64, 64)))
-    assert abs(difference).mean() < 2.5
-
-
-def test_a_jpeg_is_decoded_whole_where_the_crop_needs_its_pixels():
-    jpeg = as_jpeg(photo(200, 160))
-    assert read_crop(jpeg, Box(0, 0, 127, 150), 64).size == (127, 150)  # 127 < 2 * 64
-    assert jpeg.size == (200, 160)
-
-
-def test_a_large_crop_of_an_image_that_is_read_already_keeps_its_pixels():
-    image = photo(200, 160)
-    assert np.array_equal(
-        read_crop(image, Box(20, 10, 160, 150), 32), image.crop((20, 10, 160, 150))
-    )
+def test_a_large_crop_of_an_unread_jpeg_has_the_pixels_of_the_whole_decode(config):
+    whole = as_jpeg(photo(200, 160)).convert("RGB")
+    transform = build_train_transform(config)
+    for seed in range(5):
+        crops = [
+            transform(image, np.random.default_rng(seed))
+            for image in (as_jpeg(photo(200, 160)), whole)
+        ]
+        assert np.array_equal(*crops)
 
 
 # ---- operations and policies -------------------------------------------------------------------

@@ -16,6 +16,7 @@ if not __package__:
 from cpu import setup  # noqa: F401  isort: skip
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -242,8 +243,11 @@ class _Job:
 
 
 def _export_paddle(job: _Job, prefix: Path, metadata: dict) -> dict:
-    found = {"largest_difference": job.difference("paddle", open_paddle(_save(job, prefix)))}
-    text = json.dumps({**metadata, **found}, indent=2, ensure_ascii=False)
+    program = _save(job, prefix)
+    found = {"largest_difference": job.difference("paddle", open_paddle(program))}
+    files = [program, program.with_suffix(".pdiparams")]
+    checksums = {file.suffix: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    text = json.dumps({**metadata, **found, "sha256": checksums}, indent=2, ensure_ascii=False)
     write_file(f"{prefix}.metadata.json", text + "\n")
     return found
 

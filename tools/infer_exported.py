@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -36,7 +37,13 @@ _RESAMPLING = {
     "hamming": Image.HAMMING,
 }
 
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow decodes itself
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's own decoders
+try:
+    from PIL import AvifImagePlugin
+
+    _FORMATS += ("AVIF",) * AvifImagePlugin.SUPPORTED
+except ImportError:  # before Pillow 11.3
+    pass
 
 
 def _three_numbers(above: float) -> Callable[[object], bool]:
@@ -120,7 +127,7 @@ def load(
             slower, as the processor has it: measure (a Xeon with the AVX-512 instructions for it,
             but without AMX, was slower than in float32).
         gpu: run on the first GPU.
-        threads: CPU threads; None: one per core.
+        threads: CPU threads; None: one per core that the process may use.
 
     Raises:
         ModelError: no such model, no metadata or such as do not fit it, a missing package.
@@ -141,6 +148,8 @@ def load(
             metadata = json.loads(described.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{described}: {getattr(error, 'strerror', None) or error}") from None
+        if isinstance(metadata, dict):
+            _check_files(path, metadata.get("sha256", {}))
         run = open_paddle(path, bf16, gpu, threads)
     _check(metadata, described)
     model = ExportedModel(metadata, run)
@@ -168,6 +177,19 @@ def _beside(path: Path, suffix: str) -> Path:
     return file
 
 
+def _check_files(path: Path, checksums: dict[str, str]) -> None:
+    """Compares a Paddle model's files with the checksums in its metadata: Paddle reads parameters
+    that are cut short without a word. (Models exported earlier have none.)
+    """
+    for suffix, expected in checksums.items():
+        file = _beside(path, suffix)
+        if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise ModelError(
+                f"{file}: not the file that was exported (its checksum differs): cut or changed on "
+                "the way? Copy it again"
+            )
+
+
 def _check(metadata: object, described: Path) -> None:
     """Raises a `ModelError` that names the first key that is not as export.py writes it."""
     if not isinstance(metadata, dict):
@@ -190,7 +212,7 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
         import onnxruntime
     except ImportError:
         raise ModelError(f"{path}: running it needs `pip install onnxruntime`") from None
-    threads = threads or os.cpu_count()
+    threads = threads or usable_cores()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
@@ -209,6 +231,18 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
         return np.concatenate([session.run(None, {name: piece})[0] for piece in pieces])
 
     return run, {key: _parse(text) for key, text in texts.items()}
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return cores
 
 
 def _parse(text: str) -> object:
@@ -236,7 +270,7 @@ def open_paddle(
     else:
         config.disable_gpu()
         config.enable_mkldnn()
-        config.set_cpu_math_library_num_threads(threads or os.cpu_count())
+        config.set_cpu_math_library_num_threads(threads or usable_cores())
         if bf16:
             config.enable_mkldnn_bfloat16()
     try:
@@ -278,6 +312,27 @@ def _notes_to_stderr() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------- images
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB as training reads it: 16-bit grey by its upper 8 bits, where Pillow would
+    make it white.
+
+    Raises:
+        ModelError: 32-bit integers or floating point, whose black and white are not known.
+    """
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(258, (16,))[0]  # of a TIFF: also 12
+        grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # 0: white is zero
+    elif image.mode in ("I", "F"):
+        raise ModelError(
+            "32-bit integers or floating point, whose black and white are not known; save it "
+            "with 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
 def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
     """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, as the
     evaluation in training does (and timm and torchvision), pixel by pixel.
@@ -300,7 +355,7 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
             f"{width} x {height} pixels, too narrow: resized to {resized[0]} x {resized[1]}, "
             f"longer than 100 crops of {size}"
         )
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if resized != image.size:
         image = image.resize(resized, _RESAMPLING[metadata["interpolation"]])
     left, top = (int(round((side - size) / 2.0)) for side in resized)
@@ -308,17 +363,27 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
 
 
 def classify(
-    model: ExportedModel, paths: Sequence[str], top_k: int = 5, batch_size: int = 8
+    model: ExportedModel,
+    paths: Sequence[str],
+    top_k: int = 5,
+    batch_size: int = 8,
+    on_bad: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
     """Yields for every image its path and ``(label, probability)``, the most likely first.
 
+    Args:
+        model: as `load` gives it.
+        paths: image files.
+        top_k: labels per image.
+        batch_size: images at a time.
+        on_bad: takes a line about each image that cannot be read, which is left out.
+
     Raises:
-        ModelError: an image that cannot be read.
+        ModelError: an image that cannot be read, without `on_bad`.
     """
     for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        images = []
-        for path in batch:
+        batch, images = [], []
+        for path in paths[start : start + batch_size]:
             try:
                 if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
                     raise ModelError("not a regular file")
@@ -326,8 +391,13 @@ def classify(
                     images.append(preprocess(image, model.metadata))
             except Exception as error:  # decoders raise whatever a broken file leads them to
                 reason = getattr(error, "strerror", None) or error
-                raise ModelError(f"{path}: cannot be read: {reason}") from None
-        for path, row in zip(batch, model(np.stack(images))):
+                problem = f"{path}: cannot be read: {reason}"
+                if on_bad is None:
+                    raise ModelError(problem) from None
+                on_bad(problem)
+            else:
+                batch.append(path)
+        for path, row in zip(batch, model(np.stack(images)) if images else ()):
             order = np.argsort(-row, kind="stable")[:top_k]
             yield path, [(int(label), float(row[label])) for label in order]
 
@@ -340,7 +410,9 @@ def main() -> int:
     parser.add_argument("images", nargs="+", type=os.path.expanduser, help="image files")
     parser.add_argument("-top_k", "--top_k", "--top-k", type=int, default=5, metavar="K")
     parser.add_argument("-batch_size", "--batch_size", "--batch-size", type=int, default=8)
-    parser.add_argument("-threads", "--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "-threads", "--threads", type=int, help="CPU threads (default: all it may use)"
+    )
     parser.add_argument("-bf16", "--bf16", action="store_true", help="bfloat16, Paddle on CPU")
     parser.add_argument("-gpu", "--gpu", action="store_true", help="run on the first GPU")
     args = parser.parse_args()
@@ -353,16 +425,24 @@ def main() -> int:
                 "-top_k, -batch_size and -threads are at least 1, -threads at most 1024"
             )
         model = load(args.model, args.bf16, args.gpu, args.threads)
-        results = list(classify(model, args.images, args.top_k, args.batch_size))
+        bad = []
+
+        def on_bad(problem: str) -> None:
+            bad.append(problem)
+            print(f"error: {problem}", file=sys.stderr)
+
+        width = max(map(len, args.images))
+        print(f"{'image':{width}}  confidence  class")
+        for path, entries in classify(model, args.images, args.top_k, args.batch_size, on_bad):
+            for label, share in entries:
+                name = model.metadata["class_names"][label]
+                print(f"{path:{width}}  {100 * share:8.2f} %  {name}", flush=True)
+                path = ""  # named once
+        if bad:
+            raise ModelError(f"{len(bad)} of {len(args.images)} images cannot be read")
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    width = max(map(len, args.images))
-    print(f"{'image':{width}}  confidence  class")
-    for path, entries in results:
-        for label, share in entries:
-            print(f"{path:{width}}  {100 * share:8.2f} %  {model.metadata['class_names'][label]}")
-            path = ""  # named once
     return 0
 
 

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ import paddle.nn.functional as F
 
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
+from loading.files import BadImage, list_images, printable, read_class_names, read_image
 from loading.files import class_names as data_class_names
-from loading.files import list_images, printable, read_class_names, read_image
 from tools.common import (
     IMAGENET_CLASSES,
     load_model,
@@ -51,6 +51,8 @@ def predict(
     batch_size: int = 32,
     opts: Sequence[str] = (),
     grid: str | os.PathLike | None = None,
+    show: Callable[[dict, int], None] = lambda result, width: None,
+    on_bad: Callable[[BadImage], None] | None = None,
 ) -> list[dict]:
     """Classifies images as the evaluation does: the config's crop, interpolation and mean.
 
@@ -63,13 +65,16 @@ def predict(
         batch_size: images at a time.
         opts: further config keys, ``KEY, VALUE, ...``.
         grid: PNG file to draw the first images and their classes into.
+        show: takes each result as soon as it is there, and the length of the longest path.
+        on_bad: takes the error of each image that cannot be read, which is left out.
 
     Returns:
         ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
         per image, the most likely class first; the confidence is the softmax probability.
 
     Raises:
-        UserError: no such image, a broken one; weights, config or names that do not fit.
+        UserError: no such image or a broken one, without `on_bad`; weights, config or names that
+            do not fit.
     """
     if top_k < 1 or batch_size < 1:
         raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
@@ -79,14 +84,15 @@ def predict(
     model = load_model(config)
     results, views = [], []
     progress = ProgressLine("predict")
-    for batch, probabilities in classify(model, config, paths, batch_size):
+    width = max(map(len, paths))
+    for found, batch, probabilities in classify(model, config, paths, batch_size, on_bad):
         views += list(batch[: GRID_LIMIT - len(views)]) if grid else []
-        for row in probabilities:
-            path = paths[len(results)]
+        for path, row in zip(found, probabilities):
             results.append({"image": path, "predictions": _top(row, names, top_k)})
+            show(results[-1], width)
         progress(len(results), len(paths))
     progress.end()
-    if grid:
+    if grid and results:
         write_file(grid, _draw_grid(results, views))
     return results
 
@@ -134,21 +140,38 @@ def find_class_names(config, path: str | os.PathLike | None = None) -> list[str]
 
 @paddle.no_grad()
 def classify(
-    model, config, paths: Sequence[str], batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    model,
+    config,
+    paths: Sequence[str],
+    batch_size: int,
+    on_bad: Callable[[BadImage], None] | None = None,
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Yields, batch by batch, what the model saw and what it made of it.
 
     Returns:
-        Cropped images, uint8 ``[B, H, W, 3]``, and probabilities, float32 ``[B, K]``.
+        Paths, cropped images, uint8 ``[B, H, W, 3]``, and probabilities, float32 ``[B, K]``.
+
+    Raises:
+        BadImage: an image that cannot be read, without `on_bad`.
     """
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")
     transform = build_eval_transform(config)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     for start in range(0, len(paths), batch_size):
-        images = [transform(read_image(path)) for path in paths[start : start + batch_size]]
-        batch = np.stack(images)
-        yield batch, F.softmax(model(normalize(paddle.to_tensor(batch)))).numpy()
+        found, images = [], []
+        for path in paths[start : start + batch_size]:
+            try:
+                images.append(transform(read_image(path)))
+            except BadImage as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
+            else:
+                found.append(path)
+        if images:
+            batch = np.stack(images)
+            yield found, batch, F.softmax(model(normalize(paddle.to_tensor(batch)))).numpy()
 
 
 def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[dict]:
@@ -161,12 +184,18 @@ def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[di
 # ---------------------------------------------------------------------------------- output
 def as_table(results: Sequence[dict]) -> str:
     width = max(len("image"), *(len(result["image"]) for result in results))
-    lines = [f"{'image':{width}}  confidence  class"]
-    for result in results:
-        path = result["image"]
-        for entry in result["predictions"]:
-            lines.append(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
-            path = ""  # named once
+    return "\n".join([_heading(width), *(_rows(result, width) for result in results)])
+
+
+def _heading(width: int) -> str:
+    return f"{'image':{width}}  confidence  class"
+
+
+def _rows(result: dict, width: int) -> str:
+    lines, path = [], result["image"]
+    for entry in result["predictions"]:
+        lines.append(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
+        path = ""  # named once
     return "\n".join(lines)
 
 
@@ -227,6 +256,23 @@ def main() -> None:
     for source in args.images:
         names = sys.stdin.buffer.read().splitlines() if source == "-" else [source]
         images += map(os.fsdecode, names)
+    shown, bad = [], []
+
+    def show(result: dict, width: int) -> None:
+        if args.csv:
+            text = as_csv([result])
+            print(text if not shown else text.split("\n", 1)[1], flush=True)
+        elif not args.json:
+            width = max(width, len("image"))
+            if not shown:
+                print(_heading(width))
+            print(_rows(result, width), flush=True)
+        shown.append(result)
+
+    def on_bad(error: BadImage) -> None:
+        bad.append(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
     results = predict(
         images,
         args.pretrained,
@@ -236,13 +282,15 @@ def main() -> None:
         args.batch_size,
         args.opts,
         args.grid,
+        show,
+        on_bad,
     )
-    if args.grid:
+    if args.grid and results:
         print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
     if args.json:
         print(json.dumps(results, indent=2))  # in ASCII, which every terminal and pipe takes
-    else:
-        print(as_csv(results) if args.csv else as_table(results))
+    if bad:
+        raise UserError(f"{len(bad)} of {len(bad) + len(results)} images cannot be read")
 
 
 if __name__ == "__main__":
