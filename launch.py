@@ -23,7 +23,7 @@ import paddle.distributed as dist
 from cli.errors import ConfigError, UserError
 from config import get_config
 from engine import run
-from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count
+from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count, stop_signals
 from storage.checkpoints import LAST, is_writing
 from storage.run_folder import DEFAULT, choose_folder
 from tools.plot_metrics import plot_metrics
@@ -138,7 +138,7 @@ def _spawn(config, count: int) -> int:
             if worker.is_alive():
                 worker.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, forward)
     endings = _watch(workers, readers, asked, lambda: is_writing(config.SAVE, since=begin))
     _end(workers)

@@ -247,15 +247,17 @@ def _start_worker(worker_id: int) -> None:
 
     It stays through the Ctrl-C or SIGTERM that a terminal or a scheduler sends to every process,
     so that the main process can go on to its next step and save; that ends it then. If the main
-    process is killed, Linux sends the worker SIGUSR1; it would wait for ever else.
+    process is killed, Linux sends the worker SIGUSR2; it would wait for ever else.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(_SAVING))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP means nothing
+            signal.signal(number, lambda signum, frame: signal.alarm(_SAVING))
     signal.signal(signal.SIGALRM, _leave)
-    signal.signal(signal.SIGUSR1, _leave)
+    signal.signal(signal.SIGUSR2, _leave)
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
     if os.getppid() != multiprocessing.parent_process().pid:  # killed before that line
         os._exit(1)
     setup.set_threads(1)

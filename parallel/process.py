@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -130,9 +131,19 @@ def wait_for_all(process: Process) -> None:
 
 
 # ----------------------------------------------------------------------------------- signals
+def stop_signals() -> list[int]:
+    """What asks a run to save and stop: SIGTERM, Ctrl-C, SLURM's warning (SIGUSR1), and a terminal
+    that is closed (SIGHUP), unless `nohup` has said to go on without it.
+    """
+    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
+    found = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    kept = signal.SIG_IGN
+    return [n for n in found if n.name != "SIGHUP" or signal.getsignal(n) is not kept]
+
+
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the training loop looks; a second one exits at once (after
-    `SIGNAL_GRACE`).
+    """Remembers one of `stop_signals` until the training loop looks; a second one exits at once
+    (after `SIGNAL_GRACE`). In a thread it remembers nothing: signals belong to the main thread.
     """
 
     def __init__(self):
@@ -140,7 +151,8 @@ class StopSignal:
         self._first = 0.0
         self._pid = os.getpid()
         self._before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        here = threading.current_thread() is threading.main_thread()
+        for number in stop_signals() if here else ():
             self._before[number] = signal.signal(number, self._handle)
             # Or a rank that waits for others would fail: Paddle does not repeat system calls.
             if hasattr(signal, "siginterrupt"):  # not on Windows

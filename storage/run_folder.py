@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,7 @@ class RunFolder:
         self.metrics_lines = 0  # on the disk
         self._unwritten: list[str] = []
         self._lock = None
+        self._told = False
         if os.path.isfile(self.path):
             raise UserError(f"-output {self.path}: is a file, not a folder")
         try:
@@ -101,7 +103,17 @@ class RunFolder:
     def _open_log(self, path: Path) -> None:
         handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.handleError = lambda record: self._lost(path)
         logging.getLogger("resmlp").addHandler(handler)
+
+    def _lost(self, path: Path) -> None:
+        """Says once that lines of the log are lost: the disk is full, say."""
+        if not self._told:
+            self._told = True
+            reason = sys.exc_info()[1]
+            _log.warning(
+                f"{path}: lines of the log are lost: {getattr(reason, 'strerror', reason)}"
+            )
 
     def close(self) -> None:
         """Lets another run have the folder. The log stays open, for the last words."""

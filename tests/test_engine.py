@@ -228,6 +228,9 @@ def test_a_loss_that_is_not_finite_is_skipped_on_request(tmp_path, data, monkeyp
     poison(monkeypatch, at={4})
     run(make_config(tmp_path, data, "TRAIN.NONFINITE", "skip"))
     assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["skipped_steps"] == 1
+    losses = [record["loss"] for record in metrics(tmp_path, "step")]
+    assert losses[4] is None and None not in losses[:4] + losses[5:]
+    assert "loss -  " in (tmp_path / "run" / "log.txt").read_text()
     assert all(np.isfinite(value).all() for value in weights_of(tmp_path).values())
 
 

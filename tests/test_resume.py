@@ -83,11 +83,14 @@ def test_a_crash_after_any_step_leaves_no_trace(tmp_path, data, whole, step):
     assert differences(tmp_path / "run", whole) == []
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
-def test_a_signal_at_any_step_leaves_no_trace(tmp_path, data, whole, step):
+@pytest.mark.parametrize(
+    "step, number",
+    [(1, signal.SIGTERM), (3, signal.SIGHUP), (4, signal.SIGUSR1)],
+)
+def test_a_signal_at_any_step_leaves_no_trace(tmp_path, data, whole, step, number):
     def on_step(done):
         if done == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     interrupt(config_for(tmp_path, data, "SAVE_STEPS", 0), Preempted, on_step)
     assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] >= step
@@ -195,6 +198,25 @@ def test_signals_and_folder_are_given_back(tmp_path, data):
     assert "saved in" in str(kept.value)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     engine.run(config_for(tmp_path, data, *RESUME))
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed(tmp_path, data):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        config = config_for(tmp_path, data, "TRAIN.NUM_EPOCHS", 1)
+        result = engine.run(config, on_step=lambda step: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result["top1"] is not None
+
+
+def test_a_run_in_a_thread_trains(tmp_path, data):
+    results = []
+    config = config_for(tmp_path, data, "TRAIN.NUM_EPOCHS", 1)
+    thread = threading.Thread(target=lambda: results.append(engine.run(config)))
+    thread.start()
+    thread.join()
+    assert results[0].images == 7
 
 
 def test_the_dashboard_is_closed_when_a_run_breaks_off(tmp_path, data, monkeypatch):

@@ -213,3 +213,29 @@ def test_only_rank_0_writes_what_is_shared_and_each_rank_has_a_log(tmp_path):
     add(folder, 1)
     folder.rewind_metrics(0)
     assert [path.name for path in tmp_path.iterdir()] == ["log.rank3.txt"]
+
+
+class FullDisk:
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        pass
+
+
+def test_a_log_on_a_full_disk_is_said_once_and_without_a_traceback(tmp_path, capfd):
+    folder = claim(tmp_path)
+    logger = logging.getLogger("resmlp")
+    said = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(listener)
+    log = logger.handlers[-2].setStream(FullDisk())
+    for _ in range(3):
+        logger.warning("a line")
+    logger.handlers[-2].setStream(log)
+    logger.removeHandler(listener)
+    folder.close()
+    lost = [line for line in said if "lines of the log are lost: No space left" in line]
+    assert len(lost) == 1 and len(said) == 4
+    assert "Traceback" not in capfd.readouterr().err
