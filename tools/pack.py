@@ -43,7 +43,8 @@ from loading.files import (
     regular_size,
     scan_folder,
 )
-from tools.common import Parser, write_file
+from cli.parser import Parser
+from tools.common import write_file
 from transforms import resized_size, to_rgb
 
 SPLITS = ("train", "val")
