@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from cli.errors import DataError, UserError, run_as_script
+from cli.parser import Parser
 from cpu.resample import resize
 from cpu.setup import default_threads
 from loading import archives
@@ -43,7 +44,6 @@ from loading.files import (
     regular_size,
     scan_folder,
 )
-from cli.parser import Parser
 from tools.common import write_file
 from transforms import resized_size, to_rgb
 
