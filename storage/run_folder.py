@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,7 +66,6 @@ class RunFolder:
         self.metrics_lines = 0  # on the disk
         self._unwritten: list[str] = []
         self._lock = None
-        self._told = False
         if os.path.isfile(self.path):
             raise UserError(f"-output {self.path}: is a file, not a folder")
         try:
@@ -103,17 +103,8 @@ class RunFolder:
     def _open_log(self, path: Path) -> None:
         handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        handler.handleError = lambda record: self._lost(path)
+        handler.handleError = _say_once(path)  # it must not hold the folder, and so its lock
         logging.getLogger("resmlp").addHandler(handler)
-
-    def _lost(self, path: Path) -> None:
-        """Says once that lines of the log are lost: the disk is full, say."""
-        if not self._told:
-            self._told = True
-            reason = sys.exc_info()[1]
-            _log.warning(
-                f"{path}: lines of the log are lost: {getattr(reason, 'strerror', reason)}"
-            )
 
     def close(self) -> None:
         """Lets another run have the folder. The log stays open, for the last words."""
@@ -177,3 +168,19 @@ class RunFolder:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}")
         self.metrics_lines += len(self._unwritten)
         self._unwritten = []
+
+
+def _say_once(path: Path) -> Callable[[logging.LogRecord], None]:
+    """A log handler's answer to a line that it cannot write (a full disk, say): one warning."""
+    told = False
+
+    def lost(record: logging.LogRecord) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            reason = sys.exc_info()[1]
+            _log.warning(
+                f"{path}: lines of the log are lost: {getattr(reason, 'strerror', reason)}"
+            )
+
+    return lost
