@@ -35,7 +35,7 @@ done
 
 step "An environment with Paddle"
 setup_env
-ensure requirements-test.txt pytest xdist ruff
+ensure requirements-test.txt pytest xdist ruff sklearn
 [ -z "$with_timm" ] || ensure port_weights/requirements.txt torch torchvision timm
 [ -z "$with_extras" ] || ensure tools/requirements.txt paddle2onnx onnx onnxruntime tensorboardX
 

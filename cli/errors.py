@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Callable
 
@@ -32,6 +33,8 @@ class TrainingError(UserError):
 
 def run_as_script(main: Callable[[], int | None]) -> None:
     """Calls ``main`` and exits: 0 (or its return value), 2 on a `UserError`, 130 on Ctrl-C."""
+    if sys.stdout is None:  # closed from the start (`>&-`): nobody wants to hear it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the very end)
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -18,6 +18,13 @@ def test_what_the_output_cannot_encode_is_shown_escaped(monkeypatch):
     assert stream.buffer.getvalue() == rb"\xfc \udce9" + b"\n"
 
 
+def test_an_output_that_is_closed_from_the_start_is_no_mistake(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after `>&-`
+    with pytest.raises(SystemExit) as end:
+        run_as_script(lambda: print(sys.stdout.isatty()))
+    assert not end.value.code
+
+
 def test_a_users_mistake_is_one_line_and_code_2(capsys):
     def main():
         raise UserError("what, where, how")
