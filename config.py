@@ -230,6 +230,7 @@ _C.SEED = 0, integer(0, 2**31 - 1)  # of everything random
 _C.EVAL = False, boolean  # evaluate only
 # per-class CSV, and a confusion matrix's picture up to 1000 classes
 _C.EVAL_REPORT = False, boolean
+_C.EVAL_REAL_LABELS = None, optional(path)  # ImageNet-ReaL's real.json: -eval measures it too
 _C.AMP = False, boolean  # mixed precision, on GPU (Paddle has none on CPU)
 # O1: a list of operations; O2: the whole model, float32 master weights
 _C.AMP_LEVEL = "O1", choice("O1", "O2")

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, WeightsError
 from datasets import build_loader, class_names
+from loading.real_labels import read_real_labels
 from optimizer import Schedule
 from parallel.process import (
     Preempted,
@@ -37,6 +38,7 @@ from training.report import Report
 from training.saving import Checkpoints
 from utils import Meter, Normalize, ProgressLine, seed_everything, step_rng
 
+_REAL = ("top1", "top5", "images")
 _log = logging.getLogger("resmlp")
 
 
@@ -102,14 +104,24 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> Result:
         with autocast(config, process):
             return model(normalize(images))
 
+    accepted, classes = None, config.MODEL.NUM_CLASSES
+    if config.EVAL_REAL_LABELS:
+        accepted = read_real_labels(config.EVAL_REAL_LABELS, loader.dataset.files, classes)
     progress = ProgressLine("evaluation", process.main)
     metrics = evaluate(
-        predict, loader, process, config.MODEL.NUM_CLASSES, config.EVAL_REPORT, progress=progress
+        predict,
+        loader,
+        process,
+        classes,
+        config.EVAL_REPORT,
+        progress=progress,
+        accepted=accepted,
     )
     progress.end()
     _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
     result = {key: getattr(metrics, key) for key in ("top1", "top5", "loss", "images")}
-    folder.write("eval.json", json.dumps(result, indent=1) + "\n")
+    real = {f"real_{key}": getattr(metrics, f"real_{key}") for key in _REAL if metrics.real_images}
+    folder.write("eval.json", json.dumps({**result, **real}, indent=1) + "\n")
     if config.EVAL_REPORT and process.main:
         try:
             paths = write_report(

@@ -52,6 +52,16 @@ class Weights(NamedTuple):
         return DOWNLOADS + self.file
 
     @property
+    def real_top1(self) -> float | None:
+        """Top-1 with ImageNet-ReaL's labels; None: nobody published it."""
+        return REAL_AND_V2.get(self.name, (None, None))[0]
+
+    @property
+    def v2_top1(self) -> float | None:
+        """Top-1 on ImageNet-V2, matched frequency; None: nobody published it."""
+        return REAL_AND_V2.get(self.name, (None, None))[1]
+
+    @property
     def paddle(self) -> PaddleFile | None:
         """PPViT's file, ``<name>.pdparams``; None: it published none."""
         return PADDLE_FILES.get(self.name)
@@ -93,6 +103,20 @@ PADDLE_FILES = {
     "resmlp_big_24_22k_224": PaddleFile(
         84.40, 97.11, Shared("1zATKq1ruAI_kX49iqJOl-qomjm9il1LC", "1VrnRMbzzZBmLiR45YwICmA", "ve7i")
     ),
+}
+
+# Top-1 with ImageNet-ReaL's labels and on ImageNet-V2 (matched frequency), by name: timm's
+# results/results-imagenet-real.csv and results/results-imagenetv2-matched-frequency.csv.
+REAL_AND_V2 = {
+    "resmlp_12_224": (83.566, 64.330),
+    "resmlp_24_224": (85.277, 67.700),
+    "resmlp_36_224": (85.623, 68.040),
+    "resmlp_big_24_224": (85.697, 68.280),
+    "resmlp_12_distilled_224": (84.724, 66.290),
+    "resmlp_24_distilled_224": (86.635, 69.620),
+    "resmlp_36_distilled_224": (86.980, 70.100),
+    "resmlp_big_24_distilled_224": (88.441, 73.380),
+    "resmlp_big_24_22k_224": (89.024, 74.200),
 }
 
 # fmt: off

@@ -127,9 +127,9 @@ def describe(title: str, config) -> str:
 def zoo_table() -> str:
     """README's table of the published weights, as Markdown."""
     rows = [
-        "| Weights | Trained with | Top-1 | Top-5 | Params (M) | MACs (G) | Image | Crop | Resize "
-        "| Paddle file | PyTorch file | timm |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| Weights | Trained with | Top-1 | Top-5 | ReaL | V2 | Params (M) | MACs (G) | Image "
+        "| Crop | Resize | Paddle file | PyTorch file | timm |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for weights in ZOO:
         config = get_config(str(CONFIGS / f"{weights.config}.yaml"))
@@ -140,6 +140,8 @@ def zoo_table() -> str:
             weights.training,
             f"{measured.top1:.2f}" if measured.top5 else f"{measured.top1:.1f}",
             f"{measured.top5:.2f}" if measured.top5 else "",
+            f"{weights.real_top1:.2f}" if weights.real_top1 else "",
+            f"{weights.v2_top1:.2f}" if weights.v2_top1 else "",
             f"{info.parameters / 1e6:.2f}",
             f"{info.macs / 1e9:.2f}",
             f"{config.DATA.IMAGE_SIZE}",

@@ -38,11 +38,19 @@ class Metrics:
     # K * K would take gigabytes for some thousand classes.
     confusion: np.ndarray | None = None
     calibration: Calibration | None = None
+    # with several right labels an image; images without any are left out
+    real_top1: float | None = None
+    real_top5: float | None = None
+    real_images: int = 0
 
     def __str__(self) -> str:
+        real = ""
+        if self.real_images:
+            real = f"; real labels: top-1 {self.real_top1:.2f} %, top-5 {self.real_top5:.2f} %"
+            real += f", {self.real_images} images"
         return (
             f"loss {self.loss:.4f}, top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, "
-            f"{self.images} images, {self.images / max(self.seconds, 1e-9):.1f} images/s"
+            f"{self.images} images, {self.images / max(self.seconds, 1e-9):.1f} images/s{real}"
         )
 
 
@@ -55,6 +63,7 @@ def evaluate(
     confusion: bool = False,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    accepted: np.ndarray | None = None,
 ) -> Metrics | None:
     """Evaluates a classifier on a loader's whole data set.
 
@@ -70,6 +79,8 @@ def evaluate(
             (`Metrics.calibration`).
         stop: asked before each batch whether to break off.
         progress: called after each batch with batches done and in all.
+        accepted: int64 ``[images, M]``, labels that count as right, filled up with -1: also
+            measures ``real_top1`` and ``real_top5`` (a right one is among the predictions).
 
     Returns:
         The metrics, the same on every rank; None when any rank broke off.
@@ -79,6 +90,7 @@ def evaluate(
     """
     start = time.time()
     k = min(5, num_classes)
+    real = np.zeros(3, "int64")  # top-1, top-k, images that have a label
     loss_sum = paddle.zeros([], "float64")
     hits = paddle.zeros([2], "int64")  # top-1, top-k
     seen, pairs, calibration = 0, [], Calibration()
@@ -94,6 +106,10 @@ def evaluate(
         hits += paddle.stack([hit[:, 0].sum(), hit.sum()])
         loss_sum += losses.sum()
         seen += len(labels)
+        if accepted is not None:
+            right = accepted[np.asarray(indices)]  # [B, M]
+            found = (top.numpy()[:, :, None] == right[:, None]).any(axis=-1)  # [B, k]
+            real += found[:, 0].sum(), found.any(axis=1).sum(), (right >= 0).any(axis=1).sum()
         if confusion:
             truth, predicted = labels.numpy(), top[:, 0].numpy()
             pairs.append(truth * num_classes + predicted)
@@ -101,8 +117,8 @@ def evaluate(
             calibration.add(confidence, np.asarray(indices), truth, predicted)
         progress(number + 1, len(loader))
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
-    loss, top1, topk, total, stopped = sum_over_ranks(
-        [float(loss_sum), *hits.numpy().tolist(), seen, stopped], process
+    loss, top1, topk, total, stopped, *real = sum_over_ranks(
+        [float(loss_sum), *hits.numpy().tolist(), seen, stopped, *real.tolist()], process
     )
     if stopped:
         return None
@@ -120,6 +136,7 @@ def evaluate(
         time.time() - start,
         _count_pairs(pairs, num_classes, process) if confusion else None,
         calibration if confusion else None,
+        *([100 * real[0] / real[2], 100 * real[1] / real[2], int(real[2])] if real[2] else []),
     )
 
 
