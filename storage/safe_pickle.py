@@ -233,6 +233,9 @@ class _Machine:
                 push(Foreign("numbers of another kind"))  # texts and dates of NumPy
         elif name == "BUILD":
             pending, state = self.pop(2)
+            if isinstance(pending, dict) and self.foreign:  # a state_dict's `_metadata`
+                push(pending)
+                return
             if not isinstance(pending, _Pending):
                 raise WeightsError("an object that is not plain data")
             pending.value = pending.fill(self.pay(state))
