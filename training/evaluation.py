@@ -68,7 +68,8 @@ def evaluate(
     """Evaluates a classifier on a loader's whole data set.
 
     Sums stay on the device and are reduced once, as integers and float64, so the counts are the
-    same for any number of processes and any batch size.
+    same for any number of processes and any batch size. `confusion` and `accepted` read each
+    batch's predictions on the host.
 
     Args:
         predict: uint8 images ``[B, H, W, 3]`` -> logits ``[B, K]``.
