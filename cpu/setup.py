@@ -24,6 +24,7 @@ import os
 import platform
 import sys
 import warnings
+import zlib  # noqa: F401  (or Paddle 2.6's own zlib stands in for the system's: Pillow crashes on PNG)
 
 import numpy.random  # noqa: F401  (recent NumPy loads it at first use: a crash after Paddle 2.6)
 

@@ -50,6 +50,14 @@ def test_importing_resmlp_is_enough():
     assert "CPU thread" in run(code)
 
 
+def test_pillow_keeps_its_zlib():
+    code = (
+        "from cpu import setup; import io, paddle; from PIL import Image; file = io.BytesIO();"
+        " Image.linear_gradient('L').save(file, 'PNG'); print(Image.open(file).getpixel((0, 7)))"
+    )
+    assert run(code).endswith("7")
+
+
 def test_omp_num_threads_of_the_user_is_kept():
     code = "from cpu import setup; import os;"
     code += "print(setup.default_threads(), os.environ['OMP_NUM_THREADS'])"

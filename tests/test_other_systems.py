@@ -13,6 +13,7 @@ from .helpers.tiny_data import make_data
 
 _START = """
 import os, signal, sys
+from cpu import setup
 import paddle
 import paddle.io.reader as reader
 class Sys:  # as Paddle's loader sees it: it starts no workers there
@@ -31,7 +32,6 @@ for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "s
 """
 _MAIN = """
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
 from cli.errors import run_as_script
 from main_single_gpu import main
 run_as_script(main)
