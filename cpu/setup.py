@@ -24,9 +24,10 @@ import os
 import platform
 import sys
 import warnings
-import zlib  # noqa: F401  (or Paddle 2.6's own zlib stands in for the system's: Pillow crashes on PNG)
 
-import numpy.random  # noqa: F401  (recent NumPy loads it at first use: a crash after Paddle 2.6)
+# Before Paddle 2.6: recent NumPy loads it at first use, which then crashes; and it brings the
+# system's zlib, in whose place Paddle's would else serve Pillow, which crashes on a PNG.
+import numpy.random  # noqa: F401
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 _KEEP_BYTES = 2**30  # larger blocks than any one activation go to mmap, and back to the system
