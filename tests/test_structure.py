@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [  # a module imports only from levels above its own line
-    ["cli.errors", "cli.ppvit_defaults", "cpu.setup", "cpu.resample_kernels"],
+    ["cli.errors", "cli.ppvit_defaults", "cpu.setup", "cpu.resample_kernels", "loading.imagenet"],
     ["storage.safe_pickle", "cli.config_rules", "cli.parser", "loading.samplers", "cpu.resample"],
     ["cpu.onednn", "loading.archives", "training.pictures"],
     ["loading.files", "parallel.rendezvous"],
