@@ -97,7 +97,8 @@ _C.MODEL.PRETRAINED = None, optional(path)  # a weight file, with or without its
 _C.MODEL.PRETRAINED_KEY = "auto", choice("auto", "model", "model_ema")
 # resample token mixing when PRETRAINED has another resolution
 _C.MODEL.RESIZE_TOKENS = False, boolean
-_C.MODEL.NUM_CLASSES = 1000, NATURAL  # 0: features only
+# 0: features only; `auto`: as many as a run's data have (classes.txt, else folders or labels)
+_C.MODEL.NUM_CLASSES = 1000, either(NATURAL, choice("auto"))
 _C.MODEL.DROPOUT = 0.0, RATE  # in the MLPs
 _C.MODEL.ATTENTION_DROPOUT = 0.0, RATE  # PPViT's key; ResMLP has no attention
 _C.MODEL.DROPPATH = 0.05, RATE  # stochastic depth, the same for every block

@@ -29,13 +29,15 @@ from loading.files import (
     read_image,
     read_list,
     scan_folder,
+    with_num_classes,
 )
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from storage.weights import shorten
 from transforms import build_eval_transform, build_train_transform
 
-__all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader", "class_names"]
+__all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader"]
+__all__ += ["class_names", "with_num_classes"]
 
 _BAD_IMAGE_HINT = f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such images"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, WeightsError
-from datasets import build_loader, class_names
+from datasets import build_loader, class_names, with_num_classes
 from loading.real_labels import read_real_labels
 from optimizer import Schedule
 from parallel.process import (
@@ -78,6 +78,7 @@ def run(
         Preempted: after SIGTERM or Ctrl-C, when everything is saved.
     """
     process = prepare_process()
+    config = with_num_classes(config)
     folder = from_main(str(choose_folder(config)) if process.main else "", process)
     folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
     with contextlib.closing(folder):

@@ -289,7 +289,16 @@ class ResMLP(nn.Layer):
 
 
 def build_resmlp(config) -> ResMLP:
-    """Builds the model that a config describes (``config.MODEL``, ``config.DATA.IMAGE_SIZE``)."""
+    """Builds the model that a config describes (``config.MODEL``, ``config.DATA.IMAGE_SIZE``).
+
+    Raises:
+        ConfigError: MODEL.NUM_CLASSES is still ``auto`` (`datasets.with_num_classes`).
+    """
+    if config.MODEL.NUM_CLASSES == "auto":
+        raise ConfigError(
+            "MODEL.NUM_CLASSES is auto, and only a run counts the classes of its data: set the "
+            "number (-opts MODEL.NUM_CLASSES 5), or use the config.yaml of a run"
+        )
     model = ResMLP(
         image_size=config.DATA.IMAGE_SIZE,
         patch_size=config.MODEL.MIXER.PATCH_SIZE,

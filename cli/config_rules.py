@@ -94,7 +94,7 @@ def choice(*names):
             raise ValueError
         return by_lower[value.lower()]
 
-    rule.expects = f"one of {', '.join(names)}"
+    rule.expects = f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     rule.names = names
     rule.takes_text = True
     return rule

@@ -410,11 +410,11 @@ def printable(path: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def read_class_names(path: str, num_classes: int) -> list[str]:
+def read_class_names(path: str, num_classes: int | str) -> list[str]:
     """Reads a text file of class names, line i the name of label i.
 
     Raises:
-        DataError: unreadable, a line without a name, or not `num_classes` lines.
+        DataError: unreadable, a line without a name, or not `num_classes` lines (``auto``: any).
     """
     try:
         regular_size(path)
@@ -425,7 +425,7 @@ def read_class_names(path: str, num_classes: int) -> list[str]:
     if "" in names:
         line = names.index("") + 1
         raise DataError(f"{path}:{line}: no name; expected one class name a line")
-    if len(names) != num_classes:
+    if num_classes not in ("auto", len(names)):
         raise DataError(f"{path}: {len(names)} names but MODEL.NUM_CLASSES is {num_classes}")
     return names
 
@@ -443,6 +443,33 @@ def class_names(config) -> list[str] | None:
     if config.DATA.DATASET == "imagefolder" and archives.is_folder(root):
         return folder_classes(config)
     return None
+
+
+def with_num_classes(config):
+    """The config, frozen, with a number where MODEL.NUM_CLASSES is ``auto``: as many classes as
+    there are `class_names`, else the largest label of the training list (without one: of the
+    validation list) and one more.
+
+    Raises:
+        DataError: there is no data folder, or what is in there cannot be read.
+    """
+    root, data = config.DATA.DATA_PATH, config.DATA
+    if config.MODEL.NUM_CLASSES != "auto":
+        return config
+    if not archives.is_folder(root):
+        raise DataError(
+            f"{root}: no such data folder, and MODEL.NUM_CLASSES auto counts the classes there; "
+            "set it with `-data_path` (tools: -opts DATA.DATA_PATH DIR), or set the number"
+        )
+    names, config = class_names(config), config.clone()
+    if names is None:
+        lists = [os.path.join(root, name) for name in (data.TRAIN_LIST, data.VAL_LIST)]
+        path = next(filter(os.path.isfile, lists), lists[0])
+        labels = read_list(path, root, 10**9, data.ALLOW_OUTSIDE_PATHS).labels
+    config.defrost()
+    config.MODEL.NUM_CLASSES = max(labels) + 1 if names is None else len(names)
+    config.freeze()
+    return config
 
 
 def folder_classes(config) -> list[str]:

@@ -15,6 +15,7 @@ from engine import Trainer, run
 from optimizer import Schedule
 from storage import checkpoints
 from storage.weights import read_weights
+from tools.predict import predict
 from training import report
 from training.dashboard import Dashboard
 from training.learner import Learner
@@ -55,6 +56,21 @@ def test_training_learns_and_leaves_what_a_run_leaves(tmp_path, data):
     epochs, steps = metrics(tmp_path, "epoch"), metrics(tmp_path, "step")
     assert [record["epoch"] for record in epochs] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in steps] == list(range(1, 19))
+
+
+def test_classes_are_counted_in_the_data_and_the_saved_config_holds_their_number(tmp_path, data):
+    result = run(make_config(tmp_path, data, "MODEL.NUM_CLASSES", "auto", "TRAIN.NUM_EPOCHS", 1))
+    weights = result["folder"] / "last"
+    assert get_config(str(result["folder"] / "config.yaml")).MODEL.NUM_CLASSES == 3
+    evaluated = run(
+        make_config(
+            *(tmp_path, data, "MODEL.NUM_CLASSES", "auto", "EVAL", True),
+            *("MODEL.PRETRAINED", weights, "SAVE", tmp_path / "eval"),
+        )
+    )
+    assert evaluated["top1"] == result["top1"]
+    predictions = predict(data / "val", weights, opts=["DATA.DATA_PATH", tmp_path / "gone"])
+    assert len(predictions) == 9 and len(predictions[0]["predictions"]) == 3
 
 
 def test_the_learning_rate_moves_with_every_step(tmp_path, data):

@@ -21,6 +21,7 @@ from loading.files import (
     read_image,
     read_list,
     scan_folder,
+    with_num_classes,
 )
 
 
@@ -554,6 +555,33 @@ def test_a_file_of_class_names_that_does_not_fit_is_refused(tmp_path, content):
     (tmp_path / "classes.txt").write_bytes(content)
     with pytest.raises(DataError, match="classes.txt"):
         class_names(make_config(tmp_path))
+
+
+def test_classes_are_counted_by_names_then_folders_then_labels_of_the_training_list(tmp_path):
+    def count(**data):
+        config = make_config(tmp_path, **data)
+        config.MODEL.NUM_CLASSES = "auto"
+        counted = with_num_classes(config)
+        assert counted.is_frozen() and config.MODEL.NUM_CLASSES == "auto"
+        return counted.MODEL.NUM_CLASSES
+
+    make_tree(tmp_path)
+    assert count(DATASET="imagefolder") == 2
+    (tmp_path / "val_list.txt").write_text("val/a.jpg 6\n")
+    assert count() == 7  # evaluation without a training list
+    (tmp_path / "train_list.txt").write_text("train/a.jpg 0\ntrain/b.jpg 4\n")
+    assert count() == 5
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    assert count() == count(DATASET="imagefolder") == 6
+    (tmp_path / "mine.txt").write_text("a\nb\nc")
+    assert count(CLASS_NAMES=str(tmp_path / "mine.txt")) == 3
+    with pytest.raises(DataError, match="no such data folder.*NUM_CLASSES auto"):
+        count(DATA_PATH=str(tmp_path / "none"))
+
+
+def test_a_number_of_classes_that_is_set_stays(tmp_path):
+    config = make_config(tmp_path / "none")
+    assert with_num_classes(config) is config
 
 
 def test_a_line_without_a_class_name_is_named(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cli.errors import UserError
 from config import get_config, update_config
+from loading.files import with_num_classes
 from storage.weights import find_file, write_atomically
 
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
@@ -53,7 +54,7 @@ def run_config(
         weights = find_file(config.MODEL.PRETRAINED)
     config.MODEL.PRETRAINED = str(weights)
     config.freeze()
-    return config
+    return with_num_classes(config)
 
 
 def load_model(config):
