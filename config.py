@@ -134,6 +134,11 @@ _C.TRAIN.GRAD_CLIP = 1.0, optional(POSITIVE)
 _C.TRAIN.ACCUM_ITER = 1, COUNT  # batches per optimizer step
 # fine-tuning: learning rate factor per block below the head
 _C.TRAIN.LAYER_DECAY = None, optional(real(0.0, 1.0, open_low=True))
+# fine-tuning: N: the patch embedding and the first N blocks stay as they are; backbone: all but the
+# head; 0: nothing
+_C.TRAIN.FREEZE = 0, either(NATURAL, choice("backbone"))
+# evaluations without a better one after which training ends; 0: it goes to the last epoch
+_C.TRAIN.EARLY_STOP = 0, NATURAL
 _C.TRAIN.RECOMPUTE = False, boolean  # recompute activations in backward: less memory, more time
 # a non-finite loss or gradient: stop, or skip the step
 _C.TRAIN.NONFINITE = "stop", choice("stop", "skip")

@@ -174,7 +174,7 @@ class Trainer:
             teacher = self.learner.objective.teacher
             if teacher is not None and progress.epoch < self.schedule.total_epochs:
                 self.evaluate(teacher, "teacher")
-            while progress.epoch < self.schedule.total_epochs:
+            while not self._done():
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
             self.checkpoints.finish_or_raise(progress)
@@ -192,6 +192,13 @@ class Trainer:
             result.top1, result.top5, result.loss = metrics.top1, metrics.top5, metrics.loss
             result.images = metrics.images
         return result
+
+    def _done(self) -> bool:
+        stale, limit = self.progress.stale, self.config.TRAIN.EARLY_STOP
+        if not 0 < limit <= stale:
+            return self.progress.epoch >= self.schedule.total_epochs
+        _log.info(f"stopped early: {stale} evaluations without a better one (TRAIN.EARLY_STOP)")
+        return True
 
     def _train_epoch(self, on_step: Callable[[int], None]) -> None:
         """Trains the rest of an epoch, from where `progress` stands."""
@@ -264,8 +271,10 @@ class Trainer:
             if learner.ema is not None:
                 ema = self.evaluate(learner.ema.model, f"epoch {epoch}, EMA")
             self.checkpoints.finish_or_raise(progress)  # takes back a best that was not saved
+            progress.stale += 1
             if (ema or raw).top1 > progress.best_top1:
                 progress.best_top1, progress.best_epoch = (ema or raw).top1, epoch
+                progress.stale = 0
                 names.append(checkpoints.BEST)
         if last or epoch % config.SAVE_FREQ == 0:
             names.append(checkpoints.epoch_name(epoch))
@@ -319,4 +328,8 @@ def first_model(config, saved: dict | None):
     elif config.MODEL.PRETRAINED:
         for note in load_pretrained(model, config, new_head=True):
             _log.info(note)
+    elif config.TRAIN.FREEZE:
+        raise ConfigError(
+            f"TRAIN.FREEZE {config.TRAIN.FREEZE} would freeze random weights; give -pretrained FILE"
+        )
     return model

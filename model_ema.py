@@ -29,7 +29,8 @@ class ModelEma:
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.stop_gradient = True
-        self._pairs = list(zip(self.model.parameters(), model.parameters()))
+        pairs = zip(self.model.parameters(), model.parameters())
+        self._pairs = [(average, p) for average, p in pairs if not p.stop_gradient]  # not frozen
 
     def decay_at(self, step: int) -> float:
         """The decay of update number ``step``, counted from 0."""

@@ -85,6 +85,11 @@ def decayed_parameters(model: nn.Layer) -> set[str]:
     }
 
 
+def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """The parameters that are not frozen (TRAIN.FREEZE), by name."""
+    return {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+
+
 def layer_scale_of_rate(name: str, depth: int, decay: float) -> float:
     """The learning-rate factor of a parameter under layer-wise decay: 1 for the head and the last
     norm, ``decay`` for the last block, ``decay ** (depth + 1)`` for the patch embedding (BEiT).
@@ -106,8 +111,9 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
     see `clip_gradients`.
     """
     settings, decay = config.TRAIN.OPTIMIZER, config.TRAIN.WEIGHT_DECAY
-    names = decayed_parameters(model)
-    named = dict(model.named_parameters())
+    everything = dict(model.named_parameters())
+    named = trainable_parameters(model)
+    names = decayed_parameters(model) & named.keys()
     decayed = {named[name].name for name in names}  # Paddle's own names
     for name, parameter in named.items():
         factor = layer_scale_of_rate(name, len(model.mixer_layers), config.TRAIN.LAYER_DECAY or 1.0)
@@ -136,12 +142,13 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
         )
 
     def values(names):
-        return sum(int(np.prod(named[name].shape)) for name in names) / 1e6
+        return sum(int(np.prod(everything[name].shape)) for name in names) / 1e6
 
-    kept = named.keys() - names
+    kept, frozen = named.keys() - names, everything.keys() - named.keys()
     logging.getLogger("resmlp").info(
         f"{settings.NAME}: weight decay {decay:g} on {len(names)} tensors ({values(names):.2f} M "
         f"values), none on {len(kept)} ({values(kept):.2f} M)"
+        + (f"; {len(frozen)} frozen ({values(frozen):.2f} M)" if frozen else "")
     )
     return optimizer
 
@@ -193,12 +200,15 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
     Raises:
         CheckpointError: the state is of another model or optimizer.
     """
-    parameters = dict(model.named_parameters())
+    parameters = trainable_parameters(model)
     if not state:  # saved before the first step
         return
     if state.keys() != parameters.keys():
         odd = sorted(state.keys() ^ parameters.keys())
-        raise CheckpointError(f"the optimizer state is of another model; it differs in {odd[:4]}")
+        raise CheckpointError(
+            f"the optimizer state is of another model, or of another TRAIN.FREEZE; it differs in "
+            f"{odd[:4]}"
+        )
     own_state: dict = {}
     for name, slots in state.items():
         for slot, value in slots.items():

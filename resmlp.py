@@ -261,12 +261,33 @@ class ResMLP(nn.Layer):
         self.norm = Affine(embed_dim)
         self.head = _linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
+    def freeze(self, part: int | str) -> None:
+        """Takes layers out of training: no gradient reaches them, an optimizer (`build_optimizer`)
+        does not know them, and drop path and dropout are off in them.
+
+        Args:
+            part: N: the patch embedding and the first N blocks, 0: nothing; ``backbone``: all but
+                the head.
+        """
+        layers = [self.patch_embed, *self.mixer_layers, self.norm]
+        if part != "backbone":
+            layers = layers[: part + 1] if part else []
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.stop_gradient = True
+            for inner in layer.sublayers():
+                if isinstance(inner, DropPath):
+                    inner.rate = 0.0
+                elif isinstance(inner, nn.Dropout):
+                    inner.p = 0.0
+
     def forward_features(self, images):
         """Images ``[B, 3, height, width]`` -> the mean of the normalised tokens, ``[B, C]``."""
         self._check_size(images)
         x = self.patch_embed(images)
         for block in self.mixer_layers:
-            if self.recompute and self.training:
+            # Where nothing is trained before it, recomputing would cost a block its gradients.
+            if self.recompute and self.training and not x.stop_gradient:
                 x = paddle.distributed.fleet.utils.recompute(block, x)
             else:
                 x = block(x)
@@ -312,6 +333,7 @@ def build_resmlp(config) -> ResMLP:
         drop_path=config.MODEL.DROPPATH,
     )
     model.recompute = config.TRAIN.RECOMPUTE
+    model.freeze(config.TRAIN.FREEZE)
     return model
 
 

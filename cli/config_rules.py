@@ -218,6 +218,12 @@ def check_consistency(config, where: str = "config") -> None:
         )
     if config.MODEL.MIXER.EMBED_DIM * config.MODEL.MIXER.MLP_RATIO < 1:
         raise ConfigError(f"{where}: MODEL.MIXER.MLP_RATIO leaves no hidden unit in the MLP")
+    frozen, depth = config.TRAIN.FREEZE, config.MODEL.MIXER.DEPTH
+    if frozen != "backbone" and frozen > depth:
+        raise ConfigError(
+            f"{where}: TRAIN.FREEZE is {frozen}, but MODEL.MIXER.DEPTH is {depth}; `backbone` "
+            f"freezes all but the head"
+        )
     left = config.TRAIN.NUM_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS - config.TRAIN.LAST_EPOCH
     if left <= 0 and not (config.EVAL or config.MODEL.RESUME):  # a checkpoint knows better
         raise ConfigError(

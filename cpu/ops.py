@@ -53,7 +53,7 @@ def embed_patches(images, conv):
     patches = F.unfold(images, conv.weight.shape[2:], conv.weight.shape[2:])  # [B, 3 * p * p, N]
     rows = patches.transpose([0, 2, 1]).reshape([-1, patches.shape[1]])  # [M, 3 * p * p]
     weight = conv.weight.flatten(1).t()
-    if paddle.is_grad_enabled():
+    if _wants_gradient(rows, weight, conv.bias):
         y = _Linear.apply(rows, weight, conv.bias)
     else:
         y = _product(rows, weight, bias=conv.bias)
@@ -63,7 +63,7 @@ def embed_patches(images, conv):
 def mix_tokens(x, norm, linear, layer_scale, mask):
     """``x + mask * layer_scale * linear(norm(x))``, linear over the token axis; ``[B, N, C]``."""
     parameters = norm.alpha, norm.beta, linear.weight, linear.bias, layer_scale
-    if paddle.is_grad_enabled():
+    if _wants_gradient(x, *parameters):
         return _MixTokens.apply(x, *parameters, mask)
     return _tokens_forward(x, *parameters, mask)[0]
 
@@ -71,7 +71,7 @@ def mix_tokens(x, norm, linear, layer_scale, mask):
 def mix_channels(x, norm, mlp, layer_scale, mask):
     """``x + mask * layer_scale * mlp(norm(x))``; ``[B, N, C]``."""
     parameters = norm.alpha, norm.beta, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    if paddle.is_grad_enabled():
+    if _wants_gradient(x, *parameters, layer_scale):
         return _MixChannels.apply(x, *parameters, layer_scale, mask)
     return _channels_forward(x, *parameters, layer_scale, mask, _gelu_of_product)[0]
 
@@ -250,6 +250,11 @@ def _outer(a, b):
 def _scale_rows(a, x):
     """``a[i] * x[i]``, without the broadcast of ``[C, 1]``, which is slow."""
     return _outer(a, paddle.ones([x.shape[1]], x.dtype)).multiply_(x)
+
+
+def _wants_gradient(*inputs):
+    """Whether a backward pass may come; a frozen layer on frozen ones is run as in evaluation."""
+    return paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in inputs)
 
 
 def _remember_needed(ctx, *inputs):

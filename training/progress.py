@@ -35,8 +35,13 @@ class Progress:
     timed_images: int = 0  # ... and the images trained on in them
     best_top1: float = -1.0  # percent; of the EMA where there is one
     best_epoch: int = 0
+    stale: int = 0  # evaluations since the best one
     skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
     skipped_in_a_row: int = 0  # of those that count against NONFINITE_LIMIT
+
+    def take_best(self, other: Progress) -> None:
+        """Goes back to the best that another one knows."""
+        self.best_top1, self.best_epoch, self.stale = other.best_top1, other.best_epoch, other.stale
 
     def start_next_epoch(self) -> None:
         """Counts an epoch as done, its evaluation included."""

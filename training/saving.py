@@ -76,7 +76,7 @@ class Checkpoints:
         if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoints.LAST:
             checkpoints.go_back_to(chosen, state)
             if not (self.folder.path / checkpoints.BEST).exists():
-                progress.best_top1, progress.best_epoch = -1.0, 0
+                progress.take_best(Progress())
 
     # ---------------------------------------------------------------------------------- saving
     def save(self, learner, progress: Progress, *names: str) -> None:
@@ -125,8 +125,7 @@ class Checkpoints:
         if self.config.SAVE_FAILURE == "stop":
             raise error
         _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
-        saved = self.saved or Progress()
-        progress.best_top1, progress.best_epoch = saved.best_top1, saved.best_epoch
+        progress.take_best(self.saved or Progress())
 
     def close(self) -> None:
         """At the end of a run: what has broken it off comes before a save that fails too."""

@@ -118,7 +118,7 @@ def helpers(process: Process) -> None:
 
 
 def gradients(process: Process) -> None:
-    """Gradients of N ranks against one process with all images, with and without recomputation."""
+    """Gradients of N ranks against one process with all images, also with frozen layers."""
     config = get_config()
     config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES, config.MODEL.DROPPATH = 16, CLASSES, 0.0
     mixer = config.MODEL.MIXER
@@ -126,21 +126,25 @@ def gradients(process: Process) -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=[4 * process.world, 3, 16, 16]).astype("float32")
     labels = rng.integers(CLASSES, size=len(images))
-    paddle.seed(1)
-    model = build_resmlp(config)
-    model.train()
 
-    def backward(network, rows):
+    def backward(model, network, rows):
         logits = network(paddle.to_tensor(images[rows]))
         paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(labels[rows])).backward()
-        grads = [p.grad.numpy() for p in model.parameters()]
+        grads = [p.grad.numpy() for p in model.parameters() if p.grad is not None]
         model.clear_gradients()
         return grads
 
-    whole = backward(model, slice(None))
-    shared = backward(paddle.DataParallel(model), slice(process.rank, None, process.world))
-    assert max(np.abs(a - b).max() for a, b in zip(whole, shared)) < 1e-6
-    assert max(np.abs(a).max() for a in whole) > 0.01
+    for frozen in (0, 2, "backbone"):
+        paddle.seed(1)
+        model = build_resmlp(config)
+        model.freeze(frozen)
+        model.train()
+        whole = backward(model, model, slice(None))
+        mine = slice(process.rank, None, process.world)
+        shared = backward(model, paddle.DataParallel(model), mine)
+        assert len(whole) == len(shared) == {0: 42, 2: 16, "backbone": 2}[frozen]
+        assert max(np.abs(a - b).max() for a, b in zip(whole, shared)) < 1e-6
+        assert max(np.abs(a).max() for a in whole) > 0.01
 
 
 def main_leaves_a_meeting_last(process: Process) -> None:

@@ -1,0 +1,193 @@
+"""What fine-tuning can do beside the recipe: freezing, early stopping."""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+
+from cli.errors import CheckpointError, ConfigError
+from config import get_config, update_config
+from engine import Metrics, Trainer, run
+from model_ema import ModelEma
+from optimizer import build_optimizer, optimizer_state
+from resmlp import ResMLP, build_resmlp
+from storage import checkpoints
+from tools.export import export
+
+from .helpers.tiny_data import make_config, make_data
+
+PARTS = [1, 3, "backbone"]  # of a model of three blocks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, data):
+    config = make_config(tmp_path_factory.mktemp("pretrained"), data, "TRAIN.NUM_EPOCHS", 1)
+    return run(config)["folder"] / "last.pdparams"
+
+
+def tiny(part=0, **changes):
+    paddle.seed(3)
+    settings = dict(image_size=16, patch_size=8, num_classes=5, embed_dim=12, depth=3)
+    model = ResMLP(**{**settings, **changes})
+    model.freeze(part)
+    return model
+
+
+def frozen_names(model, part):
+    if part == "backbone":
+        return {name for name, _ in model.named_parameters() if not name.startswith("head.")}
+    parts = [f"mixer_layers.{block}." for block in range(part)] + ["patch_embed."]
+    return {n for n, _ in model.named_parameters() if any(map(n.startswith, parts))}
+
+
+def gradients(model, images):
+    (model(images) ** 2).mean().backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------- freezing
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_frozen_layers_get_no_gradient_and_the_others_the_same_one(part, recompute):
+    images = paddle.randn([4, 3, 16, 16])
+    whole, model = gradients(tiny(), images), tiny(part)
+    model.recompute = recompute
+    found, frozen = gradients(model, images), frozen_names(model, part)
+    assert found.keys() == whole.keys() - frozen
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, whole[name], rtol=1e-4, atol=1e-7)
+
+
+def test_the_backward_pass_ends_where_the_frozen_layers_begin():
+    model = tiny(2)
+    x = model.patch_embed(paddle.randn([4, 3, 16, 16]))
+    wanted = []
+    for block in model.mixer_layers:
+        x = block(x)
+        wanted.append(not x.stop_gradient)
+    assert wanted == [False, False, True]
+
+
+def test_frozen_layers_drop_nothing():
+    model = tiny(2, dropout=0.5, drop_path=0.5)
+    model.train()
+    x = model.patch_embed(paddle.randn([64, 3, 16, 16]))
+    first, second = model.mixer_layers[0], model.mixer_layers[2]
+    assert (first(x).numpy() == first(x).numpy()).all()
+    assert (second(x).numpy() != second(x).numpy()).any()
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+@pytest.mark.parametrize("part", PARTS)
+def test_the_optimizer_holds_and_moves_what_is_not_frozen(part, name):
+    model, config = tiny(part), get_config()
+    config.TRAIN.OPTIMIZER.NAME, config.TRAIN.LAYER_DECAY = name, 0.5
+    config.TRAIN.BASE_LR = 1.0
+    before = {key: value.numpy() for key, value in model.state_dict().items()}
+    optimizer = build_optimizer(config, model)
+    gradients(model, paddle.randn([4, 3, 16, 16]))
+    optimizer.step()
+    moved = {k for k, v in model.state_dict().items() if (v.numpy() != before[k]).any()}
+    trained = before.keys() - frozen_names(model, part)
+    assert moved == optimizer_state(optimizer, model).keys() == trained
+
+
+def test_the_average_of_frozen_weights_is_not_computed():
+    model = tiny("backbone")
+    ema = ModelEma(model, 0.5)
+    for parameter in (model.head.bias, model.norm.beta):
+        parameter.set_value(paddle.ones_like(parameter))
+    ema.update(0)
+    assert np.allclose(ema.model.head.bias.numpy(), 0.5)
+    assert (ema.model.norm.beta.numpy() == 0).all()
+
+
+def test_a_run_leaves_frozen_weights_as_they_are_and_its_weights_can_be_exported(
+    tmp_path, data, pretrained
+):
+    opts = ["MODEL.PRETRAINED", pretrained, "TRAIN.FREEZE", 1, "TRAIN.MODEL_EMA", True]
+    folder = run(make_config(tmp_path, data, *opts))["folder"]
+    first, last = (checkpoints.load(path) for path in (pretrained, folder / "last.pdparams"))
+    frozen = frozen_names(tiny(), 1)
+    for key in ("model", "model_ema"):
+        same = {k for k, v in last[key].items() if (v == first["model"][k]).all()}
+        assert same == frozen
+    assert last["optimizer"].keys() == first["model"].keys() - frozen
+    assert "weight decay 0.2 on 4 tensors" in (folder / "log.txt").read_text()
+    assert "; 14 frozen (0.01 M)" in (folder / "log.txt").read_text()
+    exported = export(folder / "last", images=[data / "val"])
+    assert exported["largest_difference"]["paddle"] < 1e-5
+
+
+def test_another_part_cannot_be_frozen_in_a_run_that_goes_on(tmp_path, data, pretrained):
+    opts = ["MODEL.PRETRAINED", pretrained, "TRAIN.NUM_EPOCHS", 1]
+    run(make_config(tmp_path, data, *opts, "TRAIN.FREEZE", "backbone"))
+    again = ["MODEL.RESUME", "auto", "TRAIN.NUM_EPOCHS", 2, "TRAIN.FREEZE", 1]
+    with pytest.raises(CheckpointError, match="another TRAIN.FREEZE"):
+        run(make_config(tmp_path, data, *again))
+
+
+def test_random_weights_are_not_frozen(tmp_path, data):
+    with pytest.raises(ConfigError, match="TRAIN.FREEZE backbone would freeze random weights"):
+        run(make_config(tmp_path, data, "TRAIN.FREEZE", "backbone"))
+
+
+def test_only_blocks_that_there_are_can_be_frozen():
+    config = get_config()
+    config.MODEL.MIXER.DEPTH, config.TRAIN.FREEZE = 3, 4
+    with pytest.raises(ConfigError, match="TRAIN.FREEZE is 4, but MODEL.MIXER.DEPTH is 3"):
+        update_config(config, None)
+    config.TRAIN.FREEZE = "backbone"
+    assert all(p.stop_gradient for p in build_resmlp(config).norm.parameters())
+
+
+# ------------------------------------------------------------------------- early stopping
+@pytest.fixture
+def scripted(monkeypatch):
+    """Makes the evaluations of the next runs find these values of top-1, one after another."""
+
+    def script(values):
+        left = iter(values)
+        monkeypatch.setattr(
+            Trainer, "evaluate", lambda *_: Metrics(1.0, float(next(left)), 100.0, 9, 1.0)
+        )
+
+    return script
+
+
+def epochs(folder):
+    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [record["epoch"] for record in records if record["kind"] == "epoch"]
+
+
+def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path, data, scripted):
+    scripted([10, 30, 20, 30, 40, 0, 0, 0])
+    opts = ["TRAIN.NUM_EPOCHS", 9, "TRAIN.EARLY_STOP", 3]
+    result = run(make_config(tmp_path, data, *opts))
+    assert epochs(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert result["best_top1"] == 40.0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped early: 3 evaluations without a better one (TRAIN.EARLY_STOP)" in log
+    run(make_config(tmp_path, data, *opts, "MODEL.RESUME", "auto"))  # there is nothing left to do
+    assert epochs(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_evaluations_are_counted_on_when_a_run_is_resumed(tmp_path, data, scripted):
+    scripted([20, 10])
+    run(make_config(tmp_path, data))
+    scripted([15, 15, 15])
+    opts = ["MODEL.RESUME", "auto", "TRAIN.NUM_EPOCHS", 9, "TRAIN.EARLY_STOP", 3]
+    run(make_config(tmp_path, data, *opts))
+    assert epochs(tmp_path) == [1, 2, 3, 4]
+
+
+def test_without_the_key_training_goes_to_the_last_epoch(tmp_path, data, scripted):
+    scripted([20, 10, 10, 10, 10])
+    run(make_config(tmp_path, data, "TRAIN.NUM_EPOCHS", 5))
+    assert epochs(tmp_path) == [1, 2, 3, 4, 5]
