@@ -364,7 +364,7 @@ _FLAGS = {  # flag -> what it is, how help names its value, the keys that it set
         "DIST.NPROCS",
     ),
     "pretrained": ("weight file, with or without its suffix", "FILE", "MODEL.PRETRAINED"),
-    "resume": ("checkpoint to continue from, or `auto`", "FILE", "MODEL.RESUME"),
+    "resume": ("checkpoint (ours, PPViT's) to continue from, or `auto`", "FILE", "MODEL.RESUME"),
     "last_epoch": ("epochs done, where no checkpoint says it", "N", "TRAIN.LAST_EPOCH"),
     "eval": ("evaluate only", None, "EVAL"),
 }

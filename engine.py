@@ -151,10 +151,10 @@ class Trainer:
         self.schedule = Schedule(config, len(self.train_loader), process.world)
         seed_everything(config.SEED)
         self.learner = Learner(config, process, first_model(config, saved), load_config, saved)
-        done = config.TRAIN.LAST_EPOCH
+        done = saved["epoch"] if saved else config.TRAIN.LAST_EPOCH
         self.progress = Progress(epoch=done, step=done * self.schedule.steps_per_epoch)
         if saved:
-            self.progress = self.checkpoints.resume(saved)
+            self.progress = self.checkpoints.resume(saved, self.progress)
         self.report = Report(config, process, folder, self.schedule)
         self.monitor = Monitor(
             config,

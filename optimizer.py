@@ -180,18 +180,32 @@ def optimizer_state(optimizer, model: nn.Layer) -> dict:
 
     Paddle's own keys hang on the order in which layers were built, and shift silently.
     """
-    structured = {p.name: name for name, p in model.named_parameters()}
-    state: dict = {}
-    for key, value in optimizer.state_dict().items():
-        if key == "master_weights":
-            for own, tensor in value.items():
-                state.setdefault(structured[own], {})["master_weight"] = tensor
-        elif isinstance(value, paddle.Tensor):
-            own = max((n for n in structured if key.startswith(f"{n}_")), key=len)
+    return by_parameter(
+        optimizer.state_dict(), {p.name: name for name, p in model.named_parameters()}
+    )
+
+
+def by_parameter(state: dict, names: dict[str, str]) -> dict:
+    """The state dict of a Paddle optimizer, by parameter: ``{parameter: {slot: value}}``.
+
+    Args:
+        state: ``<Paddle's name>_<slot>`` -> tensor or array, and what else Paddle keeps there.
+        names: Paddle's names of the parameters -> the model's.
+
+    Raises:
+        CheckpointError: an entry belongs to no parameter.
+    """
+    result: dict = {}
+    masters = {f"{own}_master_weight": v for own, v in state.get("master_weights", {}).items()}
+    for key, value in {**state, **masters}.items():
+        if hasattr(value, "shape"):
+            own = max((n for n in names if key.startswith(f"{n}_")), key=len, default=None)
+            if own is None:
+                raise CheckpointError(f"the optimizer state {key} belongs to no parameter")
             slot = key[len(own) + 1 :]
             slot = slot[len(_MASTER) :] if slot.startswith(_MASTER) else slot
-            state.setdefault(structured[own], {})[slot] = value
-    return state
+            result.setdefault(names[own], {})[slot] = value
+    return result
 
 
 def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
@@ -212,11 +226,11 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
     own_state: dict = {}
     for name, slots in state.items():
         for slot, value in slots.items():
-            expected = parameters[name].shape
-            if "_pow_acc" not in slot and list(np.shape(value)) != list(expected):
+            expected = [1] if "_pow_acc" in slot else list(parameters[name].shape)
+            if list(np.shape(value)) != expected:
                 raise CheckpointError(
                     f"the optimizer state {name}/{slot} has shape {list(np.shape(value))}; "
-                    f"the model needs {list(expected)}"
+                    f"the model needs {expected}"
                 )
             tensor, own = paddle.to_tensor(np.asarray(value)), parameters[name].name
             if slot == "master_weight":

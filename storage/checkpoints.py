@@ -133,8 +133,14 @@ def find(path: str | os.PathLike) -> Path:
     return whole if os.path.isfile(whole) and not os.path.isfile(path) else Path(path)
 
 
-def load(path: str | os.PathLike) -> dict:
+def load(
+    path: str | os.PathLike, foreign: Callable[[Path], dict | None] = lambda path: None
+) -> dict:
     """Reads a checkpoint back and checks that nothing of it was damaged.
+
+    Args:
+        path: the file, with or without ``.pdparams``.
+        foreign: reads a file that is none of this project's; None: nor is it another's.
 
     Raises:
         CheckpointError: missing, damaged, or not a training checkpoint of this project.
@@ -153,6 +159,8 @@ def load(path: str | os.PathLike) -> dict:
     except UserError as error:
         raise CheckpointError(str(error))
     if not isinstance(state, dict) or "checksum" not in state or "optimizer" not in state:
+        if (other := foreign(path)) is not None:
+            return other
         raise CheckpointError(
             f"{path}: holds weights, not the state of a training run; start from it with "
             f"-pretrained instead of -resume"

@@ -287,11 +287,12 @@ def _count(item: Any, depth: int, known: dict[int, int]) -> int:
     return known[id(item)]
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: str | os.PathLike, **options) -> Any:
     """Reads the plain data that a pickle file describes; no code of the file runs.
 
     Args:
         path: a file written by ``paddle.save`` or ``pickle.dump``, protocol 0 to 5.
+        options: as `read` takes them.
 
     Returns:
         Containers, numbers, strings and read-only NumPy arrays. A Paddle tensor inside a
@@ -302,7 +303,7 @@ def load(path: str | os.PathLike) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return read(file, os.fstat(file.fileno()).st_size, path)
+            return read(file, os.fstat(file.fileno()).st_size, path, **options)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
 

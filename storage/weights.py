@@ -35,7 +35,7 @@ KEYS = ("auto", "model", "model_ema")
 CONTAINERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 # DistributedDataParallel, torch.compile, Paddle's DataParallel.
 _PREFIXES = ("module.", "_orig_mod.", "_layers.")
-_NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
+NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
 # A zip archive; before PyTorch 1.6, a pickled number.
 TORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02\x8a\n")
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -287,7 +287,7 @@ def _without_name_table(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     return {
-        name: _without_name_table(value) for name, value in content.items() if name != _NAME_TABLE
+        name: _without_name_table(value) for name, value in content.items() if name != NAME_TABLE
     }
 
 

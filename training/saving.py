@@ -11,6 +11,7 @@ from cli.errors import CheckpointError
 from parallel.process import Process, from_main, main_first
 from storage import checkpoints
 from storage.run_folder import RunFolder
+from training import ppvit_checkpoint
 from training.progress import Progress
 
 _log = logging.getLogger("resmlp")
@@ -50,10 +51,25 @@ class Checkpoints:
                 return None
             if found:
                 return found[0]
-        return checkpoints.load(resume)
+        return checkpoints.load(resume, lambda path: ppvit_checkpoint.load(path, self.config))
 
-    def resume(self, state: dict) -> Progress:
-        """Puts the folder back to where a checkpoint stands, says so, and returns where that is."""
+    def resume(self, state: dict, start: Progress) -> Progress:
+        """Puts the folder back to where a checkpoint stands, says so, and returns where that is.
+
+        Args:
+            state: from `choose`.
+            start: the beginning of the first epoch that the checkpoint does not have.
+        """
+        if "place" not in state:  # PPViT's
+            if (self.folder.path / checkpoints.LAST).exists():
+                raise CheckpointError(
+                    f"-output {self.folder.path}: holds a run of its own; name another folder"
+                )
+            self.folder.rewind_metrics(0)
+            _log.info(f"resumed PPViT's checkpoint after epoch {start.epoch}, step {start.step}")
+            for note in state["notes"]:
+                _log.warning(note)
+            return start
         progress = Progress(**state["place"])
         self._go_back(state, progress)
         self.folder.rewind_metrics(state["metrics_lines"])
