@@ -195,19 +195,13 @@ def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=()):
     if y is not None:
         return y
     y = paddle.matmul(a, b, transpose_a, transpose_b) if bias is None else paddle.addmm(bias, a, b)
-    return _go_on(y, then)
+    return onednn.go_on(y, then)
 
 
 def _multiply(a, b, then=()):
     """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``."""
     y = onednn.multiply(a, b, then)
-    return _go_on(a * b, then) if y is None else y
-
-
-def _go_on(y, then):
-    for name, other in then:
-        y = y.add_(other) if name == "add" else y.multiply_(other)
-    return y
+    return onednn.go_on(a * b, then) if y is None else y
 
 
 def _gelu_of_product(rows, weight, bias):

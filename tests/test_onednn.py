@@ -162,3 +162,21 @@ def test_an_image_that_wants_a_gradient_gets_the_convolution_s():
     tokens.sum().backward()
     weight = model.patch_embed.patch_embed.weight.numpy().sum(0)  # [3, 8, 8]
     close(images.grad.numpy()[0, :, :8, :8], weight)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_training_step_has_no_product_by_plain_loops(rate):
+    """oneDNN takes every form, and computes those it has no kernel for a thousand times slower."""
+    code = f"from tests.test_onednn import *; block = ResBlock(32, 16, drop_path={rate})"
+    code += "; block(paddle.randn([4, 16, 32])).sum().backward()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "ONEDNN_VERBOSE": "1", "DNNL_VERBOSE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    products = [line for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    assert done.returncode == 0 and products, done.stderr
+    assert not [line for line in products if ",ref:" in line]
