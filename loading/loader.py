@@ -150,8 +150,11 @@ class Loader:
             timeout=_DEATH_CHECK,  # in spite of its name it limits nothing
             worker_init_fn=_start_worker,
         )
-        if not loader.num_workers:  # macOS, Windows: Paddle has no workers there
-            self.log("Paddle has no loader workers on this system: images are loaded in turn")
+        problem = "" if loader.num_workers else "Paddle has no loader workers on this system"
+        if threading.current_thread() is not threading.main_thread():  # they set signal handlers
+            problem = "Paddle's loader workers need the main thread, and this is another"
+        if problem:  # on macOS, Windows; in a Gradio page
+            self.log(f"{problem}: images are loaded in turn")
             self.num_workers = 0
             yield from self._from_here()
             return
@@ -212,12 +215,15 @@ def _start(loader: paddle.io.DataLoader):
     """Starts the workers, without the signal handler that Paddle installs along with them.
 
     It makes the death of a worker raise SystemError in whatever line the main thread happens to
-    be; without it the death is found when the next batch is asked for.
+    be; without it the death is found when the next batch is asked for. Workers are forked,
+    whatever method another library has chosen: they inherit the data set and what is set up here.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler, method = signal.getsignal(signal.SIGCHLD), multiprocessing.get_start_method(True)
+    multiprocessing.set_start_method("fork", force=True)
     try:
         return iter(loader)
     finally:
+        multiprocessing.set_start_method(method, force=True)
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 

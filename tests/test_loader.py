@@ -68,6 +68,27 @@ def test_batches_come_in_the_samplers_order(watched_workers, shared_memory):
     assert run(numbers_loader(shared_memory=shared_memory)) == EXPECTED
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_the_start_method_that_somebody_has_chosen_makes_no_difference(watched_workers, method):
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        assert run(numbers_loader(lambda: None)) == EXPECTED  # a lambda cannot be pickled
+        assert multiprocessing.get_start_method() == method
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_thread_loads_by_itself_and_says_so():
+    lines, batches = [], []
+    numbers = numbers_loader(log=lines.append)
+    thread = threading.Thread(target=lambda: batches.extend(run(numbers)))
+    thread.start()
+    thread.join()
+    assert batches == EXPECTED
+    assert len(lines) == 1 and "need the main thread" in lines[0]
+
+
 @pytest.mark.parametrize(
     "act,described",
     [
