@@ -168,6 +168,10 @@ _C.TRAIN.LOSS = "ce", choice("ce", "bce")  # ce, or bce (ResNet strikes back, ar
 # bce: targets above it become 1, others 0 (paper: 0.2)
 _C.TRAIN.BCE_TARGET_THRESHOLD = None, optional(SHARE)
 _C.TRAIN.SMOOTHING = 0.1, RATE  # label smoothing
+# of the loss: balanced (images / (classes * images of the class)), or a number a class
+_C.TRAIN.CLASS_WEIGHTS = "none", either(choice("none", "balanced"), sequence(POSITIVE, None, list))
+# as many samples of each class in an epoch, which stays as long: images of rare classes come again
+_C.TRAIN.BALANCED_SAMPLING = False, boolean
 
 # augmentation of single images, in the loader's workers
 _C.TRAIN.REPEATED_AUG = 3, integer(1, 64)  # copies of an image in an epoch's order (DeiT); 1: off
@@ -232,6 +236,8 @@ _C.KEEP_CHECKPOINTS = 3, COUNT  # newest epoch_NNN checkpoints to keep
 _C.KEEP_EVERY = 0, NATURAL  # also keep every so many epochs for good; 0: none
 _C.REPORT_FREQ = 50, COUNT  # optimizer steps between log lines
 _C.VALIDATE_FREQ = 1, COUNT  # epochs between evaluations
+# by what `best` is chosen: the highest (loss: the lowest); TRAIN.EARLY_STOP goes by it too
+_C.BEST_METRIC = "top1", choice("top1", "top5", "loss", "balanced_accuracy", "macro_f1")
 _C.SEED = 0, integer(0, 2**31 - 1)  # of everything random
 _C.EVAL = False, boolean  # evaluate only
 # per-class CSV, and a confusion matrix's picture up to 1000 classes

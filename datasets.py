@@ -196,6 +196,7 @@ def build_loader(
             world,
             config.TRAIN.REPEATED_AUG,
             data.DROP_LAST,
+            np.asarray(dataset.files.labels) if config.TRAIN.BALANCED_SAMPLING else None,
         )
         if len(sampler) == 0:
             raise DataError(

@@ -55,6 +55,7 @@ class Result:
     top5: float | None = None
     loss: float | None = None
     images: int | None = None
+    balanced_accuracy: float | None = None  # where classes have unequal numbers of images
     best_top1: float | None = None  # of a training run
 
     def __getitem__(self, name: str):
@@ -121,6 +122,8 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> Result:
     progress.end()
     _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
     result = {key: getattr(metrics, key) for key in ("top1", "top5", "loss", "images")}
+    if metrics.balanced_accuracy is not None:
+        result["balanced_accuracy"] = metrics.balanced_accuracy
     real = {f"real_{key}": getattr(metrics, f"real_{key}") for key in _REAL if metrics.real_images}
     folder.write("eval.json", json.dumps({**result, **real}, indent=1) + "\n")
     if config.EVAL_REPORT and process.main:
@@ -150,7 +153,8 @@ class Trainer:
         self.val_loader = build_loader(config, "val", process.rank, process.world, _log.info)
         self.schedule = Schedule(config, len(self.train_loader), process.world)
         seed_everything(config.SEED)
-        self.learner = Learner(config, process, first_model(config, saved), load_config, saved)
+        model, labels = first_model(config, saved), self.train_loader.dataset.files.labels
+        self.learner = Learner(config, process, model, load_config, saved, labels)
         done = saved["epoch"] if saved else config.TRAIN.LAST_EPOCH
         self.progress = Progress(epoch=done, step=done * self.schedule.steps_per_epoch)
         if saved:
@@ -190,7 +194,7 @@ class Trainer:
         result = Result(self.report.folder.path, self.process.rank, best_top1=progress.best_top1)
         if metrics is not None:
             result.top1, result.top5, result.loss = metrics.top1, metrics.top5, metrics.loss
-            result.images = metrics.images
+            result.images, result.balanced_accuracy = metrics.images, metrics.balanced_accuracy
         return result
 
     def _done(self) -> bool:
@@ -271,10 +275,8 @@ class Trainer:
             if learner.ema is not None:
                 ema = self.evaluate(learner.ema.model, f"epoch {epoch}, EMA")
             self.checkpoints.finish_or_raise(progress)  # takes back a best that was not saved
-            progress.stale += 1
-            if (ema or raw).top1 > progress.best_top1:
-                progress.best_top1, progress.best_epoch = (ema or raw).top1, epoch
-                progress.stale = 0
+            found = ema or raw
+            if progress.is_best(found.score(config.BEST_METRIC), found.top1):
                 names.append(checkpoints.BEST)
         if last or epoch % config.SAVE_FREQ == 0:
             names.append(checkpoints.epoch_name(epoch))

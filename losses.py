@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from cpu import setup  # noqa: F401  isort: skip
 
+from collections.abc import Sequence
 from typing import Callable
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 
@@ -18,18 +20,45 @@ from mixup import smooth_one_hot
 Criterion = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
 
 
-def build_criterion(config) -> Criterion:
+def build_criterion(config, labels: Sequence[int] = ()) -> Criterion:
     """The loss of TRAIN.LOSS: a function of logits ``[B, K]`` and targets, see the classes.
 
+    Args:
+        config: the run's config.
+        labels: of the training images, see `class_weights`.
+
     Raises:
-        ConfigError: there is no such loss.
+        ConfigError: there is no such loss, or as `class_weights`.
     """
-    train = config.TRAIN
+    train, weights = config.TRAIN, class_weights(config, labels)
     if train.LOSS == "ce":
-        return CrossEntropy(train.SMOOTHING)
+        return CrossEntropy(train.SMOOTHING, weights)
     if train.LOSS == "bce":
-        return BinaryCrossEntropy(train.SMOOTHING, train.BCE_TARGET_THRESHOLD)
+        return BinaryCrossEntropy(train.SMOOTHING, train.BCE_TARGET_THRESHOLD, weights)
     raise ConfigError(f"TRAIN.LOSS is {train.LOSS!r}; choose one of ce, bce")
+
+
+def class_weights(config, labels: Sequence[int] = ()) -> paddle.Tensor | None:
+    """TRAIN.CLASS_WEIGHTS as float32 ``[K]``; None for ``none``.
+
+    ``balanced`` weights a class by the inverse of its share of the labels, so that the mean weight
+    of an image is 1 (scikit-learn's formula, over the classes that occur; the others have 1).
+
+    Raises:
+        ConfigError: another number of weights than of classes.
+    """
+    weights, classes = config.TRAIN.CLASS_WEIGHTS, config.MODEL.NUM_CLASSES
+    if weights == "none":
+        return None
+    if weights == "balanced":
+        counts = np.bincount(np.asarray(labels, "int64"), minlength=classes)
+        balanced = len(labels) / np.maximum(counts * np.count_nonzero(counts), 1)
+        weights = np.where(counts, balanced, 1.0)
+    if len(weights) != classes:
+        raise ConfigError(
+            f"TRAIN.CLASS_WEIGHTS has {len(weights)} numbers, MODEL.NUM_CLASSES is {classes}"
+        )
+    return paddle.to_tensor(np.asarray(weights, "float32"))
 
 
 def build_distillation_loss(config) -> DistillationLoss | None:
@@ -47,10 +76,15 @@ class CrossEntropy:
 
     Args:
         smoothing: of labels, see `smooth_one_hot`.
+        weights: ``[K]``; each class's part of the sum over classes is multiplied by its own, as
+            PyTorch's ``cross_entropy(weight=...)`` does. The mean over images is a plain one, as
+            PyTorch's for probabilities (for labels it divides by the sum of the weights, which
+            would make an image's share depend on its batch). None: 1.
     """
 
-    def __init__(self, smoothing: float = 0.0):
+    def __init__(self, smoothing: float = 0.0, weights: paddle.Tensor | None = None):
         self.smoothing = smoothing
+        self.weights = weights
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
         """Computes the loss.
@@ -63,7 +97,9 @@ class CrossEntropy:
             float32 scalar: mean over B.
         """
         log_probabilities = F.log_softmax(logits.astype("float32"))
-        return -(_dense(targets, logits, self.smoothing) * log_probabilities).sum(axis=1).mean()
+        targets = _dense(targets, logits, self.smoothing)
+        targets = targets if self.weights is None else targets * self.weights
+        return -(targets * log_probabilities).sum(axis=1).mean()
 
 
 class BinaryCrossEntropy:
@@ -76,11 +112,18 @@ class BinaryCrossEntropy:
         target_threshold: targets above it become 1 and all others 0, so that every class in a
             mixed image counts as fully present (the article; its training used 0.2). None: the
             targets stay soft.
+        weights: ``[K]``, of each class's question; None: 1.
     """
 
-    def __init__(self, smoothing: float = 0.0, target_threshold: float | None = None):
+    def __init__(
+        self,
+        smoothing: float = 0.0,
+        target_threshold: float | None = None,
+        weights: paddle.Tensor | None = None,
+    ):
         self.smoothing = smoothing
         self.target_threshold = target_threshold
+        self.weights = weights
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
         """Computes the loss.
@@ -95,7 +138,10 @@ class BinaryCrossEntropy:
         targets = _dense(targets, logits, self.smoothing)
         if self.target_threshold is not None:
             targets = (targets > self.target_threshold).astype("float32")
-        return F.binary_cross_entropy_with_logits(logits.astype("float32"), targets)
+        losses = F.binary_cross_entropy_with_logits(
+            logits.astype("float32"), targets, reduction="none"
+        )
+        return (losses if self.weights is None else losses * self.weights).mean()
 
 
 class DistillationLoss:

@@ -104,14 +104,16 @@ def sequence(item, length, kind=tuple, ordered=False):
     def rule(value):
         if isinstance(value, str):  # PPViT writes tuples as Python does
             value = ast.literal_eval(value)
-        if not isinstance(value, (list, tuple)) or len(value) != length:
+        if not isinstance(value, (list, tuple)) or len(value) != (length or len(value)):
             raise ValueError
         value = kind(item(entry) for entry in value)
         if ordered and list(value) != sorted(value):
             raise ValueError
         return value
 
-    rule.expects = f"{length} numbers, each {item.expects}" + (", smaller first" if ordered else "")
+    rule.expects = f"{length or 'a list of'} numbers, each {item.expects}" + (
+        ", smaller first" if ordered else ""
+    )
     return rule
 
 

@@ -29,8 +29,30 @@ def sample_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
     return np.random.default_rng((_SAMPLE, seed, epoch, position))
 
 
+def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many images as there are labels, of each class equally many (or one less), in rounds of
+    all classes: a class's images are taken in turn, so that none comes twice before all have come.
+
+    Args:
+        labels: ``[n]`` class of each image.
+        rng: the source of every draw.
+    """
+    images = rng.permutation(len(labels))
+    images = images[np.argsort(labels[images], kind="stable")]  # class by class
+    _, starts, counts = np.unique(labels[images], return_index=True, return_counts=True)
+    rounds = np.arange(-(-len(labels) // len(starts)))
+    picked = images[starts + rounds[:, None] % counts]  # [rounds, classes]
+    return rng.permuted(picked, axis=1).ravel()[: len(labels)]
+
+
 def train_indices(
-    num_images: int, seed: int, epoch: int, rank: int = 0, world: int = 1, repeats: int = 1
+    num_images: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    repeats: int = 1,
+    labels: np.ndarray | None = None,
 ) -> np.ndarray:
     """The images that one process trains on in an epoch, in order.
 
@@ -50,13 +72,15 @@ def train_indices(
         rank: this process, ``0 <= rank < world``.
         world: number of processes.
         repeats: copies of each image in the order.
+        labels: ``[num_images]`` class of each image, for a `balanced_order`; None: each image once.
 
     Returns:
         int64 ``[n]`` image indices; element i is at global position ``rank + i * world``.
 
     Source: DeiT's RASampler (repeated augmentation, arXiv 1902.05509) for ``repeats > 1``.
     """
-    order = np.random.default_rng((_ORDER, seed, epoch)).permutation(num_images)
+    rng = np.random.default_rng((_ORDER, seed, epoch))
+    order = rng.permutation(num_images) if labels is None else balanced_order(labels, rng)
     positions = rank + world * np.arange(_samples_per_rank(num_images, world, repeats))
     return order[positions // repeats % num_images]
 
@@ -75,7 +99,7 @@ class TrainBatchSampler:
     Yields lists of `Key`: the epoch travels with each sample, so that a worker process knows it.
 
     Args:
-        num_images, seed, rank, world, repeats: as for `train_indices`.
+        num_images, seed, rank, world, repeats, labels: as for `train_indices`.
         batch_size: samples per process and step.
         drop_last: leave out the last step where it is smaller than ``world * batch_size``.
     """
@@ -89,6 +113,7 @@ class TrainBatchSampler:
         world: int = 1,
         repeats: int = 1,
         drop_last: bool = True,
+        labels: np.ndarray | None = None,
     ):
         self.num_images = num_images
         self.batch_size = batch_size
@@ -97,6 +122,7 @@ class TrainBatchSampler:
         self.world = world
         self.repeats = repeats
         self.drop_last = drop_last
+        self.labels = labels
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
@@ -112,9 +138,8 @@ class TrainBatchSampler:
         return -(-_samples_per_rank(self.num_images, self.world, self.repeats) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        indices = train_indices(
-            self.num_images, self.seed, self.epoch, self.rank, self.world, self.repeats
-        )
+        key = self.seed, self.epoch, self.rank, self.world, self.repeats
+        indices = train_indices(self.num_images, *key, self.labels)
         for batch in range(self.skip_batches, len(self)):
             start = batch * self.batch_size
             yield [

@@ -8,6 +8,7 @@ import pytest
 
 from cli.errors import CheckpointError, ConfigError
 from config import get_config, update_config
+from datasets import build_loader
 from engine import Metrics, Trainer, run
 from model_ema import ModelEma
 from optimizer import build_optimizer, optimizer_state
@@ -147,15 +148,16 @@ def test_only_blocks_that_there_are_can_be_frozen():
     assert all(p.stop_gradient for p in build_resmlp(config).norm.parameters())
 
 
-# ------------------------------------------------------------------------- early stopping
+# ---------------------------------------------------------- early stopping, the best weights
 @pytest.fixture
 def scripted(monkeypatch):
     """Makes the evaluations of the next runs find these values of top-1, one after another."""
 
-    def script(values):
-        left = iter(values)
+    def script(values, losses=()):
+        left, losses = iter(values), iter([*losses, *[1.0] * len(values)])
         monkeypatch.setattr(
-            Trainer, "evaluate", lambda *_: Metrics(1.0, float(next(left)), 100.0, 9, 1.0)
+            *(Trainer, "evaluate"),
+            lambda *_: Metrics(next(losses), float(next(left)), 100.0, 9, 1.0),
         )
 
     return script
@@ -191,3 +193,81 @@ def test_without_the_key_training_goes_to_the_last_epoch(tmp_path, data, scripte
     scripted([20, 10, 10, 10, 10])
     run(make_config(tmp_path, data, "TRAIN.NUM_EPOCHS", 5))
     assert epochs(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def best_place(tmp_path):
+    return checkpoints.load(tmp_path / "run" / "best.pdparams")["place"]
+
+
+def test_the_best_weights_can_be_those_of_the_lowest_loss(tmp_path, data, scripted):
+    scripted([50, 40, 60, 70], losses=[0.9, 0.3, 0.5, 0.4])
+    opts = ["TRAIN.NUM_EPOCHS", 9, "BEST_METRIC", "loss", "TRAIN.EARLY_STOP", 2]
+    result = run(make_config(tmp_path, data, *opts))
+    place = best_place(tmp_path)
+    assert (place["epoch"], place["best_epoch"], place["best_score"]) == (2, 2, -0.3)
+    assert (result["best_top1"], epochs(tmp_path)) == (40.0, [1, 2, 3, 4])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "done: best top-1 40.00 %, after epoch 2, chosen by loss (0.3), in" in log
+
+
+def test_another_metric_in_a_run_that_goes_on_begins_anew(tmp_path, data, scripted):
+    scripted([50, 40], losses=[0.9, 0.8])
+    run(make_config(tmp_path, data))
+    scripted([30, 20], losses=[0.95, 0.99])
+    opts = ["MODEL.RESUME", "auto", "TRAIN.NUM_EPOCHS", 4, "BEST_METRIC", "loss"]
+    run(make_config(tmp_path, data, *opts))
+    assert best_place(tmp_path)["best_epoch"] == 3
+
+
+def test_a_run_from_before_there_was_a_choice_keeps_its_best(tmp_path, data, scripted):
+    scripted([50, 40])
+    run(make_config(tmp_path, data))
+    last = tmp_path / "run" / "last.pdparams"
+    state = checkpoints.load(last)
+    for name in ("best_score", "stale"):
+        del state["place"][name]
+    state["config"] = state["config"].replace("BEST_METRIC: top1\n", "")
+    checkpoints.save(state, last)
+    scripted([45, 55])
+    run(make_config(tmp_path, data, "MODEL.RESUME", "auto", "TRAIN.NUM_EPOCHS", 3))
+    assert best_place(tmp_path)["best_epoch"] == 1
+
+
+# ------------------------------------------------------------------------ unequal classes
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """Eight images of two classes and two of the third; of the validation images 3, 3 and 1."""
+    root = make_data(tmp_path_factory.mktemp("unequal"))
+    for split, left in (("train", 2), ("val", 1)):
+        for path in sorted((root / split / "class_2").iterdir())[left:]:
+            path.unlink()
+    return root
+
+
+def test_a_run_on_unequal_classes_with_all_that_is_there_for_them(tmp_path, unequal):
+    opts = "TRAIN.BALANCED_SAMPLING True TRAIN.CLASS_WEIGHTS balanced TRAIN.MIXUP_ALPHA 0.8 "
+    opts += "BEST_METRIC balanced_accuracy DATA.BATCH_SIZE 6 TRAIN.NUM_EPOCHS 4"
+    result = run(make_config(tmp_path, unequal, *opts.split()))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"(balanced accuracy {result.balanced_accuracy:.2f} %)" in log
+    assert "chosen by balanced_accuracy (" in log
+    record = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(record)["val_balanced_accuracy"] == result.balanced_accuracy
+
+
+def test_the_loader_of_a_run_samples_classes_equally(tmp_path, unequal):
+    for balanced, expected in ((True, [6, 6, 6]), (False, [8, 8, 2])):
+        opts = ["TRAIN.BALANCED_SAMPLING", balanced, "DATA.BATCH_SIZE", 9]
+        loader = build_loader(make_config(tmp_path, unequal, *opts), "train")
+        labels = np.concatenate([batch.labels.numpy() for batch in loader])
+        assert np.bincount(labels).tolist() == expected
+
+
+def test_class_weights_of_a_run_are_those_of_its_training_images(tmp_path, unequal):
+    heads = []
+    for weights in ("none", "balanced", [0.75, 0.75, 3.0]):  # 18 / (3 * 8), 18 / (3 * 2)
+        folder = tmp_path / str(len(heads))
+        folder.mkdir()
+        run(make_config(folder, unequal, "TRAIN.CLASS_WEIGHTS", weights, "TRAIN.NUM_EPOCHS", 1))
+        heads.append(checkpoints.load(folder / "run" / "last.pdparams")["model"]["head.weight"])
+    assert (heads[1] == heads[2]).all() and (heads[1] != heads[0]).any()

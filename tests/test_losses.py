@@ -14,6 +14,7 @@ from losses import (
     DistillationLoss,
     build_criterion,
     build_distillation_loss,
+    class_weights,
 )
 
 BATCH, CLASSES = 6, 9
@@ -181,3 +182,44 @@ def test_an_unknown_loss_is_refused_by_key(key):
     build = {"LOSS": build_criterion, "DISTILLATION_TYPE": build_distillation_loss}[key]
     with pytest.raises(ConfigError, match=f"TRAIN.{key} is 'focal'; choose one of"):
         build(config)
+
+
+# --------------------------------------------------------------------------- class weights
+WEIGHTS = np.linspace(0.2, 3.0, CLASSES).astype("float32")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_losses_are_the_sums_over_classes_with_their_weights(batch, smoothing):
+    logits, labels, soft = batch
+    x, weights = paddle.to_tensor(logits), paddle.to_tensor(WEIGHTS)
+    log_odds, odds = log_softmax(logits), 1 / (1 + np.exp(-logits.astype("float64")))
+    for targets, dense in ((labels, smoothed(labels, smoothing)), (soft, soft)):
+        loss = CrossEntropy(smoothing, weights)(x, paddle.to_tensor(targets))
+        expected = -(dense * WEIGHTS * log_odds).sum(axis=1).mean()
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+        loss = BinaryCrossEntropy(smoothing, weights=weights)(x, paddle.to_tensor(targets))
+        expected = dense * np.log(odds) + (1 - dense) * np.log1p(-odds)
+        assert loss.item() == pytest.approx(-(expected * WEIGHTS).mean(), rel=1e-6)
+
+
+def weights_for(chosen, labels=(), classes=4):
+    config = get_config()
+    config.MODEL.NUM_CLASSES, config.TRAIN.CLASS_WEIGHTS = classes, chosen
+    return class_weights(config, labels)
+
+
+def test_balanced_weights_are_scikit_learns_and_one_an_image_on_average():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.repeat([0, 1, 3], [60, 20, 5])
+    found = weights_for("balanced", labels).numpy()
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    np.testing.assert_allclose(found[[0, 1, 3]], expected, rtol=1e-6)
+    assert found[2] == 1.0 and found[labels].mean() == pytest.approx(1.0)
+
+
+def test_weights_can_be_given_one_a_class_and_are_off_by_default():
+    assert weights_for([1.0, 2.0, 3.0, 0.5]).numpy().tolist() == [1.0, 2.0, 3.0, 0.5]
+    assert class_weights(get_config()) is None
+    with pytest.raises(ConfigError, match="CLASS_WEIGHTS has 2 numbers, MODEL.NUM_CLASSES is 4"):
+        weights_for([1.0, 2.0])

@@ -265,6 +265,24 @@ def test_a_run_goes_on_in_another_folder(tmp_path, data, whole):
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.parametrize("step", [1, 5])
+def test_with_every_option_of_fine_tuning_a_crash_leaves_no_trace(tmp_path, data, whole, step):
+    unequal = tmp_path / "data"
+    shutil.copytree(data, unequal)
+    for path in sorted((unequal / "train" / "class_2").iterdir())[2:]:
+        path.unlink()
+    opts = f"MODEL.PRETRAINED {whole}/last TRAIN.FREEZE 1 TRAIN.EARLY_STOP 2 TRAIN.LAYER_DECAY 0.5 "
+    opts += "TRAIN.BALANCED_SAMPLING True TRAIN.CLASS_WEIGHTS balanced MODEL.NUM_CLASSES auto "
+    opts += "BEST_METRIC macro_f1 TRAIN.NUM_EPOCHS 9"
+    opts = opts.split()
+    uninterrupted = engine.run(config_for(tmp_path / "a", unequal, *opts))["folder"]
+    stale = checkpoints.load(uninterrupted / "last.pdparams")["place"]["stale"]
+    assert stale == 2  # it ended early
+    interrupt(config_for(tmp_path / "b", unequal, *opts), Crash, crash_at_step(step))
+    engine.run(config_for(tmp_path / "b", unequal, *opts, *RESUME))
+    assert differences(tmp_path / "b" / "run", uninterrupted) == []
+
+
 def test_another_optimizer_is_refused(tmp_path, data):
     interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))
     with pytest.raises(CheckpointError, match="TRAIN.OPTIMIZER.NAME"):

@@ -142,3 +142,46 @@ def test_every_sample_has_its_own_random_stream():
     }
     assert len(draws) == 27
     assert sample_rng(1, 2, 3).random() == sample_rng(1, 2, 3).random()
+
+
+# ------------------------------------------------------------------------ balanced classes
+LABELS = np.repeat([0, 1, 3, 4], [60, 20, 5, 1])  # of 86 images; class 2 has none
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_balanced_epoch_is_as_long_and_has_as_many_samples_of_each_class(seed):
+    order = train_indices(86, seed, 7, labels=LABELS)
+    assert len(order) == 86
+    assert sorted(np.bincount(LABELS[order])) == [0, 21, 21, 22, 22]
+    for label in (0, 1, 3, 4):
+        times = np.bincount(order[LABELS[order] == label], minlength=86)[label == LABELS]
+        assert times.max() - times.min() <= 1  # none comes twice before all of its class have come
+    rounds = LABELS[order[:84].reshape(21, 4)]  # each of all classes, in an order of its own
+    assert (np.sort(rounds) == [0, 1, 3, 4]).all()
+    assert len(np.unique(rounds, axis=0)) > 10
+
+
+def test_balanced_epochs_differ_and_are_a_function_of_seed_and_epoch():
+    orders = [
+        train_indices(86, seed, epoch, labels=LABELS) for seed, epoch in [(0, 0), (0, 1), (1, 0)]
+    ]
+    np.testing.assert_array_equal(orders[0], train_indices(86, 0, 0, labels=LABELS))
+    assert all((a != b).any() for a, b in zip(orders, orders[1:] + orders[:1]))
+    seen = [train_indices(86, 0, epoch, labels=LABELS) for epoch in range(10)]
+    assert len(set(np.concatenate(seen))) == 86  # over the epochs, every image of a large class
+
+
+@pytest.mark.parametrize("world, repeats", [(2, 1), (4, 1), (2, 3)])
+def test_a_balanced_order_is_the_same_for_any_number_of_processes(world, repeats):
+    labels = np.arange(600) // 200 * (np.arange(600) % 3)
+    shards = [train_indices(600, 3, 5, r, world, repeats, labels) for r in range(world)]
+    alone = train_indices(600, 3, 5, 0, 1, repeats, labels)
+    woven = np.stack(shards, axis=1).ravel()
+    np.testing.assert_array_equal(woven[: len(alone)], alone[: len(woven)])
+
+
+def test_a_balanced_pass_goes_on_where_it_was_interrupted():
+    whole = TrainBatchSampler(86, 8, 3, labels=LABELS)
+    rest = TrainBatchSampler(86, 8, 3, labels=LABELS)
+    rest.set_epoch(0, skip_batches=4)
+    assert list(rest) == list(whole)[4:]

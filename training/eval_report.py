@@ -96,18 +96,15 @@ class Calibration:
         return render(figure)
 
 
-def class_scores(confusion: np.ndarray, num_classes: int) -> dict[str, float]:
-    """Scores that weigh classes equally, in percent, from `Metrics.confusion`.
+def class_scores(counts: np.ndarray) -> dict[str, float]:
+    """Scores that weigh classes equally, in percent, from `Metrics.counts`.
 
     Balanced accuracy is the mean over classes with images of the share of them that is right.
     Macro F1 is the mean over classes that occur, as label or prediction, of
     2 * right / (images + predictions).
     """
-    labels, predictions, counts = confusion.T
-    same = labels == predictions
-    right = np.bincount(labels[same], counts[same], num_classes)
-    images = np.bincount(labels, counts, num_classes)
-    both = images + np.bincount(predictions, counts, num_classes)
+    images, right, predictions = counts
+    both = images + predictions
     return {
         "balanced_accuracy": float(100 * np.mean(right[images > 0] / images[images > 0])),
         "macro_f1": float(100 * np.mean(2 * right[both > 0] / both[both > 0])),

@@ -42,14 +42,28 @@ class Metrics:
     real_top1: float | None = None
     real_top5: float | None = None
     real_images: int = 0
+    counts: np.ndarray | None = None  # int64 [3, K]: each class's images, right ones, predictions
+
+    def score(self, name: str) -> float:
+        """BEST_METRIC's value, negative for the loss: the higher the better."""
+        if name == "loss":
+            return -self.loss
+        return getattr(self, name) if name in ("top1", "top5") else class_scores(self.counts)[name]
+
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """Percent (`class_scores`), where classes have unequal numbers of images; else None."""
+        images = () if self.counts is None else self.counts[0]
+        return self.score("balanced_accuracy") if len({*images} - {0}) > 1 else None
 
     def __str__(self) -> str:
-        real = ""
+        real, balanced = "", self.balanced_accuracy
+        balanced = "" if balanced is None else f" (balanced accuracy {balanced:.2f} %)"
         if self.real_images:
             real = f"; real labels: top-1 {self.real_top1:.2f} %, top-5 {self.real_top5:.2f} %"
             real += f", {self.real_images} images"
         return (
-            f"loss {self.loss:.4f}, top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, "
+            f"loss {self.loss:.4f}, top-1 {self.top1:.2f} %{balanced}, top-5 {self.top5:.2f} %, "
             f"{self.images} images, {self.images / max(self.seconds, 1e-9):.1f} images/s{real}"
         )
 
@@ -94,6 +108,7 @@ def evaluate(
     real = np.zeros(3, "int64")  # top-1, top-k, images that have a label
     loss_sum = paddle.zeros([], "float64")
     hits = paddle.zeros([2], "int64")  # top-1, top-k
+    counts = paddle.zeros([3 * num_classes], "int64")  # see Metrics
     seen, pairs, calibration = 0, [], Calibration()
     stopped = False
     for number, (images, labels, indices) in enumerate(loader):
@@ -105,6 +120,11 @@ def evaluate(
         top = paddle.topk(logits, k, axis=-1)[1]  # [B, k]
         hit = (top == labels.unsqueeze(-1)).astype("int64")
         hits += paddle.stack([hit[:, 0].sum(), hit.sum()])
+        cells = [labels, labels + num_classes, top[:, 0] + 2 * num_classes]
+        one = paddle.ones_like(labels)
+        counts = paddle.index_add(
+            counts, paddle.concat(cells), 0, paddle.concat([one, hit[:, 0], one])
+        )
         loss_sum += losses.sum()
         seen += len(labels)
         if accepted is not None:
@@ -118,9 +138,9 @@ def evaluate(
             calibration.add(confidence, np.asarray(indices), truth, predicted)
         progress(number + 1, len(loader))
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
-    loss, top1, topk, total, stopped, *real = sum_over_ranks(
-        [float(loss_sum), *hits.numpy().tolist(), seen, stopped, *real.tolist()], process
-    )
+    own = [float(loss_sum), *hits.numpy(), seen, stopped, *real, *counts.numpy()]
+    loss, top1, topk, total, stopped, *rest = sum_over_ranks(own, process)
+    real, counts = rest[:3], np.array(rest[3:], "int64").reshape(3, num_classes)
     if stopped:
         return None
     if not np.isfinite(loss):
@@ -138,6 +158,7 @@ def evaluate(
         _count_pairs(pairs, num_classes, process) if confusion else None,
         calibration if confusion else None,
         *([100 * real[0] / real[2], 100 * real[1] / real[2], int(real[2])] if real[2] else []),
+        counts=counts,
     )
 
 
@@ -201,7 +222,7 @@ def _write_scores(metrics: Metrics, names, folder: Path, num_classes: int, files
     calibration = metrics.calibration
     if calibration is None:
         return []
-    scores = class_scores(metrics.confusion, num_classes)
+    scores = class_scores(metrics.counts)
     scores.update(calibration_error=calibration.error(), negative_log_likelihood=metrics.loss)
     _log.info(", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in scores.items()))
     contents = {

@@ -34,8 +34,9 @@ def autocast(config, process: Process):
 class Objective:
     """The training loss: the criterion, and where there is a teacher its part."""
 
-    def __init__(self, config, load_config: Callable | None = None):
-        self.criterion, self.distill = build_criterion(config), build_distillation_loss(config)
+    def __init__(self, config, load_config: Callable | None = None, labels: Sequence[int] = ()):
+        self.criterion = build_criterion(config, labels)
+        self.distill = build_distillation_loss(config)
         wanted = config.TRAIN.DISTILLATION_TYPE != "none"
         self.teacher = build_teacher(config, load_config) if wanted else None
 
@@ -56,9 +57,10 @@ class Learner:
         model: with its first weights.
         load_config: path of a YAML file -> config; a teacher that is a ResMLP needs it.
         saved: what `state` returned, from a checkpoint; the weights in ``model`` are its own.
+        labels: of the training images, for TRAIN.CLASS_WEIGHTS.
     """
 
-    def __init__(self, config, process: Process, model, load_config=None, saved=None):
+    def __init__(self, config, process: Process, model, load_config=None, saved=None, labels=()):
         self.config, self.process, self.model = config, process, model
         train, use_amp = config.TRAIN, config.AMP and process.on_gpu
         self.ema = None
@@ -85,7 +87,7 @@ class Learner:
         if saved:
             self._restore(saved)
         self.augment = BatchAugment(config)
-        self.objective = Objective(config, load_config)
+        self.objective = Objective(config, load_config, labels)
         self.network = self.model
         if process.world > 1:  # gradients are averaged over ranks, in buckets of 25 MB
             wait_for_all(process)  # starting may take one rank longer than a collective waits

@@ -6,6 +6,7 @@ from cpu import setup  # noqa: F401  isort: skip
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ class Progress:
     report_count: int = 0
     seconds: float = 0.0  # of training in the epoch under way, up to the last report ...
     timed_images: int = 0  # ... and the images trained on in them
-    best_top1: float = -1.0  # percent; of the EMA where there is one
+    best_score: float = -math.inf  # of BEST_METRIC (Metrics.score), of the EMA where there is one
+    best_top1: float = -1.0  # percent; of that evaluation
     best_epoch: int = 0
     stale: int = 0  # evaluations since the best one
     skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
@@ -41,7 +43,15 @@ class Progress:
 
     def take_best(self, other: Progress) -> None:
         """Goes back to the best that another one knows."""
-        self.best_top1, self.best_epoch, self.stale = other.best_top1, other.best_epoch, other.stale
+        for name in ("best_score", "best_top1", "best_epoch", "stale"):
+            setattr(self, name, getattr(other, name))
+
+    def is_best(self, score: float, top1: float) -> bool:
+        """Counts an evaluation after the epoch under way; whether it is the best one so far."""
+        self.stale += 1
+        if score > self.best_score:
+            self.take_best(Progress(0, best_score=score, best_top1=top1, best_epoch=self.epoch + 1))
+        return self.stale == 0
 
     def start_next_epoch(self) -> None:
         """Counts an epoch as done, its evaluation included."""

@@ -119,6 +119,8 @@ class Report:
             if found is not None:
                 values = found.loss, found.top1, found.top5
                 record.update(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), values))
+                if found.balanced_accuracy is not None:
+                    record[f"{name}_balanced_accuracy"] = found.balanced_accuracy
         self.folder.add_metrics(record)
         shown = {k: v for k, v in record.items() if k.startswith(("val_", "ema_", "train_"))}
         self._curves("epoch/", shown, epoch + 1)
@@ -135,8 +137,9 @@ class Report:
     def done(self, progress: Progress, ema: bool) -> None:
         """Says how the run ended."""
         if progress.best_epoch:
-            path = self.folder.path / checkpoints.BEST
+            path, metric = self.folder.path / checkpoints.BEST, self.config.BEST_METRIC
+            by = f", chosen by {metric} ({abs(progress.best_score):.4g})" * (metric != "top1")
             _log.info(
                 f"done: best top-1{' of the EMA' * ema} {progress.best_top1:.2f} %, after epoch "
-                f"{progress.best_epoch}, in {path}"
+                f"{progress.best_epoch}{by}, in {path}"
             )

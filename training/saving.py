@@ -70,7 +70,8 @@ class Checkpoints:
             for note in state["notes"]:
                 _log.warning(note)
             return start
-        progress = Progress(**state["place"])
+        # BEST_METRIC was top1, before there was a choice
+        progress = Progress(**{"best_score": state["place"]["best_top1"], **state["place"]})
         self._go_back(state, progress)
         self.folder.rewind_metrics(state["metrics_lines"])
         self.saved = replace(progress)
@@ -78,6 +79,8 @@ class Checkpoints:
         if state["processes"] != self.process.world:
             changes.append(f"processes {state['processes']} -> {self.process.world}")
         for change in changes:
+            if change.startswith("BEST_METRIC ") and "(none)" not in change:
+                progress.take_best(Progress())  # values of two metrics do not compare
             if not change.startswith(("MODEL.RESUME ", "SAVE ")):
                 _log.info(f"changed since the checkpoint: {change}")
         images = f" and {progress.samples} images" if progress.samples else ""

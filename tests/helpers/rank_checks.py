@@ -93,6 +93,7 @@ def evaluation_counts(process: Process) -> None:
             CLASSES,
             confusion=True,
         )
+        assert (metrics.counts == one.counts).all() and metrics.counts.sum() > count
         assert (metrics.calibration.bins == one.calibration.bins).all()
         assert (metrics.calibration.mistakes == one.calibration.mistakes).all()
 

@@ -71,3 +71,17 @@ def test_soft_distillation_is_deits(batch, alpha, tau):
         return base * (1 - alpha) + divergence * tau**2 / x.numel() * alpha
 
     both(ours, theirs, logits, labels)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_pytorchs(batch, smoothing):
+    """For labels PyTorch divides by the sum of the weights; ours by the number of images."""
+    logits, labels, soft = batch
+    weights = np.linspace(0.1, 4.0, CLASSES).astype("float32")
+    ours = CrossEntropy(smoothing, paddle.to_tensor(weights))
+    theirs = torch.nn.CrossEntropyLoss(torch.tensor(weights), label_smoothing=0.0)
+    both(ours, theirs, logits, soft)
+    total = torch.nn.CrossEntropyLoss(
+        torch.tensor(weights), reduction="sum", label_smoothing=smoothing
+    )
+    both(ours, lambda x, y: total(x, y) / len(labels), logits, labels)
