@@ -90,6 +90,22 @@ def read(path: str) -> bytes | None:
     return open_archive(found[0]).read(found[1])
 
 
+def size(path: str) -> int | None:
+    """The bytes of an archive's member; None where the path leads into no archive.
+
+    Raises:
+        FileNotFoundError: no such member.
+        DataError: the archive cannot be read.
+    """
+    found = split(path)
+    if found is None or not found[1]:
+        return None
+    member = open_archive(found[0]).find(found[1])
+    if member is None:
+        raise FileNotFoundError(2, "No such member", path)
+    return member.length
+
+
 @cache
 def open_archive(path: str) -> Archive:
     """The archive at a path, indexed; opened once in a process."""

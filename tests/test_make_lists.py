@@ -157,7 +157,7 @@ def test_labels_that_only_look_like_numbers_are_names(tmp_path):
 
 def test_lists_without_an_image_to_validate_on_are_pointed_out(tmp_path):
     make_classes(tmp_path, {"a": 1, "b": 1})
-    assert "warning: val_list.txt lists no images" in run(tmp_path)[1][1]
+    assert "warning: val_list.txt is not written" in run(tmp_path)[1][1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ python tools/make_lists.py flowers -val_fraction 0.2 -verify    # flowers/<class
 python tools/make_lists.py imagenet                              # imagenet/{train,val}/<class>/...
 python tools/make_lists.py photos/labels.csv                     # lines of path,label
 
+Tar and zip archives may stand for folders. ImageNet is known in the layouts in which it is
+downloaded (see imagenet.py): the official tars, unpacked or not, and Kaggle's.
+
 The lists lie in the folder itself (a CSV's: the one it lies in), so that the mains take it with
 `-dataset imagenet2012 -data_path FOLDER`; -output writes them elsewhere. Labels count the classes
 in the order of their names, whole numbers by value. Where there are train/ and val/ (or Training/,
@@ -18,6 +21,7 @@ if not __package__:
 
 import csv
 import hashlib
+import io
 import os
 import shlex
 from collections import Counter, defaultdict
@@ -25,12 +29,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
 from cpu.setup import physical_cores
+from loading import archives
 from loading.files import (
     EXTENSIONS,
     SPLIT_NAMES,
@@ -48,7 +54,9 @@ from loading.files import (
     sort_classes,
     split_folder,
 )
+from loading.imagenet import wordnet_ids
 from storage.weights import shorten
+from tools import imagenet
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
 
@@ -100,6 +108,8 @@ def make_lists(
     if workers is not None and workers < 1:
         raise DataError(f"-workers is {workers}; give a number from 1 up")
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
+    if os.path.basename(source) in imagenet.ARCHIVES:
+        source = root  # one of ImageNet's archives: they are looked at together
     folder = root if output is None else os.path.abspath(os.path.expanduser(output))
     there = [path for name in FILES if os.path.exists(path := os.path.join(folder, name))]
     if there and not force and not verify:
@@ -120,7 +130,7 @@ def make_lists(
     log(f"{root}: {counts}, {len(split.classes)} classes")
     for side, name in ((split.train, TRAIN_LIST), (split.val, VAL_LIST)):
         if not side:
-            log(f"warning: {name} lists no images, and training needs some (two of a class)")
+            log(f"warning: {name} is not written: no images for it (training needs some)")
     keys = f"MODEL.NUM_CLASSES {len(split.classes)}"
     if output is not None:
         for key, name in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES):
@@ -132,19 +142,23 @@ def make_lists(
 # --------------------------------------------------------------------------- what is there
 def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> Split:
     sides, others = None, []
-    if not os.path.isdir(source):
+    if os.path.basename(source) == imagenet.GROUND_TRUTH:
+        raise DataError(imagenet.explain_ground_truth(source))
+    if os.path.isdir(source) and (found := imagenet.find_imagenet(source, log)):
+        return Split(root, list(wordnet_ids()), *found)
+    if not archives.is_folder(source):
         entries = _read_csv(source, root)
         classes = sort_classes({name for _, name in entries}, source)
     else:
-        folders = {side: split_folder(root, side) for side in SPLIT_NAMES}
-        there = [side for side, folder in folders.items() if os.path.isdir(folder)]
+        folders = {side: split_folder(source, side) for side in SPLIT_NAMES}
+        there = [side for side, folder in folders.items() if archives.is_folder(folder)]
         if there == ["val"]:
             raise DataError(f"{folders['val']}: there is no train/ beside it to train on")
-        besides = [name for name in class_folders(root) if not is_split_name(name)]
+        besides = [name for name in class_folders(source) if not is_split_name(name)]
         if there == ["train"] and len(besides) > 1 and not class_folders(folders["train"]):
             there = []  # trains among buses and cars
-        classes = find_classes(root) if there else class_folders(root)
-        scanned = [folders[side] for side in there] or [root]
+        classes = find_classes(source) if there else class_folders(source)
+        scanned = [folders[side] for side in there] or [source]
         scans = [_scan(root, folder, others) for folder in scanned]
         entries = sum(scans, [])
         if len(there) == 2:
@@ -154,7 +168,7 @@ def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> 
                 raise DataError(
                     f"{folders['val']}: class {unknown[0]!r} is not among the folders of train"
                 )
-        for line in describe_others(root, others) + (passed_over(root) if there else []):
+        for line in describe_others(source, others) + (passed_over(source) if there else []):
             log(line)
     if len(classes) < 2:
         raise DataError(
@@ -213,7 +227,7 @@ def _read_csv(file: str, root: str) -> list[Entry]:
                 path = os.path.relpath(os.path.join(root, fields[0]), root)
                 if path.split(os.sep)[0] == os.pardir:
                     raise DataError(f"{where}: {fields[0]!r} is not inside the folder of the file")
-                if not os.path.isfile(os.path.join(root, path)):
+                if not _is_file(os.path.join(root, path)):
                     raise DataError(f"{where}: {os.path.join(root, path)}: no such file")
                 entries.append((path, fields[1]))
     except (OSError, csv.Error, ValueError) as error:
@@ -253,7 +267,7 @@ def find_identical(root: str, paths: Sequence[str]) -> list[list[str]]:
     signature: dict[str, tuple] = dict.fromkeys(paths, ())
     suspects = list(paths)
     with ThreadPoolExecutor() as pool:
-        for look in (regular_size, _digest_head, _digest):
+        for look in (_size, _digest_head, _digest):
             try:
                 values = list(pool.map(look, [os.path.join(root, path) for path in suspects]))
             except OSError as error:
@@ -269,17 +283,34 @@ def find_identical(root: str, paths: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
+def _size(path: str) -> int:
+    size = archives.size(path)
+    return regular_size(path) if size is None else size
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return _size(path) >= 0
+    except OSError:
+        return False
+
+
 def _digest_head(path: str) -> bytes:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         return hashlib.blake2b(file.read(4096)).digest()
 
 
 def _digest(path: str) -> bytes:
     digest = hashlib.blake2b()
-    with open(path, "rb") as file:
+    with _open(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.digest()
+
+
+def _open(path: str) -> BinaryIO:
+    data = archives.read(path)
+    return open(path, "rb") if data is None else io.BytesIO(data)
 
 
 def _refuse_leaks(root: str, twins: list[list[str]], val: set[str], log) -> None:
@@ -362,6 +393,7 @@ def _write_lists(split: Split, folder: str) -> None:
         VAL_LIST: [f"{_listed(path)} {label[name]}" for path, name in split.val],
         CLASSES: split.classes,
     }
+    contents = {name: lines for name, lines in contents.items() if lines}
     try:
         os.makedirs(folder, exist_ok=True)
         for name, lines in contents.items():
@@ -386,8 +418,8 @@ def main() -> None:
     parser = Parser("Makes train_list.txt, val_list.txt and classes.txt for a folder of images.")
     parser.paths(
         "source",
-        "a folder with a folder per class, or with train/ and val/ of such; "
-        "or a CSV file of path,label",
+        "a folder with a folder per class, or with train/ and val/ of such; ImageNet as it is "
+        "downloaded; or a CSV file of path,label",
     )
     parser.flag(
         "val_fraction",
