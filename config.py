@@ -369,7 +369,11 @@ _FLAGS = {  # flag -> what it is, how help names its value, the keys that it set
         "N",
         "DIST.NPROCS",
     ),
-    "pretrained": ("weight file, with or without its suffix", "FILE", "MODEL.PRETRAINED"),
+    "pretrained": (
+        "weight file, with or without its suffix, or the https address of a published one",
+        "FILE",
+        "MODEL.PRETRAINED",
+    ),
     "resume": ("checkpoint (ours, PPViT's) to continue from, or `auto`", "FILE", "MODEL.RESUME"),
     "last_epoch": ("epochs done, where no checkpoint says it", "N", "TRAIN.LAST_EPOCH"),
     "eval": ("evaluate only", None, "EVAL"),

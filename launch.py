@@ -24,6 +24,7 @@ from cli.errors import ConfigError, UserError
 from config import get_config
 from engine import run
 from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count, stop_signals
+from port_weights.download import is_address, local_weights
 from storage.checkpoints import LAST, is_writing
 from storage.run_folder import DEFAULT, choose_folder
 from tools.plot_metrics import plot_metrics
@@ -61,6 +62,11 @@ def run_here(config, on_step: Callable[[int], None] = lambda step: None, label: 
 def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
     """The exit code of this process's part of a run, and what there is to say about it."""
     try:
+        if is_address(config.MODEL.PRETRAINED):
+            config = config.clone()
+            config.defrost()
+            config.MODEL.PRETRAINED = local_weights(config.MODEL.PRETRAINED)
+            config.freeze()
         result = run(config, get_config, on_step)
         if result["rank"] == 0 and not config.EVAL:
             _plot(result["folder"])

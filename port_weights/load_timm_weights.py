@@ -18,6 +18,7 @@ from cli.parser import Parser
 from config import get_config
 from port_weights import names, verify
 from port_weights.architecture import Architecture, infer
+from port_weights.download import download, is_address
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, load_state
@@ -118,7 +119,7 @@ def _download(tag: str) -> dict[str, np.ndarray]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Port ResMLP weights from PyTorch to Paddle, with a proof.")
     parser.flag("model", "timm's name with tag: it is downloaded", metavar="NAME.TAG")
-    parser.flag("checkpoint", "a file instead: .pth, .bin, .safetensors", metavar="FILE")
+    parser.flag("checkpoint", "a file or address instead: .pth, .bin, .safetensors", metavar="FILE")
     parser.flag("cfg", "YAML config that the weights must fit", metavar="FILE")
     parser.flag("output", "Paddle file to write (default: named after the model)", metavar="FILE")
     parser.flag("key", "which weights of a training checkpoint", default="auto", metavar="KEY")
@@ -135,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"-model {args.model}: unknown; choose one of {', '.join(known)}")
         entry, state = known[args.model], _download(args.model)
     else:
+        if is_address(args.checkpoint):
+            args.checkpoint = str(download(args.checkpoint))
         by_file = {weights.file: weights for weights in ZOO}
         entry = by_file.get(Path(args.checkpoint).name)
         state, taken = read_torch_weights(args.checkpoint, args.key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 DOWNLOADS = "https://dl.fbaipublicfiles.com/deit/"
+HOSTS = ("https://dl.fbaipublicfiles.com/", "https://huggingface.co/")  # Facebook's, timm's
 
 
 class Shared(NamedTuple):

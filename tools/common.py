@@ -12,6 +12,7 @@ from pathlib import Path
 from cli.errors import UserError
 from config import get_config, update_config
 from loading.files import with_num_classes
+from port_weights.download import local_weights
 from storage.weights import find_file, write_atomically
 
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
@@ -26,7 +27,7 @@ def run_config(
     """The config of a trained model, with MODEL.PRETRAINED set to its weight file.
 
     Args:
-        pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
+        pretrained: weight file, its address, or checkpoint; None: the config's MODEL.PRETRAINED.
         cfg: YAML file; None: ``config.yaml`` beside the weights, which a run leaves there.
         opts: ``KEY, VALUE, ...`` on top, as in ``-opts``.
 
@@ -36,7 +37,7 @@ def run_config(
     Raises:
         UserError: no weights, no config, or either cannot be used.
     """
-    weights = None if pretrained is None else find_file(pretrained)
+    weights = None if pretrained is None else find_file(local_weights(pretrained))
     if cfg is None:
         beside = weights.with_name("config.yaml") if weights else None
         if beside is None or not beside.is_file():
@@ -51,7 +52,7 @@ def run_config(
     if weights is None:
         if not config.MODEL.PRETRAINED:
             raise UserError("give the model's weights with -pretrained")
-        weights = find_file(config.MODEL.PRETRAINED)
+        weights = find_file(local_weights(config.MODEL.PRETRAINED))
     config.MODEL.PRETRAINED = str(weights)
     config.freeze()
     return with_num_classes(config)
