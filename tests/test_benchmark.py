@@ -1,5 +1,6 @@
 """tools/benchmark.py measures what it says, prints what it promises, and refuses the rest."""
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -13,6 +14,7 @@ from config import get_config
 from resmlp import build_resmlp
 from tools import benchmark as tool
 from tools.benchmark import Job, benchmark
+from training.learner import Learner
 
 KEYS = {
     *("model", "mode", "backend", "dtype", "batch_size", "threads", "images_per_second"),
@@ -74,34 +76,22 @@ def test_the_int8_peak_is_that_of_float32(monkeypatch):
     assert shapes == [[64, 64]]
 
 
-def test_the_figures_follow_from_the_median_time(config, monkeypatch):
-    times = iter([1.0, 8.0, 2.0, 2.0, 4.0, 4.0])  # Paddle's and the rival's, in alternation
-    monkeypatch.setattr(tool, "_seconds", lambda step: next(times))
-
-    class Rival:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def seconds(self):
-            return next(times)
-
-        def memory(self):
-            return 7.0
-
-    monkeypatch.setattr(tool, "_Rival", Rival)
+def test_the_figures_follow_from_the_median_time(config):
     job = Job(config, "train", batch_size=4)
-    own, rival = benchmark(job, rounds=3, compare=["timm"])
+    own = tool.figures(job, ("eager", "float32"), [1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 5.0, 2.0)
+    rival = tool.figures(job, ("timm", "float32"), [8.0, 2.0, 4.0], [1.0, 2.0, 4.0], 7.0, 2.0)
     assert own["ms_per_step"] == 2000.0 and own["images_per_second"] == 2.0
     assert own["gemm_efficiency"] == round(job.gflops / 2.0 / 2.0, 3)
     assert rival["ms_per_step"] == 4000.0 and rival["peak_memory_mb"] == 7.0
     assert rival["speedup"] == statistics.median([8.0 / 1.0, 2.0 / 2.0, 4.0 / 4.0])
     assert own["speedup"] == 1.0
+
+
+def test_sides_take_turns(monkeypatch):
+    monkeypatch.setattr(tool, "SETTLE_SECONDS", 0.0)
+    turns = itertools.count()
+    sides = [lambda: next(turns), lambda: next(turns)]
+    assert tool.alternate(sides, rounds=2) == [[0, 2], [1, 3]]
 
 
 def test_a_training_step_counts_three_times_the_operations_of_a_forward_pass(config):
@@ -117,7 +107,7 @@ def test_the_train_mode_trains(config):
     paddle.seed(0)
     model = build_resmlp(config)
     before = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    step = tool._train_step(Job(config, "train", 2), model, paddle.randn([2, 3, 16, 16]))
+    step = tool.train_step(Job(config, "train", 2), model, paddle.randn([2, 3, 16, 16]))
     step()
     changed = [
         abs(value.numpy() - before[name]).max() for name, value in model.state_dict().items()
@@ -140,11 +130,23 @@ def test_the_data_mode_augments_jpeg_files_to_the_models_size(config, monkeypatc
     assert result["gemm_efficiency"] == 0.0
 
 
-def test_the_step_mode_times_every_part_and_their_sum(config):
+def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch):
+    learners = []
+
+    def build(*args):
+        learners.append(Learner(*args))
+        return learners[0]
+
+    monkeypatch.setattr(tool, "Learner", build)
+    config = config.clone()
+    config.defrost()
+    config.TRAIN.MODEL_EMA = True
     (result,) = benchmark(Job(config, "step", batch_size=4), rounds=1)
     parts = ["data", "augment", "forward", "backward", "optimizer", "ema", "logging"]
-    assert list(result["parts_ms"]) == parts
+    assert list(result["parts_ms"]) == parts and min(result["parts_ms"].values()) > 0
     assert sum(result["parts_ms"].values()) == pytest.approx(result["ms_per_step"], abs=0.01)
+    moments = learners[0].state()["optimizer"]
+    assert len(moments) > 2 and learners[0].ema is not None  # it has made optimizer steps
 
 
 @pytest.mark.parametrize(
@@ -202,9 +204,9 @@ def test_a_missing_timm_is_one_line(config, monkeypatch):
 
 def test_the_peak_is_that_of_a_product_of_known_size(monkeypatch):
     monkeypatch.setattr(tool, "GEMM_SIZE", 64)
-    times = iter([4.0, 1.0, 2.0])
+    ticks = iter([0.0, 4.0, 4.0, 5.0, 5.0, 7.0])
     monkeypatch.setattr(tool, "GEMM_ROUNDS", 3)
-    monkeypatch.setattr(tool, "_seconds", lambda step: next(times))
+    monkeypatch.setattr(tool.time, "perf_counter", lambda: next(ticks))
     assert tool.gemm_peak("float32", 1) == pytest.approx(2e-9 * 64**3)
 
 
@@ -217,16 +219,15 @@ def test_json_is_one_object_a_line_and_the_table_names_its_columns(config, capsy
     tool.main([*command, "--batch-size", "3"])
     process, header, row = capsys.readouterr().out.splitlines()
     assert process.startswith("process:")
-    assert header.split()[:5] == ["model", "mode", "backend", "dtype", "batch"]
+    assert header.split()[:5] == ["model", "mode", "backend", "dtype", "batch_size"]
     assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]
 
 
-def test_a_rival_that_stops_is_named_with_its_last_words(config, tmp_path, monkeypatch):
+def test_a_rival_that_stops_is_named_with_its_last_words(config, tmp_path):
     script = "print('ready', flush=True); input(); raise ValueError('no more')"
-    (tmp_path / "benchmark_timm.py").write_text(script)
-    monkeypatch.setattr(tool, "__file__", str(tmp_path / "benchmark.py"))
+    (tmp_path / "other.py").write_text(script)
     with pytest.raises(UserError, match="timm stopped .ValueError: no more"):  # noqa: SIM117
-        with tool._Rival("timm", Job(config), []) as rival:
+        with tool.Rival("timm", Job(config), [], tmp_path / "other.py") as rival:
             rival.seconds()
 
 

@@ -21,15 +21,15 @@ if not __package__:
 from cpu import setup  # noqa: F401  isort: skip
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,21 +39,19 @@ import paddle.nn.functional as F
 from paddle import nn
 from PIL import Image
 
-from batch_augment import BatchAugment
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from config import get_config, update_config
 from datasets import build_loader
 from loading.files import read_image
-from losses import build_criterion
-from model_ema import ModelEma
-from optimizer import build_optimizer, clip_gradients
+from parallel.process import Process
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
 from tools.export import ONNX_PACKAGES, require, save_for_inference
 from tools.folding import fold
 from tools.infer_exported import open_onnx, open_paddle
 from tools.model_info import config_info
+from training.learner import Learner
 from transforms import build_train_transform
 from utils import step_rng
 
@@ -61,8 +59,10 @@ MODES = ("infer", "train", "data", "step")
 BACKENDS = ("eager", "to_static", "inference", "onnx")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 RIVALS = ("timm", "timm_compile")
+RIVAL_SCRIPT = Path(__file__).with_name("benchmark_timm.py")
 SETTLE_SECONDS = 0.3  # OpenMP threads spin for 0.2 s after their work, and would disturb the next
 GEMM_SIZE, GEMM_ROUNDS = 2048, 20
+PARTS = ("data", "augment", "forward", "backward", "optimizer", "ema", "logging")
 JPEG_SIZE = (500, 375)  # pixels, about ImageNet's
 
 Step = Callable[[], None]
@@ -148,10 +148,7 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
         compare: of `RIVALS`; they run in float32 whatever the job's dtype, as the yardstick.
 
     Returns:
-        A dict for Paddle and one for each rival, in the order of ``compare``: ``model, mode,
-        backend, dtype, batch_size, threads, images_per_second, ms_per_step, peak_memory_mb,
-        gemm_peak_gflops, gemm_efficiency``, and ``speedup``: the median over rounds of the
-        rival's time over Paddle's (1.0 for Paddle). In mode ``step`` also ``parts_ms``.
+        The `figures` of Paddle, then of each rival; in mode ``step`` also ``parts_ms``.
 
     Raises:
         UserError: a combination that does not exist, or torch or timm is missing.
@@ -159,18 +156,22 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
     if job.mode == "step":
         if compare:
             raise UserError("-compare is for -mode infer, train and data")
-        return [_measure_parts(job, rounds)]
+        return [measure_parts(job, rounds)]
     setup.set_threads(job.threads)
     with ExitStack() as stack:
-        files = stack.enter_context(_sample_jpegs()) if job.mode == "data" else []
+        files = []
+        if job.mode == "data":
+            files = sorted(map(str, stack.enter_context(sample_jpegs()).glob("*.jpg")))
         step = stack.enter_context(_paddle_step(job, files))
-        rivals = [stack.enter_context(_Rival(name, job, files)) for name in compare]
+        rivals = [stack.enter_context(Rival(name, job, files)) for name in compare]
         step()  # warm up: first products, memory, kernel choice
-        times = _alternate([lambda: _seconds(step), *(rival.seconds for rival in rivals)], rounds)
+        times = alternate([lambda: _seconds(step), *(rival.seconds for rival in rivals)], rounds)
         memory = [_peak_memory_mb(), *(rival.memory() for rival in rivals)]
     labels = [(job.backend, job.dtype), *((name, "float32") for name in compare)]
-    peaks = _peaks(job, {dtype for _, dtype in labels})
-    return [_result(job, *found, times[0], peaks) for found in zip(labels, times, memory)]
+    # measured last: it must not warm or fill the memory
+    peaks = {d: gemm_peak(d, job.threads) if job.gflops else 0.0 for d in {d for _, d in labels}}
+    sides = zip(labels, times, memory)
+    return [figures(job, label, t, times[0], mb, peaks[label[1]]) for label, t, mb in sides]
 
 
 def gemm_peak(dtype: str = "float32", threads: int | None = None) -> float:
@@ -207,7 +208,7 @@ def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
     model, size = build_resmlp(job.config), job.config.DATA.IMAGE_SIZE
     images = paddle.randn([job.batch_size, job.config.DATA.IMAGE_CHANNELS, size, size])
     if job.mode == "train":
-        yield _train_step(job, model, images)
+        yield train_step(job, model, images)
     elif job.backend in ("inference", "onnx"):
         shape, array = [None, *images.shape[1:]], images.numpy()
         deploy = _onnx_session if job.backend == "onnx" else _predictor
@@ -226,7 +227,7 @@ def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
         yield step
 
 
-def _train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
+def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
     """Forward, backward and AdamW on one batch that stays: the same work as the rival's."""
     labels = paddle.randint(0, job.config.MODEL.NUM_CLASSES, [job.batch_size])
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters())
@@ -297,98 +298,84 @@ def _peak_memory_mb() -> float:
 
 
 # -------------------------------------------------------------------- a training step, by part
-def _measure_parts(job: Job, rounds: int) -> dict:
-    """Times the parts of the recipe's training step, each waited for on its own."""
+def measure_parts(job: Job, rounds: int) -> dict:
+    """Times the run's own training step, its parts each waited for: the `Learner` of training.
+
+    ``backward`` includes clipping the gradients.
+    """
     setup.set_threads(job.threads)
-    times = defaultdict(list)
+    config, times = job.config.clone(), {part: [] for part in PARTS}
 
-    def timed(part: str, function: Callable, *args):
-        start = time.perf_counter()
-        value = function(*args)
-        _synchronize()
-        times[part].append(time.perf_counter() - start)
-        return value
+    def timed(part: str, function: Callable):
+        def run(*args):
+            start, others = time.perf_counter(), sum(map(sum, times.values()))
+            value = function(*args)
+            _synchronize()
+            inside = sum(map(sum, times.values())) - others  # parts that have counted themselves
+            times[part].append(time.perf_counter() - start - inside)
+            return value
 
-    config = job.config
-    model = build_resmlp(config)
-    model.train()
-    ema = ModelEma(model, config.TRAIN.MODEL_EMA_DECAY, config.TRAIN.MODEL_EMA_WARMUP)
-    optimizer, criterion = build_optimizer(config, model), build_criterion(config)
-    augment = BatchAugment(config)
+        return run
 
-    def optimize():
-        clip_gradients(model.parameters(), config.TRAIN.GRAD_CLIP)
-        optimizer.step()
-        optimizer.clear_grad()
-
-    with _batches(job) as batches:
-        for step in range(rounds + 1):  # the first is the warm-up
-            images, labels = timed("data", next, batches)
-            rng = step_rng(config.SEED, 0, 0, step)
-            images, targets = timed("augment", augment, images, labels, rng)
-            with _autocast(job.dtype):
-                loss = timed("forward", lambda x, t: criterion(model(x), t), images, targets)
-            timed("backward", loss.backward)
-            timed("optimizer", optimize)
-            timed("ema", ema.update, step)
-            timed("logging", loss.item)
-    parts = {part: 1e3 * statistics.median(values[1:]) for part, values in times.items()}
-    totals = [sum(values) for values in zip(*(values[1:] for values in times.values()))]
-    label, memory, peaks = (job.backend, job.dtype), _peak_memory_mb(), _peaks(job, {job.dtype})
-    result = _result(job, label, totals, memory, totals, peaks)
-    return {**result, "parts_ms": {part: round(value, 3) for part, value in parts.items()}}
-
-
-@contextmanager
-def _batches(job: Job) -> Iterator[Iterator]:
-    """Batches of the training loader over and over; generated images where there are no data."""
-    config = job.config.clone()
-    config.defrost()
-    config.DATA.BATCH_SIZE = job.batch_size
-    with ExitStack() as stack:
+    with sample_jpegs(max(64, job.batch_size)) as folder:
+        config.defrost()
+        config.DATA.BATCH_SIZE, config.AMP = job.batch_size, job.dtype != "float32"
+        config.AMP_DTYPE = job.dtype if config.AMP else config.AMP_DTYPE
         if not Path(config.DATA.DATA_PATH).is_dir():
-            files = stack.enter_context(_sample_jpegs(max(64, job.batch_size)))
-            config.DATA.DATA_PATH = str(Path(files[0]).parent)
-            config.DATA.DATASET = "imagenet2012"
+            config.DATA.DATA_PATH, config.DATA.DATASET = str(folder), "imagenet2012"
         loader = build_loader(config, "train")
-
-        def endless():
-            epoch = 0
-            while True:
-                loader.set_epoch(epoch)
-                yield from ((batch.images, batch.labels) for batch in loader)
-                epoch += 1
-
-        batches = endless()
-        stack.callback(batches.close)
-        yield batches
+        learner = Learner(config, Process(on_gpu=on_gpu()), build_resmlp(config))
+        learner.network.train()
+        learner.augment = timed("augment", learner.augment)
+        learner.forward = timed("forward", learner.forward)
+        if learner.ema is not None:
+            learner.ema.update = timed("ema", learner.ema.update)
+        load, backward = timed("data", next), timed("backward", learner.backward)
+        apply = timed("optimizer", learner.apply)
+        with closing(batch for _ in itertools.count() for batch in loader) as batches:
+            for step in range(rounds + 1):  # the first is the warm-up
+                rng = step_rng(config.SEED, 0, 0, step)
+                loss, norm = backward([load(batches)], rng)
+                apply(config.TRAIN.BASE_LR, step, norm)
+                timed("logging", loss.item)()
+    times = {part: values[1:] for part, values in times.items() if values}
+    totals = [sum(values) for values in zip(*times.values())]
+    memory, peak = _peak_memory_mb(), gemm_peak(job.dtype, job.threads)
+    result = figures(job, (job.backend, job.dtype), totals, totals, memory, peak)
+    parts = {part: round(1e3 * statistics.median(values), 3) for part, values in times.items()}
+    return {**result, "parts_ms": parts}
 
 
 @contextmanager
-def _sample_jpegs(count: int = 16) -> Iterator[list[str]]:
-    """Photograph-like JPEG files of ImageNet's usual size, and their list, in a folder."""
+def sample_jpegs(count: int = 16) -> Iterator[Path]:
+    """A folder of photograph-like JPEG files of ImageNet's usual size, with a training list."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        files = [f"{folder}/{number}.jpg" for number in range(count)]
-        for file in files:
+        for number in range(count):
             coarse = Image.fromarray(rng.integers(0, 256, [12, 16, 3], dtype=np.uint8))
             pixels = np.asarray(coarse.resize(JPEG_SIZE, Image.BICUBIC), np.int16)
             noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255)  # as grain
-            Image.fromarray(noisy.astype(np.uint8)).save(file, quality=90)
+            Image.fromarray(noisy.astype(np.uint8)).save(f"{folder}/{number}.jpg", quality=90)
         lines = "".join(f"{number}.jpg 0\n" for number in range(count))
         Path(folder, "train_list.txt").write_text(lines)
-        yield files
+        yield Path(folder)
 
 
 # --------------------------------------------------------------------------------- the rivals
-class _Rival:
-    """timm in a child process, which sleeps while Paddle is measured."""
+class Rival:
+    """timm in a child process, which sleeps while Paddle is measured.
 
-    def __init__(self, name: str, job: Job, files: Sequence[str]):
+    Args:
+        name: of `RIVALS`.
+        job: what it does too.
+        files: JPEG files, in mode ``data``.
+        script: what it runs.
+    """
+
+    def __init__(self, name: str, job: Job, files: Sequence[str], script: Path = RIVAL_SCRIPT):
         if name not in RIVALS:
             raise UserError(f"-compare is {name!r}; choose from {RIVALS}")
         settings = json.dumps(job.for_timm(name == "timm_compile", files))
-        script = Path(__file__).with_name("benchmark_timm.py")
         self._process = subprocess.Popen(
             [sys.executable, str(script), settings],
             stdin=subprocess.PIPE,
@@ -397,7 +384,7 @@ class _Rival:
             text=True,
         )
 
-    def __enter__(self) -> _Rival:
+    def __enter__(self) -> Rival:
         if self._process.stdout.readline().strip() != "ready":
             why = self._last_words()
             raise UserError(f"-compare: timm did not start ({why}); pip install torch timm")
@@ -426,7 +413,7 @@ class _Rival:
 
 
 # ---------------------------------------------------------------------------- time and report
-def _alternate(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+def alternate(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
     """Seconds of every side, round by round: what disturbs the machine meets all sides."""
     times = [[] for _ in sides]
     for _ in range(rounds):
@@ -449,25 +436,27 @@ def _synchronize() -> None:
         paddle.device.synchronize()
 
 
-def _peaks(job: Job, dtypes: set[str]) -> dict[str, float]:
-    """The GEMM peak in each precision, measured last: it must not warm or fill the memory."""
-    if job.mode == "data":  # no products there
-        return dict.fromkeys(dtypes, 0.0)
-    return {dtype: gemm_peak(dtype, job.threads) for dtype in dtypes}
-
-
-def _result(
-    job: Job, label: tuple, times: list, memory_mb: float, own_times: list, peaks: dict
+def figures(
+    job: Job, label: tuple, times: list, own_times: list, memory_mb: float, peak: float
 ) -> dict:
-    backend, dtype = label
-    seconds, peak = statistics.median(times), peaks[dtype]
+    """The result of one side.
+
+    Args:
+        job: what was measured.
+        label: backend and dtype.
+        times: seconds of each round.
+        own_times: those of Paddle; ``speedup`` is the median ratio to them.
+        memory_mb: peak memory.
+        peak: from `gemm_peak`; 0: no products.
+    """
+    seconds = statistics.median(times)
     return {
         "model": job.config.MODEL.NAME,
         "mode": job.mode,
-        "backend": backend,
-        "dtype": dtype,
+        "backend": label[0],
+        "dtype": label[1],
         "batch_size": job.batch_size,
-        "threads": 1 if job.mode == "data" else job.threads,
+        "threads": job.threads if peak else 1,
         "images_per_second": round(job.batch_size / seconds, 2),
         "ms_per_step": round(1e3 * seconds, 3),
         "peak_memory_mb": round(memory_mb, 1),
@@ -478,22 +467,9 @@ def _result(
 
 
 def as_table(results: Sequence[dict]) -> str:
-    """Results for people; the last column says how much longer than Paddle a rival takes."""
-    columns = {
-        "model": "model",
-        "mode": "mode",
-        "backend": "backend",
-        "dtype": "dtype",
-        "batch_size": "batch",
-        "threads": "threads",
-        "images_per_second": "images/s",
-        "ms_per_step": "ms/step",
-        "peak_memory_mb": "peak MB",
-        "gemm_peak_gflops": "GEMM GFLOP/s",
-        "gemm_efficiency": "efficiency",
-        "speedup": "time/ours",
-    }
-    rows = [list(columns.values())] + [[str(r[key]) for key in columns] for r in results]
+    """Results for people: a line each under their keys, and what a step's parts take."""
+    keys = [key for key in results[0] if key != "parts_ms"]
+    rows = [keys] + [[str(result[key]) for key in keys] for result in results]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     for result in results:
