@@ -72,6 +72,8 @@ _C.DATA.IMAGE_CHANNELS = 3, integer(3, 3)
 # evaluation: short side to IMAGE_SIZE / CROP_PCT, then centre crop
 _C.DATA.CROP_PCT = 0.875, real(0.1, 1.0)
 _C.DATA.INTERPOLATION = "bicubic", choice(*INTERPOLATION)  # of the evaluation resize
+# turn images upright as their EXIF says (phones); the published numbers ignore it
+_C.DATA.EXIF_ORIENTATION = False, boolean
 # DeiT; `random`: bilinear or bicubic a draw (timm)
 _C.DATA.TRAIN_INTERPOLATION = "bicubic", choice("nearest", "bilinear", "bicubic", "random")
 # loader processes per process; 0: load in the main process

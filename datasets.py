@@ -140,6 +140,7 @@ def build_dataset(config, split: str) -> ImageDataset:
             config.MODEL.NUM_CLASSES,
             config.DATA.ALLOW_OUTSIDE_PATHS,
         )
+    files.exif_orientation = config.DATA.EXIF_ORIENTATION
     if not archives.exists(files.path(0)):  # the others are missed when they are read
         slashes = " with forward slashes" if b"\\" in files.name(0) else ""
         raise DataError(

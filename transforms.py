@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance
 from augment import Policy, build_policy, rand_augment
 from cli.errors import ConfigError
 from cpu.resample import resize
-from loading.files import BadImage, to_rgb
+from loading.files import BadImage, to_rgb, upright
 
 _RESAMPLE = {
     name: Image.Resampling[name.upper()]
@@ -77,13 +77,15 @@ class EvalTransform:
         crop_pct: Part of the resized short side that the crop keeps: the image is first resized to
             `floor(size / crop_pct)`, as timm does.
         resample: Interpolation, one of PIL's.
+        exif_orientation: Turn the image upright first, as its EXIF says.
 
     Raises:
         BadImage: When called, the resized image would be more than 100 times as long as the crop.
     """
 
-    def __init__(self, size: int, crop_pct: float, resample: int):
+    def __init__(self, size: int, crop_pct: float, resample: int, exif_orientation: bool = False):
         self.size = size
+        self.exif_orientation = exif_orientation
         self.crop_pct = crop_pct
         self.short = math.floor(size / crop_pct)
         self.resample = resample
@@ -93,10 +95,12 @@ class EvalTransform:
         return f"EvalTransform(resize {self.short} {name}, center crop {self.size})"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
+        name = getattr(image, "filename", "image")
+        image = upright(image) if self.exif_orientation else image
         size = resized_size(*image.size, self.short)
         if max(size) > _LONGEST * self.size:
             raise BadImage(
-                getattr(image, "filename", "image"),
+                name,
                 f"{image.width} x {image.height} pixels, too narrow: resized to {size[0]} x "
                 f"{size[1]}, longer than {_LONGEST} crops of {self.size}; cut it or leave it out",
             )
@@ -182,6 +186,7 @@ class TrainTransform:
         hflip, vflip: Probability of each flip.
         resamples: The interpolations that the crop draws from.
         augmentations: Called one after the other with an RGB image and the generator.
+        exif_orientation: Turn the image upright first, as its EXIF says.
     """
 
     def __init__(
@@ -193,6 +198,7 @@ class TrainTransform:
         vflip: float,
         resamples: Sequence[int],
         augmentations: Sequence[Policy | ColorJitter],
+        exif_orientation: bool = False,
     ):
         self.size = size
         self.scale = scale
@@ -201,6 +207,7 @@ class TrainTransform:
         self.vflip = vflip
         self.resamples = resamples
         self.augmentations = augmentations
+        self.exif_orientation = exif_orientation
 
     def __repr__(self) -> str:
         names = "|".join(Image.Resampling(resample).name.lower() for resample in self.resamples)
@@ -210,6 +217,7 @@ class TrainTransform:
         )
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        image = upright(image) if self.exif_orientation else image
         box = draw_crop(*image.size, self.scale, self.ratio, rng)
         resample = self.resamples[rng.integers(len(self.resamples))]
         image = resize(to_rgb(image).crop(box), (self.size, self.size), resample)
@@ -235,13 +243,14 @@ def build_eval_transform(config) -> EvalTransform:
     """The evaluation pipeline: `PIL.Image -> uint8 [H, W, 3]`.
 
     Args:
-        config: Uses DATA.IMAGE_SIZE, DATA.CROP_PCT, DATA.INTERPOLATION.
+        config: Uses DATA.IMAGE_SIZE, DATA.CROP_PCT, DATA.INTERPOLATION, DATA.EXIF_ORIENTATION.
 
     Raises:
         ConfigError: An unknown interpolation.
     """
     resample = _choose("DATA.INTERPOLATION", config.DATA.INTERPOLATION, _RESAMPLE)
-    return EvalTransform(config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT, resample)
+    data = config.DATA
+    return EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, resample, data.EXIF_ORIENTATION)
 
 
 def build_augmentations(config) -> list[Policy | ColorJitter]:
@@ -290,8 +299,8 @@ def build_train_transform(config) -> TrainTransform:
     """The training pipeline: `(PIL.Image, np.random.Generator) -> uint8 [H, W, 3]`.
 
     Args:
-        config: Uses DATA.IMAGE_SIZE, DATA.TRAIN_INTERPOLATION, TRAIN.CROP_SCALE, CROP_RATIO, HFLIP,
-            VFLIP and what `build_augmentations` uses.
+        config: Uses DATA.IMAGE_SIZE, DATA.TRAIN_INTERPOLATION, DATA.EXIF_ORIENTATION,
+            TRAIN.CROP_SCALE, CROP_RATIO, HFLIP, VFLIP and what `build_augmentations` uses.
 
     Raises:
         ConfigError: As `build_augmentations`.
@@ -305,4 +314,5 @@ def build_train_transform(config) -> TrainTransform:
         vflip=train.VFLIP,
         resamples=_choose("DATA.TRAIN_INTERPOLATION", data.TRAIN_INTERPOLATION, _TRAIN_RESAMPLES),
         augmentations=build_augmentations(config),
+        exif_orientation=data.EXIF_ORIENTATION,
     )

@@ -55,6 +55,17 @@ _TEST_NAMES = ("test", "testing")
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__")
 _JUNK += ("system volume information", "thumbs.db", "desktop.ini")
 
+_ORIENTATION = 0x112  # EXIF's tag: how the camera was held
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 
 # Control characters, line breaks, and what `os.fsdecode` makes of bytes that are not UTF-8.
@@ -130,7 +141,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         bits = tags.get(258, (16,))[0]  # BitsPerSample of a TIFF: 12 of a microscope or scanner
         grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
         inverted = tags.get(262) == 0  # WhiteIsZero, which Pillow heeds in 8 bits alone
-        image = Image.fromarray(255 - grey if inverted else grey)
+        info, image = image.info, Image.fromarray(255 - grey if inverted else grey)
+        image.info = info
     elif image.mode in ("I", "F"):
         raise BadImage(
             getattr(image, "filename", "image"),
@@ -138,6 +150,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
             "white are not known; save it with 8 or 16 bits",
         )
     return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image in RGB (`to_rgb`), turned as its EXIF orientation says; with none, as it is."""
+    rgb = to_rgb(image)  # read first: Pillow turns a TIFF by itself
+    try:
+        return rgb.transpose(_TURNS[image.getexif()[_ORIENTATION]])
+    except Exception:  # no such entry; or broken EXIF data, on which Pillow raises anything
+        return rgb
 
 
 def read_image(path: str) -> Image.Image:
@@ -181,7 +202,10 @@ class ImageIndex:
 
     Attributes:
         notes: lines for the log: what a scan passed over.
+        exif_orientation: DATA.EXIF_ORIENTATION, for who shows an image.
     """
+
+    exif_orientation = False
 
     def __init__(self, root: str, list_file: str | None = None):
         self.root = os.fsencode(os.path.abspath(root))

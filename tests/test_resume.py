@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import datasets
 import engine
@@ -271,9 +272,13 @@ def test_with_every_option_of_fine_tuning_a_crash_leaves_no_trace(tmp_path, data
     shutil.copytree(data, unequal)
     for path in sorted((unequal / "train" / "class_2").iterdir())[2:]:
         path.unlink()
+    for number, path in enumerate(sorted(unequal.glob("*/*/*.png"))):
+        exif = Image.Exif()
+        exif[0x112] = 1 + number % 8  # how the camera was held
+        Image.open(path).save(path, exif=exif)
     opts = f"MODEL.PRETRAINED {whole}/last TRAIN.FREEZE 1 TRAIN.EARLY_STOP 2 TRAIN.LAYER_DECAY 0.5 "
     opts += "TRAIN.BALANCED_SAMPLING True TRAIN.CLASS_WEIGHTS balanced MODEL.NUM_CLASSES auto "
-    opts += "BEST_METRIC macro_f1 TRAIN.NUM_EPOCHS 9"
+    opts += "BEST_METRIC macro_f1 TRAIN.NUM_EPOCHS 9 DATA.EXIF_ORIENTATION True"
     opts = opts.split()
     uninterrupted = engine.run(config_for(tmp_path / "a", unequal, *opts))["folder"]
     stale = checkpoints.load(uninterrupted / "last.pdparams")["place"]["stale"]

@@ -127,6 +127,7 @@ def export(
         "image_size": config.DATA.IMAGE_SIZE,
         "crop_pct": config.DATA.CROP_PCT,
         "interpolation": config.DATA.INTERPOLATION,
+        "exif_orientation": config.DATA.EXIF_ORIENTATION,
         "mean": list(config.DATA.IMAGENET_MEAN),
         "std": list(config.DATA.IMAGENET_STD),
         "class_names": find_class_names(config, class_names),

@@ -37,6 +37,16 @@ _RESAMPLING = {
     "hamming": Image.HAMMING,
 }
 
+_TURNS = {  # by EXIF's orientation
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
+}
+
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's own decoders
 try:
     from PIL import AvifImagePlugin
@@ -62,6 +72,7 @@ _RULES = {  # key of the metadata -> what it is to be, and whether a value is th
         lambda v: type(v) in (int, float) and 0.01 <= v <= 1,
     ),
     "interpolation": (f"one of {', '.join(_RESAMPLING)}", lambda v: v in list(_RESAMPLING)),
+    "exif_orientation": ("true or false", lambda v: isinstance(v, bool)),
     "mean": ("three numbers", _three_numbers(above=-math.inf)),
     "std": ("three numbers above 0", _three_numbers(above=0)),
     "class_names": (
@@ -195,6 +206,7 @@ def _check(metadata: object, described: Path) -> None:
     if not isinstance(metadata, dict):
         found = reprlib.repr(metadata)
         raise ModelError(f"{described}: not from export.py: it is {found}, not an object")
+    metadata.setdefault("exif_orientation", False)  # models exported earlier have none
     missing = [key for key in _RULES if key not in metadata]
     if missing:
         raise ModelError(
@@ -333,9 +345,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image in RGB, turned as its EXIF orientation says; with none, as it is."""
+    rgb = to_rgb(image)  # read first: Pillow turns a TIFF by itself
+    try:
+        return rgb.transpose(_TURNS[image.getexif()[0x112]])
+    except Exception:  # no such entry; or broken EXIF data, on which Pillow raises anything
+        return rgb
+
+
 def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
     """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, as the
-    evaluation in training does (and timm and torchvision), pixel by pixel.
+    evaluation in training does (and timm and torchvision), pixel by pixel; before that the image
+    is turned upright, where training does so.
 
     Returns:
         uint8 ``[image_size, image_size, 3]``.
@@ -345,6 +367,7 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
     """
     size = metadata["image_size"]
     short = int(size / metadata["crop_pct"])
+    image = upright(image) if metadata.get("exif_orientation") else image
     width, height = image.size
     if width <= height:
         resized = short, int(short * height / width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loading.files import read_image
+from loading.files import read_image, upright
 from parallel.process import Process, sum_over_ranks
 from training.pictures import new_figure, render
 
@@ -89,6 +89,7 @@ class Calibration:
             axes.axis("off")
         for axes, (confidence, index, label, prediction) in zip(grid, self.mistakes):
             image = read_image(files.path(int(index)))
+            image = upright(image) if files.exif_orientation else image
             image.thumbnail([224, 224])
             axes.imshow(image)
             said, true = (names[int(c)][:24] for c in (prediction, label))

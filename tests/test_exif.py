@@ -1,0 +1,178 @@
+"""DATA.EXIF_ORIENTATION: images are turned as Pillow's own ImageOps does, the same everywhere."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from config import get_config
+from datasets import build_dataset, build_loader
+from loading.files import read_image, to_rgb, upright
+from tools import infer_exported
+from tools.export import export
+from tools.predict import predict
+from training.eval_report import Calibration
+from transforms import build_eval_transform, build_train_transform
+
+from .helpers.tiny_data import make_config
+from .helpers.tiny_run import make_run
+
+ORIENTATION = 0x112
+SAVE = {"jpg": dict(quality=95), "png": {}, "webp": dict(lossless=True), "tif": {}}
+
+
+def pixels(width=24, height=16, mode="RGB"):
+    """An image without any symmetry."""
+    small = np.random.default_rng(0).integers(0, 256, [3, 4, 3], dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.BICUBIC).convert(mode)
+
+
+def save(path, orientation, image=None):
+    """Writes an image that says how the camera was held."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or pixels()).save(path, exif=exif, **SAVE[path.suffix[1:]])
+    return str(path)
+
+
+def expected_of(path):
+    """The upright image, by Pillow."""
+    with Image.open(path) as image:
+        image.load()
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize("ending", SAVE)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_turned_as_pillow_turns_it(tmp_path, ending, orientation):
+    path = save(tmp_path / f"x.{ending}", orientation)
+    expected = expected_of(path)
+    if ending == "png":
+        assert expected.shape == ((16, 24, 3) if orientation < 5 else (24, 16, 3))
+    for turn in (upright, infer_exported.upright):
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(np.asarray(turn(image)), expected)
+    np.testing.assert_array_equal(np.asarray(upright(read_image(path))), expected)
+
+
+@pytest.mark.parametrize(
+    "mode, ending", [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("LA", "png")]
+)
+def test_images_that_are_not_rgb_are_turned_too(tmp_path, mode, ending):
+    path = save(tmp_path / f"x.{ending}", 6, pixels(mode=mode))
+    for image in (Image.open(path), read_image(path)):
+        np.testing.assert_array_equal(np.asarray(upright(image)), expected_of(path))
+
+
+def test_sixteen_bit_grey_is_turned_and_scaled(tmp_path):
+    values = np.arange(24 * 16, dtype=np.uint16).reshape(16, 24) * 160
+    path = save(tmp_path / "x.png", 6, Image.fromarray(values))
+    expected = np.rot90(values >> 8, -1)
+    for image in (Image.open(path), read_image(path)):
+        assert (np.asarray(upright(image)) == expected[..., None]).all()
+    assert (np.asarray(infer_exported.upright(Image.open(path))) == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"Exif\0\0II*\0\xff\xff\xff\xff", b""])
+def test_an_image_with_broken_or_odd_exif_data_stays_as_it_is(tmp_path, exif):
+    path = tmp_path / "x.jpg"
+    pixels().save(path, exif=exif)
+    for turn in (upright, infer_exported.upright):
+        assert turn(Image.open(path)).size == (24, 16)
+    assert upright(Image.open(save(tmp_path / "y.jpg", 9))).size == (24, 16)
+
+
+def test_only_the_configs_for_photographs_turn_images():
+    names = ("resmlp_12_224", "resmlp_demo", "resmlp_finetune", "resmlp_small_photos")
+    found = [get_config(f"configs/{name}.yaml").DATA.EXIF_ORIENTATION for name in names]
+    assert found == [False, False, True, True]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The same picture, held in eight ways; the last of each class to validate on."""
+    root = tmp_path_factory.mktemp("data")
+    for orientation in range(1, 9):
+        split = "train" if orientation < 7 else "val"
+        save(root / split / f"class_{orientation % 2}" / f"{orientation}.png", orientation)
+    return root
+
+
+def config_for(folder, data, wanted, *opts):
+    return make_config(
+        *(folder, data, "DATA.EXIF_ORIENTATION", wanted, "MODEL.NUM_CLASSES", 2),
+        *("DATA.BATCH_SIZE", 2, "DATA.CROP_PCT", 0.8, *opts),
+    )
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_training_and_evaluation_see_what_the_key_says(tmp_path, data, repeats, wanted):
+    config = config_for(tmp_path, data, wanted, "TRAIN.REPEATED_AUG", repeats)
+    for split in ("train", "val"):
+        loader = build_loader(config, split, log=lambda line: None)
+        plain = config_for(tmp_path, data, False, "TRAIN.REPEATED_AUG", repeats)
+        build = build_train_transform if split == "train" else build_eval_transform
+        files, transform = loader.dataset.files, build(plain)
+        for images, _, indices in loader:
+            for image, index in zip(images.numpy(), indices):
+                path = files.path(index)
+                turned = Image.fromarray(expected_of(path)) if wanted else read_image(path)
+                rng = [np.random.default_rng(0)] * (split == "train")  # draws nothing that shows
+                np.testing.assert_array_equal(image, transform(turned, *rng))
+
+
+def test_predictions_and_the_exported_model_turn_images_as_the_run_does(tmp_path, data):
+    weights = make_run(tmp_path / "run")
+    held, flat = str(data / "val" / "class_1" / "7.png"), str(tmp_path / "flat.png")
+    Image.fromarray(expected_of(held)).save(flat)
+
+    def confidences(path, wanted):
+        (result,) = predict(path, weights, opts=["DATA.EXIF_ORIENTATION", wanted])
+        return [(entry["class"], entry["confidence"]) for entry in result["predictions"]]
+
+    assert confidences(held, True) == confidences(flat, True) == confidences(flat, False)
+    assert confidences(held, False) != confidences(flat, False)
+
+    for wanted in (True, False):
+        folder = tmp_path / str(wanted)
+        metadata = export(weights, folder, images=[flat], opts=["DATA.EXIF_ORIENTATION", wanted])
+        assert metadata["exif_orientation"] is wanted
+        (program,) = [*folder.glob("model.json"), *folder.glob("model.pdmodel")]
+        model = infer_exported.load(program)
+        ((_, found),) = infer_exported.classify(model, [held])
+        expected = confidences(held, wanted)
+        assert [label for label, _ in found] == [label for label, _ in expected]
+        np.testing.assert_allclose([p for _, p in found], [p for _, p in expected], rtol=1e-4)
+
+    described = tmp_path / "False" / "model.metadata.json"
+    metadata = json.loads(described.read_text())
+    del metadata["exif_orientation"]  # of a model that was exported before there was the key
+    described.write_text(json.dumps(metadata))
+    assert (
+        infer_exported.load(tmp_path / "False" / program.name).metadata["exif_orientation"] is False
+    )
+
+
+def test_an_image_that_is_too_narrow_is_named_when_it_was_turned(tmp_path):
+    path = save(tmp_path / "long.png", 6, pixels(3000, 1))
+    transform = build_eval_transform(config_for(tmp_path, tmp_path, True))
+    with pytest.raises(Exception, match="long.png: 1 x 3000 pixels, too narrow"):
+        transform(Image.open(path))
+
+
+def test_the_picture_of_mistakes_shows_what_the_model_saw(tmp_path, data):
+    for path in data.glob("*/*/*.png"):
+        turned = tmp_path / "turned" / path.relative_to(data)
+        turned.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(expected_of(path)).save(turned)
+    calibration = Calibration()
+    calibration.mistakes = np.array([[0.9, index, 0, 1] for index in range(2)])
+
+    def draw(root, wanted):
+        files = build_dataset(config_for(tmp_path, root, wanted), "val").files
+        return calibration.draw_mistakes(files, ["a", "b"])
+
+    assert draw(data, True) == draw(tmp_path / "turned", False) != draw(data, False)
