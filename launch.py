@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -130,6 +131,9 @@ def _spawn(config, count: int) -> int:
     os.environ.setdefault("GLOG_minloglevel", "2")  # no progress notes of the key-value store
     warnings.filterwarnings("ignore", message=".*CPUONLY mode", category=UserWarning)
     begin = time.time()
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())  # for Python's bookkeeper of
+    resource_tracker.ensure_running()  # semaphores, which knows only two of them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     spawning = multiprocessing.get_context("spawn")
     steps = spawning.Array("q", count, lock=False)
     readers, writers = zip(*(spawning.Pipe(duplex=False) for _ in range(count)))

@@ -1,5 +1,6 @@
 """Exported files compute what the model computes, say how to be used, and run on their own."""
 
+import fcntl
 import io
 import json
 import os
@@ -224,6 +225,19 @@ def test_int8_takes_bytes_too(weights, photos, tmp_path, logits):
     export(weights, tmp_path, ["onnx_int8"], with_preprocessing=True, images=photos)
     found = load(model_file(tmp_path)).run(UNSEEN)
     assert np.abs(found - softmax(logits)).max() < 0.02
+
+
+def test_what_a_killed_export_has_left_is_removed(weights, tmp_path):
+    for name in ("killed", "alive"):
+        (tmp_path / f".unverified-{name}").mkdir()
+        (tmp_path / f".unverified-{name}" / "model.onnx").write_bytes(b"half")
+    with open(tmp_path / ".unverified-alive" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        export(weights, tmp_path, ["safetensors"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".unverified-alive",
+        "model.safetensors",
+    ]
 
 
 def test_int8_that_disagrees_is_not_left_behind(weights, photos, tmp_path, monkeypatch):

@@ -296,6 +296,23 @@ def test_verify_lists_every_bad_image_and_writes_nothing(tmp_path):
     assert not (tmp_path / "train_list.txt").exists()
 
 
+def test_verify_keeps_to_the_cores_of_the_process(tmp_path, monkeypatch):
+    class Pool(tool.ThreadPoolExecutor):
+        def __init__(self, workers):
+            asked.append(workers)
+            super().__init__(1)
+
+    make_classes(tmp_path, {"a": 2, "b": 2})
+    asked, cores = [], os.sched_getaffinity(0)
+    monkeypatch.setattr(tool, "ProcessPoolExecutor", Pool)
+    os.sched_setaffinity(0, [min(cores)])
+    try:
+        run(tmp_path, verify=True)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert asked == [1]
+
+
 def test_verify_checks_lists_that_are_there_and_changes_nothing(tmp_path):
     make_classes(tmp_path, {"a": 3, "b": 3})
     _, lines = run(tmp_path, verify=True, workers=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 import sys
+import zipfile
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -231,6 +233,38 @@ def test_a_file_without_a_head_becomes_a_model_of_features(tmp_path, capsys):
     run("-checkpoint", tmp_path / "x.safetensors", "-output", tmp_path / "x.pdparams")
     assert "no head in the file" in capsys.readouterr().out
     assert infer(read_weights(tmp_path / "x").state).num_classes == 0
+
+
+def write_zip(path, state):
+    """A state_dict as ``torch.save`` writes it, with its `_metadata`, but without torch."""
+
+    def text(value):
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    def integers(values):
+        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
+
+    ordered_dict, items = b"ccollections\nOrderedDict\n)R", b""
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, (name, value) in enumerate(state.items()):
+            storage = text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu")
+            strides = [stride // 4 for stride in value.strides]
+            shape = integers(value.shape) + integers(strides)
+            items += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage
+            items += b"K\0tQK\0" + shape + b"\x89" + ordered_dict + b"tR"
+            archive.writestr(f"x/data/{key}", value.tobytes())
+        metadata = b"}" + text("_metadata") + ordered_dict + b"sb"
+        archive.writestr(
+            "x/data.pkl", b"\x80\x02" + ordered_dict + b"(" + items + b"u" + metadata + b"."
+        )
+
+
+def test_pth_files_are_read_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    write_zip(tmp_path / "x.pth", torch_state("facebook"))
+    state, key = read_torch_weights(str(tmp_path / "x.pth"))
+    assert key == ""
+    assert_bit_identical(state, torch_state("facebook"))
 
 
 def test_pth_files_without_torch_say_what_to_install(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,11 @@ from tools.infer_exported import ModelError, Run, open_onnx, open_paddle
 from tools.predict import find_class_names, find_images
 from transforms import build_eval_transform
 from utils import Normalize
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
 
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
 VERIFY_IMAGES = 16
@@ -356,9 +362,19 @@ def _staging(output: str | os.PathLike) -> Iterator[Path]:
     output = Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".unverified-") as folder:
+        for leftover in output.glob(".unverified-*") if fcntl else ():
+            with contextlib.suppress(OSError), open(leftover / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its export is alive
+                shutil.rmtree(leftover)
+        with (
+            tempfile.TemporaryDirectory(dir=output, prefix=".unverified-") as folder,
+            open(Path(folder, ".lock"), "w") as lock,
+        ):
+            with contextlib.suppress(OSError):
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield Path(folder)
-            for file in Path(folder).iterdir():
+            for file in Path(folder).glob("[!.]*"):
                 os.replace(file, output / file.name)
     except OSError as error:
         raise UserError(f"-output {output}: cannot be written: {error.strerror or error}") from None

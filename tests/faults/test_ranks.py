@@ -215,16 +215,19 @@ def test_ranks_end_when_their_parent_is_killed_while_they_start(tmp_path, data, 
 
 
 @pytest.mark.parametrize("to", ["the parent", "its group", "every process"])
-def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path, data, to):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path, data, to, number):
     """As a user, a terminal and a scheduler send it; loader workers get it too."""
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP would mean nothing
     process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "DATA.NUM_WORKERS", 2))
+    signal.signal(number, before)
     wait_for_ranks(process, tmp_path)
     begin = time.monotonic()
     if to == "its group":
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
     else:
         for pid in [process.pid] if to == "the parent" else alive(str(tmp_path)):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
     code, output = finish(process)
     assert code == 75, output
     assert time.monotonic() - begin < 10
