@@ -23,12 +23,13 @@ from loading.files import (
     BadImage,
     ImageIndex,
     class_names,
-    find_classes,
+    evaluation_folder,
     folder_classes,
     open_image,
     read_image,
     read_list,
     scan_folder,
+    sort_classes,
     with_num_classes,
 )
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
@@ -129,7 +130,8 @@ def build_dataset(config, split: str) -> ImageDataset:
         raise DataError(f"{root}: no such data folder; set it with `-data_path`")
     if config.DATA.DATASET == "imagefolder":
         classes = folder_classes(config)
-        files = scan_folder(root, split, config.MODEL.NUM_CLASSES, classes)
+        folder = evaluation_folder(root) if config.EVAL else None
+        files = scan_folder(root, split, config.MODEL.NUM_CLASSES, classes, folder)
         if split == "train" or config.EVAL:
             files.notes += _other_order(classes, root)
     else:
@@ -156,7 +158,7 @@ def build_dataset(config, split: str) -> ImageDataset:
 
 
 def _other_order(classes: list[str], root: str) -> list[str]:
-    sorted_ones = find_classes(root)
+    sorted_ones = sort_classes(classes, root)
     if classes == sorted_ones:
         return []
     label = next(i for i, name in enumerate(classes) if name != sorted_ones[i])
@@ -222,11 +224,9 @@ def build_loader(
 
 def _warn_of_empty_classes(config, split: str, files: ImageIndex, log) -> None:
     """Logs a line where some classes have no image: a folder or a part of a list went missing."""
-    empty = sorted(set(range(config.MODEL.NUM_CLASSES)) - set(files.labels))
+    expected = (config.EVAL and files.subset) or range(config.MODEL.NUM_CLASSES)
+    empty = sorted(set(expected) - set(files.labels))
     if empty:
         names = class_names(config)
         named = shorten([f"{label} ({names[label]})" if names else label for label in empty], 5)
-        log(
-            f"warning: {len(empty)} of {config.MODEL.NUM_CLASSES} classes have no image in "
-            f"{split}: {named}"
-        )
+        log(f"warning: {len(empty)} of {len(expected)} classes have no image in {split}: {named}")

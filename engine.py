@@ -38,7 +38,6 @@ from training.report import Report
 from training.saving import Checkpoints
 from utils import Meter, Normalize, ProgressLine, seed_everything, step_rng
 
-_REAL = ("top1", "top5", "images")
 _log = logging.getLogger("resmlp")
 
 
@@ -118,14 +117,11 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> Result:
         config.EVAL_REPORT,
         progress=progress,
         accepted=accepted,
+        subset=loader.dataset.files.subset,
     )
     progress.end()
     _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
-    result = {key: getattr(metrics, key) for key in ("top1", "top5", "loss", "images")}
-    if metrics.balanced_accuracy is not None:
-        result["balanced_accuracy"] = metrics.balanced_accuracy
-    real = {f"real_{key}": getattr(metrics, f"real_{key}") for key in _REAL if metrics.real_images}
-    folder.write("eval.json", json.dumps({**result, **real}, indent=1) + "\n")
+    folder.write("eval.json", json.dumps(metrics.scores(), indent=1) + "\n")
     if config.EVAL_REPORT and process.main:
         try:
             paths = write_report(
@@ -139,7 +135,8 @@ def _run_evaluation(config, process: Process, folder: RunFolder) -> Result:
             raise UserError(f"{folder.path}: the report cannot be written: {error.strerror}")
         for path in paths:
             _log.info(f"wrote {path}")
-    return Result(folder.path, process.rank, **result)
+    result = metrics.top1, metrics.top5, metrics.loss, metrics.images
+    return Result(folder.path, process.rank, *result)
 
 
 class Trainer:

@@ -30,6 +30,7 @@ from PIL import Image
 
 from cli.errors import DataError
 from loading import archives
+from loading.imagenet import wordnet_ids
 
 EXTENSIONS = (
     *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
@@ -203,6 +204,7 @@ class ImageIndex:
     Attributes:
         notes: lines for the log: what a scan passed over.
         exif_orientation: DATA.EXIF_ORIENTATION, for who shows an image.
+        subset: the labels that the class folders name, where the model has more classes.
     """
 
     exif_orientation = False
@@ -215,6 +217,7 @@ class ImageIndex:
         self._ends = array("q", [0])
         self._lines = array("i")
         self.notes: list[str] = []
+        self.subset: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -332,6 +335,14 @@ def split_folder(root: str, split: str) -> str:
     return os.path.join(root, min(found)[-1] if found else split)
 
 
+def evaluation_folder(root: str) -> str:
+    """The folder with the class folders to evaluate on: that of ``val``, or `root` itself where it
+    has no splits, as ImageNet-A and others are published.
+    """
+    folders = [split_folder(root, split) for split in SPLIT_NAMES]
+    return folders[-1] if any(map(archives.is_folder, folders)) else root
+
+
 def is_split_name(name: str) -> bool:
     """Whether a folder's name is one that splits have, so that it is hardly a class."""
     return any(name.lower() in names for names in (*SPLIT_NAMES.values(), _TEST_NAMES))
@@ -346,7 +357,11 @@ def passed_over(root: str) -> list[str]:
 
 
 def scan_folder(
-    root: str, split: str, num_classes: int, classes: list[str] | None = None
+    root: str,
+    split: str,
+    num_classes: int,
+    classes: list[str] | None = None,
+    folder: str | None = None,
 ) -> ImageIndex:
     """Finds the images of ``root/split/<class>/``, at any depth, in the order of their names.
 
@@ -357,6 +372,7 @@ def scan_folder(
         split: ``"train"`` or ``"val"``.
         num_classes: how many classes there are to be.
         classes: the class folders by label; None: `find_classes`.
+        folder: where they are; None: `split_folder`.
 
     Raises:
         DataError: folders missing or empty, other classes than `num_classes` or than train's.
@@ -367,7 +383,7 @@ def scan_folder(
             f"{root}: {len(classes)} class folders but MODEL.NUM_CLASSES is {num_classes}; "
             f"set it with `-opts MODEL.NUM_CLASSES {len(classes)}`"
         )
-    folder = split_folder(root, split)
+    folder = folder or split_folder(root, split)
     if not archives.is_folder(folder):
         raise DataError(f"{folder}: no such folder; expected {split}/<class>/<image>")
     there = set(class_folders(folder))
@@ -379,6 +395,8 @@ def scan_folder(
         for path in list_images(os.path.join(folder, name), others) if name in there else ():
             index.add(os.fsencode(os.path.relpath(path, root)), label)
     index.notes = describe_others(folder, others) + passed_over(root)
+    if len(there) < num_classes:
+        index.subset = [label for label, name in enumerate(classes) if name in there]
     if not len(index):
         there = f"; {index.notes[0]}" if others else ""
         if loose := len(list_images(folder)):
@@ -463,15 +481,14 @@ def class_names(config) -> list[str] | None:
     """The names of the classes, by label: from DATA.CLASS_NAMES, else ``classes.txt`` in the data
     folder, else the folder names of an `imagefolder` tree; None where there are none.
     """
-    root = config.DATA.DATA_PATH
-    beside = os.path.join(root, "classes.txt")
-    if config.DATA.CLASS_NAMES:
-        return read_class_names(config.DATA.CLASS_NAMES, config.MODEL.NUM_CLASSES)
-    if os.path.isfile(beside):
-        return read_class_names(beside, config.MODEL.NUM_CLASSES)
-    if config.DATA.DATASET == "imagefolder" and archives.is_folder(root):
-        return folder_classes(config)
-    return None
+    imagefolder = config.DATA.DATASET == "imagefolder" and archives.is_folder(config.DATA.DATA_PATH)
+    return _given_names(config) or (folder_classes(config) if imagefolder else None)
+
+
+def _given_names(config) -> list[str] | None:
+    beside = os.path.join(config.DATA.DATA_PATH, "classes.txt")
+    path = config.DATA.CLASS_NAMES or (beside if os.path.isfile(beside) else None)
+    return read_class_names(path, config.MODEL.NUM_CLASSES) if path else None
 
 
 def with_num_classes(config):
@@ -502,13 +519,54 @@ def with_num_classes(config):
 
 
 def folder_classes(config) -> list[str]:
-    """The class folders of an `imagefolder` tree by label: `find_classes`, unless the weights come
-    from a run whose classes.txt has these very names in another order. (Runs used to sort numbers
-    as texts.) The weights' order is kept then.
+    """The class folders of an `imagefolder` tree by label.
+
+    They are those of `find_classes`, unless the weights come from a run whose classes.txt has these
+    very names in another order. (Runs used to sort numbers as texts.) The weights' order is kept
+    then. With EVAL they are the classes of the weights, of which the data may have some only.
+
+    Raises:
+        DataError: as `find_classes`; with EVAL, folders that are no classes of the weights.
     """
-    classes = find_classes(config.DATA.DATA_PATH)
-    order = _run_classes(config)
+    root, order = config.DATA.DATA_PATH, _run_classes(config)
+    folder = evaluation_folder(root)
+    if config.EVAL and archives.is_folder(folder) and (folders := class_folders(folder)):
+        known = _known_classes(config, order, folders)
+        for classes in known:
+            if set(folders) <= set(classes):
+                return classes
+        if known:
+            wrong = [name for name in folders if name not in known[0]]
+            whose = "the classes.txt beside the weights" if len(known) == 1 else "ImageNet's ids"
+            raise DataError(
+                f"{folder}: {len(wrong)} of {len(folders)} class folders are not in {whose}, such "
+                f"as {wrong[0]!r} (they have {known[0][0]!r}); weights of other classes need the "
+                "classes.txt of their training beside them, one class folder a line"
+            )
+    classes = find_classes(root)
     return order if order and sorted(order) == sorted(classes) else classes
+
+
+def _known_classes(config, order: list[str], folders: list[str]) -> list[list[str]]:
+    """What the folders of the weights' classes may be called, by label; empty: nobody knows.
+
+    They are called as in the run's classes.txt, unless that has names for people. ImageNet's, which
+    1,000 classes are where nothing else is known, are called by their WordNet ids or by their
+    numbers, as in ImageNet-V2.
+    """
+    count, imagenet = config.MODEL.NUM_CLASSES, list(wordnet_ids())
+    if order and count == "auto":
+        count = len(order)
+    theirs = len(order) == count and order != imagenet
+    if theirs and (set(folders) <= set(order) or order != _given_names(config)):
+        return [order]
+    if count != len(imagenet):
+        return []
+    numbers = [str(label) for label in range(count)]
+    for name in folders:
+        if name.isdecimal() and int(name) < count:
+            numbers[int(name)] = name  # which may be 0007
+    return [imagenet, numbers]
 
 
 def _run_classes(config) -> list[str]:

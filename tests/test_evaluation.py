@@ -8,9 +8,15 @@ import paddle
 import pytest
 from PIL import Image
 
+import engine
 from cli.errors import UserError
+from loading.imagenet import wordnet_ids
 from parallel.process import Process
+from resmlp import build_resmlp
+from storage.weights import write_weights
 from training.evaluation import Metrics, evaluate, write_report
+
+from .helpers.tiny_data import make_config
 
 
 class Loader(list):
@@ -109,6 +115,26 @@ def test_very_many_classes_are_reported_without_a_picture_or_their_square_in_mem
     tracemalloc.stop()
     assert rows_of(table)[7] == ["7", "7", "3", "33.33", "999999", "2"]
     assert "no confusion.png: 1000000 classes are more than 1000" in caplog.text
+
+
+def test_a_folder_with_some_classes_of_imagenet_is_evaluated_among_them_too(tmp_path):
+    config = make_config(tmp_path, tmp_path / "a", "MODEL.NUM_CLASSES", 1000, "EVAL", True)
+    rng = np.random.default_rng(0)
+    for label in (1, 6, 999):
+        path = tmp_path / "a" / wordnet_ids()[label] / "x.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, [16, 16, 3], dtype=np.uint8)).save(path)
+    state = {name: value.numpy() for name, value in build_resmlp(config).state_dict().items()}
+    state["head.weight"][:], state["head.bias"][:] = 0, 0
+    state["head.bias"][[0, 6]] = 2, 1  # all images are of class 0; among the three, of class 6
+    write_weights(state, tmp_path / "w.pdparams")
+    opts = ["MODEL.PRETRAINED", tmp_path / "w", "EVAL", True, "EVAL_REPORT", True]
+    engine.run(make_config(tmp_path, tmp_path / "a", "MODEL.NUM_CLASSES", 1000, *opts))
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert (found["top1"], found["images"], found["subset_classes"]) == (0.0, 3, 3)
+    assert found["subset_top1"] == 100 / 3 and found["subset_top5"] == 100.0
+    rows = rows_of(tmp_path / "run" / "per_class.csv")
+    assert rows[6] == ["6", "n01498041", "1", "0.00", "n01440764", "1"]
 
 
 def test_a_logit_that_is_not_finite_is_an_error():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cli.errors import DataError
+from datasets import build_dataset
 from loading.files import (
     BadImage,
     class_names,
@@ -23,6 +24,7 @@ from loading.files import (
     scan_folder,
     with_num_classes,
 )
+from loading.imagenet import wordnet_ids
 
 
 def write_list(folder, text):
@@ -270,6 +272,78 @@ def test_the_order_of_an_older_runs_classes_is_kept_for_its_weights(tmp_path):
     assert class_names(config) == ["10", "2"]
     (tmp_path / "run/classes.txt").write_text("10\n3\n")  # of other data
     assert folder_classes(config) == ["2", "10"]
+
+
+def evaluation(root, num_classes=1000, **data):
+    config = make_config(root, DATASET="imagefolder", **data)
+    config.EVAL, config.MODEL.NUM_CLASSES = True, num_classes
+    return config
+
+
+@pytest.mark.parametrize("place", ["", "val"])
+@pytest.mark.parametrize("train", [False, True])
+def test_wordnet_ids_of_some_classes_have_the_labels_of_imagenet(tmp_path, place, train):
+    for name in ("n15075141", "n01443537"):
+        save(tmp_path / place / name / "x.png")
+    if train and place:  # somebody's own subset; these weights have all 1,000 classes
+        make_tree(tmp_path, classes=("n01443537", "n15075141"), splits=("train",))
+    files = build_dataset(evaluation(tmp_path), "val").files
+    assert list(files.labels) == files.subset == [1, 999]
+    assert class_names(evaluation(tmp_path))[0] == "n01440764"
+
+
+def test_numbers_are_the_labels_of_weights_of_imagenet_and_may_begin_with_zeros(tmp_path):
+    for name in ("7", "0010", "999"):
+        save(tmp_path / name / "x.png")
+    files = build_dataset(evaluation(tmp_path), "val").files
+    assert list(files.labels) == files.subset == [7, 10, 999]
+
+
+def test_all_folders_of_imagenet_are_no_subset(tmp_path):
+    for name in wordnet_ids():
+        (tmp_path / "val" / name).mkdir(parents=True)
+    save(tmp_path / "val/n01443537/x.png")
+    files = build_dataset(evaluation(tmp_path), "val").files
+    assert list(files.labels) == [1] and files.subset is None
+
+
+@pytest.mark.parametrize("names", [("n01443537", "n99999999"), ("tench", "n01443537"), ("1000",)])
+def test_folders_that_are_no_classes_of_imagenet_are_named(tmp_path, names):
+    make_tree(tmp_path, classes=names, splits=("val",))
+    wrong = [name for name in names if name != "n01443537"][0]
+    with pytest.raises(DataError, match=f"val: 1 of {len(names)} class .* such as {wrong!r}.*"):
+        build_dataset(evaluation(tmp_path), "val")
+
+
+def test_in_training_the_wordnet_ids_of_a_subset_are_classes_of_their_own(tmp_path):
+    make_tree(tmp_path, classes=("n01443537", "n15075141"))
+    config = make_config(tmp_path, DATASET="imagefolder")
+    for split in ("train", "val"):
+        assert set(build_dataset(config, split).files.labels) == {0, 1}
+
+
+def test_folders_are_held_to_the_classes_of_the_weights(tmp_path):
+    make_tree(tmp_path / "data", classes=("10", "ant", "cow"), splits=("val",), count=1)
+    config = evaluation(tmp_path / "data", 4)
+    config.MODEL.PRETRAINED = str(tmp_path / "run/best")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/classes.txt").write_text("cow\nbee\nant\n10\n")
+    files = build_dataset(config, "val").files
+    assert sorted(files.labels) == files.subset == [0, 2, 3]
+    assert [files.name(i) for i in (0, 2)] == [b"val/cow/0.png", b"val/10/0.png"]
+    (tmp_path / "run/classes.txt").write_text("cow\nbee\nant\nelk\n")
+    with pytest.raises(DataError, match="1 of 3 class folders .* beside the weights.*'10'"):
+        build_dataset(config, "val")
+
+
+def test_a_runs_names_for_people_do_not_hinder_its_evaluation(tmp_path):
+    make_tree(tmp_path / "data", count=1)
+    config = evaluation(tmp_path / "data", 2)
+    config.MODEL.PRETRAINED = str(tmp_path / "run/best")
+    for folder in ("run", "data"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "classes.txt").write_text("red ant\nhoney bee\n")
+    assert list(build_dataset(config, "val").files.labels) == [0, 1]
 
 
 @pytest.mark.parametrize(

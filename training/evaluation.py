@@ -22,6 +22,7 @@ from training.eval_report import Calibration, class_scores
 from training.pictures import new_figure, render
 
 PICTURE_CLASSES = 1000  # more make a confusion matrix whose cells are smaller than its pixels
+_SCORES = ("top1", "top5", "loss", "images", "classes", "balanced_accuracy")
 _log = logging.getLogger("resmlp")
 
 
@@ -41,7 +42,11 @@ class Metrics:
     # with several right labels an image; images without any are left out
     real_top1: float | None = None
     real_top5: float | None = None
-    real_images: int = 0
+    real_images: int | None = None
+    # among the classes of the data, where the model has more
+    subset_top1: float | None = None
+    subset_top5: float | None = None
+    subset_classes: int | None = None
     counts: np.ndarray | None = None  # int64 [3, K]: each class's images, right ones, predictions
 
     def score(self, name: str) -> float:
@@ -56,15 +61,24 @@ class Metrics:
         images = () if self.counts is None else self.counts[0]
         return self.score("balanced_accuracy") if len({*images} - {0}) > 1 else None
 
+    def scores(self) -> dict[str, float]:
+        """The numbers that were measured, by name: those of ``eval.json``."""
+        names = [f"{kind}{name}" for kind in ("", "real_", "subset_") for name in _SCORES]
+        values = {name: getattr(self, name, None) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
     def __str__(self) -> str:
-        real, balanced = "", self.balanced_accuracy
+        more, balanced = "", self.balanced_accuracy
         balanced = "" if balanced is None else f" (balanced accuracy {balanced:.2f} %)"
+        if self.subset_classes:
+            more = f"; among the {self.subset_classes} classes of the data: "
+            more += f"top-1 {self.subset_top1:.2f} %, top-5 {self.subset_top5:.2f} %"
         if self.real_images:
-            real = f"; real labels: top-1 {self.real_top1:.2f} %, top-5 {self.real_top5:.2f} %"
-            real += f", {self.real_images} images"
+            more += f"; real labels: top-1 {self.real_top1:.2f} %, top-5 {self.real_top5:.2f} %"
+            more += f", {self.real_images} images"
         return (
             f"loss {self.loss:.4f}, top-1 {self.top1:.2f} %{balanced}, top-5 {self.top5:.2f} %, "
-            f"{self.images} images, {self.images / max(self.seconds, 1e-9):.1f} images/s{real}"
+            f"{self.images} images, {self.images / max(self.seconds, 1e-9):.1f} images/s{more}"
         )
 
 
@@ -78,6 +92,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     accepted: np.ndarray | None = None,
+    subset: list[int] | None = None,
 ) -> Metrics | None:
     """Evaluates a classifier on a loader's whole data set.
 
@@ -96,6 +111,8 @@ def evaluate(
         progress: called after each batch with batches done and in all.
         accepted: int64 ``[images, M]``, labels that count as right, filled up with -1: also
             measures ``real_top1`` and ``real_top5`` (a right one is among the predictions).
+        subset: the classes that the data have: also measures ``subset_top1`` and ``subset_top5``,
+            with the other logits left out, as the authors of ImageNet-A and -R do.
 
     Returns:
         The metrics, the same on every rank; None when any rank broke off.
@@ -109,6 +126,10 @@ def evaluate(
     loss_sum = paddle.zeros([], "float64")
     hits = paddle.zeros([2], "int64")  # top-1, top-k
     counts = paddle.zeros([3 * num_classes], "int64")  # see Metrics
+    subset_hits = paddle.zeros([2], "int64")
+    outside = np.full(num_classes, -np.inf, "float32")
+    outside[subset or []] = 0
+    outside = paddle.to_tensor(outside)  # added to logits
     seen, pairs, calibration = 0, [], Calibration()
     stopped = False
     for number, (images, labels, indices) in enumerate(loader):
@@ -125,6 +146,10 @@ def evaluate(
         counts = paddle.index_add(
             counts, paddle.concat(cells), 0, paddle.concat([one, hit[:, 0], one])
         )
+        if subset:
+            inside = paddle.topk(logits + outside, min(k, len(subset)), axis=-1)[1]
+            inside = (inside == labels.unsqueeze(-1)).astype("int64")
+            subset_hits += paddle.stack([inside[:, 0].sum(), inside.sum()])
         loss_sum += losses.sum()
         seen += len(labels)
         if accepted is not None:
@@ -138,9 +163,9 @@ def evaluate(
             calibration.add(confidence, np.asarray(indices), truth, predicted)
         progress(number + 1, len(loader))
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
-    own = [float(loss_sum), *hits.numpy(), seen, stopped, *real, *counts.numpy()]
-    loss, top1, topk, total, stopped, *rest = sum_over_ranks(own, process)
-    real, counts = rest[:3], np.array(rest[3:], "int64").reshape(3, num_classes)
+    own = [float(loss_sum), seen, stopped, *hits.numpy(), *subset_hits.numpy(), *real]
+    loss, total, stopped, top1, topk, *rest = sum_over_ranks([*own, *counts.numpy()], process)
+    inner, real, counts = rest[:2], rest[2:5], np.array(rest[5:], "int64").reshape(3, num_classes)
     if stopped:
         return None
     if not np.isfinite(loss):
@@ -149,7 +174,7 @@ def evaluate(
         )
     if confusion:
         calibration.reduce(process)
-    return Metrics(
+    metrics = Metrics(
         loss / total,
         100 * top1 / total,
         100 * topk / total,
@@ -157,9 +182,16 @@ def evaluate(
         time.time() - start,
         _count_pairs(pairs, num_classes, process) if confusion else None,
         calibration if confusion else None,
-        *([100 * real[0] / real[2], 100 * real[1] / real[2], int(real[2])] if real[2] else []),
         counts=counts,
     )
+    if accepted is not None:
+        metrics.real_images = int(real[2])
+    if real[2]:
+        metrics.real_top1, metrics.real_top5 = 100 * real[0] / real[2], 100 * real[1] / real[2]
+    if subset:
+        metrics.subset_top1, metrics.subset_top5 = (100 * hits / total for hits in inner)
+        metrics.subset_classes = len(subset)
+    return metrics
 
 
 def _count_pairs(pairs: list[np.ndarray], num_classes: int, process: Process) -> np.ndarray:

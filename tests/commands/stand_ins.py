@@ -19,6 +19,7 @@ from config import get_config
 from demo.fashion_mnist import Split, read, write_archive
 from demo.make_subset import ARCHIVE
 from demo.prepare import prepare
+from loading.imagenet import wordnet_ids
 from port_weights.names import from_paddle
 from port_weights.torch_files import write_torch_weights
 from resmlp import build_resmlp
@@ -51,14 +52,18 @@ def make(folder: Path) -> None:
 
 
 def _imagenet(root: Path, images: Path, rng: np.random.Generator) -> None:
-    """Folders of 1,000 classes, with images of four. They are links: nobody writes there."""
+    """Folders of 1,000 classes, with images of four. They are links: nobody writes there. Beside
+    them a set of two of the classes.
+    """
     root.mkdir(parents=True)
-    for label in range(1000):
-        (images / "train" / f"n{label:08d}").mkdir(parents=True)
+    for name in wordnet_ids():
+        (images / "train" / name).mkdir(parents=True)
     for side in ("train", "val"):
-        for label in range(0, 1000, 250):
-            _photo(images / side / f"n{label:08d}" / f"{label}.JPEG", rng)
+        for name in wordnet_ids()[::250]:
+            _photo(images / side / name / f"{name}_1.JPEG", rng)
         (root / side).symlink_to(images / side)
+    for name in wordnet_ids()[6:12:5]:
+        _photo(root.with_name("imagenet-a") / name / "1.jpg", rng)
 
 
 def _photo(path: Path, rng: np.random.Generator) -> None:
