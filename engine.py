@@ -10,6 +10,7 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -203,30 +204,28 @@ class Trainer:
 
     def _train_epoch(self, on_step: Callable[[int], None]) -> None:
         """Trains the rest of an epoch, from where `progress` stands."""
-        progress, schedule = self.progress, self.schedule
-        first = progress.samples // schedule.samples_per_step
-        if first >= schedule.steps_per_epoch:
+        progress, loader, steps = self.progress, self.train_loader, self.schedule.steps_per_epoch
+        accum = self.config.TRAIN.ACCUM_ITER
+        loader.set_epoch(progress.epoch, progress.samples)
+        if len(loader) == 0:
             return  # the run was stopped in the evaluation of this epoch
         self.learner.network.train()
-        skip = first * self.config.TRAIN.ACCUM_ITER
-        self.train_loader.set_epoch(progress.epoch, skip_batches=skip)
         meter = Meter()
         bar = ProgressLine(f"epoch {progress.epoch + 1}", self.process.main)
-        with contextlib.closing(iter(self.train_loader)) as batches:  # ends the workers in any case
-            for step in range(first, schedule.steps_per_epoch):
-                lr = self._train_step(step, batches, meter)
+        with contextlib.closing(iter(loader)) as batches:  # ends the workers in any case
+            for step in range(steps - -(-len(loader) // accum), steps):
+                with meter.waiting():
+                    window = list(itertools.islice(batches, accum))
+                lr = self._train_step(step, window, meter)
                 on_step(progress.step)
                 self._after_step(step, lr, meter)
-                bar(step + 1, schedule.steps_per_epoch)
+                bar(step + 1, steps)
             next(batches, None)  # lets the loader end its pass: it then lists skipped images
         bar.end()
 
-    def _train_step(self, step: int, batches, meter: Meter) -> float:
+    def _train_step(self, step: int, window: list, meter: Meter) -> float:
         """One optimizer step over an accumulation window; returns its learning rate."""
-        progress, accum = self.progress, self.config.TRAIN.ACCUM_ITER
-        size = min(accum, len(self.train_loader) - step * accum)
-        with meter.waiting():
-            window = [next(batches) for _ in range(size)]
+        progress = self.progress
         key = self.config.SEED, self.process.rank, progress.epoch, step
         if step == 0:
             self.report.images(self.learner, window[0], step_rng(*key), progress.epoch)
@@ -238,7 +237,7 @@ class Trainer:
         self.learner.apply(lr, progress.step, norm, allowed)
         meter.images += len(indices)
         progress.step += 1
-        progress.samples = (step + 1) * self.schedule.samples_per_step
+        progress.samples += self.schedule.samples_per_step
         return lr
 
     def _after_step(self, step: int, lr: float, meter: Meter) -> None:

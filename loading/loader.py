@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 
 
 class Loader:
-    """Iterates over batches; `len` is the batches of a whole epoch.
+    """Iterates over batches; `len` is the batches of a pass, from where `set_epoch` has gone.
 
     Under ``DATA.BAD_IMAGE: skip``, training replaces an unreadable image by the next one; they are
     logged when the epoch ends, and `skipped` holds them meanwhile, by index.
@@ -99,9 +99,9 @@ class Loader:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Chooses the training epoch, and the batch of it to go on with, for the next pass."""
-        self.sampler.set_epoch(epoch, skip_batches)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the training epoch, and how many of its images are past, for the next pass."""
+        self.sampler.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the data.
@@ -160,7 +160,7 @@ class Loader:
             return
         iterator = _start(loader)
         try:
-            for _ in range(len(self.sampler) - getattr(self.sampler, "skip_batches", 0)):
+            for _ in range(len(self.sampler)):
                 yield self._next(iterator)
         finally:
             _stop(iterator)

@@ -53,6 +53,7 @@ def train_indices(
     world: int = 1,
     repeats: int = 1,
     labels: np.ndarray | None = None,
+    start: int = 0,
 ) -> np.ndarray:
     """The images that one process trains on in an epoch, in order.
 
@@ -73,15 +74,17 @@ def train_indices(
         world: number of processes.
         repeats: copies of each image in the order.
         labels: ``[num_images]`` class of each image, for a `balanced_order`; None: each image once.
+        start: global position to begin at, for whatever `world` that was reached with.
 
     Returns:
-        int64 ``[n]`` image indices; element i is at global position ``rank + i * world``.
+        int64 ``[n]`` image indices; element i is at global position ``start + rank + i * world``.
 
     Source: DeiT's RASampler (repeated augmentation, arXiv 1902.05509) for ``repeats > 1``.
     """
     rng = np.random.default_rng((_ORDER, seed, epoch))
     order = rng.permutation(num_images) if labels is None else balanced_order(labels, rng)
-    positions = rank + world * np.arange(_samples_per_rank(num_images, world, repeats))
+    count = _samples_per_rank(num_images, world, repeats, start)
+    positions = start + rank + world * np.arange(count)
     return order[positions // repeats % num_images]
 
 
@@ -97,6 +100,7 @@ class TrainBatchSampler:
     """Batches of training samples for one process; `set_epoch` chooses the place to start from.
 
     Yields lists of `Key`: the epoch travels with each sample, so that a worker process knows it.
+    `len` is the batches from there to the epoch's end, the same on every rank.
 
     Args:
         num_images, seed, rank, world, repeats, labels: as for `train_indices`.
@@ -125,26 +129,25 @@ class TrainBatchSampler:
         self.labels = labels
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, skip_batches: int = 0) -> None:
-        """Goes to an epoch, past the batches of it that an interrupted run has already seen."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Goes to an epoch, to the global position where an interrupted run has stopped in it."""
         self.epoch = epoch
-        self.skip_batches = skip_batches
+        self.start = start
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, the same on every rank."""
         if self.drop_last:
-            total = _epoch_length(self.num_images, self.repeats)
-            return total // (self.world * self.batch_size)
-        return -(-_samples_per_rank(self.num_images, self.world, self.repeats) // self.batch_size)
+            left = max(0, _epoch_length(self.num_images, self.repeats) - self.start)
+            return left // (self.world * self.batch_size)
+        count = _samples_per_rank(self.num_images, self.world, self.repeats, self.start)
+        return -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         key = self.seed, self.epoch, self.rank, self.world, self.repeats
-        indices = train_indices(self.num_images, *key, self.labels)
-        for batch in range(self.skip_batches, len(self)):
-            start = batch * self.batch_size
+        indices = train_indices(self.num_images, *key, self.labels, self.start)
+        for first in range(0, len(self) * self.batch_size, self.batch_size):
             yield [
-                (self.epoch, self.rank + (start + i) * self.world, int(index))
-                for i, index in enumerate(indices[start : start + self.batch_size])
+                (self.epoch, self.start + self.rank + (first + i) * self.world, int(index))
+                for i, index in enumerate(indices[first : first + self.batch_size])
             ]
 
 
@@ -169,7 +172,7 @@ def _epoch_length(num_images: int, repeats: int) -> int:
     return num_images // 256 * 256 if repeats > 1 and num_images >= 256 else num_images
 
 
-def _samples_per_rank(num_images: int, world: int, repeats: int) -> int:
-    length = _epoch_length(num_images, repeats)
+def _samples_per_rank(num_images: int, world: int, repeats: int, start: int) -> int:
+    left = max(0, _epoch_length(num_images, repeats) - start)
     # Down as DeiT does where images are left over anyway; up where each image shall be seen.
-    return length // world if repeats > 1 and num_images >= 256 else -(-length // world)
+    return left // world if repeats > 1 and num_images >= 256 else -(-left // world)

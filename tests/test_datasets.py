@@ -59,12 +59,12 @@ def run(loader):
     return [Arrays(b.images.numpy(), b.labels.numpy(), list(b.indices)) for b in loader]
 
 
-def passes(config, split="train", epochs=(0,), skip=0, **kwargs):
+def passes(config, split="train", epochs=(0,), start=0, **kwargs):
     loader = build_loader(config, split, **kwargs)
     result = []
     for epoch in epochs:
         if split == "train":
-            loader.set_epoch(epoch, skip)
+            loader.set_epoch(epoch, start)
         result += run(loader)
     return result
 
@@ -138,14 +138,14 @@ def test_a_small_shared_memory_changes_nothing_but_a_line_in_the_log(config, mon
 def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(config, workers, repeats):
     config.DATA.NUM_WORKERS = workers
     config.TRAIN.REPEATED_AUG = repeats
-    assert_equal(passes(config, epochs=(3,), skip=2), passes(config, epochs=(3,))[2:])
+    assert_equal(passes(config, epochs=(3,), start=8), passes(config, epochs=(3,))[2:])
 
 
 def test_resuming_does_not_decode_what_was_seen(config, monkeypatch):
     paths = []
     opened = datasets.open_image
     monkeypatch.setattr(datasets, "open_image", lambda path: paths.append(path) or opened(path))
-    passes(config, skip=3)
+    passes(config, start=12)
     assert len(paths) == (NUM_IMAGES // 4 - 3) * 4
 
 

@@ -137,8 +137,8 @@ def test_a_signal_in_evaluation_stops_at_the_next_batch(tmp_path, data, whole, m
     assert differences(tmp_path / "run", whole) == []
 
 
-def test_nothing_that_was_seen_is_decoded_again(tmp_path, data, monkeypatch):
-    interrupt(config_for(tmp_path, data), Crash, crash_at_step(5))  # saved after step 4
+def record_positions(monkeypatch):
+    """The list that takes (epoch, position) of every image that is loaded."""
     positions, original = [], datasets.sample_rng
 
     def sample_rng(seed, epoch, position):
@@ -146,6 +146,12 @@ def test_nothing_that_was_seen_is_decoded_again(tmp_path, data, monkeypatch):
         return original(seed, epoch, position)
 
     monkeypatch.setattr(datasets, "sample_rng", sample_rng)
+    return positions
+
+
+def test_nothing_that_was_seen_is_decoded_again(tmp_path, data, monkeypatch):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(5))  # saved after step 4
+    positions = record_positions(monkeypatch)
     engine.run(config_for(tmp_path, data, *RESUME))
     assert [position for epoch, position in positions if epoch == 1] == list(range(8, 21))
 
@@ -243,12 +249,16 @@ def test_what_changed_since_the_checkpoint_is_said(tmp_path, data):
     assert changes == ["DATA.BATCH_SIZE 4 -> 8", "TRAIN.BASE_LR 0.003 -> 0.001"]
 
 
-def test_another_batch_size_goes_on_at_the_same_image(tmp_path, data):
-    interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))  # saved after 16 images
-    config = config_for(tmp_path, data, *RESUME, "DATA.BATCH_SIZE", 2)
-    steps = []
+@pytest.mark.parametrize("batch, steps_left", [(2, 4), (3, 3), (8, 1)])
+def test_another_batch_size_goes_on_at_the_next_image(
+    tmp_path, data, monkeypatch, batch, steps_left
+):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(5))  # saved after 8 images
+    positions, steps = record_positions(monkeypatch), []
+    config = config_for(tmp_path, data, *RESUME, "DATA.BATCH_SIZE", batch)
     engine.run(config, on_step=steps.append)
-    assert len(steps) == 2 + 6  # images 17 to 21 in steps of 4; then a whole epoch
+    assert [position for epoch, position in positions if epoch == 1] == list(range(8, 21))
+    assert steps == list(range(5, 5 + steps_left))
     assert [r["epoch"] for r in metrics(tmp_path / "run") if r["kind"] == "epoch"] == [1, 2]
 
 

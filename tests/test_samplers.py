@@ -18,14 +18,14 @@ def global_order(num_images, world, repeats=1, seed=3, epoch=5):
     return np.stack(shards, axis=1).ravel()
 
 
-def steps(num_images, batch_size, world, repeats, drop_last, epoch=2, skip=0):
+def steps(num_images, batch_size, world, repeats, drop_last, epoch=2, start=0):
     """Per step, the samples of all ranks."""
     samplers = [
         TrainBatchSampler(num_images, batch_size, 7, rank, world, repeats, drop_last)
         for rank in range(world)
     ]
     for sampler in samplers:
-        sampler.set_epoch(epoch, skip)
+        sampler.set_epoch(epoch, start)
     return [sorted(sum(batches, [])) for batches in zip(*samplers)]
 
 
@@ -120,10 +120,33 @@ def test_the_last_small_batch_is_dropped_or_kept(drop_last, expected):
 @pytest.mark.parametrize("skip", [0, 1, 5, 7])
 def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(skip):
     whole = steps(50, 3, 2, 1, drop_last=False)
-    assert steps(50, 3, 2, 1, drop_last=False, skip=skip) == whole[skip:]
+    assert steps(50, 3, 2, 1, drop_last=False, start=skip * 3 * 2) == whole[skip:]
     sampler = TrainBatchSampler(50, 3)
-    sampler.set_epoch(1, skip)
-    assert len(sampler) == 16  # the epoch's length does not change with the place in it
+    sampler.set_epoch(1, skip * 3)
+    assert len(sampler) == len(list(sampler)) == 16 - skip  # batches of the pass
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("world, batch", [(1, 7), (2, 4), (3, 5), (4, 1)])
+def test_other_processes_and_batches_go_on_at_the_very_next_position(
+    world, batch, drop_last, repeats
+):
+    seen = [key for step in steps(310, 4, 2, repeats, drop_last)[:5] for key in step]
+    rest = steps(310, batch, world, repeats, drop_last, start=len(seen))
+    keys = seen + [key for step in rest for key in step]
+    length = 310 if repeats == 1 else 256
+    assert [position for _, position, _ in keys] == list(range(len(keys)))
+    assert -world < length - len(keys) < (world * batch if drop_last else world)
+    one = [key for step in steps(310, 1, 1, repeats, drop_last) for key in step]
+    assert keys[: len(one)] == one[: len(keys)]
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_nothing_is_left_when_an_epoch_has_been_seen(drop_last):
+    sampler = TrainBatchSampler(50, 3, world=2, drop_last=drop_last)
+    sampler.set_epoch(1, start=len(sampler) * 6)
+    assert (len(sampler), list(sampler)) == (0, [])
 
 
 def test_samples_carry_epoch_position_and_index():
@@ -183,5 +206,5 @@ def test_a_balanced_order_is_the_same_for_any_number_of_processes(world, repeats
 def test_a_balanced_pass_goes_on_where_it_was_interrupted():
     whole = TrainBatchSampler(86, 8, 3, labels=LABELS)
     rest = TrainBatchSampler(86, 8, 3, labels=LABELS)
-    rest.set_epoch(0, skip_batches=4)
+    rest.set_epoch(0, start=4 * 8)
     assert list(rest) == list(whole)[4:]
