@@ -227,7 +227,7 @@ class Trainer:
         """One optimizer step over an accumulation window; returns its learning rate."""
         progress = self.progress
         key = self.config.SEED, self.process.rank, progress.epoch, step
-        if step == 0:
+        if progress.samples == 0:
             self.report.images(self.learner, window[0], step_rng(*key), progress.epoch)
         lr = self.schedule.rate(progress.epoch, step)
         loss, norm = self.learner.backward(window, step_rng(*key))

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from cli.errors import CheckpointError
+from cli.errors import CheckpointError, ConfigError
 
 
 # --------------------------------------------------------------------------------- schedule
@@ -104,13 +104,28 @@ def layer_scale_of_rate(name: str, depth: int, decay: float) -> float:
 
 
 # -------------------------------------------------------------------------------- optimizer
+_ADAM = frozenset({"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"})
+OPTIMIZERS = {  # TRAIN.OPTIMIZER.NAME -> Paddle's class, what that keeps for each parameter
+    "lamb": (paddle.optimizer.Lamb, _ADAM),
+    "adamw": (paddle.optimizer.AdamW, _ADAM),
+    "sgd": (paddle.optimizer.Momentum, frozenset({"velocity_0"})),
+}
+
+
 def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
-    """Builds LAMB, AdamW or SGD with Nesterov momentum; the engine sets its rate at every step.
+    """Builds one of `OPTIMIZERS` (SGD is Nesterov's); the engine sets its rate at every step.
 
     One flat parameter list: Paddle clips and schedules groups one by one. Clipping is not in here,
     see `clip_gradients`.
+
+    Raises:
+        ConfigError: TRAIN.OPTIMIZER.NAME is none of them.
     """
     settings, decay = config.TRAIN.OPTIMIZER, config.TRAIN.WEIGHT_DECAY
+    if settings.NAME not in OPTIMIZERS:
+        raise ConfigError(
+            f"TRAIN.OPTIMIZER.NAME is {settings.NAME!r}; choose one of {', '.join(OPTIMIZERS)}"
+        )
     everything = dict(model.named_parameters())
     named = trainable_parameters(model)
     names = decayed_parameters(model) & named.keys()
@@ -118,28 +133,25 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
     for name, parameter in named.items():
         factor = layer_scale_of_rate(name, len(model.mixer_layers), config.TRAIN.LAYER_DECAY or 1.0)
         parameter.optimize_attr["learning_rate"] = factor
-    common = dict(parameters=list(named.values()), learning_rate=config.TRAIN.BASE_LR)
+        if settings.NAME == "sgd" and name in names:
+            parameter.regularizer = paddle.regularizer.L2Decay(decay)
     betas = dict(beta1=settings.BETAS[0], beta2=settings.BETAS[1], epsilon=settings.EPS)
-    if settings.NAME == "lamb":
-        optimizer = paddle.optimizer.Lamb(
+    options = {
+        "lamb": dict(
             lamb_weight_decay=decay,
             exclude_from_weight_decay_fn=lambda parameter: parameter.name not in decayed,
             **betas,
-            **common,
-        )
-    elif settings.NAME == "adamw":
-        optimizer = paddle.optimizer.AdamW(
-            weight_decay=decay,
-            apply_decay_param_fun=lambda name: name in decayed,
-            **betas,
-            **common,
-        )
-    else:
-        for name in names:
-            named[name].regularizer = paddle.regularizer.L2Decay(decay)
-        optimizer = paddle.optimizer.Momentum(
-            momentum=settings.MOMENTUM, use_nesterov=True, **common
-        )
+        ),
+        "adamw": dict(
+            weight_decay=decay, apply_decay_param_fun=lambda name: name in decayed, **betas
+        ),
+        "sgd": dict(momentum=settings.MOMENTUM, use_nesterov=True),
+    }
+    optimizer = OPTIMIZERS[settings.NAME][0](
+        parameters=list(named.values()),
+        learning_rate=config.TRAIN.BASE_LR,
+        **options[settings.NAME],
+    )
 
     def values(names):
         return sum(int(np.prod(everything[name].shape)) for name in names) / 1e6
@@ -241,7 +253,7 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
             else:
                 own_state[f"{own}_{slot}"] = tensor
     slots = {frozenset(s) - {"master_weight"} for s in state.values()}
-    expected = next(names for kind, names in _SLOTS.items() if isinstance(optimizer, kind))
+    expected = next(names for kind, names in OPTIMIZERS.values() if isinstance(optimizer, kind))
     if slots != {expected}:
         found = sorted(set().union(*slots))
         raise CheckpointError(
@@ -253,9 +265,3 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
 
 
 _MASTER = "fp32_master_0_"  # what Paddle puts before the slots of a parameter with a master weight
-_ADAM = frozenset({"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"})
-_SLOTS = {
-    paddle.optimizer.Lamb: _ADAM,
-    paddle.optimizer.AdamW: _ADAM,
-    paddle.optimizer.Momentum: frozenset({"velocity_0"}),
-}

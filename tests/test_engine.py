@@ -13,6 +13,7 @@ from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, W
 from config import get_config
 from engine import Trainer, run
 from optimizer import Schedule
+from parallel.process import Process
 from storage import checkpoints
 from storage.weights import read_weights
 from tools.predict import predict
@@ -185,6 +186,20 @@ def test_another_head_is_new_in_training_and_refused_in_evaluation(tmp_path, dat
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data):
     run(make_config(tmp_path, data))
     with pytest.raises(UserError, match="holds an earlier run; continue it with -resume auto"):
+        run(make_config(tmp_path, data))
+
+
+def test_the_output_folder_is_chosen_by_rank_0_alone(tmp_path, data, monkeypatch):
+    class Told(Exception):
+        pass
+
+    def from_main(value, process):
+        raise Told(value)
+
+    monkeypatch.setattr(engine, "prepare_process", lambda: Process(rank=1, world=2))
+    monkeypatch.setattr(engine, "choose_folder", lambda config: pytest.fail("rank 1 chose one"))
+    monkeypatch.setattr(engine, "from_main", from_main)
+    with pytest.raises(Told, match="^$"):
         run(make_config(tmp_path, data))
 
 

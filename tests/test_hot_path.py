@@ -8,6 +8,8 @@ from paddle import _C_ops
 
 import engine
 from cpu import ops
+from parallel.process import Process
+from training.evaluation import evaluate
 from training.progress import SYNC_STEPS_GPU, Monitor
 
 from .helpers.tiny_data import make_config, make_data
@@ -81,3 +83,18 @@ def test_a_step_waits_for_the_device_only_when_the_losses_are_due(
     counted(monkeypatch, paddle.Tensor, READS, calls)
     steps = per_step(tmp_path, 4, calls)
     assert [step for step in steps if steps[step]] == looks(steps)
+
+
+@pytest.mark.parametrize("options, per_batch", [({}, False), ({"confusion": True}, True)])
+def test_evaluation_reads_the_device_once_unless_it_reports_on_images(
+    monkeypatch, options, per_batch
+):
+    def reads_of(batches):
+        batch = paddle.randn([4, 7]), paddle.to_tensor([0, 1, 2, 3]), list(range(4))
+        calls.clear()
+        evaluate(lambda images: images, [batch] * batches, Process(), 7, **options)
+        return sum(calls.values())
+
+    calls = Counter()
+    counted(monkeypatch, paddle.Tensor, READS, calls)
+    assert (reads_of(1) < reads_of(9)) == per_batch

@@ -4,9 +4,10 @@ import numpy as np
 import paddle
 import pytest
 
-from cli.errors import CheckpointError
+from cli.errors import CheckpointError, ConfigError
 from config import get_config
 from optimizer import (
+    OPTIMIZERS,
     build_optimizer,
     clip_gradients,
     decayed_parameters,
@@ -169,6 +170,21 @@ def test_layer_decay_scales_the_steps(name):
     assert np.isclose(moves[1]["head.bias"], moves[0]["head.bias"], rtol=1e-3)
     ratio = moves[1]["patch_embed.patch_embed.bias"] / moves[0]["patch_embed.patch_embed.bias"]
     assert np.isclose(ratio, 0.0625, rtol=0.02)
+
+
+def test_an_optimizer_that_is_not_there_is_one_line():
+    with pytest.raises(ConfigError, match="'adan'; choose one of lamb, adamw, sgd$"):
+        build_optimizer(config_for("adan"), tiny())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_an_optimizer_keeps_for_a_parameter_is_declared(name):
+    model = tiny()
+    optimizer = build_optimizer(config_for(name), model)
+    step(model, optimizer, paddle.ones([2, 3, 16, 16]))
+    assert {frozenset(s) for s in optimizer_state(optimizer, model).values()} == {
+        OPTIMIZERS[name][1]
+    }
 
 
 # ------------------------------------------------------------------------------- clipping

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from engine import Trainer
 from parallel.process import Preempted
 from storage import checkpoints
 from training import report
+from training.dashboard import Dashboard
 
 from .helpers.runs import RECIPE, differences, metrics
 from .helpers.tiny_data import make_config, make_data
@@ -260,6 +262,43 @@ def test_another_batch_size_goes_on_at_the_next_image(
     assert [position for epoch, position in positions if epoch == 1] == list(range(8, 21))
     assert steps == list(range(5, 5 + steps_left))
     assert [r["epoch"] for r in metrics(tmp_path / "run") if r["kind"] == "epoch"] == [1, 2]
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_the_first_images_of_an_epoch_are_shown_and_no_others(tmp_path, data, monkeypatch, batch):
+    """With 2 an epoch has twice the steps that the saved number of steps was counted in, with 16
+    the rest of an epoch is one step, as a whole one is."""
+
+    class Recorder(Dashboard):
+        active, shown = True, []
+
+        def image(self, name, image, step):
+            self.shown.append(step)
+
+    monkeypatch.setattr(report, "build_dashboard", lambda name, folder: Recorder())
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(5))  # saved within the second epoch
+    config = config_for(tmp_path, data, *RESUME, "DATA.BATCH_SIZE", batch, "TRAIN.NUM_EPOCHS", 3)
+    engine.run(config)
+    assert Recorder.shown == [1, 2, 3]  # epochs
+
+
+def test_the_moments_of_a_checkpoint_are_let_go_after_the_first_step(tmp_path, data, monkeypatch):
+    interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))
+    references, alive, original = [], {}, checkpoints.load_newest
+
+    def load_newest(folder):
+        found = original(folder)
+        slots = [v for s in found[0]["optimizer"].values() for v in s.values()]
+        references.extend(weakref.ref(value) for value in slots)
+        return found
+
+    def on_step(step):
+        gc.collect()
+        alive[step] = sum(reference() is not None for reference in references)
+
+    monkeypatch.setattr(checkpoints, "load_newest", load_newest)
+    engine.run(config_for(tmp_path, data, *RESUME), on_step=on_step)
+    assert len(references) > 50 and alive == {3: 0, 4: 0, 5: 0, 6: 0}
 
 
 def test_a_run_goes_on_in_another_folder(tmp_path, data, whole):
