@@ -16,6 +16,7 @@ from config import (
     note_on_defaults,
     update_config,
 )
+from optimizer import learning_rate
 
 ROOT = Path(__file__).parent.parent
 ZOO = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -57,6 +58,17 @@ def test_every_config_of_the_zoo_is_valid_and_survives_being_written(name, write
     config = check_config(get_config(str(ROOT / "configs" / name)))
     assert f"{config.MODEL.NAME}.yaml" == name
     assert get_config(write(config.dump())) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "transfer").glob("*.yaml")))
+def test_every_config_of_a_transfer_is_the_authors_or_says_what_is_open(path):
+    config, text = check_config(get_config(str(path))), path.read_text()
+    assert f"resmlp_12_{path.stem}" == config.MODEL.NAME and "table 4" in text
+    assert (config.TRAIN.OPTIMIZER.NAME, config.TRAIN.WEIGHT_DECAY) == ("adamw", 0.05)
+    assert config.DATA.BATCH_SIZE * 8 == 768 and config.TRAIN.REPEATED_AUG == 3
+    rates = [learning_rate(config, epoch, 768) for epoch in (0, 5, config.TRAIN.NUM_EPOCHS - 1e-6)]
+    top = 7.5e-5 if "inat" in path.stem else 7.5e-6  # iNaturalist's falls; CIFAR's rises to DeiT's
+    assert rates == pytest.approx([1e-6, top, 1e-5], rel=0.01)  # lowest rate, which is above it
 
 
 def test_the_defaults_are_the_papers_recipe():

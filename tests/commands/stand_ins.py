@@ -24,6 +24,7 @@ from port_weights.names import from_paddle
 from port_weights.torch_files import write_torch_weights
 from resmlp import build_resmlp
 from storage.weights import write_weights
+from tests.helpers.transfer_data import cifar10, flowers102
 
 from . import tables
 from .pages import ROOT
@@ -43,6 +44,8 @@ def make(folder: Path) -> None:
         for number in range(3):
             _photo(repository / "photos" / name / f"{number}.jpg", rng)
     _weights(repository)
+    cifar10(repository / "cifar-10-binary.tar.gz")
+    flowers102(repository)
     _demo(repository, folder / "shared")
     for name, line in _PROGRAMS.items():
         path = folder / "bin" / name

@@ -66,6 +66,8 @@ _EXPORTED = (
 LEAVES = {
     r"make_lists\.py /dataset/imagenet": [f"../dataset/imagenet/{name}" for name in _LISTS],
     r"make_lists\.py photos": [f"photos/{name}" for name in _LISTS],
+    r"prepare\.py cifar": [f"cifar10/{name}" for name in ("train.tar", "val.tar", *_LISTS)],
+    r"prepare\.py 102": [f"flowers102/{name}" for name in ("train.tar", "val.tar", *_LISTS[:2])],
     r"tools/pack\.py": [f"packed/{name}" for name in ("train-00000.tar", *_LISTS[:2])],
     r"-output=\S*output/resmlp_24": [f"output/resmlp_24/{name}" for name in _RUN],
     r"-output=output/small": [f"output/small/{name}" for name in _RUN],

@@ -1,0 +1,83 @@
+"""The official archives of CIFAR and Flowers-102, made in small."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+from PIL import Image
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def records(count, classes, head, seed):
+    """Images [n, 32, 32, 3], their labels, and CIFAR's records of them."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, [count, 32, 32, 3], dtype=np.uint8)
+    labels = rng.integers(0, classes, count, dtype=np.uint8)
+    heads = np.stack([labels // 2, labels][2 - head :], 1)  # CIFAR-100: the coarse label first
+    planes = images.transpose(0, 3, 1, 2).reshape(count, -1)
+    return images, labels, np.concatenate([heads, planes], 1).tobytes()
+
+
+def cifar10(path, **changes):
+    parts = [records(4, 10, 1, seed) for seed in range(6)]
+    names = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
+    files = {name: part[2] for name, part in zip(names, parts)}
+    classes = [f"class{n}" for n in range(10)]
+    files["batches.meta.txt"] = ("\n".join(classes) + "\n\n").encode()
+    files = {f"cifar-10-batches-bin/{n}": d for n, d in {**files, **changes}.items() if d}
+    return write_tar(path, files), parts, classes
+
+
+def cifar100(path):
+    parts = [records(20, 100, 2, seed) for seed in range(2)]
+    classes = [f"fine_{n:02d}" for n in range(100)]
+    files = {"train.bin": parts[0][2], "test.bin": parts[1][2]}
+    files["fine_label_names.txt"] = "\n".join(classes).encode()
+    files["coarse_label_names.txt"] = b"animals\nthings\n"
+    return write_tar(path, {f"cifar-100-binary/{n}": d for n, d in files.items()}), parts, classes
+
+
+def element(kind, data, small=False):
+    if small:
+        return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
+    return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
+
+
+def write_mat(path, matrices, compress=True):
+    """MATLAB's format, version 5, from its description."""
+    out = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
+    for name, values in matrices.items():
+        kind = {"uint8": 2, "uint16": 4}[values.dtype.name]
+        name, small = name.encode(), len(name) <= 4
+        body = element(6, struct.pack("<II", 6, 0)) + element(5, struct.pack("<ii", 1, len(values)))
+        body += element(1, name, small) + element(kind, values.tobytes(), values.nbytes <= 4)
+        matrix = element(14, body)
+        packed = zlib.compress(matrix)
+        out += struct.pack("<II", 15, len(packed)) + packed if compress else matrix
+    path.write_bytes(out)
+
+
+def flowers102(folder):
+    """Nine images of three classes: two sets of two to train on, five to test."""
+    images = {}
+    for number in range(1, 10):
+        file = io.BytesIO()
+        Image.fromarray(np.full([8, 9, 3], 20 * number, "uint8")).save(file, "JPEG")
+        images[f"jpg/image_{number:05d}.jpg"] = file.getvalue()
+    write_mat(folder / "imagelabels.mat", {"labels": np.array([3, 1, 2] * 3, "uint8")})
+    sets = {"trnid": [9, 2], "valid": [1, 6], "tstid": [8, 3, 4, 5, 7]}
+    sets = {name: np.array(numbers, "uint16") for name, numbers in sets.items()}
+    write_mat(folder / "setid.mat", sets)
+    return write_tar(folder / "102flowers.tgz", images), images

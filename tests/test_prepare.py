@@ -1,0 +1,159 @@
+"""tools/prepare.py: the official archives of CIFAR and Flowers-102, made here in small."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cli.errors import DataError, UserError
+from datasets import build_loader
+from loading import archives
+from loading.files import read_image
+from tools import prepare as prepare_module
+from tools.prepare import prepare, read_mat
+
+from .helpers.runs import ROOT
+from .helpers.tiny_data import make_config
+from .helpers.transfer_data import cifar10, cifar100, flowers102, write_mat, write_tar
+
+
+@pytest.fixture(autouse=True)
+def no_opened_archives():
+    archives.open_archive.cache_clear()
+
+
+def contents(output, split):
+    """Label and pixels of what a prepared folder lists, in order."""
+    lines = (output / f"{split}_list.txt").read_text().splitlines()
+    paths, labels = zip(*(line.rsplit(" ", 1) for line in lines))
+    return [np.asarray(read_image(str(output / path))) for path in paths], [*map(int, labels)]
+
+
+def same(output, split, *parts):
+    images, labels = contents(output, split)
+    expected = np.concatenate([part[0] for part in parts])
+    assert labels == np.concatenate([part[1] for part in parts]).tolist()
+    np.testing.assert_array_equal(np.stack(images), expected)
+
+
+def test_cifar10_keeps_every_pixel_label_and_name(tmp_path):
+    archive, parts, classes = cifar10(tmp_path / "cifar-10-binary.tar.gz")
+    lines = []
+    prepare(archive, str(tmp_path / "out"), lines.append)
+    same(tmp_path / "out", "train", *parts[:5])
+    same(tmp_path / "out", "val", parts[5])
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == classes
+    assert lines[0].endswith("20 images to train on, 4 to test")
+
+
+def test_cifar100_takes_the_fine_labels(tmp_path):
+    archive, parts, classes = cifar100(tmp_path / "cifar-100-binary.tar.gz")
+    prepare(archive, str(tmp_path / "out"), lambda line: None)
+    same(tmp_path / "out", "train", parts[0])
+    same(tmp_path / "out", "val", parts[1])
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == classes
+
+
+def test_a_prepared_folder_is_what_the_mains_train_on(tmp_path):
+    archive, parts, _ = cifar10(tmp_path / "x.tar.gz")
+    prepare(archive, str(tmp_path / "out"), lambda line: None)
+    opts = ["DATA.DATASET", "imagenet2012", "MODEL.NUM_CLASSES", 10, "DATA.IMAGE_SIZE", 32]
+    (batch,) = build_loader(make_config(tmp_path, tmp_path / "out", *opts), "val")
+    np.testing.assert_array_equal(batch.images.numpy(), parts[5][0])
+    assert batch.labels.numpy().tolist() == parts[5][1].tolist()
+
+
+# ------------------------------------------------------------------------------- Flowers-102
+@pytest.fixture
+def flowers(tmp_path):
+    return flowers102(tmp_path)
+
+
+def test_flowers_are_copied_byte_for_byte_with_the_labels_of_the_files_beside_them(
+    tmp_path, flowers
+):
+    archive, images = flowers
+    prepare(archive, str(tmp_path / "out"), lambda line: None)
+    found = {}
+    for split in ("train", "val"):
+        for line in (tmp_path / "out" / f"{split}_list.txt").read_text().splitlines():
+            path, label = line.rsplit(" ", 1)
+            number = int(path[-9:-4])
+            assert archives.read(str(tmp_path / "out" / path)) == images[f"jpg/{path[-15:]}"]
+            assert int(label) == [2, 0, 1][(number - 1) % 3]
+            found.setdefault(split, set()).add(number)
+    assert found == {"train": {1, 2, 6, 9}, "val": {3, 4, 5, 7, 8}}
+    assert not (tmp_path / "out" / "classes.txt").exists()
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_matrices_are_read_as_scipy_writes_them(tmp_path, compress):
+    scipy_io = pytest.importorskip("scipy.io")
+    matrices = {
+        "labels": np.arange(8189, dtype="uint8")[None],
+        "trnid": np.arange(1020, dtype="uint16")[None],
+        "four": np.array([[1, 2, 3, 4]], "uint8"),
+        "doubles": np.array([[1.0, 300.0]]),
+    }
+    scipy_io.savemat(tmp_path / "x.mat", matrices, do_compression=compress)
+    found = read_mat(tmp_path / "x.mat")
+    assert found.keys() == matrices.keys()
+    for name, values in matrices.items():
+        np.testing.assert_array_equal(found[name], values.ravel())
+
+
+# ---------------------------------------------------------------------------------- mistakes
+def refuse(expected, archive, output, error=DataError):
+    with pytest.raises(error, match=expected):
+        prepare(str(archive), str(output), lambda line: None)
+    assert not [name for name in os.listdir(output) if name != "mine"] if output.exists() else True
+
+
+def test_each_kind_of_wrong_archive_has_its_message_and_leaves_nothing(tmp_path):
+    out = tmp_path / "out"
+    refuse("none.tgz: No such file", tmp_path / "none.tgz", out, UserError)
+    (tmp_path / "text.tar.gz").write_text("not a tar")
+    refuse("text.tar.gz: cannot be read", tmp_path / "text.tar.gz", out)
+    other = write_tar(tmp_path / "other.tar.gz", {"a/b.jpg": b"x"})
+    refuse("other.tar.gz: neither CIFAR's binary version nor Flowers", other, out)
+    archive, parts, _ = cifar10(tmp_path / "x.tar.gz", **{"data_batch_3.bin": b""})
+    refuse("lacks data_batch_3.bin", archive, out)
+    archive, parts, _ = cifar10(tmp_path / "y.tar.gz", **{"test_batch.bin": parts[0][2][:-7]})
+    refuse("test_batch.bin ends within an image", archive, out)
+    archive, parts, _ = cifar10(tmp_path / "z.tar.gz", **{"batches.meta.txt": b"one\ntwo\n"})
+    refuse("has the label", archive, out)
+    whole = (tmp_path / "z.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    refuse("cut.tar.gz: cannot be read", tmp_path / "cut.tar.gz", out)
+
+
+def test_flowers_files_that_are_missing_or_do_not_fit_are_named(tmp_path, flowers):
+    archive, images = flowers
+    out = tmp_path / "out"
+    (tmp_path / "setid.mat").rename(tmp_path / "kept")
+    refuse("setid.mat: no such file.* belongs beside 102flowers.tgz", archive, out)
+    (tmp_path / "setid.mat").write_text("<html>not found</html>")
+    refuse("setid.mat: not a MATLAB file of version 5", archive, out)
+    write_mat(tmp_path / "setid.mat", {"trnid": np.array([10], "uint16")})
+    refuse("setid.mat: does not fit", archive, out)
+    (tmp_path / "kept").rename(tmp_path / "setid.mat")
+    del images["jpg/image_00004.jpg"]
+    refuse("lacks image_00004.jpg", write_tar(tmp_path / "102flowers.tgz", images), out)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    archive, _, _ = cifar10(tmp_path / "x.tar.gz")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    refuse("out: is not empty", archive, out, UserError)
+
+
+def test_the_script_says_how_to_use_what_it_made(tmp_path):
+    archive, _, _ = cifar10(tmp_path / "x.tar.gz")
+    words = [sys.executable, prepare_module.__file__, archive, "-output", str(tmp_path / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("use it with: -dataset imagenet2012 -data_path")

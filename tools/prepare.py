@@ -1,0 +1,217 @@
+"""CIFAR-10, CIFAR-100 and Flowers-102, as they are downloaded, become data folders.
+
+python tools/prepare.py cifar-10-binary.tar.gz -output cifar10
+python tools/prepare.py 102flowers.tgz -output flowers102  # and its two .mat files beside it
+
+    OUTPUT/train.tar  OUTPUT/val.tar               CIFAR's images as PNG, Flowers' as they are
+    OUTPUT/train_list.txt  OUTPUT/val_list.txt     `relative/path label`: the mains read them so
+    OUTPUT/classes.txt                             CIFAR's names (Flowers' archive has none)
+
+The official test images are ``val``. Of Flowers-102 the official training and validation images
+together are ``train``: 2,040, as the articles that fine-tune on it count them.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+import contextlib
+import gzip
+import io
+import os
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cli.errors import DataError, UserError, run_as_script
+from cli.parser import Parser
+from tools.common import write_file
+
+_CIFAR = {  # a file that only this one has -> its files, bytes of labels before an image, names
+    "data_batch_1.bin": (
+        {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "val": ["test_batch.bin"]},
+        *(1, "batches.meta.txt"),
+    ),
+    "train.bin": ({"train": ["train.bin"], "val": ["test.bin"]}, 2, "fine_label_names.txt"),
+}
+_PIXELS = 3 * 32 * 32  # of an image of CIFAR: red, green and blue plane
+_SETS = {"trnid": "train", "valid": "train", "tstid": "val"}  # of setid.mat
+_DAMAGED = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
+
+
+class Picture(NamedTuple):
+    """An image file of a data set."""
+
+    split: str
+    name: str  # in its archive
+    label: int
+    data: bytes
+
+
+def prepare(archive: str, output: str, log: Callable[[str], None] = print) -> None:
+    """Writes a data folder from an archive.
+
+    Args:
+        archive: the file as it was downloaded; it is recognised by what is in it.
+        output: the data folder to make.
+        log: takes one line of text.
+
+    Raises:
+        DataError: a damaged archive, or none of these; a file beside it is missing.
+        UserError: ``output`` holds something, or cannot be written.
+    """
+    if os.path.isdir(output) and os.listdir(output):
+        raise UserError(f"-output {output}: is not empty; name another, or remove it")
+    try:
+        names, pictures = _open(archive)
+        lists = _write_tars(pictures, Path(output))
+    except _DAMAGED as error:
+        raise DataError(f"{archive}: cannot be read: {error}; download it again") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror}") from None
+    if names:
+        write_file(Path(output, "classes.txt"), "".join(f"{name}\n" for name in names))
+    for split, lines in lists.items():
+        write_file(Path(output, f"{split}_list.txt"), "".join(lines))
+    log(f"{output}: {len(lists['train']):,} images to train on, {len(lists['val']):,} to test")
+    log(f"use it with: -dataset imagenet2012 -data_path {output}")
+
+
+def _open(archive: str) -> tuple[list[str], Iterator[Picture]]:
+    """The names of the classes (none: []), and the images one after another."""
+    files = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            base = os.path.basename(member.name)
+            if base.startswith("image_0"):
+                return [], _flowers(archive)
+            if member.isfile() and base.endswith((".bin", ".txt")):
+                files[base] = tar.extractfile(member).read()
+    for mark, (parts, head, meta) in _CIFAR.items():
+        if mark in files:
+            wanted = [*sum(parts.values(), []), meta]
+            if missing := [name for name in wanted if name not in files]:
+                raise DataError(f"{archive}: lacks {', '.join(missing)}; download it again")
+            names = files[meta].decode().split()
+            return names, _cifar(archive, files, parts, head, names)
+    raise DataError(f"{archive}: neither CIFAR's binary version nor Flowers-102's images")
+
+
+def _cifar(archive: str, files: dict, parts: dict, head: int, names: list) -> Iterator[Picture]:
+    """The images of CIFAR's records: labels (the last one counts), then the planes."""
+    for split, members in parts.items():
+        data = np.frombuffer(b"".join(files[name] for name in members), "uint8")
+        if len(data) % (head + _PIXELS):
+            raise DataError(f"{archive}: {members[-1]} ends within an image; download it again")
+        for number, record in enumerate(data.reshape(-1, head + _PIXELS)):
+            label, file = int(record[head - 1]), io.BytesIO()
+            if label >= len(names):
+                raise DataError(f"{archive}: {split} image {number} has the label {label}")
+            planes = record[head:].reshape(3, 32, 32)
+            Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))).save(file, "PNG")
+            yield Picture(split, f"{names[label]}/{number:05d}.png", label, file.getvalue())
+
+
+def _flowers(archive: str) -> Iterator[Picture]:
+    """The images of Flowers-102, by the two files beside their archive."""
+    beside = Path(archive).parent
+    labels = read_mat(beside / "imagelabels.mat").get("labels", np.zeros(0, "uint8"))
+    sets = read_mat(beside / "setid.mat")
+    splits = {int(i): split for key, split in _SETS.items() for i in sets.get(key, ())}
+    if not splits or max(splits) > len(labels) or min(splits) < 1:
+        raise DataError(f"{beside / 'setid.mat'}: does not fit {beside / 'imagelabels.mat'}")
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = os.path.basename(member.name)
+            number = name[len("image_") : -len(".jpg")]
+            if number.isdigit() and int(number) in splits:
+                label = int(labels[int(number) - 1])  # from 1
+                data = tar.extractfile(member).read()
+                yield Picture(splits.pop(int(number)), f"{label}/{name}", label - 1, data)
+    if splits:
+        raise DataError(f"{archive}: lacks image_{min(splits):05d}.jpg; download it again")
+
+
+def _write_tars(pictures: Iterator[Picture], output: Path) -> dict[str, list[str]]:
+    """Writes ``train.tar`` and ``val.tar``; the lines of their lists. After an error, neither."""
+    lists: dict[str, list[str]] = {"train": [], "val": []}
+    output.mkdir(parents=True, exist_ok=True)
+    drafts = {split: output / f".{split}.tar.tmp" for split in lists}
+    try:
+        with contextlib.ExitStack() as stack:
+            tars = {s: stack.enter_context(tarfile.open(path, "w")) for s, path in drafts.items()}
+            for split, name, label, data in pictures:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tars[split].addfile(info, io.BytesIO(data))
+                lists[split].append(f"{split}.tar/{name} {label}\n")
+        for split, path in drafts.items():
+            path.rename(output / f"{split}.tar")
+    finally:
+        for path in drafts.values():
+            path.unlink(missing_ok=True)
+    return lists
+
+
+# ------------------------------------------------- MATLAB's files, version 5: matrices of numbers
+_MATRIX, _COMPRESSED = 14, 15
+_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
+
+
+def read_mat(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The matrices of a MATLAB file of version 5, by name, each as a flat array.
+
+    As much of the format as Flowers-102 needs, instead of SciPy: real numbers, little-endian.
+
+    Raises:
+        DataError: it is missing, or no such file.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if data[124:128] != b"\0\1IM":
+            raise ValueError
+        matrices = {}
+        for kind, content in _elements(data[128:]):
+            if kind == _COMPRESSED:
+                kind, content = next(_elements(zlib.decompress(content)))
+            if kind == _MATRIX:
+                _, _, (_, name), (type_, numbers) = list(_elements(content))[:4]
+                matrices[name.decode()] = np.frombuffer(numbers, f"<{_TYPES[type_]}")
+        return matrices
+    except OSError as error:
+        reason = f"{error.strerror.lower()}; it belongs beside 102flowers.tgz"
+    except (ValueError, KeyError, StopIteration, struct.error, zlib.error):
+        reason = "not a MATLAB file of version 5; download it again"
+    raise DataError(f"{path}: {reason}")
+
+
+def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields type and content of each element; a small one shares the 8 bytes of its tag."""
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from("<II", data, at)
+        if kind >> 16:
+            yield kind & 0xFFFF, data[at + 4 : at + 4 + (kind >> 16)]
+            at += 8
+        else:
+            yield kind, data[at + 8 : at + 8 + size]
+            at += 8 + size + (-size % 8 if kind != _COMPRESSED else 0)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.paths("archive", "cifar-10-binary.tar.gz, cifar-100-binary.tar.gz or 102flowers.tgz")
+    parser.flag("output", "data folder to make", metavar="DIR", required=True)
+    args = parser.parse_args()
+    prepare(args.archive, args.output)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
