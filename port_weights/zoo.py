@@ -55,12 +55,19 @@ class Weights(NamedTuple):
     @property
     def real_top1(self) -> float | None:
         """Top-1 with ImageNet-ReaL's labels; None: nobody published it."""
-        return REAL_AND_V2.get(self.name, (None, None))[0]
+        return self.published("real")
 
     @property
     def v2_top1(self) -> float | None:
         """Top-1 on ImageNet-V2, matched frequency; None: nobody published it."""
-        return REAL_AND_V2.get(self.name, (None, None))[1]
+        return self.published("v2")
+
+    def published(self, measure: str) -> float | None:
+        """What `MEASURES` names, in percent; None: nobody published it."""
+        if measure in ("top1", "top5"):
+            return getattr(self, measure) if self.training != _DINO else None
+        others = dict(zip(("real", "v2", "sketch", "a", "r"), OTHER_SETS.get(self.name, ())))
+        return others[measure] if others else None
 
     @property
     def paddle(self) -> PaddleFile | None:
@@ -106,18 +113,41 @@ PADDLE_FILES = {
     ),
 }
 
-# Top-1 with ImageNet-ReaL's labels and on ImageNet-V2 (matched frequency), by name: timm's
-# results/results-imagenet-real.csv and results/results-imagenetv2-matched-frequency.csv.
-REAL_AND_V2 = {
-    "resmlp_12_224": (83.566, 64.330),
-    "resmlp_24_224": (85.277, 67.700),
-    "resmlp_36_224": (85.623, 68.040),
-    "resmlp_big_24_224": (85.697, 68.280),
-    "resmlp_12_distilled_224": (84.724, 66.290),
-    "resmlp_24_distilled_224": (86.635, 69.620),
-    "resmlp_36_distilled_224": (86.980, 70.100),
-    "resmlp_big_24_distilled_224": (88.441, 73.380),
-    "resmlp_big_24_22k_224": (89.024, 74.200),
+
+class Measure(NamedTuple):
+    """An accuracy that was published for the zoo."""
+
+    title: str
+    data: str  # the set that it is measured on, as `tools/evaluate_zoo.py` calls it
+    key: str  # of eval.json
+    images: int  # of the whole set
+    # Percent that timm's own results of one of these weights changed by, from release to release of
+    # timm, PyTorch, CUDA and Pillow (2021 to 2025), at most, rounded up to 0.01.
+    spread: float
+
+
+MEASURES = {
+    "top1": Measure("ImageNet", "val", "top1", 50000, 0.04),
+    "top5": Measure("ImageNet, top-5", "val", "top5", 50000, 0.03),
+    "real": Measure("ReaL", "val", "real_top1", 46837, 0.03),
+    "v2": Measure("V2", "v2", "top1", 10000, 0.34),
+    "sketch": Measure("Sketch", "sketch", "top1", 50889, 0.08),
+    "a": Measure("A", "a", "subset_top1", 7500, 0.28),
+    "r": Measure("R", "r", "subset_top1", 30000, 0.10),
+}
+
+# Top-1 by name: with ImageNet-ReaL's labels; on ImageNet-V2 (matched frequency) and -Sketch; on -A
+# and -R among their 200 classes. timm's results/results-imagenet-real.csv and so on.
+OTHER_SETS = {
+    "resmlp_12_224": (83.566, 64.330, 25.526, 7.067, 38.450),
+    "resmlp_24_224": (85.277, 67.700, 27.570, 12.467, 40.677),
+    "resmlp_36_224": (85.623, 68.040, 29.739, 13.427, 43.010),
+    "resmlp_big_24_224": (85.697, 68.280, 26.316, 22.627, 39.593),
+    "resmlp_12_distilled_224": (84.724, 66.290, 26.322, 8.107, 39.883),
+    "resmlp_24_distilled_224": (86.635, 69.620, 30.891, 16.227, 44.797),
+    "resmlp_36_distilled_224": (86.980, 70.100, 31.099, 16.707, 44.730),
+    "resmlp_big_24_distilled_224": (88.441, 73.380, 34.788, 33.787, 49.033),
+    "resmlp_big_24_22k_224": (89.024, 74.200, 37.240, 40.467, 51.913),
 }
 
 # fmt: off

@@ -82,6 +82,7 @@ def _weights(repository: Path) -> None:
         config.MODEL.MIXER.DEPTH = tables.DEPTH
         state = {key: value.numpy() for key, value in build_resmlp(config).state_dict().items()}
         write_weights(state, repository / f"{name}.pdparams")
+    write_weights(state, repository / "weights" / f"{name}.pdparams")
     write_torch_weights(from_paddle(state, "timm")[0], repository / "model.safetensors")
     if importlib.util.find_spec("torch"):
         theirs = from_paddle(state, "facebook")[0]

@@ -84,6 +84,7 @@ LEAVES = {
     r"demo/prepare\.py": [f"output/fashion_mnist_data/{name}" for name in _LISTS],
     r"-output=output/fmnist": [f"output/fmnist/{name}" for name in _RUN],
     r"tools/study\.py": ["output/ablation/results.md"],
+    r"tools/evaluate_zoo\.py": [f"output/zoo/results.{kind}" for kind in ("md", "csv", "json")],
     r"tools/plot_metrics\.py": ["curves.png", "curves.html"],
     r"tools/visualize\.py": [f"output/demo/pictures/{name}" for name in _PICTURES],
     r"-format onnx_int8": ["output/demo/exported/model.int8.onnx"],

@@ -1,0 +1,199 @@
+"""The whole zoo in one command: files told by their names, known counts, what is kept."""
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import csv
+import json
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from cli.errors import UserError
+from config import get_config
+from loading.imagenet import wordnet_ids
+from port_weights.names import from_paddle
+from port_weights.zoo import MEASURES, ZOO
+from resmlp import build_resmlp, load_state
+from storage.weights import write_weights
+from tools.evaluate_zoo import Evaluation, evaluate_zoo, find_files, identify
+
+from .helpers.tiny_run import run_tool
+
+_TINY = "MODEL.MIXER.DEPTH 1 MODEL.MIXER.EMBED_DIM 8 MODEL.MIXER.PATCH_SIZE 16 DATA.IMAGE_SIZE 32 "
+_TINY += "DATA.CROP_PCT 1.0 DATA.NUM_WORKERS 0"
+OPTS = _TINY.split()
+FILES = {  # file -> the entry of the zoo, and whose names the parameters have
+    "resmlp_24_224.pdparams": ("resmlp_24_224", "paddle"),
+    "resmlp_36_distilled_224.safetensors": ("resmlp_36_distilled_224", "paddle"),
+    "resmlp_12_no_dist.safetensors": ("resmlp_12_224", "facebook"),
+    "resmlp_big_24_224.fb_in1k.safetensors": ("resmlp_big_24_224", "timm"),
+    "hub/models--timm--resmlp_12_224.fb_distilled_in1k/snapshots/1a/model.safetensors": (
+        "resmlp_12_distilled_224",
+        "timm",
+    ),
+}
+
+
+def tiny_config():
+    config = get_config()
+    config.MODEL.MIXER.DEPTH, config.MODEL.MIXER.EMBED_DIM = 1, 8
+    config.DATA.IMAGE_SIZE = 32
+    return config
+
+
+def random_state(seed):
+    rng = np.random.default_rng(seed)
+    state = build_resmlp(tiny_config()).state_dict()
+    return {n: rng.normal(0.1, 0.5, v.shape).astype("float32") for n, v in state.items()}
+
+
+def ranking(state, images):
+    """The classes of uint8 images ``[B, 32, 32, 3]`` (those of the folder ``a``), the likeliest
+    first; normalised in float64.
+    """
+    if not isinstance(images, np.ndarray):
+        paths = sorted((images / "a").glob("*/*.png"))
+        images = np.stack([np.asarray(Image.open(path)) for path in paths])
+    model = build_resmlp(tiny_config())
+    load_state(model, state)
+    model.eval()
+    x = (images / 255 - [0.485, 0.456, 0.406]) / np.array([0.229, 0.224, 0.225])
+    logits = model(paddle.to_tensor(x.transpose(0, 3, 1, 2).astype("float32"))).numpy()
+    return np.argsort(-logits, axis=1)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Five files of random weights, and images whose labels are what one of them says."""
+    folder = tmp_path_factory.mktemp("zoo")
+    states = {name: random_state(seed) for seed, name in enumerate(FILES)}
+    for name, (_, names) in FILES.items():
+        path = folder / "weights" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = states[name]
+        write_weights(state if names == "paddle" else from_paddle(state, names)[0], path)
+    images = np.random.default_rng(9).integers(0, 256, [10, 32, 32, 3], dtype=np.uint8)
+    top = {name: ranking(state, images)[:, :5] for name, state in states.items()}
+    labels = [top[list(FILES)[i % 5]][i, i % 2] for i in range(10)]
+    lines = []
+    for i, label in enumerate(labels):
+        path = folder / "imagenet" / "val" / f"ILSVRC2012_val_{i + 1:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(path)
+        lines.append(f"val/{path.name} {label}\n")
+        path = folder / "a" / wordnet_ids()[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(path)
+    (folder / "imagenet" / "val_list.txt").write_text("".join(lines))
+    real = [[int(top[list(FILES)[0]][i, 0])] if i < 4 else [] for i in range(10)]
+    (folder / "real.json").write_text(json.dumps(real))
+    return folder, top, labels
+
+
+def evaluation(folder, output, nprocs=1, **data):
+    data = data or {"val": str(folder / "imagenet")}
+    real = str(folder / "real.json") if "val" in data else None
+    return Evaluation(str(output), data, real, OPTS, [f"-nprocs={nprocs}", "-batch_size=4"])
+
+
+def here(output):
+    with open(output / "results.csv", encoding="utf-8") as file:
+        return {(row["weights"], row["measure"]): row for row in csv.DictReader(file)}
+
+
+def test_five_files_are_evaluated_once_and_again_where_they_or_the_data_change(zoo, tmp_path):
+    folder, top, labels = zoo
+    one = evaluation(folder, tmp_path)
+    evaluate_zoo(str(folder / "weights"), one)
+    assert one.problems == []
+    found = here(tmp_path)
+    for name, (weights, _) in FILES.items():
+        hits = top[name] == np.array(labels)[:, None]
+        assert hits.any()
+        assert float(found[weights, "ImageNet"]["here"]) == 100 * hits[:, 0].sum() / 10
+        assert float(found[weights, "ImageNet, top-5"]["here"]) == 100 * hits.sum() / 10
+        row = found[weights, "ReaL"]
+        right = (top[name][:4, 0] == top[list(FILES)[0]][:4, 0]).sum()
+        assert (float(row["here"]), row["images"]) == (100 * right / 4, "4")
+    row = found["resmlp_24_224", "ImageNet"]
+    assert row["published"] == "79.374" and row["explained"] == "other images (50000 published)"
+    assert float(row["difference"]) == pytest.approx(float(row["here"]) - 79.374)
+    assert "| resmlp_24_224 | resmlp_24_224.pdparams |" in (tmp_path / "results.md").read_text()
+    assert not list(tmp_path.rglob("ported*"))  # what was ported for it is gone
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("eval.json")}
+    assert len(times) == 5
+    again = evaluation(folder, tmp_path)
+    evaluate_zoo(str(folder / "weights"), again)
+    changed = folder / "weights" / list(FILES)[0]
+    kept = changed.read_bytes()
+    write_weights(random_state(7), changed)
+    evaluate_zoo(str(folder / "weights"), evaluation(folder, tmp_path, nprocs=2))
+    redone = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert [path.parent.parent.name for path in redone] == [list(FILES)[0]]
+    changed.write_bytes(kept)
+    (folder / "imagenet" / "val_list.txt").touch()  # the images and labels are the same
+    assert evaluation(folder, tmp_path).prints == again.prints
+    with open(folder / "imagenet" / "val" / "ILSVRC2012_val_00000001.png", "ab") as file:
+        file.write(b"\0")
+    assert evaluation(folder, tmp_path).prints != again.prints
+
+
+def test_two_processes_count_as_one_does_and_unusable_files_do_not_stop_them(zoo, tmp_path):
+    folder, top, labels = zoo
+    weights, name = tmp_path / "weights", "resmlp_24_224.pdparams"
+    weights.mkdir()
+    write_weights(random_state(0), weights / name)
+    other = {n: v for n, v in random_state(0).items() if not n.startswith("head.")}
+    write_weights(other, weights / "resmlp_36_224.pdparams")
+    wide = dict(random_state(0), **{"norm.alpha": np.ones([1, 1, 9], "float32")})
+    write_weights(wide, weights / "resmlp_big_24_224.pdparams")
+    (weights / "resmlp_12_224.pdparams").write_bytes(b"damaged")
+    (weights / "vit_base.pth").write_bytes(b"?")
+    write_weights(other, weights / "resmlp_12_dino_224.pdparams")
+    flags = ["-weights", weights, "-a", folder / "a", "-output", tmp_path / "out"]
+    result = run_tool("evaluate_zoo", *flags, "-nprocs", 2, "-opts", *OPTS, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")][-4:]
+    for line, part in zip(said, ("damaged", "has no head", "exit code 2", "no such name")):
+        assert part in line
+    assert "k-NN accuracy is 62.6 %" in result.stdout
+    classes = sorted(set(labels))
+    among = [next(c for c in row if c in classes) for row in ranking(random_state(0), folder)]
+    expected = 100 * np.mean(np.array(among) == sorted(labels))
+    row = here(tmp_path / "out")["resmlp_24_224", "A"]
+    assert (float(row["here"]), row["images"]) == (expected, "10")
+    assert (tmp_path / "out/results.md").read_text().count("Not evaluated: ") == 4
+
+
+def test_each_name_of_the_zoo_is_known_in_every_place_that_publishes_it(tmp_path):
+    for weights in ZOO:
+        for name in (
+            f"{weights.name}.pdparams",
+            weights.file,
+            f"{weights.timm}.bin",
+            f"{weights.timm}/model.safetensors",
+            f"models--timm--{weights.timm}/snapshots/0a1b/pytorch_model.bin",
+        ):
+            assert identify(tmp_path / name) is weights
+    assert identify(tmp_path / "model.safetensors") is identify(tmp_path / "best.pdparams") is None
+
+
+def test_a_file_that_was_ported_from_another_one_is_not_evaluated_twice(tmp_path):
+    for name in ("resmlp_12_dist.pth", "resmlp_12_dist.pth.pdparams", "notes.txt"):
+        (tmp_path / name).touch()
+    assert find_files(str(tmp_path)) == [tmp_path / "resmlp_12_dist.pth"]
+    with pytest.raises(UserError, match="no weight files"):
+        find_files(str(tmp_path / "none"))
+
+
+def test_differences_are_explained_up_to_the_spread_of_timms_own_results(tmp_path):
+    from tools.evaluate_zoo import _row
+
+    for off, word in ((0.04, "yes"), (-0.04, "yes"), (0.042, "no"), (-1.0, "no")):
+        scores = {"top1": 79.374 + off, "images": MEASURES["top1"].images}
+        assert (
+            _row("x", "top1", {"weights": "resmlp_24_224", "scores": scores})["explained"] == word
+        )

@@ -1,0 +1,268 @@
+"""Evaluates every published weight file of a folder; a table beside the published numbers.
+
+python tools/evaluate_zoo.py -weights downloads -data_path /dataset/imagenet -output output/zoo \
+    [-real real.json] [-v2 DIR] [-sketch DIR] [-a DIR] [-r DIR] [-nprocs N]
+
+A file is known by its name: PPViT's, facebookresearch/deit's or timm's (Hugging Face's model.* by
+its folder's name). Each set is evaluated as `main_multi_gpu.py -eval` does. Run again after a stop,
+what was measured is kept, unless the file, the data or the options have changed. Ends with 1 where
+a file cannot be used or an evaluation fails.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from cli.errors import UserError, WeightsError, run_as_script
+from cli.parser import Parser
+from config import get_config, update_config
+from datasets import build_dataset
+from loading import archives
+from port_weights.architecture import infer
+from port_weights.load_timm_weights import port
+from port_weights.torch_files import read_torch_weights
+from port_weights.zoo import MEASURES, ZOO, Weights
+from storage.weights import read_weights
+from tools.common import write_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SETS = ("val", "v2", "sketch", "a", "r")
+SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pt", ".bin")
+_GENERIC = ("model", "pytorch_model")  # Hugging Face's files, in folders that have the name
+_COLUMNS = ("weights", "file", "measure", "images", "here", "published", "difference", "explained")
+
+
+def identify(path: Path) -> Weights | None:
+    """The entry of the zoo that a file's name means; None: it means none."""
+    names = {path.name, path.stem}
+    if path.stem in _GENERIC:  # also .../models--timm--NAME/snapshots/HASH/model.safetensors
+        names |= {parent.name.rpartition("--")[2] for parent in path.parents}
+    return next((w for w in ZOO if names & {w.name, w.timm, w.file, Path(w.file).stem}), None)
+
+
+def find_files(folder: str) -> list[Path]:
+    """The weight files under a folder, without those that `-pretrained` ported from one of them.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    found = [path for path in found if path.with_suffix("") not in found]
+    if not found:
+        raise UserError(f"-weights {folder}: no weight files ({' '.join(SUFFIXES)}) in there")
+    return found
+
+
+def data_config(cfg: Path, root: str, opts: list[str]):
+    """The config of an evaluation on a set: its list file where it has one, else its folders."""
+    config = update_config(get_config(), argparse.Namespace(cfg=str(cfg), opts=opts))
+    listed = os.path.isfile(os.path.join(root, config.DATA.VAL_LIST))
+    config.DATA.DATASET = "imagenet2012" if listed else "imagefolder"
+    config.DATA.DATA_PATH, config.EVAL = root, True
+    config.freeze()
+    return config
+
+
+def fingerprint(config) -> str:
+    """Changes with the images of a set: their names, labels, sizes and times."""
+    files, digest = build_dataset(config, "val").files, hashlib.sha256()
+    for index in range(len(files)):
+        path = files.path(index)
+        inside, about = archives.split(path), None
+        with suppress(OSError):  # the evaluation names it
+            about = os.stat(inside[0] if inside else path)
+        about = about and (about.st_size, about.st_mtime_ns)
+        digest.update(f"{files.name(index)} {files.labels[index]} {about}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def usable(path: Path, config, ported: Path) -> Path:
+    """The file for `-pretrained`: this one, or `ported`, written from PyTorch's.
+
+    Raises:
+        WeightsError: it is damaged, or not the model of the config.
+    """
+    if path.suffix == ".pdparams":
+        state = read_weights(path).state
+    else:
+        state, _ = read_torch_weights(str(path))
+    ours = "patch_embed.patch_embed.weight" in state
+    found = infer(state) if ours else port(state, str(ported), proof="keys", log=lambda line: None)
+    if differences := found.differences(config):
+        raise WeightsError(f"{path}: not the model of its name: {'; '.join(differences)}")
+    if not found.num_classes:
+        raise WeightsError(f"{path}: has no head, so it names no classes")
+    return path if ours else ported
+
+
+class Evaluation:
+    """What was measured so far, kept in ``results.json``, and how to measure more.
+
+    Args:
+        output: the folder for results and logs.
+        data: name of a set (`SETS`) -> its folder.
+        real: ``real.json``; None: without ReaL.
+        opts: config keys of all runs, ``[KEY, VALUE, ...]``.
+        flags: further flags of `main_multi_gpu.py`.
+    """
+
+    def __init__(self, output: str, data: dict[str, str], real: str | None, opts, flags):
+        self.output, self.data, self.flags = Path(output), data, flags
+        self.opts, self.real = list(opts), ["EVAL_REAL_LABELS", real] if real else []
+        cfg = ROOT / "configs" / f"{ZOO[0].config}.yaml"
+        self.configs = {name: data_config(cfg, root, self.opts) for name, root in data.items()}
+        told = [self.opts, "-amp" in flags, real and sha256(real)]
+        self.prints = {n: f"{fingerprint(c)} {told}" for n, c in self.configs.items()}
+        self.problems: list[str] = []
+        self.results: dict[str, dict] = {}  # file -> set -> what was measured
+        with suppress(OSError, ValueError):
+            self.results = json.loads((self.output / "results.json").read_text(encoding="utf-8"))
+
+    def file(self, name: str, path: Path, weights: Weights) -> None:
+        """Evaluates a file on the sets where it was not yet; what goes wrong is in `problems`."""
+        cfg, folder = ROOT / "configs" / f"{weights.config}.yaml", self.output / name
+        digest, ported = sha256(path), folder / "ported.pdparams"
+        keys = {
+            s: hashlib.sha256(f"{digest} {p}".encode()).hexdigest() for s, p in self.prints.items()
+        }
+        kept = self.results.get(name, {})
+        self.results[name] = {s: kept[s] for s in keys if kept.get(s, {}).get("key") == keys[s]}
+        left = [s for s in keys if s not in self.results[name]]
+        try:
+            model = update_config(get_config(), argparse.Namespace(cfg=str(cfg), opts=self.opts))
+            pretrained = usable(path, model, ported) if left else path
+            for s in left:
+                print(f"{name}: {s}", flush=True)
+                scores = self._run(cfg, pretrained, s, folder / s)
+                self.results[name][s] = {"key": keys[s], "weights": weights.name, "scores": scores}
+        except WeightsError as error:
+            self.problems.append(str(error))
+        ported.unlink(missing_ok=True)
+
+    def _run(self, cfg: Path, pretrained: Path, s: str, folder: Path) -> dict:
+        config, opts = self.configs[s], self.opts + (self.real if s == "val" else [])
+        command = [sys.executable, str(ROOT / "main_multi_gpu.py"), f"-cfg={cfg}", "-eval"]
+        command += [f"-pretrained={pretrained}", f"-dataset={config.DATA.DATASET}"]
+        command += [f"-data_path={self.data[s]}", f"-output={folder}", *self.flags]
+        code = subprocess.run(command + (["-opts", *opts] if opts else [])).returncode
+        if code:
+            raise WeightsError(f"{pretrained}: its evaluation on {s} ended with exit code {code}")
+        return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+
+    def rows(self) -> list[dict]:
+        """A row for each file and measure, with the columns of the tables."""
+        rows = []
+        for name, sets in self.results.items():
+            for measure, facts in MEASURES.items():
+                found = sets.get(facts.data)
+                if found and facts.key in found["scores"]:
+                    rows.append(_row(name, measure, found))
+        return rows
+
+    def write(self) -> str:
+        """Writes results.json, results.csv and results.md; returns the last one's text."""
+        rows, table = self.rows(), io.StringIO()
+        writer = csv.DictWriter(table, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+        lines += [f"| {' | '.join(str(row[c]) for c in _COLUMNS)} |" for row in rows]
+        spreads = ", ".join(f"{m.title} {m.spread}" for m in MEASURES.values())
+        lines += [
+            "",
+            "All in percent. A difference is explained, by rounding and JPEG decoders, if it",
+        ]
+        lines += ["is at most what timm's own results of such a file changed by between releases:"]
+        lines += [f"{spreads}.", *(f"\nNot evaluated: {problem}" for problem in self.problems)]
+        text = "\n".join(lines) + "\n"
+        write_file(self.output / "results.json", json.dumps(self.results, indent=1) + "\n")
+        write_file(self.output / "results.csv", table.getvalue())
+        write_file(self.output / "results.md", text)
+        return text
+
+
+def _row(name: str, measure: str, found: dict) -> dict:
+    facts, scores = MEASURES[measure], found["scores"]
+    published = next(w for w in ZOO if w.name == found["weights"]).published(measure)
+    images = scores["real_images" if measure == "real" else "images"]
+    here, explained, difference = scores[facts.key], "", ""
+    if published is not None:
+        difference = f"{here - published:+.3f}"
+        explained = "yes" if abs(here - published) < facts.spread + 5e-4 else "no"
+    if images != facts.images:
+        explained = f"other images ({facts.images} published)"
+    shown = "" if published is None else f"{published:.3f}"
+    values = found["weights"], name, facts.title, images, f"{here:.3f}", shown
+    return dict(zip(_COLUMNS, (*values, difference, explained)))
+
+
+def evaluate_zoo(folder: str, evaluation: Evaluation) -> None:
+    """Evaluates the weight files of a folder, one after another."""
+    files = {p.relative_to(folder).as_posix().replace("/", "__"): p for p in find_files(folder)}
+    evaluation.results = {n: r for n, r in evaluation.results.items() if n in files}
+    for name, path in files.items():
+        weights = identify(path)
+        if weights is None:
+            evaluation.problems.append(f"{path}: the zoo (port_weights/zoo.py) has no such name")
+        elif weights.top5 is None:
+            print(f"{path}: features without a head; its {weights.training} is {weights.top1} %")
+        else:
+            evaluation.file(name, path, weights)
+            evaluation.write()
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.flag("weights", "folder of weight files, with those in it", metavar="DIR", required=True)
+    parser.flag("data_path", "ImageNet's validation set", metavar="DIR")
+    parser.flag("real", "ImageNet-ReaL's real.json", metavar="FILE")
+    for name, title in zip(SETS[1:], ("V2", "Sketch", "A", "R")):
+        parser.flag(name, f"ImageNet-{title}", metavar="DIR")
+    parser.flag("output", "folder of the results", metavar="DIR", default="output/zoo")
+    parser.flag(
+        "nprocs", "processes; 0: one a GPU, or one on CPU", type=int, metavar="N", default=0
+    )
+    parser.flag("batch_size", "images per process and step", type=int, metavar="N", default=64)
+    parser.flag("amp", "mixed precision on GPU", action="store_true")
+    parser.opts_flag("config keys of all evaluations")
+    args = parser.parse_args()
+    folders = {"val": args.data_path, **{name: getattr(args, name) for name in SETS[1:]}}
+    data = {name: root for name, root in folders.items() if root}
+    if not data or (args.real and not args.data_path):
+        raise UserError("name a set: -data_path (and with it -real), -v2, -sketch, -a or -r")
+    flags = [f"-nprocs={args.nprocs}", f"-batch_size={args.batch_size}"] + ["-amp"] * args.amp
+    evaluation = Evaluation(args.output, data, args.real, args.opts, flags)
+    evaluate_zoo(args.weights, evaluation)
+    print(evaluation.write(), flush=True)
+    for problem in evaluation.problems:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    return 1 if evaluation.problems else 0
+
+
+if __name__ == "__main__":
+    run_as_script(main)
