@@ -19,12 +19,12 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable
 
 import paddle
 import paddle.nn.functional as F
 
 from cli.errors import ConfigError, WeightsError
+from config import get_config
 from resmlp import build_resmlp, load_state
 from storage import safe_pickle
 from storage.weights import read_weights, shorten, unreachable
@@ -75,14 +75,13 @@ class Teacher:
         return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
-def build_teacher(config, load_config: Callable | None = None) -> Teacher:
+def build_teacher(config) -> Teacher:
     """Builds the teacher of TRAIN.TEACHER_* and tries it on two blank images.
 
     Args:
         config: the student's. Its DATA.IMAGE_SIZE, IMAGENET_MEAN and IMAGENET_STD stand in for a
             TRAIN.TEACHER_IMAGE_SIZE, _MEAN or _STD of None, except where the teacher is a YAML
             file: that has its own.
-        load_config: path of a YAML file -> config.
 
     Raises:
         ConfigError: no such teacher, no weights for it, or it does not fit images or classes.
@@ -95,7 +94,7 @@ def build_teacher(config, load_config: Callable | None = None) -> Teacher:
             f"TRAIN.DISTILLATION_TYPE is {train.DISTILLATION_TYPE}, but TRAIN.TEACHER_MODEL is None"
         )
     if Path(name).suffix in (".yaml", ".yml"):
-        teacher_config = load_config(name)
+        teacher_config = get_config(name)
         data = teacher_config.DATA
         network = _resmlp(teacher_config, name, train.TEACHER_PRETRAINED, classes)
     elif (prefix := _saved_prefix(name)) is not None:

@@ -11,67 +11,32 @@ from cpu import setup  # noqa: F401  isort: skip
 
 import contextlib
 import itertools
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, WeightsError
-from datasets import build_loader, class_names, with_num_classes
-from loading.real_labels import read_real_labels
+from cli.errors import ConfigError, TrainingError
+from datasets import build_loader, with_num_classes
 from optimizer import Schedule
-from parallel.process import (
-    Preempted,
-    Process,
-    from_main,
-    main_first,
-    prepare_process,
-)
-from resmlp import build_resmlp, load_pretrained, load_state
+from parallel.process import Process, from_main, main_first, prepare_process
 from storage import checkpoints
 from storage.run_folder import RunFolder, choose_folder
-from training.evaluation import Metrics, evaluate, write_report
-from training.learner import Learner, autocast
+from training.eval_run import run_evaluation
+from training.evaluation import Metrics, Result, evaluate
+from training.learner import Learner
 from training.progress import Monitor, Progress
 from training.report import Report
-from training.saving import Checkpoints
-from utils import Meter, Normalize, ProgressLine, seed_everything, step_rng
+from training.saving import Checkpoints, first_model
+from utils import Meter, ProgressLine, seed_everything, step_rng
 
 _log = logging.getLogger("resmlp")
 
 
-@dataclass
-class Result:
-    """What a run ends with; ``result["top1"]`` reads as ``result.top1``.
-
-    The numbers are of the last evaluation, of the EMA where there is one; None without any.
-    """
-
-    folder: Path
-    rank: int
-    top1: float | None = None  # percent
-    top5: float | None = None
-    loss: float | None = None
-    images: int | None = None
-    balanced_accuracy: float | None = None  # where classes have unequal numbers of images
-    best_top1: float | None = None  # of a training run
-
-    def __getitem__(self, name: str):
-        return getattr(self, name)
-
-
-def run(
-    config,
-    load_config: Callable | None = None,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> Result:
+def run(config, on_step: Callable[[int], None] = lambda step: None) -> Result:
     """Trains, or with ``config.EVAL`` evaluates, as a frozen config says.
 
     Args:
         config: the resolved config.
-        load_config: path of a YAML file -> config; a teacher that is a ResMLP needs it.
         on_step: called with the number of optimizer steps done, for a supervisor.
 
     Raises:
@@ -86,64 +51,16 @@ def run(
         if config.AMP and not process.on_gpu:
             _log.info("AMP: Paddle has no mixed precision on CPU, running in float32")
         if config.EVAL:
-            return _run_evaluation(config, process, folder)
+            return run_evaluation(config, process, folder)
         if config.MODEL.NUM_CLASSES == 0:
             raise ConfigError("MODEL.NUM_CLASSES is 0 (features only); training needs classes")
-        return Trainer(config, process, folder, load_config).fit(on_step)
-
-
-def _run_evaluation(config, process: Process, folder: RunFolder) -> Result:
-    loader = build_loader(config, "val", process.rank, process.world, _log.info)
-    model = build_resmlp(config)
-    if not config.MODEL.PRETRAINED:
-        raise ConfigError("-eval needs weights: give them with -pretrained FILE")
-    for note in load_pretrained(model, config):
-        _log.info(note)
-    model.eval()
-    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-
-    def predict(images):
-        with autocast(config, process):
-            return model(normalize(images))
-
-    accepted, classes = None, config.MODEL.NUM_CLASSES
-    if config.EVAL_REAL_LABELS:
-        accepted = read_real_labels(config.EVAL_REAL_LABELS, loader.dataset.files, classes)
-    progress = ProgressLine("evaluation", process.main)
-    metrics = evaluate(
-        predict,
-        loader,
-        process,
-        classes,
-        config.EVAL_REPORT,
-        progress=progress,
-        accepted=accepted,
-        subset=loader.dataset.files.subset,
-    )
-    progress.end()
-    _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
-    folder.write("eval.json", json.dumps(metrics.scores(), indent=1) + "\n")
-    if config.EVAL_REPORT and process.main:
-        try:
-            paths = write_report(
-                metrics,
-                class_names(config),
-                folder.path,
-                config.MODEL.NUM_CLASSES,
-                loader.dataset.files,
-            )
-        except OSError as error:
-            raise UserError(f"{folder.path}: the report cannot be written: {error.strerror}")
-        for path in paths:
-            _log.info(f"wrote {path}")
-    result = metrics.top1, metrics.top5, metrics.loss, metrics.images
-    return Result(folder.path, process.rank, *result)
+        return Trainer(config, process, folder).fit(on_step)
 
 
 class Trainer:
     """A training run: built, restored, and then `fit`."""
 
-    def __init__(self, config, process: Process, folder: RunFolder, load_config):
+    def __init__(self, config, process: Process, folder: RunFolder):
         self.config, self.process = config, process
         self.checkpoints = Checkpoints(config, process, folder)
         saved = self.checkpoints.choose()
@@ -152,7 +69,7 @@ class Trainer:
         self.schedule = Schedule(config, len(self.train_loader), process.world)
         seed_everything(config.SEED)
         model, labels = first_model(config, saved), self.train_loader.dataset.files.labels
-        self.learner = Learner(config, process, model, load_config, saved, labels)
+        self.learner = Learner(config, process, model, saved, labels)
         done = saved["epoch"] if saved else config.TRAIN.LAST_EPOCH
         self.progress = Progress(epoch=done, step=done * self.schedule.steps_per_epoch)
         if saved:
@@ -176,7 +93,7 @@ class Trainer:
             teacher = self.learner.objective.teacher
             if teacher is not None and progress.epoch < self.schedule.total_epochs:
                 self.evaluate(teacher, "teacher")
-            while not self._done():
+            while not progress.ended(self.schedule.total_epochs, self.config.TRAIN.EARLY_STOP):
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
             self.checkpoints.finish_or_raise(progress)
@@ -189,18 +106,8 @@ class Trainer:
             self.report.dashboard.close()
             self.monitor.signal.close()
         self.report.done(progress, self.learner.ema is not None)
-        result = Result(self.report.folder.path, self.process.rank, best_top1=progress.best_top1)
-        if metrics is not None:
-            result.top1, result.top5, result.loss = metrics.top1, metrics.top5, metrics.loss
-            result.images, result.balanced_accuracy = metrics.images, metrics.balanced_accuracy
-        return result
-
-    def _done(self) -> bool:
-        stale, limit = self.progress.stale, self.config.TRAIN.EARLY_STOP
-        if not 0 < limit <= stale:
-            return self.progress.epoch >= self.schedule.total_epochs
-        _log.info(f"stopped early: {stale} evaluations without a better one (TRAIN.EARLY_STOP)")
-        return True
+        best = progress.best_top1
+        return Result.of(self.report.folder.path, self.process.rank, metrics, best)
 
     def _train_epoch(self, on_step: Callable[[int], None]) -> None:
         """Trains the rest of an epoch, from where `progress` stands."""
@@ -255,7 +162,7 @@ class Trainer:
         if stop or (save and not end):
             self.checkpoints.save(self.learner, progress)
         if stop:
-            self._stop(f"stopped after step {progress.step}")
+            self.checkpoints.stop(progress, f"stopped after step {progress.step}")
 
     def _finish_epoch(self) -> Metrics | None:
         """Evaluates where that is due, records the epoch and saves."""
@@ -294,40 +201,6 @@ class Trainer:
         )
         bar.end()
         if metrics is None:
-            self._stop("stopped in evaluation")
+            self.checkpoints.stop(self.progress, "stopped in evaluation")
         _log.info(f"{label}: {metrics}")
         return metrics
-
-    def _stop(self, what: str) -> NoReturn:
-        """Ends the run on every rank, when the last save has ended.
-
-        No rank ends before: a launcher that sees one end gives the others seconds to follow.
-        """
-        with main_first(self.process):
-            self.checkpoints.finish_or_raise(self.progress)
-        folder, saved = self.report.folder.path, self.checkpoints.saved
-        if saved is None:
-            where = f"nothing is saved yet in {folder}"
-        elif saved.step == self.progress.step:
-            where = f"saved in {folder}"
-        else:
-            where = f"that could not be saved; the last checkpoint is in {folder}"
-        raise Preempted(from_main(f"{what}; {where}", self.process))
-
-
-def first_model(config, saved: dict | None):
-    """The model with the weights that the run begins with: a checkpoint's, pretrained, or new."""
-    model = build_resmlp(config)
-    if saved:
-        try:
-            load_state(model, saved["model"])
-        except WeightsError as error:
-            raise CheckpointError(f"-resume {config.MODEL.RESUME}: another model: {error}")
-    elif config.MODEL.PRETRAINED:
-        for note in load_pretrained(model, config, new_head=True):
-            _log.info(note)
-    elif config.TRAIN.FREEZE:
-        raise ConfigError(
-            f"TRAIN.FREEZE {config.TRAIN.FREEZE} would freeze random weights; give -pretrained FILE"
-        )
-    return model

@@ -22,7 +22,6 @@ from pathlib import Path
 import paddle.distributed as dist
 
 from cli.errors import ConfigError, UserError
-from config import get_config
 from engine import run
 from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count, stop_signals
 from port_weights.download import is_address, local_weights
@@ -68,7 +67,7 @@ def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
             config.defrost()
             config.MODEL.PRETRAINED = local_weights(config.MODEL.PRETRAINED)
             config.freeze()
-        result = run(config, get_config, on_step)
+        result = run(config, on_step)
         if result["rank"] == 0 and not config.EVAL:
             _plot(result["folder"])
         return 0, ""

@@ -124,7 +124,7 @@ def small_resmlp(tmp_path):
 def test_another_resmlp_is_a_teacher_with_its_own_size_and_normalisation(small_resmlp):
     path, weights, model = small_resmlp
     config = make_config(TEACHER_MODEL=path, TEACHER_PRETRAINED=weights)
-    teacher = build_teacher(config, get_config)
+    teacher = build_teacher(config)
     assert teacher.image_size == 16
     images = make_images(16)
     model.eval()
@@ -147,7 +147,7 @@ def test_the_config_overrides_size_and_normalisation(small_resmlp):
     images = paddle.to_tensor(make_images(16))
     model.eval()
     np.testing.assert_allclose(
-        build_teacher(config, get_config)(images).numpy(), model(images).numpy(), atol=1e-6
+        build_teacher(config)(images).numpy(), model(images).numpy(), atol=1e-6
     )
 
 
@@ -177,9 +177,9 @@ def test_a_saved_network_is_a_teacher(tmp_path):
 
 
 # --------------------------------------------------------------------------------- refusals
-def refuse(match, error=ConfigError, load_config=get_config, **train):
+def refuse(match, error=ConfigError, **train):
     with pytest.raises(error, match=match):
-        build_teacher(make_config(**train), load_config)
+        build_teacher(make_config(**train))
 
 
 def test_no_teacher_is_refused():
@@ -213,7 +213,7 @@ def test_another_number_of_classes_is_refused(tmp_path, small_resmlp):
     config = make_config(TEACHER_MODEL=path, TEACHER_PRETRAINED=weights)
     config.MODEL.NUM_CLASSES = 6
     with pytest.raises(ConfigError, match="has MODEL.NUM_CLASSES 5, the student 6"):
-        build_teacher(config, get_config)
+        build_teacher(config)
     other = paddle.vision.models.squeezenet1_1(num_classes=7)
     paddle.save(other.state_dict(), str(tmp_path / "other.pdparams"))
     refuse(

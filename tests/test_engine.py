@@ -17,8 +17,9 @@ from parallel.process import Process
 from storage import checkpoints
 from storage.weights import read_weights
 from tools.predict import predict
-from training import report
+from training import eval_run, report
 from training.dashboard import Dashboard
+from training.evaluation import Metrics
 from training.learner import Learner
 
 from .helpers.tiny_data import make_config, make_data
@@ -131,7 +132,7 @@ def test_the_best_checkpoint_is_chosen_by_the_ema_where_there_is_one(tmp_path, d
         if raw:
             pairs.append(next(found))
         top1 = pairs[-1][not raw]
-        return engine.Metrics(1.0, top1, 100.0, 9, 1.0)
+        return Metrics(1.0, top1, 100.0, 9, 1.0)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
@@ -244,7 +245,7 @@ def test_a_full_disk_hides_no_step_that_is_not_finite(tmp_path, data, monkeypatc
 
 def test_a_report_that_cannot_be_written_is_said(tmp_path, data, monkeypatch):
     run(make_config(tmp_path, data))
-    monkeypatch.setattr(engine, "write_report", full_disk)
+    monkeypatch.setattr(eval_run, "write_report", full_disk)
     opts = ["EVAL", True, "EVAL_REPORT", True]
     opts += ["MODEL.PRETRAINED", tmp_path / "run" / "last.pdparams"]
     with pytest.raises(UserError, match="run: the report cannot be written: No space"):
@@ -311,11 +312,11 @@ def test_a_student_is_distilled_from_another_resmlp_and_resumes(tmp_path, data):
     opts += ["TRAIN.TEACHER_MODEL", tmp_path / "teacher" / "tiny.yaml"]
     opts += ["TRAIN.TEACHER_PRETRAINED", tmp_path / "teacher" / "run" / "last.pdparams"]
     config = make_config(tmp_path / "student", data, *opts, "TRAIN.NUM_EPOCHS", 1)
-    run(config, get_config)
+    run(config)
     log = (tmp_path / "student" / "run" / "log.txt").read_text()
     assert "teacher: loss" in log and log.index("teacher: loss") < log.index("epoch 1/1")
     opts += ["MODEL.RESUME", "auto"]
-    run(make_config(tmp_path / "student", data, *opts), get_config)
+    run(make_config(tmp_path / "student", data, *opts))
     assert [record["epoch"] for record in metrics(tmp_path / "student", "epoch")] == [1, 2]
 
 

@@ -7,11 +7,11 @@ from paddle import nn
 
 import engine
 from cli.errors import CheckpointError, UserError
-from engine import first_model
 from parallel.process import prepare_process
 from storage import checkpoints
 from training import ppvit_checkpoint
 from training.learner import Learner
+from training.saving import first_model
 
 from .helpers.tiny_data import make_config, make_data
 
@@ -113,7 +113,7 @@ def config_for(folder, data, path, *opts):
 
 def next_step(config, saved):
     """The model and its average after one step of ours with the gradients of step 4."""
-    learner = Learner(config, prepare_process(), first_model(config, saved), None, saved)
+    learner = Learner(config, prepare_process(), first_model(config, saved), saved)
     for name, parameter in learner.model.named_parameters():
         (parameter * paddle.to_tensor(gradient(name, parameter.shape, 4))).sum().backward()
     learner.apply(0.02, 3, paddle.ones([]))

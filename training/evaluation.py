@@ -82,6 +82,33 @@ class Metrics:
         )
 
 
+@dataclass
+class Result:
+    """What a run ends with; ``result["top1"]`` reads as ``result.top1``.
+
+    The numbers are of the last evaluation, of the EMA where there is one; None without any.
+    """
+
+    folder: Path
+    rank: int
+    top1: float | None = None  # percent
+    top5: float | None = None
+    loss: float | None = None
+    images: int | None = None
+    balanced_accuracy: float | None = None  # where classes have unequal numbers of images
+    best_top1: float | None = None  # of a training run
+
+    def __getitem__(self, name: str):
+        return getattr(self, name)
+
+    @classmethod
+    def of(cls, folder: Path, rank: int, metrics: Metrics | None, best: float | None = None):
+        """The result with the numbers of an evaluation, if there was one."""
+        names = ("top1", "top5", "loss", "images", "balanced_accuracy") if metrics else ()
+        found = {name: getattr(metrics, name) for name in names}
+        return cls(folder, rank, **found, best_top1=best)
+
+
 @paddle.no_grad()
 def evaluate(
     predict: Callable,

@@ -34,11 +34,11 @@ def autocast(config, process: Process):
 class Objective:
     """The training loss: the criterion, and where there is a teacher its part."""
 
-    def __init__(self, config, load_config: Callable | None = None, labels: Sequence[int] = ()):
+    def __init__(self, config, labels: Sequence[int] = ()):
         self.criterion = build_criterion(config, labels)
         self.distill = build_distillation_loss(config)
         wanted = config.TRAIN.DISTILLATION_TYPE != "none"
-        self.teacher = build_teacher(config, load_config) if wanted else None
+        self.teacher = build_teacher(config) if wanted else None
 
     def __call__(self, logits, images, targets) -> paddle.Tensor:
         loss = self.criterion(logits, targets)
@@ -55,12 +55,11 @@ class Learner:
         config: the frozen config.
         process: this process; all ranks build and step together.
         model: with its first weights.
-        load_config: path of a YAML file -> config; a teacher that is a ResMLP needs it.
         saved: what `state` returned, from a checkpoint; the weights in ``model`` are its own.
         labels: of the training images, for TRAIN.CLASS_WEIGHTS.
     """
 
-    def __init__(self, config, process: Process, model, load_config=None, saved=None, labels=()):
+    def __init__(self, config, process: Process, model, saved=None, labels=()):
         self.config, self.process, self.model = config, process, model
         train, use_amp = config.TRAIN, config.AMP and process.on_gpu
         self.ema = None
@@ -87,7 +86,7 @@ class Learner:
         if saved:
             self._restore(saved)
         self.augment = BatchAugment(config)
-        self.objective = Objective(config, load_config, labels)
+        self.objective = Objective(config, labels)
         self.network = self.model
         if process.world > 1:  # gradients are averaged over ranks, in buckets of 25 MB
             wait_for_all(process)  # starting may take one rank longer than a collective waits

@@ -53,6 +53,12 @@ class Progress:
             self.take_best(Progress(0, best_score=score, best_top1=top1, best_epoch=self.epoch + 1))
         return self.stale == 0
 
+    def ended(self, epochs: int, patience: int) -> bool:
+        """Whether all epochs are done, or ``patience`` (0: any number of) evaluations in a row
+        have found no better one (TRAIN.EARLY_STOP).
+        """
+        return self.epoch >= epochs or 0 < patience <= self.stale
+
     def start_next_epoch(self) -> None:
         """Counts an epoch as done, its evaluation included."""
         self.epoch, self.samples, self.seconds, self.timed_images = self.epoch + 1, 0, 0.0, 0

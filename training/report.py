@@ -136,6 +136,11 @@ class Report:
 
     def done(self, progress: Progress, ema: bool) -> None:
         """Says how the run ended."""
+        if progress.epoch < self.schedule.total_epochs:
+            _log.info(
+                f"stopped early: {progress.stale} evaluations without a better one "
+                f"(TRAIN.EARLY_STOP)"
+            )
         if progress.best_epoch:
             path, metric = self.folder.path / checkpoints.BEST, self.config.BEST_METRIC
             by = f", chosen by {metric} ({abs(progress.best_score):.4g})" * (metric != "top1")

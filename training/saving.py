@@ -6,9 +6,11 @@ from cpu import setup  # noqa: F401  isort: skip
 
 import logging
 from dataclasses import asdict, replace
+from typing import NoReturn
 
-from cli.errors import CheckpointError
-from parallel.process import Process, from_main, main_first
+from cli.errors import CheckpointError, ConfigError, WeightsError
+from parallel.process import Preempted, Process, from_main, main_first
+from resmlp import build_resmlp, load_pretrained, load_state
 from storage import checkpoints
 from storage.run_folder import RunFolder
 from training import ppvit_checkpoint
@@ -152,3 +154,37 @@ class Checkpoints:
             self._writer.finish()
         except CheckpointError as error:
             _log.error(str(error))
+
+    def stop(self, progress: Progress, what: str) -> NoReturn:
+        """Ends the run on every rank, when the last save has ended.
+
+        No rank ends before: a launcher that sees one end gives the others seconds to follow.
+        """
+        with main_first(self.process):
+            self.finish_or_raise(progress)
+        folder, saved = self.folder.path, self.saved
+        if saved is None:
+            where = f"nothing is saved yet in {folder}"
+        elif saved.step == progress.step:
+            where = f"saved in {folder}"
+        else:
+            where = f"that could not be saved; the last checkpoint is in {folder}"
+        raise Preempted(from_main(f"{what}; {where}", self.process))
+
+
+def first_model(config, saved: dict | None):
+    """The model with the weights that the run begins with: a checkpoint's, pretrained, or new."""
+    model = build_resmlp(config)
+    if saved:
+        try:
+            load_state(model, saved["model"])
+        except WeightsError as error:
+            raise CheckpointError(f"-resume {config.MODEL.RESUME}: another model: {error}")
+    elif config.MODEL.PRETRAINED:
+        for note in load_pretrained(model, config, new_head=True):
+            _log.info(note)
+    elif config.TRAIN.FREEZE:
+        raise ConfigError(
+            f"TRAIN.FREEZE {config.TRAIN.FREEZE} would freeze random weights; give -pretrained FILE"
+        )
+    return model

@@ -1,0 +1,73 @@
+"""The run of ``-eval``: a model with its weights, measured once, and the files of its report."""
+
+from __future__ import annotations
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import json
+import logging
+
+from cli.errors import ConfigError, UserError
+from datasets import build_loader, class_names
+from loading.real_labels import read_real_labels
+from parallel.process import Process
+from resmlp import build_resmlp, load_pretrained
+from storage.run_folder import RunFolder
+from training.evaluation import Result, evaluate, write_report
+from training.learner import autocast
+from utils import Normalize, ProgressLine
+
+_log = logging.getLogger("resmlp")
+
+
+def run_evaluation(config, process: Process, folder: RunFolder) -> Result:
+    """Evaluates MODEL.PRETRAINED on the validation images; eval.json holds what it finds.
+
+    Raises:
+        ConfigError: no weights.
+        UserError: weights, data or labels that do not fit; the report cannot be written.
+    """
+    loader = build_loader(config, "val", process.rank, process.world, _log.info)
+    model = build_resmlp(config)
+    if not config.MODEL.PRETRAINED:
+        raise ConfigError("-eval needs weights: give them with -pretrained FILE")
+    for note in load_pretrained(model, config):
+        _log.info(note)
+    model.eval()
+    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+
+    def predict(images):
+        with autocast(config, process):
+            return model(normalize(images))
+
+    accepted, classes = None, config.MODEL.NUM_CLASSES
+    if config.EVAL_REAL_LABELS:
+        accepted = read_real_labels(config.EVAL_REAL_LABELS, loader.dataset.files, classes)
+    progress = ProgressLine("evaluation", process.main)
+    metrics = evaluate(
+        predict,
+        loader,
+        process,
+        classes,
+        config.EVAL_REPORT,
+        progress=progress,
+        accepted=accepted,
+        subset=loader.dataset.files.subset,
+    )
+    progress.end()
+    _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
+    folder.write("eval.json", json.dumps(metrics.scores(), indent=1) + "\n")
+    if config.EVAL_REPORT and process.main:
+        try:
+            paths = write_report(
+                metrics,
+                class_names(config),
+                folder.path,
+                config.MODEL.NUM_CLASSES,
+                loader.dataset.files,
+            )
+        except OSError as error:
+            raise UserError(f"{folder.path}: the report cannot be written: {error.strerror}")
+        for path in paths:
+            _log.info(f"wrote {path}")
+    return Result.of(folder.path, process.rank, metrics)
