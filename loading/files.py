@@ -349,10 +349,10 @@ def is_split_name(name: str) -> bool:
 
 
 def passed_over(root: str) -> list[str]:
-    """A line that names the folders of splits in `root` that no split is read from, if any."""
+    """A line that names the folders beside those of the splits, which nothing is read from."""
     used = {os.path.basename(split_folder(root, split)) for split in SPLIT_NAMES}
     names = class_folders(root) if os.path.isdir(root) else []
-    others = [name for name in names if is_split_name(name) and name not in used]
+    others = [name for name in names if name not in used] if used & set(names) else []
     return [f"{root}: not used: {', '.join(f'{name}/' for name in others)}"] if others else []
 
 
@@ -616,7 +616,7 @@ def sort_classes(names: Iterable[str], where: str) -> list[str]:
         DataError: two names are one number, as 1 and 01.
     """
     names = sorted(names)
-    if all(re.fullmatch("[0-9]{1,9}", name) for name in names):
+    if all(re.fullmatch("-?[0-9]{1,9}", name) for name in names):
         names.sort(key=int)
         for one, other in zip(names, names[1:]):
             if int(one) == int(other):

@@ -252,10 +252,10 @@ def test_an_empty_class_folder_keeps_its_label(tmp_path):
 
 
 def test_class_folders_that_are_numbers_are_ordered_by_value(tmp_path):
-    make_tree(tmp_path, classes=("10", "9", "2"), count=1)
-    assert find_classes(str(tmp_path)) == ["2", "9", "10"]
-    index = scan_folder(str(tmp_path), "val", 3)
-    assert [index.name(i) for i in range(3)] == [b"val/2/0.png", b"val/9/0.png", b"val/10/0.png"]
+    make_tree(tmp_path, classes=("10", "9", "-1", "2"), count=1)
+    assert find_classes(str(tmp_path)) == ["-1", "2", "9", "10"]
+    index = scan_folder(str(tmp_path), "val", 4)
+    assert [index.name(i).split(b"/")[1] for i in range(4)] == [b"-1", b"2", b"9", b"10"]
     make_tree(tmp_path, classes=("02",), count=1)
     with pytest.raises(DataError, match="the labels '02' and '2' are one number"):
         find_classes(str(tmp_path))
@@ -350,11 +350,11 @@ def test_a_runs_names_for_people_do_not_hinder_its_evaluation(tmp_path):
     "train,val", [("Train", "Val"), ("training", "VALID"), ("TRAIN", "validation")]
 )
 def test_the_usual_names_of_splits_are_known_in_any_case(tmp_path, train, val):
-    make_tree(tmp_path, splits=(train, val, "test"), count=1)
+    make_tree(tmp_path, splits=(train, val, "dev", "test"), count=1)
     assert find_classes(str(tmp_path)) == ["ant", "bee"]
     index = scan_folder(str(tmp_path), "val", 2)
     assert [index.name(i).decode() for i in range(2)] == [f"{val}/ant/0.png", f"{val}/bee/0.png"]
-    assert index.notes == [f"{tmp_path}: not used: test/"]
+    assert index.notes == [f"{tmp_path}: not used: dev/, test/"]
 
 
 def test_images_in_a_split_without_class_folders_are_explained(tmp_path):
