@@ -65,6 +65,7 @@ class RunFolder:
         self.main = rank == 0
         self.metrics_lines = 0  # on the disk
         self._unwritten: list[str] = []
+        self._told = False  # that metrics.jsonl cannot be written
         self._lock = None
         if os.path.isfile(self.path):
             raise UserError(f"-output {self.path}: is a file, not a folder")
@@ -142,8 +143,11 @@ class RunFolder:
         self._unwritten.append(json.dumps(record) + "\n")
         try:
             self.flush_metrics()
+            self._told = False
         except CheckpointError as error:
-            _log.warning(str(error))
+            if not self._told:
+                _log.warning(f"{error} (said once, until it can)")
+            self._told = True
 
     def flush_metrics(self) -> None:
         """Brings all records to the disk, as there shall be before each checkpoint.

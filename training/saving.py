@@ -36,6 +36,7 @@ class Checkpoints:
         self.saved: Progress | None = None
         self._writing: Progress | None = None
         self._writer = checkpoints.Writer()
+        self._told: set[str] = set()  # failures since the last save that succeeded
 
     # -------------------------------------------------------------------------------- resuming
     def choose(self) -> dict | None:
@@ -139,13 +140,16 @@ class Checkpoints:
         try:
             if self._writer.finish(wait):
                 self.saved = self._writing
+                self._told.clear()
         except CheckpointError as error:
             self._failed(progress, error)
 
     def _failed(self, progress: Progress, error: CheckpointError) -> None:
         if self.config.SAVE_FAILURE == "stop":
             raise error
-        _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
+        if str(error) not in self._told:  # a full disk stays full
+            _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
+        self._told.add(str(error))
         progress.take_best(self.saved or Progress())
 
     def close(self) -> None:

@@ -74,6 +74,8 @@ def test_a_full_disk_lets_the_run_go_on_by_a_key(small_disk, data):
     code, text = run(job(data, output, "MODEL.RESUME", "auto", "SAVE_FAILURE", "continue"))
     assert code == 0, text
     assert "going on without it (SAVE_FAILURE continue)" in text
+    complaints = [line for line in text.splitlines() if "No space left" in line]
+    assert len(complaints) == len(set(complaints)) <= 4, complaints  # each once, not every step
     assert checkpoints.load_newest(output)[0]["place"]["step"] >= 3
 
 
