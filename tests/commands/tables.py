@@ -43,6 +43,7 @@ DEPTH = 2
 IN_THE_CLONE = [
     ("config.py", *CHANGES[0]),
     ("launch_multi.sh", *CHANGES[0]),
+    ("configs/studies/freezing.yaml", r"FREEZE: 6", "FREEZE: 1", "a model of two blocks"),
     ("configs/resmlp_[12][24]_224.yaml", r"DEPTH: \d+", f"DEPTH: {DEPTH}", "time, and disk"),
 ]
 
@@ -59,6 +60,7 @@ NEEDS = {
 _LISTS = ("train_list.txt", "val_list.txt", "classes.txt")
 _RUN = ("config.yaml", "log.txt", "metrics.jsonl", "curves.png", "last.pdparams", "best.pdparams")
 _PICTURES = ("index.html", "token_mixing.png", "magnitudes.png", "contributions.png", "batch.png")
+_REPORT = ("eval.json", "per_class.csv", "confusion.png", "report.json", "mistakes.png")
 _EXPORTED = (
     *("model.json", "model.pdiparams", "model.metadata.json"),
     *("model.onnx", "model.safetensors"),
@@ -76,17 +78,22 @@ LEAVES = {
     rf"^(?!.*(?i:output|resume)=).*{_TRAINING}": [f"output/train-*/{name}" for name in _RUN],
     r"-resume=auto": ["output/train-*/last.pdparams"],
     r"OUTPUT=/nfs/run": ["../nfs/run/last.pdparams"],
-    r"-eval|run_eval": ["output/eval-*/eval.json"],
+    r"^(?!.*-cfg=output/).*(-eval|run_eval)": ["output/eval-*/eval.json"],
+    r"-cfg=output/photos/config\.yaml": [f"output/photos/{name}" for name in _REPORT],
+    r"-grid=predictions\.png": ["predictions.png"],
+    r"photos/best\.pdparams -format onnx": ["output/photos/exported/model.onnx"],
     r"-checkpoint resmlp_24_dist\.pth": ["resmlp_24_distilled_224.pdparams"],
     r"-checkpoint model\.safetensors": ["x.pdparams"],
     r"export_timm_weights\.py .*\.safetensors": ["x.safetensors"],
     r"export_timm_weights\.py .*\.pth": ["x.pth"],
     r"demo/prepare\.py": [f"output/fashion_mnist_data/{name}" for name in _LISTS],
     r"-output=output/fmnist": [f"output/fmnist/{name}" for name in _RUN],
-    r"tools/study\.py": ["output/ablation/results.md"],
+    r"studies/ablation": ["output/ablation/results.md"],
+    r"studies/freezing": ["output/freezing/results.md"],
     r"tools/evaluate_zoo\.py": [f"output/zoo/results.{kind}" for kind in ("md", "csv", "json")],
     r"tools/plot_metrics\.py": ["curves.png", "curves.html"],
-    r"tools/visualize\.py": [f"output/demo/pictures/{name}" for name in _PICTURES],
+    r"visualize\.py -pretrained output/demo": [f"output/demo/pictures/{n}" for n in _PICTURES],
+    r"visualize\.py -pretrained=output/photos": ["output/photos/pictures/batch.png"],
     r"-format onnx_int8": ["output/demo/exported/model.int8.onnx"],
     r"-format paddle onnx": [f"output/demo/exported/{name}" for name in _EXPORTED],
 }
