@@ -136,7 +136,6 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
                     md5.update(block)
                     bar(file.tell() >> 20, max(total, file.tell()) >> 20)
                 size = file.tell()
-        bar.end()
         if total and size != total:
             raise http.client.IncompleteRead(b"", total - size)
         how = _compare(url, said, wanted, sha256.hexdigest(), md5.hexdigest())
@@ -152,6 +151,7 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
             f"a file from elsewhere can be given by its path"
         ) from None
     finally:
+        bar.end()
         with contextlib.suppress(OSError):
             temporary.unlink()
     print(f"{url}: {size / 2**20:.1f} MB, {how}; kept as {path}", file=sys.stderr, flush=True)
