@@ -104,9 +104,9 @@ class EvalTransform:
                 f"{image.width} x {image.height} pixels, too narrow: resized to {size[0]} x "
                 f"{size[1]}, longer than {_LONGEST} crops of {self.size}; cut it or leave it out",
             )
-        image = resize(to_rgb(image), size, self.resample)
-        # Outside of the image, crop() pads with black, as torchvision.
-        return np.array(image.crop(center_box(*image.size, self.size)))
+        # Outside of the image, torchvision's crop is black too.
+        crop = center_box(*size, self.size)
+        return np.array(resize(to_rgb(image), size, self.resample, crop))
 
 
 # ---- training ----------------------------------------------------------------------------------

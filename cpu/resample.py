@@ -35,12 +35,26 @@ def prepare(log: Callable[[str], None] = print) -> None:
         log(f"images are resized by Pillow, two to three times slower: {reason}")
 
 
-def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """``image.resize(size, resample)``; `size` is (width, height)."""
+def resize(
+    image: Image.Image, size: tuple[int, int], resample: int, crop: Sequence[int] | None = None
+) -> Image.Image:
+    """``image.resize(size, resample)``, of which only the crop is computed.
+
+    Args:
+        image: any mode.
+        size: (width, height) of the whole result, pixels.
+        resample: one of Pillow's filters.
+        crop: (left, top, right, bottom) in the result; None: all of it. What lies outside is black.
+    """
     compiled, _ = _compiled()
     if compiled is None or resample != _BICUBIC or image.mode != "RGB":
-        return image.resize(size, resample)
-    return compiled.resize(image, size)
+        image = image.resize(size, resample)
+        return image if crop is None else image.crop(crop)
+    if crop is None:
+        return compiled.resize(image, size, (0, 0, *size))
+    if crop[0] < 0 or crop[1] < 0 or crop[2] > size[0] or crop[3] > size[1]:
+        return compiled.resize(image, size, (0, 0, *size)).crop(crop)
+    return compiled.resize(image, size, crop)
 
 
 def affine(
@@ -81,13 +95,18 @@ class _Compiled(NamedTuple):
     kernels: ModuleType
     height_first: Callable[[int, int, int, int], bool]
 
-    def resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        pixels, (width, height) = _to_array(image), size
+    def resize(self, image: Image.Image, size: tuple[int, int], crop: Sequence[int]) -> Image.Image:
+        pixels = _to_array(image)
+        across = (image.width, size[0], crop[0], crop[2])
+        down = (image.height, size[1], crop[1], crop[3])
         if self.height_first(*image.size, *size):
-            pixels = self.kernels.resize_height(pixels, height)
-            return _to_image(self.kernels.resize_width(pixels, width))
-        pixels = self.kernels.resize_width(pixels, width)
-        return _to_image(self.kernels.resize_height(pixels, height))
+            left, right = self.kernels.source(*across)
+            pixels = np.ascontiguousarray(pixels[:, left:right])
+            pixels = self.kernels.resize_height(pixels, 0, *down)
+            return _to_image(self.kernels.resize_width(pixels, left, *across))
+        top, bottom = self.kernels.source(*down)
+        pixels = self.kernels.resize_width(pixels[top:bottom], 0, *across)
+        return _to_image(self.kernels.resize_height(pixels, top, *down))
 
     def affine(self, image: Image.Image, matrix: Sequence[float], fill: tuple) -> Image.Image:
         outside = np.array([*fill, 255], np.uint8).view(np.uint32)[0]
@@ -129,7 +148,7 @@ def _gives_pillows_pixels(compiled: _Compiled) -> bool:
     rng = np.random.default_rng(0)
     for w, h, W, H in ((97, 60, 40, 40), (60, 97, 40, 40), (20, 30, 40, 40), (40, 90, 50, 40)):
         image = Image.fromarray(rng.integers(0, 256, [h, w, 3], dtype=np.uint8))
-        if compiled.resize(image, (W, H)) != image.resize((W, H), _BICUBIC):
+        if compiled.resize(image, (W, H), (0, 0, W, H)) != image.resize((W, H), _BICUBIC):
             return False
         if compiled.smooth(image) != image.filter(ImageFilter.SMOOTH):
             return False

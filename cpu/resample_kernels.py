@@ -19,6 +19,7 @@ _PLACES = 22  # binary places of a weight
 
 _IMAGE = types.Array(types.uint32, 2, "C")
 _READ_ONLY_IMAGE = types.Array(types.uint32, 2, "C", readonly=True)
+_RESIZE = _IMAGE(_READ_ONLY_IMAGE, *[types.int64] * 5)
 _MATRIX = types.UniTuple(types.float64, 6)
 
 
@@ -29,19 +30,21 @@ def _cubic(a, b, c, d, t):
 
 
 @njit(cache=True)
-def _bicubic_weights(old, new):
-    """Which pixels of a line of `old` make each of `new` pixels: first, count, weights.
+def _bicubic_weights(old, new, start, stop):
+    """Which pixels of a line of `old` make the pixels `start` to `stop` of `new`: first, count,
+    weights.
 
     The cubic (a = -0.5) is stretched by the reduction, which is what keeps details from aliasing.
     """
     scale = old / new
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
-    first, count = np.empty(new, np.int32), np.empty(new, np.int32)
-    weights = np.zeros((new, int(math.ceil(support)) * 2 + 1), np.int32)
+    length = stop - start
+    first, count = np.empty(length, np.int32), np.empty(length, np.int32)
+    weights = np.zeros((length, int(math.ceil(support)) * 2 + 1), np.int32)
     line = np.empty(weights.shape[1])
-    for i in range(new):
-        center = (i + 0.5) * scale
+    for i in range(length):
+        center = (start + i + 0.5) * scale
         first[i] = max(int(center - support + 0.5), 0)
         count[i] = min(int(center + support + 0.5), old) - first[i]
         total = 0.0
@@ -74,23 +77,41 @@ def _mix_lines(lines, first, count, weights, out):
             out[i, j] = min(max(total[j] >> _PLACES, 0), 255)
 
 
-@njit(_IMAGE(_READ_ONLY_IMAGE, types.int64), cache=True, nogil=True)
-def resize_height(image, height):
-    """Bicubic with antialiasing. ``[H, W] -> [height, W]``."""
-    first, count, weights = _bicubic_weights(image.shape[0], height)
-    out = np.empty((height, image.shape[1]), np.uint32)
-    _mix_lines(image.view(np.uint8), first, count, weights, out.view(np.uint8))
+@njit(cache=True)
+def source(old, new, start, stop):
+    """The pixels of a line of `old` that the pixels `start` to `stop` of `new` are made of."""
+    first, count, _ = _bicubic_weights(old, new, start, stop)
+    return first[0], first[-1] + count[-1]
+
+
+@njit(_RESIZE, cache=True, nogil=True)
+def resize_height(image, offset, old, new, start, stop):
+    """Bicubic with antialiasing: the lines `start` to `stop` of the `new` ones.
+
+    Args:
+        image: the lines of the image from `offset` on, ``[h, W]``.
+        offset, old: where they begin in the whole image, and its height.
+        new: height of the whole result.
+
+    Returns:
+        ``[stop - start, W]``.
+    """
+    first, count, weights = _bicubic_weights(old, new, start, stop)
+    out = np.empty((stop - start, image.shape[1]), np.uint32)
+    _mix_lines(image.view(np.uint8), first - offset, count, weights, out.view(np.uint8))
     return out
 
 
-@njit(_IMAGE(_READ_ONLY_IMAGE, types.int64), cache=True, nogil=True)
-def resize_width(image, width):
-    """Bicubic with antialiasing. ``[H, W] -> [H, width]``.
+@njit(_RESIZE, cache=True, nogil=True)
+def resize_width(image, offset, old, new, start, stop):
+    """As `resize_height`, for columns: ``[H, w] -> [H, stop - start]``.
 
     Strips of rows are turned on their side, so that here too whole lines are added up, along which
     the processor's vector instructions run.
     """
-    first, count, weights = _bicubic_weights(image.shape[1], width)
+    first, count, weights = _bicubic_weights(old, new, start, stop)
+    first -= offset
+    width = stop - start
     out = np.empty((image.shape[0], width), np.uint32)
     strip = np.zeros((image.shape[1], _STRIP), np.uint32)
     mixed = np.empty((width, _STRIP), np.uint32)

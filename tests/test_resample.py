@@ -52,6 +52,18 @@ def test_resizing_gives_pillows_pixels(seed):
         assert resample.resize(image, new, BICUBIC) == image.resize(new, BICUBIC), (old, new)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_crop_of_the_result_has_its_pixels(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        old, new = rng.integers(1, 600, 2), tuple(map(int, rng.integers(1, 300, 2)))
+        left, top = rng.integers(-3, new)
+        crop = tuple(map(int, (left, top, *rng.integers((left + 1, top + 1), np.add(new, 5)))))
+        image = photo(*old)
+        expected = image.resize(new, BICUBIC).crop(crop)
+        assert resample.resize(image, new, BICUBIC, crop) == expected, (old, new, crop)
+
+
 @pytest.mark.parametrize("old", [(1, 1), (1, 300), (300, 1), (224, 90), (90, 224), (224, 224)])
 def test_resizing_unusual_shapes_gives_pillows_pixels(old):
     for new in ((224, 224), (1, 1), (3, 500)):
