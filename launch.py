@@ -27,7 +27,9 @@ from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count, stop
 from port_weights.download import is_address, local_weights
 from storage.checkpoints import LAST, is_writing
 from storage.run_folder import DEFAULT, choose_folder
-from tools.plot_metrics import plot_metrics
+from storage.weights import write_atomically
+from training.pictures import render
+from training.plots import draw_curves, read_metrics
 
 _GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
 _FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
@@ -89,7 +91,7 @@ def _plot(folder) -> None:
     """Draws the curves of a run that is done; a signal has nothing left to stop."""
     before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        plot_metrics([folder], folder / "curves.png")
+        write_atomically(render(draw_curves([read_metrics(folder)])), folder / "curves.png")
     except UserError as error:  # a full disk, say: the run itself is well
         _log.warning(str(error))
     finally:

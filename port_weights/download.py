@@ -57,7 +57,7 @@ def local_weights(name: str | os.PathLike, hosts: tuple[str, ...] = HOSTS) -> st
     ported = path.with_name(f"{path.name}.pdparams")
     with _alone(ported):
         if _whole(ported) is None:
-            from port_weights.load_timm_weights import port  # it imports this module
+            from port_weights.port import port  # with Paddle, as ProgressLine below
 
             state, _ = read_torch_weights(str(path))
             if "patch_embed.patch_embed.weight" in state:  # Paddle's names already

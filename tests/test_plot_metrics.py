@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cli.errors import UserError
-from tools.plot_metrics import _figure, plot_metrics, read_metrics
+from tools.plot_metrics import plot_metrics
+from training.plots import draw_curves, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +78,7 @@ def test_values_that_are_not_finite_leave_no_point(write_run):
     ]
     run = read_metrics(write_run("fast", records))
     assert run.values("step", "images_per_second") == ([1], [80])
-    _figure([run])
+    draw_curves([run])
 
 
 def test_a_run_whose_folder_is_not_utf8_has_a_name_that_can_be_drawn(write_run):
@@ -110,7 +111,7 @@ def test_a_folder_without_records_is_named(tmp_path, content):
 
 
 def test_curves_stand_at_their_epochs_under_names_and_units(run):
-    loss, top1, rate, speed = _figure([read_metrics(run)]).axes
+    loss, top1, rate, speed = draw_curves([read_metrics(run)]).axes
     per_report, training = loss.lines
     assert list(per_report.get_xdata()) == [0.5, 1.0]  # steps 2 and 4 of 4 an epoch
     assert list(training.get_ydata()) == [2.0, 2.0]
@@ -120,13 +121,15 @@ def test_curves_stand_at_their_epochs_under_names_and_units(run):
 
 
 def test_a_run_in_its_first_epoch_is_drawn_over_steps(write_run):
-    axes = _figure([read_metrics(write_run("young", [step(1, loss=2.0), step(2, loss=1.0)]))]).axes
+    axes = draw_curves(
+        [read_metrics(write_run("young", [step(1, loss=2.0), step(2, loss=1.0)]))]
+    ).axes
     assert {a.get_xlabel() for a in axes} == {"optimizer step"}
     assert list(axes[0].lines[0].get_xdata()) == [1, 2]
 
 
 def test_several_runs_have_a_colour_each(run, write_run):
-    figure = _figure([read_metrics(run), read_metrics(write_run("second", [epoch(1)]))])
+    figure = draw_curves([read_metrics(run), read_metrics(write_run("second", [epoch(1)]))])
     colors = [line.get_color() for line in figure.axes[0].lines if line.get_alpha() == 1.0]
     assert len(colors) == len(set(colors)) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]

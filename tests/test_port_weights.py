@@ -15,7 +15,7 @@ import pytest
 
 from cli.errors import UserError, WeightsError
 from config import get_config
-from port_weights import export_timm_weights, load_timm_weights, names, verify
+from port_weights import export_timm_weights, load_timm_weights, names, port, verify
 from port_weights.architecture import infer
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import ZOO
@@ -348,6 +348,6 @@ def test_the_zoo_has_timms_eleven_weights_and_their_configs_build_them():
     assert len({weights.timm for weights in ZOO}) == len({w.name for w in ZOO}) == 11
     sizes = {"12": (12, 384, 16), "24": (24, 384, 16), "36": (36, 384, 16), "big": (24, 768, 8)}
     for weights in ZOO:
-        mixer = get_config(f"{load_timm_weights.CONFIGS}/{weights.config}.yaml").MODEL.MIXER
+        mixer = get_config(f"{port.CONFIGS}/{weights.config}.yaml").MODEL.MIXER
         found = (mixer.DEPTH, mixer.EMBED_DIM, mixer.PATCH_SIZE)
         assert found == sizes[weights.timm.split("_")[1]], weights.name

@@ -1,6 +1,7 @@
-"""The picture in the README, "How the code is laid out": imports run downwards only."""
+"""The picture in docs/architecture.md: imports run downwards only."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,39 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = [  # a module imports only from levels above its own line
-    ["cli.errors", "cli.ppvit_defaults", "cpu.setup", "cpu.resample_kernels", "loading.imagenet"],
-    ["storage.safe_pickle", "cli.config_rules", "cli.parser", "loading.samplers", "cpu.resample"],
-    ["cpu.onednn", "loading.archives", "training.pictures"],
-    ["loading.files", "parallel.rendezvous"],
-    ["config", "storage.weights", "training.dashboard", "augment", "parallel.process"],
-    [
-        "training.eval_report",
-        "loading.real_labels",
-        "utils",
-        "cpu.ops",
-        "loading.loader",
-        "transforms",
-        "storage.adapt",
-    ],
-    ["resmlp", "storage.checkpoints", "datasets", "mixup"],
-    ["storage.run_folder", "random_erasing", "losses", "optimizer", "model_ema"],
-    [
-        "distillation",
-        "training.evaluation",
-        "batch_augment",
-        "training.progress",
-        "training.ppvit_checkpoint",
-    ],
-    ["training.learner", "training.saving"],
-    ["training.report", "training.eval_run"],
-    ["engine"],
-    ["launch"],
-    ["main_single_gpu", "main_multi_gpu", "hubconf"],
-]
-TOP = ("tools", "port_weights", "demo")  # scripts: they may import anything but a main
-LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-FOLDERS = ("cli", "cpu", "loading", "parallel", "storage", "training")
+FOLDERS = ("cli", "cpu", "demo", "loading", "parallel", "port_weights")
+FOLDERS += ("storage", "tools", "training")
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def levels():
+    """Lines of the picture, the lowest first: ``folder/ module module  # what they do``."""
+    picture = re.search("```text\n(.*?)```", PAGE, re.DOTALL).group(1)
+    for line in reversed(picture.splitlines()):
+        names = line.partition("#")[0].split()
+        folder = names.pop(0)[:-1] + "." if names[0].endswith("/") else ""
+        yield [folder + name for name in names]
+
+
+LEVEL_OF = {name: level for level, names in enumerate(levels()) for name in names}
 PATHS = [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -72,18 +55,15 @@ def test_every_module_has_a_place_in_the_picture():
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_downwards(module):
     found = set(imports(path_of(module)))
-    wrong = {name for name in found & set(LEVEL_OF) if LEVEL_OF[name] >= LEVEL_OF[module]}
-    assert not wrong
-    if module not in ("launch", "main_single_gpu", "main_multi_gpu", "hubconf"):
-        assert not {name.split(".")[0] for name in found} & {*TOP}
-        if module != "distillation":  # a teacher's YAML is another config
-            assert "config" not in found
+    assert not {name for name in found & set(LEVEL_OF) if LEVEL_OF[name] >= LEVEL_OF[module]}
 
 
-@pytest.mark.parametrize("folder", TOP)
-def test_nobody_imports_a_main(folder):
-    for path in (ROOT / folder).glob("*.py"):
-        assert not {"main_single_gpu", "main_multi_gpu"} & set(imports(path)), path
+def test_the_config_is_an_argument():
+    """Only what begins something resolves one; distillation: a teacher's YAML is another config."""
+    beginnings = ("main_single_gpu", "main_multi_gpu", "hubconf", "distillation")
+    for module in MODULES:
+        if not module.startswith(("tools.", "port_weights.")) and module not in beginnings:
+            assert "config" not in set(imports(path_of(module))), module
 
 
 @pytest.mark.parametrize(

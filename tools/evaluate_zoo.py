@@ -33,7 +33,7 @@ from config import get_config, update_config
 from datasets import build_dataset
 from loading import archives
 from port_weights.architecture import infer
-from port_weights.load_timm_weights import port
+from port_weights.port import port
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import MEASURES, ZOO, Weights
 from storage.weights import read_weights

@@ -24,7 +24,7 @@ import yaml
 from cli.errors import ConfigError, UserError, run_as_script
 from cli.parser import Parser
 from tools.common import write_file
-from tools.plot_metrics import is_number, read_metrics
+from training.plots import is_number, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

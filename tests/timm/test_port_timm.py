@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from port_weights import export_timm_weights, load_timm_weights, verify  # noqa: E402
+from port_weights import export_timm_weights, load_timm_weights, names, port, verify  # noqa: E402
 from port_weights.zoo import ZOO  # noqa: E402
 
 ARCHITECTURES = ("resmlp_12_224", "resmlp_24_224", "resmlp_36_224", "resmlp_big_24_224")
@@ -97,10 +97,10 @@ def fresh():
 
 
 def compare(state, ported_from):
-    ported, _ = load_timm_weights.names.to_paddle(ported_from, "timm")
-    architecture = load_timm_weights.infer(ported)
-    model = load_timm_weights.ResMLP(**architecture._asdict())
-    load_timm_weights.load_state(model, ported)
+    ported, _ = names.to_paddle(ported_from, "timm")
+    architecture = port.infer(ported)
+    model = port.ResMLP(**architecture._asdict())
+    port.load_state(model, ported)
     return verify.compare_with_timm(model, state, architecture)
 
 
