@@ -92,9 +92,10 @@ def _open_log(process: Process) -> None:
 
 def sum_over_ranks(values: list[float], process: Process) -> list[float]:
     """Sums numbers over all ranks in float64: exact for counts up to 2**53."""
+    values = np.array(values, "float64")
     if process.world == 1:
-        return list(values)
-    tensor = paddle.to_tensor(np.array(values, "float64"))
+        return values.tolist()
+    tensor = paddle.to_tensor(values)
     dist.all_reduce(tensor)
     return tensor.numpy().tolist()
 

@@ -51,6 +51,7 @@ def test_metrics_are_numpys_for_any_batch_size(batch):
     loss = np.mean(np.log(np.exp(shifted).sum(1)) - shifted[np.arange(50), labels])
     assert (found.top1, found.top5, found.images) == (top1, top5, 50)
     assert np.isclose(found.loss, loss, rtol=1e-6)
+    assert (type(found.top1), type(found.images)) == (float, int)  # a result is printed
 
 
 def test_top5_is_capped_by_the_number_of_classes():
