@@ -1,0 +1,107 @@
+"""DINO's weighted k-NN and the linear probe against scikit-learn and NumPy in float64.
+
+There are more features than are in memory at a time (8,192 and 4,096).
+"""
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import numpy as np
+import pytest
+
+from cli.errors import DataError
+from tools.features import Features
+from tools.knn import Probe, knn_accuracies, minimise
+
+
+def clusters(count, classes, channels, seed, spread=1.0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    centres = np.random.default_rng(0).normal(size=[classes, channels])
+    features = centres[labels] + spread * rng.normal(size=[count, channels])
+    return Features(features.astype("float32"), labels)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return clusters(8400, 12, 6, 1), clusters(4200, 12, 6, 2)
+
+
+@pytest.fixture(scope="module")
+def nearest(sets):
+    """Cosines and labels of the 200 nearest; every step in float64, all at once."""
+    train, val = (x.features.astype("float64") for x in sets)
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, val))
+    cosines = b @ a.T
+    near = np.argsort(-cosines, axis=1, kind="stable")[:, :200]
+    return np.take_along_axis(cosines, near, 1), sets[0].labels[near]
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_k_nn_is_float64s(sets, nearest, temperature):
+    cosines, labels = nearest
+    found = knn_accuracies(*sets, [1, 10, 20, 100, 200], temperature)
+    for k, both in found.items():
+        votes = np.zeros([len(labels), 12])
+        rows = np.arange(len(labels))[:, None]
+        np.add.at(votes, (rows, labels[:, :k]), np.exp(cosines[:, :k] / temperature))
+        order = np.argsort(-votes, axis=1, kind="stable")[:, : min(5, k)]
+        right = order == sets[1].labels[:, None]
+        expected = 100 * right[:, 0].mean(), 100 * right.any(1).mean()
+        assert both == pytest.approx(expected, abs=0.05)  # two images
+    assert 30 < found[20][0] < 95 and len({one for one, _ in found.values()}) > 2
+
+
+def test_k_nn_is_scikit_learns(sets):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, val = sets
+    for k, (top1, _) in knn_accuracies(train, val, [10, 100]).items():
+        vote = lambda distances: np.exp((1 - distances) / 0.07)  # noqa: E731
+        theirs = KNeighborsClassifier(k, weights=vote, metric="cosine", algorithm="brute")
+        theirs.fit(train.features.astype("float64"), train.labels)
+        score = theirs.score(val.features.astype("float64"), val.labels)
+        assert top1 == pytest.approx(100 * score, abs=0.05)
+
+
+def test_half_precision_features_are_classified_too(sets):
+    train, val = (Features(x.features.astype("float16"), x.labels) for x in sets)
+    ours, theirs = (knn_accuracies(*s, [20])[20][0] for s in (sets, (train, val)))
+    assert ours == pytest.approx(theirs, abs=0.3)
+
+
+def test_the_probe_is_scikit_learns(sets):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    train, val = sets
+    train = Features(train.features * [1, 10, 0.1, 1, 5, 0] + [0, 50, 0, 0, 0, 1], train.labels)
+    val = Features(val.features * [1, 10, 0.1, 1, 5, 0] + [0, 50, 0, 0, 0, 1], val.labels)
+    for c in (0.316, 1e-4):
+        ours = Probe(train, 12, c, tolerance=1e-8)
+        scaler = StandardScaler().fit(train.features)
+        theirs = LogisticRegression(C=c, tol=1e-10, max_iter=5000)
+        theirs.fit(scaler.transform(train.features), train.labels)
+        assert ours.converged
+        assert np.allclose(ours.weight.T, theirs.coef_, atol=2e-4 * np.abs(theirs.coef_).max())
+        offset = ours.bias - theirs.intercept_  # a constant changes nothing
+        assert np.allclose(offset, offset.mean(), atol=1e-4)
+        odds = theirs.predict_proba(scaler.transform(val.features))
+        right = np.argsort(-odds, axis=1)[:, :5] == val.labels[:, None]
+        expected = 100 * right[:, 0].mean(), 100 * right.any(1).mean()
+        assert ours.accuracies(val) == pytest.approx(expected, abs=0.05)
+
+
+def test_the_minimiser_finds_the_minimum_of_a_badly_scaled_function_and_says_when_it_did_not():
+    scales = np.logspace(0, 4, 20)
+    objective = lambda x: (0.5 * scales @ (x - 1) ** 2, scales * (x - 1))  # noqa: E731
+    found, converged = minimise(objective, np.zeros(20), 1000, 1e-8)
+    assert converged and np.allclose(found, 1)
+    assert not minimise(objective, np.zeros(20), 3, 1e-8)[1]
+
+
+def test_features_that_do_not_fit_are_refused(sets):
+    train, val = sets
+    with pytest.raises(DataError, match="6 and 5 channels: they are of different models"):
+        knn_accuracies(train, Features(val.features[:, :5], val.labels), [10])
+    with pytest.raises(DataError, match="there are only 8400 features"):
+        knn_accuracies(train, val, [8401])

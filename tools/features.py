@@ -1,0 +1,200 @@
+"""Writes the features of a data set: after mean pooling, before the head.
+
+python tools/features.py -pretrained resmlp_12_dino_224 -cfg configs/resmlp_12_224.yaml \
+    -data_path /dataset/imagenet -split train -output train.safetensors
+
+The images are cropped as in evaluation, those to train on too. The output is one safetensors file
+with `features` [N, C], `labels` [N] and `names` (bytes, a path a line); or, as `.npy`, the features
+beside `.labels.npy` and `.names.txt`. tools/knn.py reads both.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import _root  # noqa: F401
+
+from cpu import setup  # noqa: F401  isort: skip
+
+import io
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+
+from cli.errors import DataError, UserError, run_as_script
+from cli.parser import Parser
+from cpu import resample
+from datasets import ImageDataset, build_dataset
+from loading.loader import Loader, shared_memory_fits
+from loading.samplers import EvalBatchSampler
+from resmlp import build_resmlp, load_state
+from storage.weights import read_weights
+from tools.common import run_config, write_file
+from transforms import build_eval_transform
+from utils import Normalize, ProgressLine
+
+_TYPES = {"float32": "F32", "float16": "F16"}  # NumPy's name -> that of safetensors
+
+
+class Features(NamedTuple):
+    """The features of a data set, as a file holds them."""
+
+    features: np.ndarray  # [N, C], float32 or float16, mapped: read from the disk where it is used
+    labels: np.ndarray  # int64 [N]
+
+
+@paddle.no_grad()
+def write_features(config, split: str, output: str, dtype: str = "float32") -> tuple[int, int]:
+    """Computes the features of a split, in the order of its list or folders.
+
+    They go to the disk batch by batch, under a temporary name until all are there.
+
+    Args:
+        config: of the model and the data; MODEL.NUM_CLASSES is that of the data.
+        split: ``"train"`` or ``"val"``.
+        output: ``.safetensors`` or ``.npy``.
+        dtype: ``"float32"`` or ``"float16"``.
+
+    Returns:
+        N and C.
+
+    Raises:
+        UserError: weights or images that cannot be used, a feature that is not finite, a file that
+            cannot be written.
+    """
+    if Path(output).suffix not in (".safetensors", ".npy"):
+        raise UserError(f"-output {output}: expected a name that ends in .safetensors or .npy")
+    model = _without_head(config)
+    files, evaluate = build_dataset(config, split).files, build_eval_transform(config)
+    resample.prepare(lambda line: None)  # before workers are forked
+    dataset = ImageDataset(files, lambda image, rng: evaluate(image))
+    batch = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
+    sampler = EvalBatchSampler(len(files), batch, 0, 1)
+    workers = min(config.DATA.NUM_WORKERS, len(sampler))
+    fits = shared_memory_fits(workers, batch * config.DATA.IMAGE_SIZE**2 * 3, 1, print)
+    loader = Loader(dataset, sampler, workers, config.DATA.WORKER_TIMEOUT, shared_memory=fits)
+    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    labels = np.array(files.labels, "<i8")
+    names = b"".join(files.name(index) + b"\n" for index in range(len(files)))
+    shape, temporary = (len(files), model.embed_dim), Path(f"{output}.{os.getpid()}.tmp")
+    bar = ProgressLine("features")
+    with ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(temporary, "wb"))
+            file.write(_header(output, shape, dtype, len(names)))
+            if output.endswith(".safetensors"):
+                file.write(labels.tobytes())
+            for number, (images, _, _) in enumerate(loader):
+                with np.errstate(over="ignore"):  # found as not finite
+                    found = model.forward_features(normalize(images)).numpy().astype(dtype)
+                if not np.isfinite(found).all():
+                    raise UserError(
+                        f"{config.MODEL.PRETRAINED}: a feature is not finite in {dtype}"
+                    )
+                file.write(found.tobytes())
+                bar(number + 1, len(loader))
+            if output.endswith(".safetensors"):
+                file.write(names)
+            else:
+                np.save(_beside(output, ".labels.npy"), labels)
+                write_file(_beside(output, ".names.txt"), names)
+            file.close()
+            os.replace(temporary, output)
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    bar.end()
+    return shape
+
+
+def _without_head(config):
+    """The model of a config whose output are features."""
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = 0
+    model = build_resmlp(config)
+    state = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY).state
+    state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    for note in load_state(model, state, resize_tokens=config.MODEL.RESIZE_TOKENS):
+        print(note)
+    model.eval()
+    return model
+
+
+def _header(output: str, shape: tuple[int, int], dtype: str, name_bytes: int) -> bytes:
+    """What stands before the data."""
+    if output.endswith(".npy"):
+        about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, {**about, "shape": shape})
+        return buffer.getvalue()
+    size = np.dtype(dtype).itemsize
+    parts = {  # name -> type, shape, bytes; the wider types first
+        "labels": ("I64", shape[:1], 8 * shape[0]),
+        "features": (_TYPES[dtype], shape, size * shape[0] * shape[1]),
+        "names": ("U8", [name_bytes], name_bytes),
+    }
+    entries, end = {}, 0
+    for name, (kind, sizes, count) in parts.items():
+        entries[name] = {"dtype": kind, "shape": sizes, "data_offsets": [end, end + count]}
+        end += count
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _beside(path: str, ending: str) -> str:
+    return path[: -len(".npy")] + ending
+
+
+def read_features(path: str) -> Features:
+    """Opens a file of `write_features`; the features stay on the disk until they are used.
+
+    Raises:
+        DataError: it is no such file, or is not whole.
+    """
+    try:
+        if path.endswith(".npy"):
+            features = np.load(path, mmap_mode="r")
+            labels = np.load(_beside(path, ".labels.npy"))
+        else:
+            with open(path, "rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                about = json.loads(file.read(min(start - 8, 2**20)))
+            parts = []
+            for name in ("features", "labels"):
+                kind, (begin, _) = about[name]["dtype"], about[name]["data_offsets"]
+                dtype = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}[kind]
+                shape = tuple(about[name]["shape"])
+                parts.append(np.memmap(path, dtype, "r", start + begin, shape))
+            features, labels = parts
+        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+            raise ValueError
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
+        raise DataError(f"{path}: no whole file of features (tools/features.py)") from None
+    return Features(features, np.asarray(labels, "int64"))
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.model_flags()
+    parser.flag("data_path", "data folder", metavar="DIR", required=True)
+    parser.flag("split", "train or val", choices=("train", "val"), default="val")
+    parser.flag("output", "file to write, .safetensors or .npy", metavar="FILE", required=True)
+    parser.flag("dtype", "of the features", choices=tuple(_TYPES), default="float32")
+    args = parser.parse_args()
+    opts = ["MODEL.NUM_CLASSES", "auto", "DATA.DATA_PATH", args.data_path, *args.opts]
+    config = run_config(args.pretrained, args.cfg, opts)
+    count, channels = write_features(config, args.split, args.output, args.dtype)
+    print(f"{args.output}: {count} images, {channels} features each")
+
+
+if __name__ == "__main__":
+    run_as_script(main)
