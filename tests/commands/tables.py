@@ -90,6 +90,8 @@ LEAVES = {
     r"-output=output/fmnist": [f"output/fmnist/{name}" for name in _RUN],
     r"studies/ablation": ["output/ablation/results.md"],
     r"studies/freezing": ["output/freezing/results.md"],
+    r"tools/features\.py.*-split train": ["train.safetensors"],
+    r"tools/features\.py.*-split val": ["val.safetensors"],
     r"tools/evaluate_zoo\.py": [f"output/zoo/results.{kind}" for kind in ("md", "csv", "json")],
     r"tools/plot_metrics\.py": ["curves.png", "curves.html"],
     r"visualize\.py -pretrained output/demo": [f"output/demo/pictures/{n}" for n in _PICTURES],
