@@ -245,10 +245,10 @@ _C.EVAL = False, boolean  # evaluate only
 # per-class CSV, and a confusion matrix's picture up to 1000 classes
 _C.EVAL_REPORT = False, boolean
 _C.EVAL_REAL_LABELS = None, optional(path)  # ImageNet-ReaL's real.json: -eval measures it too
-_C.AMP = False, boolean  # mixed precision, on GPU (Paddle has none on CPU)
+_C.AMP = False, boolean  # mixed precision: on a GPU, and on a CPU with fast bfloat16
 # O1: a list of operations; O2: the whole model, float32 master weights
 _C.AMP_LEVEL = "O1", choice("O1", "O2")
-# float16 (with a loss scaler) or bfloat16 (without)
+# float16 (with a loss scaler; on a CPU: bfloat16 if that is fast) or bfloat16 (without)
 _C.AMP_DTYPE = "float16", choice("float16", "bfloat16")
 _C.DASHBOARD = "none", choice("none", "visualdl", "tensorboard")  # none, visualdl, tensorboard
 _C.TAG = "default", text  # PPViT's keys, accepted and unused: TAG, LOCAL_RANK, NGPUS
@@ -365,7 +365,7 @@ _FLAGS = {  # flag -> what it is, how help names its value, the keys that it set
     ),
     "batch_size_eval": ("the same, evaluation only", "N", "DATA.BATCH_SIZE_EVAL"),
     "accum_iter": ("batches per optimizer step", "N", "TRAIN.ACCUM_ITER"),
-    "amp": ("mixed precision on GPU", None, "AMP"),
+    "amp": ("mixed precision (on a CPU: bfloat16, if fast)", None, "AMP"),
     "nprocs": (
         "processes of main_multi_gpu.py; 0: one a GPU, or one on CPU",
         "N",

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
+from cpu import ops, setup  # noqa: F401  isort: skip
 
 import contextlib
 import itertools
@@ -49,7 +49,7 @@ def run(config, on_step: Callable[[int], None] = lambda step: None) -> Result:
     folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
     with contextlib.closing(folder):
         if config.AMP and not process.on_gpu:
-            _log.info("AMP: Paddle has no mixed precision on CPU, running in float32")
+            _log.info(ops.choose_precision(config.AMP_DTYPE)[1])
         if config.EVAL:
             return run_evaluation(config, process, folder)
         if config.MODEL.NUM_CLASSES == 0:

@@ -11,6 +11,10 @@ step. What the layers lose on a CPU, and what is done here instead:
 - The patch convolution is a matrix product, once the image is cut.
 - GELU and its gradient run on one thread. oneDNN has them on all (`onednn`), and with them what
   follows a product: biases, the scales, the residual addition.
+- Within `bfloat16`, products read bfloat16 and accumulate in float32, and what lies between two
+  products, the hidden units and their gradient, is bfloat16. Folds, parameters, their gradients
+  and the residual stream stay float32. A fold of a LayerScale of 1e-6 is safe: bfloat16 has
+  float32's range.
 
 On a GPU the layers are used instead: there AMP casts each product, a fold of a LayerScale of 1e-6
 would underflow in float16, and reductions are fast.
@@ -21,13 +25,46 @@ Letters as in `resmlp`: B batch, N tokens, C channels, H hidden units; M = B * N
 
 from __future__ import annotations
 
+import contextlib
+from contextvars import ContextVar
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.autograd.py_layer import once_differentiable
 
-from cpu import onednn
+from cpu import onednn, setup
+
+_precision = ContextVar("precision", default=paddle.float32)
+
+
+@contextlib.contextmanager
+def bfloat16(wanted: bool = True):
+    """Mixed precision within the functions below; a backward pass goes by its forward pass."""
+    token = _precision.set(paddle.bfloat16 if wanted else paddle.float32)
+    try:
+        yield
+    finally:
+        _precision.reset(token)
+
+
+def choose_precision(dtype: str) -> tuple[bool, str]:
+    """Whether AMP with an AMP_DTYPE means `bfloat16` here, on a CPU, and a line that says so.
+
+    float16, which no CPU computes fast, means bfloat16 where that is fast; bfloat16 insists.
+    """
+    if onednn.cast(paddle.zeros([1]), paddle.bfloat16) is None:
+        return False, "AMP: no mixed precision on a CPU without oneDNN, running in float32"
+    if setup.has_fast_bfloat16():
+        meaning = ", which AMP_DTYPE float16 means on a CPU" if dtype == "float16" else ""
+        return True, f"AMP: bfloat16{meaning}"
+    if dtype == "bfloat16":
+        return (
+            True,
+            "AMP: bfloat16 as AMP_DTYPE says; this processor does not compute it fast",
+        )
+    return False, "AMP: no fast bfloat16 here (AMP_DTYPE bfloat16 insists), running in float32"
 
 
 def usable(layer) -> bool:
@@ -56,7 +93,7 @@ def embed_patches(images, conv):
     if _wants_gradient(rows, weight, conv.bias):
         y = _Linear.apply(rows, weight, conv.bias)
     else:
-        y = _product(rows, weight, bias=conv.bias)
+        y = _product(_narrow(rows), _narrow(weight), bias=conv.bias, dtype=conv.bias.dtype)
     return y.reshape([images.shape[0], -1, y.shape[-1]])
 
 
@@ -79,51 +116,59 @@ def mix_channels(x, norm, mlp, layer_scale, mask):
 class _Linear(PyLayer):
     @staticmethod
     def forward(ctx, rows, weight, bias):
-        ctx.save_for_backward(rows, weight)
         _remember_needed(ctx, rows, weight, bias)
-        return _product(rows, weight, bias=bias)
+        rows, weight = _narrow(rows), _narrow(weight)
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight, bias=bias, dtype=bias.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensor()
-        d_rows = _product(grad, weight, transpose_b=True) if ctx.needed[0] else None
-        d_weight = _product(rows, grad, transpose_a=True)
+        narrow, wide = _cast(grad, rows.dtype), grad.dtype
+        d_rows = None
+        if ctx.needed[0]:
+            d_rows = _product(narrow, weight, transpose_b=True, dtype=wide)
+        d_weight = _product(rows, narrow, transpose_a=True, dtype=wide)
         return _only_needed(ctx, d_rows, d_weight, _column_sum(grad))
 
 
 def _tokens_forward(x, alpha, beta, w, bias, scale, mask):
     """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
     constant = _outer(w.sum(0), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
+    narrow_w, narrow_x = _narrow(w), _narrow(x)
     then = [("multiply", alpha.flatten() * scale), ("add", constant * scale)]
     then += [("add", x)] if mask is None else [("multiply", mask), ("add", x)]
-    return _product(w, x, transpose_a=True, then=then), constant
+    y = _product(narrow_w, narrow_x, transpose_a=True, then=then, dtype=x.dtype)
+    return y, narrow_x, narrow_w, constant
 
 
 class _MixTokens(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w, bias, scale, mask):
-        y, constant = _tokens_forward(x, alpha, beta, w, bias, scale, mask)
-        ctx.save_for_backward(x, alpha, beta, w, scale, mask, constant)
+        y, *narrow, constant = _tokens_forward(x, alpha, beta, w, bias, scale, mask)
+        ctx.save_for_backward(*narrow, alpha, beta, w, scale, mask, constant)
         _remember_needed(ctx, x, alpha, beta, w, bias, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, alpha, beta, w, scale, mask, constant = ctx.saved_tensor()
+        x, narrow_w, alpha, beta, w, scale, mask, constant = ctx.saved_tensor()
         branch = grad if mask is None else grad * mask  # of (w^T x) * factor + scale * constant
         factor = alpha.flatten() * scale
-        back = _product(w, branch)  # [B, N, C], of x * factor
-        d_factor = _column_sum(back * x)  # [C]
+        narrow = _cast(branch, x.dtype)
+        back = _product(narrow_w, narrow)  # [B, N, C], of x * factor
+        d_factor = _column_sum(_multiply(back, x))  # [C]
         d_constant = _batch_sum(branch)  # [N, C], before the LayerScale
         d_scale = d_factor * alpha.flatten() + (d_constant * constant).sum(0)
         d_constant = d_constant * scale
-        d_w = _batch_sum(_product(x, _multiply(branch, factor), transpose_b=True))  # [N, N]
+        d_w = _product(x, _multiply(narrow, factor), transpose_b=True, dtype=grad.dtype)
+        d_w = _batch_sum(d_w)  # [B, N, N] -> [N, N]
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
         return _only_needed(
             ctx,
-            _multiply(back, factor, then=[("add", grad)]),
+            _multiply(back, factor, then=[("add", grad)], dtype=grad.dtype),
             (d_factor * scale).reshape(alpha.shape),
             paddle.matmul(w.sum(0), d_constant).reshape(beta.shape),
             d_w,
@@ -137,47 +182,50 @@ def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_h
 
     ``first_half`` makes the hidden units, and what else comes of them is returned too.
     """
-    folded1, folded2 = _scale_rows(alpha, w1), w2 * scale  # [C, H], [H, C]
+    folded1, folded2 = _narrow(_scale_rows(alpha, w1)), _narrow(w2 * scale)  # [C, H], [H, C]
     rows = x.reshape([-1, x.shape[-1]])  # [M, C]
-    hidden, *rest = first_half(rows, folded1, bias1 + paddle.matmul(beta.flatten(), w1))  # [M, H]
+    narrow = _narrow(rows)
+    hidden, *rest = first_half(narrow, folded1, bias1 + paddle.matmul(beta.flatten(), w1))  # [M, H]
     then = [("add", rows)]
     if mask is not None:
         of_row = mask.expand([-1, x.shape[1], -1]).reshape([-1, 1])  # [B, 1, 1] -> [M, 1]
         then.insert(0, ("multiply", of_row))
-    y = _product(hidden, folded2, bias=bias2 * scale, then=then).reshape(x.shape)
-    return y, folded1, folded2, hidden, *rest
+    y = _product(hidden, folded2, bias=bias2 * scale, then=then, dtype=x.dtype).reshape(x.shape)
+    return y, narrow, folded1, folded2, hidden, *rest
 
 
 class _MixChannels(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, mask):
-        y, folded1, folded2, *ctx.gelu = _channels_forward(
+        y, rows, folded1, folded2, *ctx.gelu = _channels_forward(
             x, alpha, beta, w1, bias1, w2, bias2, scale, mask, _differentiable_gelu_of_product
         )
-        ctx.save_for_backward(x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2)
+        ctx.save_for_backward(rows, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2)
         _remember_needed(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2 = ctx.saved_tensor()
+        rows, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2 = ctx.saved_tensor()
         hidden, gelu_gradient = ctx.gelu
         del ctx.gelu
-        channels = x.shape[-1]
+        channels, wide = grad.shape[-1], grad.dtype
         branch = (grad if mask is None else grad * mask).reshape([-1, channels])  # [M, C]
-        d_folded2 = _product(hidden, branch, transpose_a=True)  # [H, C]
+        narrow = _cast(branch, rows.dtype)
+        d_folded2 = _product(hidden, narrow, transpose_a=True, dtype=wide)  # [H, C]
         del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_before = gelu_gradient(_product(branch, folded2, transpose_b=True))  # [M, H]
+        d_before = gelu_gradient(_product(narrow, folded2, transpose_b=True))  # [M, H]
         del gelu_gradient
-        d_folded1 = _product(x.reshape([-1, channels]), d_before, transpose_a=True)  # [C, H]
+        d_folded1 = _product(rows, d_before, transpose_a=True, dtype=wide)  # [C, H]
         d_bias1 = _column_sum(d_before)
         grad_rows = grad.reshape([-1, channels])
-        d_x = _product(d_before, folded1, transpose_b=True, then=[("add", grad_rows)])
+        then = [("add", grad_rows)]
+        d_x = _product(d_before, folded1, transpose_b=True, then=then, dtype=wide)
         return _only_needed(
             ctx,
-            d_x.reshape(x.shape),
+            d_x.reshape(grad.shape),
             _row_sum(d_folded1 * w1).reshape(alpha.shape),
             paddle.mv(w1, d_bias1).reshape(beta.shape),
             _scale_rows(alpha, d_folded1).add_(_outer(beta.flatten(), d_bias1)),
@@ -189,25 +237,28 @@ class _MixChannels(PyLayer):
 
 
 # ------------------------------------------- operators: oneDNN's, or Paddle's where it is missing
-def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=()):
+def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=(), dtype=None):
     """``a @ b + bias``, then each of ``then``: as `onednn.product`."""
-    y = onednn.product(a, b, transpose_a, transpose_b, bias, then=then)
+    y = onednn.product(a, b, transpose_a, transpose_b, bias, then=then, dtype=dtype)
     if y is not None:
         return y
+    dtype, a, b = dtype or a.dtype, _wide(a), _wide(b)
     y = paddle.matmul(a, b, transpose_a, transpose_b) if bias is None else paddle.addmm(bias, a, b)
-    return onednn.go_on(y, then)
+    return _cast(onednn.go_on(y, then), dtype)
 
 
-def _multiply(a, b, then=()):
+def _multiply(a, b, then=(), dtype=None):
     """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``."""
-    y = onednn.multiply(a, b, then)
-    return onednn.go_on(a * b, then) if y is None else y
+    y = onednn.multiply(a, b, then, dtype)
+    return _cast(onednn.go_on(_wide(a) * _wide(b), then), dtype or a.dtype) if y is None else y
 
 
 def _gelu_of_product(rows, weight, bias):
     """``gelu(rows @ weight + bias)``, alone in a tuple."""
     y = onednn.product(rows, weight, bias=bias, gelu=True)
-    return (F.gelu(paddle.addmm(bias, rows, weight)) if y is None else y,)
+    if y is None:
+        y = _cast(F.gelu(paddle.addmm(bias, _wide(rows), _wide(weight))), rows.dtype)
+    return (y,)
 
 
 def _differentiable_gelu_of_product(rows, weight, bias):
@@ -216,16 +267,41 @@ def _differentiable_gelu_of_product(rows, weight, bias):
     hidden = onednn.gelu(before)
     if hidden is not None:
         return hidden, lambda gradient: onednn.gelu_gradient(gradient, before)
+    before = _wide(before)
     before.stop_gradient = False
     with paddle.enable_grad():  # its gradient is Paddle's own
         hidden = F.gelu(before)
-    return hidden.detach(), lambda gradient: paddle.grad(hidden, before, gradient)[0]
+
+    def backward(gradient):
+        return _cast(paddle.grad(hidden, before, _wide(gradient))[0], gradient.dtype)
+
+    return _cast(hidden.detach(), rows.dtype), backward
+
+
+def _narrow(x):
+    """``x`` in the precision of products, see `bfloat16`; float64 stays."""
+    return _cast(x, _precision.get()) if x.dtype == paddle.float32 else x
+
+
+def _wide(x):
+    """``x`` as Paddle's operators take it: they know no bfloat16 on a CPU."""
+    return _cast(x, paddle.float32) if x.dtype == paddle.bfloat16 else x
+
+
+def _cast(x, dtype):
+    if x.dtype == dtype:
+        return x
+    y = onednn.cast(x, dtype)
+    return x.astype(dtype) if y is None else y
 
 
 def _column_sum(x):
     """The sum over all axes but the last, as a product with ones: ``[..., C] -> [C]``."""
     rows = x.reshape([-1, x.shape[-1]])
-    return paddle.matmul(paddle.ones([rows.shape[0]], x.dtype), rows)
+    if x.dtype != paddle.bfloat16:
+        return paddle.matmul(paddle.ones([rows.shape[0]], x.dtype), rows)
+    ones = paddle.ones([1, rows.shape[0]], x.dtype)
+    return _product(ones, rows, dtype=paddle.float32).flatten()
 
 
 def _batch_sum(x):

@@ -55,6 +55,15 @@ def is_amd() -> bool:
         return "AuthenticAMD" in platform.processor()  # Windows
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 faster than float32 (AVX512-BF16, AMX)."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(file.read(8192).split())
+    except OSError:
+        return False
+
+
 def physical_cores() -> int:
     """Cores this process may run on; two hardware threads of one core count once.
 

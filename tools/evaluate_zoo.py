@@ -248,7 +248,7 @@ def main() -> int:
         "nprocs", "processes; 0: one a GPU, or one on CPU", type=int, metavar="N", default=0
     )
     parser.flag("batch_size", "images per process and step", type=int, metavar="N", default=64)
-    parser.flag("amp", "mixed precision on GPU", action="store_true")
+    parser.flag("amp", "mixed precision", action="store_true")
     parser.opts_flag("config keys of all evaluations")
     args = parser.parse_args()
     folders = {"val": args.data_path, **{name: getattr(args, name) for name in SETS[1:]}}

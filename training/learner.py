@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
+from cpu import ops, setup  # noqa: F401  isort: skip
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -25,9 +25,11 @@ FLOAT16_LOSS_SCALE = 2.0**20
 
 
 def autocast(config, process: Process):
-    """The mixed-precision context that the config asks for, on GPU."""
-    if not (config.AMP and process.on_gpu):
+    """The mixed-precision context that the config asks for."""
+    if not config.AMP:
         return contextlib.nullcontext()
+    if not process.on_gpu:
+        return ops.bfloat16(ops.choose_precision(config.AMP_DTYPE)[0])
     return paddle.amp.auto_cast(level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
 
 
