@@ -168,7 +168,7 @@ class _MixTokens(PyLayer):
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
         return _only_needed(
             ctx,
-            _multiply(back, factor, then=[("add", grad)], dtype=grad.dtype),
+            _multiply(_cast(back, grad.dtype), factor, then=[("add", grad)]),
             (d_factor * scale).reshape(alpha.shape),
             paddle.matmul(w.sum(0), d_constant).reshape(beta.shape),
             d_w,
@@ -247,10 +247,10 @@ def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=(), dty
     return _cast(onednn.go_on(y, then), dtype)
 
 
-def _multiply(a, b, then=(), dtype=None):
+def _multiply(a, b, then=()):
     """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``."""
-    y = onednn.multiply(a, b, then, dtype)
-    return _cast(onednn.go_on(_wide(a) * _wide(b), then), dtype or a.dtype) if y is None else y
+    y = onednn.multiply(a, b, then)
+    return _cast(onednn.go_on(_wide(a) * _wide(b), then), a.dtype) if y is None else y
 
 
 def _gelu_of_product(rows, weight, bias):
