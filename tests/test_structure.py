@@ -66,6 +66,31 @@ def test_the_config_is_an_argument():
             assert "config" not in set(imports(path_of(module))), module
 
 
+def test_the_files_of_the_page_are_there_and_hold_what_it_names():
+    walks = PAGE[PAGE.index("## Four walks") :]
+    assert len(re.findall(r"^1\.", walks, re.MULTILINE)) == 8
+    assert not re.search(r"^11\.", walks, re.MULTILINE)  # at most ten lines each
+    for line in walks.splitlines():
+        paths = re.findall(r"`([a-z_/]+\.py|[a-z]+/)`", line)
+        assert all((ROOT / path).exists() for path in paths), line
+        text = "".join((ROOT / p).read_text(encoding="utf-8") for p in paths if p[-1] != "/")
+        named = re.findall(r"(?<=`)_?[A-Za-z]\w+(?=`)", line) if text else ()
+        assert all(re.search(rf"\b{name}\b", text) for name in named), line
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_class_keeps_more_than_ten_attributes(module):
+    tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        stored = [a for a in ast.walk(node) if isinstance(a, ast.Attribute)]
+        stored = {a.attr for a in stored if isinstance(a.ctx, ast.Store) and is_self(a.value)}
+        assert len(stored) <= 10, (node.name, stored)
+
+
+def is_self(node):
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
 @pytest.mark.parametrize(
     "module",
     [
