@@ -12,6 +12,7 @@ is extracted.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import struct
@@ -27,7 +28,8 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from cli.errors import DataError
+from cli.errors import DataError, WeightsError
+from storage.weights import write_atomically
 
 ENDINGS = (".tar", ".zip")
 _CUT = re.compile(r"\.(?:tar|zip)(?=/|$)", re.IGNORECASE)
@@ -236,17 +238,12 @@ def _load_index(path: str, stamp: list[int]) -> dict[str, np.ndarray] | None:
 
 def _save_index(path: str, stamp: list[int], index: dict[str, np.ndarray]) -> None:
     """Keeps an index for the next time, where there is room for it."""
+    buffer = io.BytesIO()
+    np.savez(buffer, stamp=np.array(stamp, "int64"), **index)
     for file in _index_files(path):
-        temporary = f"{file}.{os.getpid()}.tmp"
-        try:
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            with open(temporary, "wb") as stream:
-                np.savez(stream, stamp=np.array(stamp, "int64"), **index)
-            os.replace(temporary, file)
+        with suppress(WeightsError):
+            write_atomically(buffer.getvalue(), file)
             return
-        except OSError:
-            with suppress(OSError):
-                os.unlink(temporary)
 
 
 def _build_index(path: str) -> dict[str, np.ndarray]:
