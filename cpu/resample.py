@@ -1,7 +1,7 @@
 """Pillow's resize, affine map and smoothing, two to five times faster, with the same pixels.
 
 Most of the processor time of a training image is spent here. Bicubic interpolation of RGB images,
-which is what the recipe does, is compiled by Numba (`pixel_kernels`); everything else, and
+which is what the recipe does, is compiled by Numba (`resample_kernels`); everything else, and
 everything where Numba is missing or cannot work, is left to Pillow. When the compiled code is
 loaded it is tried against the Pillow that is installed, and left alone if a pixel differs: nothing
 but the time depends on it.
@@ -87,7 +87,7 @@ class _Compiled(NamedTuple):
     """The compiled code, for RGB images and bicubic interpolation.
 
     Attributes:
-        kernels: `pixel_kernels`.
+        kernels: `resample_kernels`.
         height_first: whether a resize from (w, h) to (W, H) begins with the height; the order
             matters because the pixels in between are rounded.
     """

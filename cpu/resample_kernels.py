@@ -1,4 +1,4 @@
-"""The loops behind `pixels`, compiled by Numba when this file is imported.
+"""The loops behind `resample`, compiled by Numba when this file is imported.
 
 Images are ``uint32 [H, W]``, a pixel of four bytes as Pillow keeps it in memory; the arithmetic is
 done on the bytes. To give Pillow's pixels, every kernel rounds where Pillow rounds: resizing in

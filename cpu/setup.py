@@ -24,6 +24,7 @@ import os
 import platform
 import sys
 import warnings
+from functools import cache
 
 # Before Paddle 2.6: recent NumPy loads it at first use, which then crashes; and it brings the
 # system's zlib, in whose place Paddle's would else serve Pillow, which crashes on a PNG.
@@ -55,6 +56,7 @@ def is_amd() -> bool:
         return "AuthenticAMD" in platform.processor()  # Windows
 
 
+@cache  # asked for every batch
 def has_fast_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 faster than float32 (AVX512-BF16, AMX)."""
     try:

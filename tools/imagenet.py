@@ -54,7 +54,7 @@ def find_imagenet(root: str, log: Callable[[str], None]) -> tuple[list[Entry], l
         return None
     images["train"] += [image for tar in tars for image in list_images(tar)]
     train = [_train_entry(root, places["train"], path) for path in images["train"]]
-    val = _val_entries(root, places["val"], images["val"], log) if places["val"] else []
+    val = _val_entries(root, images["val"], log) if places["val"] else []
     for side, entries in (("train", train), ("val", val)):
         if places[side]:
             log(f"ImageNet, {side}: {describe(side, entries)}, in {printable(places[side])}")
@@ -123,7 +123,7 @@ def _number(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _val_entries(root: str, place: str, paths: list[str], log) -> list[Entry]:
+def _val_entries(root: str, paths: list[str], log) -> list[Entry]:
     labels = validation_labels()
     known = {number: wordnet_ids()[label] for number, label in enumerate(labels, 1)}
     numbers: dict[int, str] = {}
