@@ -31,8 +31,8 @@ from storage.weights import write_atomically
 from training.pictures import render
 from training.plots import draw_curves, read_metrics
 
-_GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
-_FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
+GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
+FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
 _SAVING_GRACE = 60.0  # seconds for a checkpoint that is being written when a rank fails
 _PREEMPTION_GRACE = 600.0  # seconds to save after SIGTERM; a second signal ends the run at once
 _TEXT_LIMIT = 8000  # characters of a rank's last words: fits a pipe's buffer, so it never blocks
@@ -151,12 +151,12 @@ def _spawn(config, count: int) -> int:
 
     for number in stop_signals():
         signal.signal(number, forward)
-    endings = _watch(workers, readers, asked, lambda: is_writing(config.SAVE, since=begin))
-    _end(workers)
-    return _tell(endings, list(steps), _last_of(config), bool(asked))
+    endings = watch_ranks(workers, readers, asked, lambda: is_writing(config.SAVE, since=begin))
+    end_ranks(workers)
+    return tell_endings(endings, list(steps), _last_of(config), bool(asked))
 
 
-def _watch(
+def watch_ranks(
     workers: list,
     readers: tuple,
     asked: list[float],
@@ -189,17 +189,17 @@ def _watch(
                 endings[rank] = workers[rank].exitcode, ""
         codes = {code for code, _ in endings.values()}
         if len(asked) > 1 and asked[-1] - asked[0] > SIGNAL_GRACE:
-            deadline, saving = min(deadline, now + _FAILURE_GRACE), lambda: False
+            deadline, saving = min(deadline, now + FAILURE_GRACE), lambda: False
         if codes - {0, PREEMPTED}:
-            deadline = min(deadline, now + _FAILURE_GRACE)
+            deadline = min(deadline, now + FAILURE_GRACE)
         if PREEMPTED in codes:
-            deadline = min(deadline, now + _GRACE)
+            deadline = min(deadline, now + GRACE)
         if asked:
             deadline = min(deadline, asked[0] + _PREEMPTION_GRACE)
     return endings
 
 
-def _end(workers: list) -> None:
+def end_ranks(workers: list) -> None:
     """Ends what is still alive. A save under way loses nothing: it is renamed only when whole."""
     for worker in workers:
         worker.kill()
@@ -207,7 +207,7 @@ def _end(workers: list) -> None:
         worker.join()
 
 
-def _tell(endings: dict, steps: list[int], last: str, asked: bool) -> int:
+def tell_endings(endings: dict, steps: list[int], last: str, asked: bool) -> int:
     """Says in one line how the ranks ended, unless all went well; returns the exit code."""
     failed = {rank: end for rank, end in endings.items() if end[0] not in (0, PREEMPTED)}
     preempted = [text for code, text in endings.values() if code == PREEMPTED]

@@ -77,8 +77,8 @@ def physical_cores() -> int:
     cores = set()
     for cpu in os.sched_getaffinity(0):
         siblings = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        cores.add(_read(siblings) or str(cpu))
-    quota = _read("/sys/fs/cgroup/cpu.max").split()  # "max 100000" or "150000 100000"
+        cores.add(read_line(siblings) or str(cpu))
+    quota = read_line("/sys/fs/cgroup/cpu.max").split()  # "max 100000" or "150000 100000"
     if len(quota) == 2 and quota[0].isdigit():
         return max(1, min(len(cores), int(quota[0]) // int(quota[1])))
     return len(cores)
@@ -86,7 +86,7 @@ def physical_cores() -> int:
 
 def default_threads() -> int:
     """Threads for one process: the user's choice, else its share of this machine's cores."""
-    chosen = os.environ.get("RESMLP_THREADS") or _user_omp_threads
+    chosen = os.environ.get("RESMLP_THREADS") or user_omp_threads
     if chosen and chosen.split(",")[0].isdigit():
         return max(1, int(chosen.split(",")[0]))
     ranks = os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or "1"
@@ -106,7 +106,7 @@ def set_threads(n: int | None = None) -> int | None:
         The number set, or None where nothing was: switched off, Paddle not imported, a GPU
         machine without an ``n``, or a Paddle without this (private) function.
     """
-    global _threads
+    global threads
     paddle = sys.modules.get("paddle")
     if not enabled() or paddle is None or (n is None and has_gpu()):
         return None
@@ -117,17 +117,18 @@ def set_threads(n: int | None = None) -> int | None:
     setter(n)
     if _omp_threads_are_paddles:
         os.environ.pop("OMP_NUM_THREADS", None)  # or child processes would take it for the user's
-    _threads = n
+    threads = n
     return n
 
 
 def describe() -> str:
     """One line that says how this process was prepared; the mains print it once."""
-    parts = [] if _threads is None else [f"{_threads} CPU thread{'s' * (_threads != 1)}"]
+    parts = [] if threads is None else [f"{threads} CPU thread{'s' * (threads != 1)}"]
     return "process: " + ", ".join(parts + _notes)
 
 
-def _read(path: str) -> str:
+def read_line(path: str) -> str:
+    """The text of a file of the system, stripped; empty where there is none."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
@@ -135,7 +136,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _keep_freed_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Tells glibc to reuse large freed blocks. False where there is no glibc, or it refuses."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -146,7 +147,7 @@ def _keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) and mallopt(_M_TRIM_THRESHOLD, keep_at))
 
 
-def _prepare() -> list[str]:
+def prepare() -> list[str]:
     """Does what can be done before Paddle's import; returns what `describe` shall say of it."""
     if not enabled():
         return ["left as it is (RESMLP_RUNTIME)"]
@@ -161,7 +162,7 @@ def _prepare() -> list[str]:
         notes.append("allocator as MALLOC_* says")
     elif not enabled("RESMLP_MALLOC"):
         notes.append("allocator as it is (RESMLP_MALLOC)")
-    elif _keep_freed_memory():
+    elif keep_freed_memory():
         notes.append("allocator keeps freed memory")
     if "paddle" in sys.modules:
         notes.append("but Paddle was imported first: import resmlp before it")
@@ -169,7 +170,7 @@ def _prepare() -> list[str]:
 
 
 # Paddle's import overwrites an unset OMP_NUM_THREADS with 1: what it is now is the user's choice.
-_user_omp_threads = None if "paddle" in sys.modules else os.environ.get("OMP_NUM_THREADS")
-_omp_threads_are_paddles = "paddle" not in sys.modules and _user_omp_threads is None
-_threads: int | None = None
-_notes = _prepare()
+user_omp_threads = None if "paddle" in sys.modules else os.environ.get("OMP_NUM_THREADS")
+_omp_threads_are_paddles = "paddle" not in sys.modules and user_omp_threads is None
+threads: int | None = None
+_notes = prepare()

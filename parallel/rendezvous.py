@@ -21,14 +21,14 @@ from paddle.base import core
 
 from cli.errors import UserError
 
-_JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
+JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
 _LOOPBACK = "lo"  # Linux's name of the network device that no other machine is on
-_BEAT = 2.0  # seconds between two signs of life of a rank
-_SILENCE = 120.0  # seconds after which a rank without any is given up
+BEAT = 2.0  # seconds between two signs of life of a rank
+SILENCE = 120.0  # seconds after which a rank without any is given up
 
 _store = None  # this rank's connection to the job's key-value store
 _store_lock = threading.Lock()  # one request at a time
-_meetings = 0
+meetings = 0
 
 
 def join() -> str:
@@ -46,17 +46,17 @@ def join() -> str:
         UserError: rank 0 cannot be reached, or the port that it shall listen on is in use.
     """
     rank = int(os.environ["PADDLE_TRAINER_ID"])
-    local = sys.platform == "linux" and _on_one_machine()
+    local = sys.platform == "linux" and on_one_machine()
     if local:
         _stay_on_this_machine()
-    port = _find_rank_0(rank)
+    port = find_rank_0(rank)
     warning = ""
     if local and rank == 0:
         _open_store()
-        warning = _shut_out_others(port)
+        warning = shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
     _connect(rank)
-    for connection in _tcp_sockets():
+    for connection in tcp_sockets():
         # Paddle sends a request in pieces, and would wait 40 ms for the receipt of the first.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return warning
@@ -70,39 +70,39 @@ def meet(rank: int, world: int) -> None:
     the others have their answers: it may end right afterwards, and the store with it.
 
     Raises:
-        ConnectionError: a rank has given no sign of life for `_SILENCE` seconds. (On one machine
+        ConnectionError: a rank has given no sign of life for `SILENCE` seconds. (On one machine
             `launch` learns of its end at once; another node's launcher says nothing.)
     """
-    global _meetings
-    _meetings += 1
-    here, answered = f"resmlp/meeting/{_meetings}/here", f"resmlp/meeting/{_meetings}/answered"
-    _count(here, 1)
+    global meetings
+    meetings += 1
+    here, answered = f"resmlp/meeting/{meetings}/here", f"resmlp/meeting/{meetings}/answered"
+    tally(here, 1)
     _wait_for(here, world, world)
     if rank > 0:
-        _count(answered, 1)
+        tally(answered, 1)
     else:
         _wait_for(answered, world - 1, world)
 
 
 def _wait_for(key: str, count: int, world: int) -> None:
     pause, heard = 0.0005, {}  # heard: rank -> its last sign of life, and when it was new
-    next_look = time.monotonic() + _BEAT
-    while _count(key) < count:
+    next_look = time.monotonic() + BEAT
+    while tally(key) < count:
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
         now = time.monotonic()
         if now < next_look:
             continue
-        next_look = now + _BEAT
+        next_look = now + BEAT
         for rank in range(world):
-            beat = _count(f"resmlp/alive/{rank}")
+            beat = tally(f"resmlp/alive/{rank}")
             if rank not in heard or heard[rank][0] != beat:
                 heard[rank] = beat, now
-            elif now - heard[rank][1] > _SILENCE:
-                raise ConnectionError(f"rank {rank} gives no sign of life for {_SILENCE:.0f} s")
+            elif now - heard[rank][1] > SILENCE:
+                raise ConnectionError(f"rank {rank} gives no sign of life for {SILENCE:.0f} s")
 
 
-def _count(key: str, more: int = 0) -> int:
+def tally(key: str, more: int = 0) -> int:
     """Adds to a counter of the store; returns what it has then."""
     with _store_lock:
         return _store.add(key, more)
@@ -117,8 +117,8 @@ def _connect(rank: int) -> None:
 
     def live():
         with suppress(Exception):  # rank 0 is gone
-            while not ending.wait(_BEAT):
-                _count(f"resmlp/alive/{rank}", 1)
+            while not ending.wait(BEAT):
+                tally(f"resmlp/alive/{rank}", 1)
 
     def end():
         ending.set()
@@ -129,7 +129,7 @@ def _connect(rank: int) -> None:
     atexit.register(end)  # or it would be inside of Paddle while Python takes that down
 
 
-def _on_one_machine() -> bool:
+def on_one_machine() -> bool:
     endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
     hosts = {endpoint.rpartition(":")[0] for endpoint in endpoints}
     return len(hosts) == 1 and "" not in hosts
@@ -153,13 +153,13 @@ def _address() -> str:
     return address.split(",")[0]
 
 
-def _find_rank_0(rank: int) -> int:
+def find_rank_0(rank: int) -> int:
     """Looks whether the ranks can meet; returns the port. Paddle itself would abort, or try for 15
     minutes.
     """
     address = _address()
     host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + _JOIN_TIMEOUT
+    deadline = time.monotonic() + JOIN_TIMEOUT
     while True:
         try:
             if rank == 0:
@@ -193,12 +193,12 @@ def _open_store() -> None:
         os.environ["PADDLE_TRAINERS_NUM"] = world
 
 
-def _shut_out_others(port: int) -> str:
+def shut_out_others(port: int) -> str:
     """Ties this process's listening socket to the loopback device: it then takes connections to
     127.0.0.1 only. Returns a warning where it cannot be done.
     """
     reason = "its socket was not found"
-    for found in _tcp_sockets():
+    for found in tcp_sockets():
         listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if listens and found.getsockname()[1] == port:
             try:
@@ -209,7 +209,7 @@ def _shut_out_others(port: int) -> str:
     return f"warning: port {port} of this job is open to other machines ({reason})"
 
 
-def _tcp_sockets() -> Iterator[socket.socket]:
+def tcp_sockets() -> Iterator[socket.socket]:
     """Second handles of this process's TCP sockets, whoever opened them; on Linux alone."""
     for fd in map(int, os.listdir("/proc/self/fd") if sys.platform == "linux" else []):
         with suppress(OSError):  # closed meanwhile

@@ -113,8 +113,8 @@ def fresh(monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "")  # so that it is as before when the test ends
     monkeypatch.delenv("MKL_DEBUG_CPU_TYPE")
-    monkeypatch.setattr(setup, "_user_omp_threads", None)
-    monkeypatch.setattr(setup, "_threads", None)
+    monkeypatch.setattr(setup, "user_omp_threads", None)
+    monkeypatch.setattr(setup, "threads", None)
     monkeypatch.setattr(setup, "has_gpu", lambda: False)
     return monkeypatch
 
@@ -129,13 +129,13 @@ def test_ranks_of_a_run_share_the_cores(fresh):
 
 
 def test_resmlp_threads_wins_over_everything(fresh):
-    fresh.setattr(setup, "_user_omp_threads", "2")
+    fresh.setattr(setup, "user_omp_threads", "2")
     fresh.setenv("PADDLE_TRAINERS_NUM", "2")
     assert setup.default_threads() == 2
     fresh.setenv("RESMLP_THREADS", "5")
     assert setup.default_threads() == 5
     fresh.setenv("RESMLP_THREADS", "many")  # not a number: as if it were not there
-    fresh.setattr(setup, "_user_omp_threads", None)
+    fresh.setattr(setup, "user_omp_threads", None)
     fresh.setattr(setup, "physical_cores", lambda: 6)
     assert setup.default_threads() == 3
 
@@ -146,7 +146,7 @@ def test_hardware_threads_of_a_core_and_a_container_quota_count_once(fresh):
         for n in range(8)
     }
     fresh.setattr(setup.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    fresh.setattr(setup, "_read", lambda path: files.get(path, ""))
+    fresh.setattr(setup, "read_line", lambda path: files.get(path, ""))
     assert setup.physical_cores() == 4
     files["/sys/fs/cgroup/cpu.max"] = "250000 100000"
     assert setup.physical_cores() == 2
@@ -156,16 +156,16 @@ def test_hardware_threads_of_a_core_and_a_container_quota_count_once(fresh):
 
 def test_an_amd_processor_gets_mkls_fast_path_unless_the_user_chose(fresh):
     fresh.setattr(setup, "is_amd", lambda: True)
-    assert "MKL_DEBUG_CPU_TYPE=5 (AMD)" in setup._prepare()
+    assert "MKL_DEBUG_CPU_TYPE=5 (AMD)" in setup.prepare()
     assert os.environ["MKL_DEBUG_CPU_TYPE"] == "5"
     fresh.setenv("MKL_DEBUG_CPU_TYPE", "4")
-    assert "MKL_DEBUG_CPU_TYPE=4 (AMD)" in setup._prepare()
+    assert "MKL_DEBUG_CPU_TYPE=4 (AMD)" in setup.prepare()
 
 
 def test_a_gpu_machine_is_left_alone(fresh):
     fresh.setattr(setup, "has_gpu", lambda: True)
     fresh.setattr(setup, "is_amd", lambda: True)
-    assert setup._prepare() == ["GPU machine, nothing else to prepare"]
+    assert setup.prepare() == ["GPU machine, nothing else to prepare"]
     assert "MKL_DEBUG_CPU_TYPE" not in os.environ
     assert setup.set_threads() is None
 
@@ -180,7 +180,7 @@ def test_systems_without_glibc_are_fine(fresh, libc):
         return libc
 
     fresh.setattr(setup.ctypes, "CDLL", open_library)
-    assert setup._keep_freed_memory() is False
+    assert setup.keep_freed_memory() is False
 
 
 def test_a_paddle_without_the_private_function_is_fine(fresh):

@@ -190,10 +190,11 @@ def test_a_file_that_was_ported_from_another_one_is_not_evaluated_twice(tmp_path
 
 
 def test_differences_are_explained_up_to_the_spread_of_timms_own_results(tmp_path):
-    from tools.evaluate_zoo import _row
+    from tools.evaluate_zoo import measure_row
 
     for off, word in ((0.04, "yes"), (-0.04, "yes"), (0.042, "no"), (-1.0, "no")):
         scores = {"top1": 79.374 + off, "images": MEASURES["top1"].images}
         assert (
-            _row("x", "top1", {"weights": "resmlp_24_224", "scores": scores})["explained"] == word
+            measure_row("x", "top1", {"weights": "resmlp_24_224", "scores": scores})["explained"]
+            == word
         )

@@ -79,8 +79,8 @@ def watch(*ranks, asked=()):
     pipes = [_forking.Pipe(duplex=False) for _ in ranks]
     workers = [rank_that(pipe, **rank) for pipe, rank in zip(pipes, ranks)]
     start = time.monotonic()
-    endings = launch._watch(workers, [reader for reader, _ in pipes], list(asked))
-    launch._end(workers)
+    endings = launch.watch_ranks(workers, [reader for reader, _ in pipes], list(asked))
+    launch.end_ranks(workers)
     assert not any(worker.is_alive() for worker in workers)
     return endings, time.monotonic() - start
 
@@ -97,7 +97,7 @@ def test_all_ranks_that_end_well_are_waited_for():
 def test_one_failure_ends_all(code, text):
     endings, seconds = watch(FOREVER, dict(code=code, text=text))
     assert endings == {1: (code, text or "")}
-    assert seconds < launch._FAILURE_GRACE + 2
+    assert seconds < launch.FAILURE_GRACE + 2
 
 
 def test_ranks_that_fail_for_the_same_reason_are_all_heard():
@@ -106,21 +106,21 @@ def test_ranks_that_fail_for_the_same_reason_are_all_heard():
 
 
 def test_ranks_that_do_not_follow_one_that_stopped_are_ended(monkeypatch):
-    monkeypatch.setattr(launch, "_GRACE", 0.3)
+    monkeypatch.setattr(launch, "GRACE", 0.3)
     endings, _ = watch(dict(code=PREEMPTED, text="stopped"), FOREVER)
     assert endings == {0: (PREEMPTED, "stopped")}
 
 
 def test_a_second_signal_ends_all_at_once_and_one_sent_twice_does_not(monkeypatch):
     now = time.monotonic()
-    monkeypatch.setattr(launch, "_FAILURE_GRACE", 0.1)
+    monkeypatch.setattr(launch, "FAILURE_GRACE", 0.1)
     assert watch(FOREVER, asked=[now - 5, now])[0] == {}
     assert watch(dict(code=0, after=0.5), asked=[now, now + 0.01])[0] == {0: (0, "")}
 
 
 # ------------------------------------------------------------------------------- telling
 def tell(capsys, endings, steps=(7, 8), asked=False, last="/run/last.pdparams"):
-    code = launch._tell(endings, list(steps), last, asked)
+    code = launch.tell_endings(endings, list(steps), last, asked)
     return code, capsys.readouterr().err
 
 
@@ -165,10 +165,10 @@ def test_a_stop_on_request_has_its_own_code(capsys):
 
 # ------------------------------------------------------------------------------- joining
 def join_with(monkeypatch, rank, address):
-    monkeypatch.setattr(rendezvous, "_JOIN_TIMEOUT", 0.0)
+    monkeypatch.setattr(rendezvous, "JOIN_TIMEOUT", 0.0)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("PADDLE_MASTER", address)
-    rendezvous._find_rank_0(rank)
+    rendezvous.find_rank_0(rank)
 
 
 def test_a_port_in_use_is_named(monkeypatch):
@@ -196,7 +196,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ties soc
 )
 def test_ranks_are_on_one_machine_when_their_addresses_say_so(monkeypatch, endpoints, expected):
     monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", endpoints)
-    assert rendezvous._on_one_machine() is expected
+    assert rendezvous.on_one_machine() is expected
 
 
 @linux
@@ -206,7 +206,7 @@ def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
             listening.bind(("", 0))
             listening.listen()
         port = store.getsockname()[1]
-        assert rendezvous._shut_out_others(port) == ""
+        assert rendezvous.shut_out_others(port) == ""
         devices = [
             s.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16) for s in (store, other)
         ]
@@ -216,7 +216,7 @@ def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
 
 @linux
 def test_a_port_that_stays_open_to_others_is_said():
-    warning = rendezvous._shut_out_others(9)
+    warning = rendezvous.shut_out_others(9)
     assert "port 9 of this job is open to other machines (its socket was not found)" in warning
 
 
@@ -228,7 +228,7 @@ import sys
 from parallel import rendezvous
 
 def meet():
-    for found in rendezvous._tcp_sockets():
+    for found in rendezvous.tcp_sockets():
         if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             assert found.getsockname()[1] == int(sys.argv[1])
             device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)

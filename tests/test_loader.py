@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pytest
@@ -49,14 +50,13 @@ EXPECTED = [(i, i % 5, [i]) for i in range(24)]
 @pytest.fixture
 def watched_workers(monkeypatch):
     """Sees to it that there were workers, and that they left nothing behind."""
-    pids, start = [], loader._start
+    pids, start = [], BaseProcess.start
 
-    def remember(data_loader):
-        iterator = start(data_loader)
-        pids.extend(worker.pid for worker in iterator._workers)
-        return iterator
+    def remember(process):
+        start(process)
+        pids.append(process.pid)
 
-    monkeypatch.setattr(loader, "_start", remember)
+    monkeypatch.setattr(BaseProcess, "start", remember)
     yield pids
     assert pids
     assert not multiprocessing.active_children()

@@ -15,7 +15,7 @@ import tools.predict as predict_module
 from cli.errors import DataError, UserError
 from config import get_config
 from tools.common import IMAGENET_CLASSES, run_config
-from tools.predict import _draw_grid, as_csv, as_table, find_class_names, find_images, predict
+from tools.predict import as_csv, as_table, draw_grid, find_class_names, find_images, predict
 
 from .helpers.tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
 
@@ -232,7 +232,7 @@ def test_names_of_any_bytes_can_be_drawn(weights, monkeypatch):
     (label,) = find_class_names(config)
     entry = {"class": 0, "name": label, "confidence": 1.0}
     result = {"image": name, "predictions": [entry]}
-    assert _draw_grid([result], [np.zeros([4, 4, 3], "uint8")]).startswith(b"\x89PNG")
+    assert draw_grid([result], [np.zeros([4, 4, 3], "uint8")]).startswith(b"\x89PNG")
 
 
 def test_a_mistake_is_one_line(tmp_path, images):

@@ -2,7 +2,7 @@ import pytest
 
 from cli.errors import ConfigError, UserError
 from config import get_arguments, get_config, update_config
-from tools.study import ROOT, _last_top1, read_study, run_study, table
+from tools.study import ROOT, last_top1, read_study, run_study, table
 
 from .helpers.tiny_data import CONFIG, make_data
 
@@ -79,4 +79,4 @@ def test_a_run_without_an_accuracy_is_named(tmp_path, content):
     if content:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match="metrics.jsonl"):
-        _last_top1(tmp_path)
+        last_top1(tmp_path)

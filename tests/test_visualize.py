@@ -13,13 +13,13 @@ from resmlp import ResMLP
 from tools.common import load_model, run_config
 from tools.visualize import (
     BATCH,
-    _choose_layers,
-    _mosaic,
+    choose_layers,
     contributions,
     draw_contributions,
     draw_token_mixing,
     magnitudes,
     sparsity,
+    tile_maps,
     token_maps,
     training_batch,
     visualize,
@@ -115,7 +115,7 @@ def test_a_map_holds_what_an_output_token_takes_from_each_input_token(model):
 @pytest.mark.parametrize("grid, side", [(4, 4), (6, 6), (9, 6), (14, 6)])
 def test_a_mosaic_shows_the_central_maps_and_marks_their_own_patch(grid, side):
     maps = np.eye(grid**2).reshape(-1, grid, grid)  # every token looks at itself only
-    mosaic, (x, y) = _mosaic(maps)
+    mosaic, (x, y) = tile_maps(maps)
     assert np.nansum(mosaic) == side**2
     assert (mosaic[y, x] == 1).all()
     assert np.isnan(mosaic).sum() == mosaic.size - (side * grid) ** 2  # the gaps between maps
@@ -163,11 +163,11 @@ def test_a_mixed_batch_shows_both_images_and_their_shares(data):
 
 
 def test_layers_are_spread_from_the_first_to_the_last():
-    assert _choose_layers((), 3) == [0, 1, 2]
-    assert _choose_layers((), 24) == [0, 5, 9, 14, 18, 23]
-    assert _choose_layers((3, 1), 3) == [2, 0]
+    assert choose_layers((), 3) == [0, 1, 2]
+    assert choose_layers((), 24) == [0, 5, 9, 14, 18, 23]
+    assert choose_layers((3, 1), 3) == [2, 0]
     with pytest.raises(UserError, match="layer 4: the model has layers 1 to 3"):
-        _choose_layers((4,), 3)
+        choose_layers((4,), 3)
 
 
 def test_every_chosen_layer_has_a_picture(model):

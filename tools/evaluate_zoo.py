@@ -181,7 +181,7 @@ class Evaluation:
             for measure, facts in MEASURES.items():
                 found = sets.get(facts.data)
                 if found and facts.key in found["scores"]:
-                    rows.append(_row(name, measure, found))
+                    rows.append(measure_row(name, measure, found))
         return rows
 
     def write(self) -> str:
@@ -206,7 +206,7 @@ class Evaluation:
         return text
 
 
-def _row(name: str, measure: str, found: dict) -> dict:
+def measure_row(name: str, measure: str, found: dict) -> dict:
     facts, scores = MEASURES[measure], found["scores"]
     published = next(w for w in ZOO if w.name == found["weights"]).published(measure)
     images = scores["real_images" if measure == "real" else "images"]

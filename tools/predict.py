@@ -93,7 +93,7 @@ def predict(
         progress(len(results), len(paths))
     progress.end()
     if grid and results:
-        write_file(grid, _draw_grid(results, views))
+        write_file(grid, draw_grid(results, views))
     return results
 
 
@@ -210,7 +210,7 @@ def as_csv(results: Sequence[dict]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def _draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
+def draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
     """A PNG of what the model saw, each picture over its three likeliest classes."""
     columns = min(len(views), 4 if len(views) <= 16 else 8)
     rows = math.ceil(len(views) / columns)

@@ -110,11 +110,11 @@ def run_study(
             code = subprocess.run(command).returncode
             if code:
                 raise UserError(f"{name}, seed {seed}: the run ended with exit code {code}")
-            results[name].append(_last_top1(folder))
+            results[name].append(last_top1(folder))
     return results
 
 
-def _last_top1(folder: Path) -> float:
+def last_top1(folder: Path) -> float:
     last = (read_metrics(folder).epoch or [{}])[-1]
     top1 = last.get("ema_top1", last.get("val_top1"))
     if not is_number(top1):

@@ -155,7 +155,7 @@ def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
         axis.axis("off")
     sparse = sparsity(model)
     for axis, layer in zip(axes, layers):
-        mosaic, dots = _mosaic(token_maps(model, layer))
+        mosaic, dots = tile_maps(token_maps(model, layer))
         limit = np.nanquantile(np.abs(mosaic), 0.995)
         axis.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axis.plot(*dots, ".", color="black", markersize=2)
@@ -163,7 +163,7 @@ def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
     return figure
 
 
-def _mosaic(maps: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+def tile_maps(maps: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """The central maps side by side with a gap between, and where each one's own patch is."""
     grid = maps.shape[-1]
     side = min(grid, MAX_SIDE)
@@ -295,7 +295,7 @@ def visualize(
     model = load_model(config)
     names = find_class_names(config, class_names)
     figures = {
-        "token_mixing": draw_token_mixing(model, _choose_layers(layers, len(model.mixer_layers))),
+        "token_mixing": draw_token_mixing(model, choose_layers(layers, len(model.mixer_layers))),
         "magnitudes": draw_magnitudes(model),
     }
     paths = find_images(images)[:MAX_IMAGES] if images else []
@@ -322,7 +322,7 @@ def visualize(
     return files
 
 
-def _choose_layers(layers: Sequence[int], depth: int) -> list[int]:
+def choose_layers(layers: Sequence[int], depth: int) -> list[int]:
     """Layers from 0: the given ones, which count from 1, or some from the first to the last."""
     wrong = [layer for layer in layers if not 1 <= layer <= depth]
     if wrong:

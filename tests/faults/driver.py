@@ -100,7 +100,7 @@ class _HalfPickle:
         file.write(data[len(data) // 2 :])
 
 
-rendezvous._BEAT, rendezvous._SILENCE = 0.5, 10.0
+rendezvous.BEAT, rendezvous.SILENCE = 0.5, 10.0
 before("step", learner.Learner, "backward")
 after("forward", learner.Learner, "forward")
 before("evaluation", engine.Trainer, "evaluate")

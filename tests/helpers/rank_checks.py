@@ -155,7 +155,7 @@ def gradients(process: Process) -> None:
 
 def main_leaves_a_meeting_last(process: Process) -> None:
     """Rank 0 may end after a meeting, and the store with it: nobody may need it any more."""
-    count = rendezvous._count
+    count = rendezvous.tally
 
     def slow_count(key: str, more: int = 0) -> int:
         if key.endswith("/here") and not more:  # is everybody here?
@@ -166,9 +166,9 @@ def main_leaves_a_meeting_last(process: Process) -> None:
         return count(key, more)
 
     if not process.main:
-        rendezvous._count = slow_count
+        rendezvous.tally = slow_count
     wait_for_all(process)
-    rendezvous._count = count
+    rendezvous.tally = count
     if process.main:
         asked = count("others asked")
         count("rank 0 has left", 1)
@@ -178,7 +178,7 @@ def main_leaves_a_meeting_last(process: Process) -> None:
 def nobody_else_can_connect(process: Process) -> None:
     """What a rank listens on is a loopback address, or tied to the loopback device."""
     listening = []
-    for found in rendezvous._tcp_sockets():
+    for found in rendezvous.tcp_sockets():
         if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
             listening.append((found.getsockname(), device.rstrip(b"\0")))
@@ -191,7 +191,7 @@ def nothing_waits_to_be_sent(process: Process) -> None:
     """Each request to the store comes in pieces; none waits for the receipt of the one before."""
     connections = [
         found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        for found in rendezvous._tcp_sockets()
+        for found in rendezvous.tcp_sockets()
         if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     ]
     assert connections and all(connections)
@@ -199,14 +199,14 @@ def nothing_waits_to_be_sent(process: Process) -> None:
 
 def a_rank_that_is_gone_is_named(process: Process) -> None:
     """Rank 2 stays away and is silent; the others learn of it where they wait for it."""
-    rendezvous._SILENCE = 0.5
-    count = rendezvous._count
+    rendezvous.SILENCE = 0.5
+    count = rendezvous.tally
     if process.rank == 2:
-        rendezvous._count = lambda key, more=0: 0  # its signs of life go nowhere
+        rendezvous.tally = lambda key, more=0: 0  # its signs of life go nowhere
         while count("others know") < process.world - 1:
             time.sleep(0.01)
-        rendezvous._count = count
-        rendezvous._meetings += 1
+        rendezvous.tally = count
+        rendezvous.meetings += 1
     else:
         try:
             wait_for_all(process)
@@ -215,7 +215,7 @@ def a_rank_that_is_gone_is_named(process: Process) -> None:
             count("others know", 1)
         else:
             raise AssertionError("it was not missed")
-    rendezvous._SILENCE = 120.0
+    rendezvous.SILENCE = 120.0
 
 
 CHECKS = (
@@ -231,7 +231,7 @@ if sys.platform == "linux":
 
 
 def main() -> None:
-    rendezvous._BEAT = 0.05
+    rendezvous.BEAT = 0.05
     process = prepare_process()
     for check in CHECKS:
         check(process)
