@@ -19,19 +19,9 @@ from PIL import Image
 from cli.errors import DataError
 from cpu import resample
 from loading import archives
-from loading.files import (
-    BadImage,
-    ImageIndex,
-    class_names,
-    evaluation_folder,
-    folder_classes,
-    open_image,
-    read_image,
-    read_list,
-    scan_folder,
-    sort_classes,
-    with_num_classes,
-)
+from loading.classes import class_names, folder_classes, with_num_classes
+from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder, sort_classes
+from loading.images import BadImage, open_image, read_image
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from storage.weights import shorten

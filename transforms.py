@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance
 from augment import Policy, build_policy, rand_augment
 from cli.errors import ConfigError
 from cpu.resample import resize
-from loading.files import BadImage, to_rgb, upright
+from loading.images import BadImage, to_rgb, upright
 
 _RESAMPLE = {
     name: Image.Resampling[name.upper()]

@@ -1,4 +1,4 @@
-"""Image files and their labels: list files, a folder per class, reading one image. (No Paddle.)
+"""Image files and their labels: list files, a folder per class. (No Paddle.)
 
 Two layouts of a data folder, DATA.DATASET:
 
@@ -13,39 +13,17 @@ An archive, ``train.tar`` or ``train.zip``, may stand for a folder; see archives
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import re
-import stat
-import warnings
 from array import array
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-from PIL import Image
-
 from cli.errors import DataError
 from loading import archives
-from loading.imagenet import wordnet_ids
-
-EXTENSIONS = (
-    *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
-    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-)
-
-# Formats that Pillow decodes itself. (It would hand an .eps to Ghostscript, another program.)
-_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-try:
-    from PIL import AvifImagePlugin  # Pillow 11.3 and later, where its wheel has the decoder
-
-    if AvifImagePlugin.SUPPORTED:
-        EXTENSIONS, _FORMATS = (*EXTENSIONS, ".avif"), (*_FORMATS, "AVIF")
-except ImportError:
-    pass
+from loading.images import EXTENSIONS, printable, reason_of, regular_size
 
 # What splits are called, in any case, the first name before the others. A `test` folder is neither:
 # its images are for the very end, or have no labels.
@@ -56,139 +34,7 @@ _TEST_NAMES = ("test", "testing")
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__")
 _JUNK += ("system volume information", "thumbs.db", "desktop.ini")
 
-_ORIENTATION = 0x112  # EXIF's tag: how the camera was held
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
-
-# Control characters, line breaks, and what `os.fsdecode` makes of bytes that are not UTF-8.
-# (`str.isprintable` is also False for the joiners inside Persian words.)
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-# Pillow warns above its limit and raises above twice the limit; `open_image` raises above it.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Corrupt EXIF data, transparent palettes: the pixels are right, and no warning names its file.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
-class BadImage(DataError):
-    """An image file that is missing or cannot be decoded: `path` and `reason`."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(f"{printable(path)}: {reason}")
-        self.path, self.reason = path, reason
-
-
-def regular_size(path: str) -> int:
-    """Bytes of a file.
-
-    Raises:
-        OSError: missing; or a folder, a device, a pipe, which may block for ever when it is opened.
-    """
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.EINVAL, "Not a regular file", path)
-    return info.st_size
-
-
-def open_image(path: str) -> Image.Image:
-    """Opens an image file, to be used in ``with``; its pixels are decoded when they are asked for.
-
-    Raises:
-        BadImage: missing, unreadable, empty, not an image, larger than Pillow's limit.
-    """
-    try:
-        data = archives.read(path)
-        size = regular_size(path) if data is None else len(data)
-        if size == 0:
-            raise BadImage(path, "the file is empty")
-        image = Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS)
-        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-        if 0 < pixels <= (limit or pixels):
-            return image
-        image.close()
-        if pixels:
-            raise BadImage(path, f"{pixels:,} pixels, more than Pillow's limit of {limit:,}")
-        raise BadImage(path, f"{image.width} x {image.height} pixels")
-    except Exception as error:
-        raise _bad_image(path, error) from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, read: as ``convert("RGB")``, without copying one that is RGB.
-
-    Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead,
-    with the upper 8 bits, as OpenCV does. Numbers without a known range are refused.
-
-    Raises:
-        BadImage: 32-bit integers or floating point.
-    """
-    image.load()
-    if image.mode == "RGB":
-        return image
-    sixteen = image.mode.startswith("I;16")
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        sixteen = True  # what older Pillow makes of 16 bits
-    if sixteen:
-        tags = getattr(image, "tag_v2", {})
-        bits = tags.get(258, (16,))[0]  # BitsPerSample of a TIFF: 12 of a microscope or scanner
-        grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
-        inverted = tags.get(262) == 0  # WhiteIsZero, which Pillow heeds in 8 bits alone
-        info, image = image.info, Image.fromarray(255 - grey if inverted else grey)
-        image.info = info
-    elif image.mode in ("I", "F"):
-        raise BadImage(
-            getattr(image, "filename", "image"),
-            f"{'floating point' if image.mode == 'F' else '32-bit integers'}, whose black and "
-            "white are not known; save it with 8 or 16 bits",
-        )
-    return image.convert("RGB")
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image in RGB (`to_rgb`), turned as its EXIF orientation says; with none, as it is."""
-    rgb = to_rgb(image)  # read first: Pillow turns a TIFF by itself
-    try:
-        return rgb.transpose(_TURNS[image.getexif()[_ORIENTATION]])
-    except Exception:  # no such entry; or broken EXIF data, on which Pillow raises anything
-        return rgb
-
-
-def read_image(path: str) -> Image.Image:
-    """Decodes an image file to RGB as timm reads it (EXIF rotation ignored), by `to_rgb`.
-
-    Raises:
-        BadImage: as `open_image`; also truncated or broken files.
-    """
-    try:
-        with open_image(path) as image:
-            rgb = to_rgb(image)
-    except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise _bad_image(path, error) from None
-    rgb.filename = path  # as `Image.open` sets it; a transform names it
-    return rgb
-
-
-def _bad_image(path: str, error: Exception) -> BadImage:
-    if isinstance(error, BadImage):
-        return error
-    if isinstance(error, FileNotFoundError):
-        return BadImage(path, "no such file")
-    if isinstance(error, DataError):  # of its archive
-        return BadImage(path, str(error))
-    if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
-        return BadImage(path, _reason(error))
-    if isinstance(error, Image.UnidentifiedImageError):
-        return BadImage(path, "not an image of a known format")
-    return BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})")
 
 
 class ImageIndex:
@@ -284,7 +130,7 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
                 index.add(name, labels[label], number)
     except OSError as error:
         raise DataError(
-            f"{list_file}: {_reason(error)}; it lists the images of {root}, one `relative/path "
+            f"{list_file}: {reason_of(error)}; it lists the images of {root}, one `relative/path "
             "label` a line. tools/make_lists.py makes it from a folder per class, and "
             "`-dataset imagefolder` needs none"
         ) from None
@@ -451,138 +297,6 @@ def describe_others(folder: str, others: list[str]) -> list[str]:
     ]
 
 
-def printable(path: str) -> str:
-    """The path with control characters and whatever is not UTF-8 in it escaped, for a terminal."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def read_class_names(path: str, num_classes: int | str) -> list[str]:
-    """Reads a text file of class names, line i the name of label i.
-
-    Raises:
-        DataError: unreadable, a line without a name, or not `num_classes` lines (``auto``: any).
-    """
-    try:
-        regular_size(path)
-        with open(path, encoding="utf-8-sig") as file:
-            names = [line.strip() for line in file.read().rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {_reason(error)}; expected one class name a line") from None
-    if "" in names:
-        line = names.index("") + 1
-        raise DataError(f"{path}:{line}: no name; expected one class name a line")
-    if num_classes not in ("auto", len(names)):
-        raise DataError(f"{path}: {len(names)} names but MODEL.NUM_CLASSES is {num_classes}")
-    return names
-
-
-def class_names(config) -> list[str] | None:
-    """The names of the classes, by label: from DATA.CLASS_NAMES, else ``classes.txt`` in the data
-    folder, else the folder names of an `imagefolder` tree; None where there are none.
-    """
-    imagefolder = config.DATA.DATASET == "imagefolder" and archives.is_folder(config.DATA.DATA_PATH)
-    return _given_names(config) or (folder_classes(config) if imagefolder else None)
-
-
-def _given_names(config) -> list[str] | None:
-    beside = os.path.join(config.DATA.DATA_PATH, "classes.txt")
-    path = config.DATA.CLASS_NAMES or (beside if os.path.isfile(beside) else None)
-    return read_class_names(path, config.MODEL.NUM_CLASSES) if path else None
-
-
-def with_num_classes(config):
-    """The config, frozen, with a number where MODEL.NUM_CLASSES is ``auto``: as many classes as
-    there are `class_names`, else the largest label of the training list (without one: of the
-    validation list) and one more.
-
-    Raises:
-        DataError: there is no data folder, or what is in there cannot be read.
-    """
-    root, data = config.DATA.DATA_PATH, config.DATA
-    if config.MODEL.NUM_CLASSES != "auto":
-        return config
-    if not archives.is_folder(root):
-        raise DataError(
-            f"{root}: no such data folder, and MODEL.NUM_CLASSES auto counts the classes there; "
-            "set it with `-data_path` (tools: -opts DATA.DATA_PATH DIR), or set the number"
-        )
-    names, config = class_names(config), config.clone()
-    if names is None:
-        lists = [os.path.join(root, name) for name in (data.TRAIN_LIST, data.VAL_LIST)]
-        path = next(filter(os.path.isfile, lists), lists[0])
-        labels = read_list(path, root, 10**9, data.ALLOW_OUTSIDE_PATHS).labels
-    config.defrost()
-    config.MODEL.NUM_CLASSES = max(labels) + 1 if names is None else len(names)
-    config.freeze()
-    return config
-
-
-def folder_classes(config) -> list[str]:
-    """The class folders of an `imagefolder` tree by label.
-
-    They are those of `find_classes`, unless the weights come from a run whose classes.txt has these
-    very names in another order. (Runs used to sort numbers as texts.) The weights' order is kept
-    then. With EVAL they are the classes of the weights, of which the data may have some only.
-
-    Raises:
-        DataError: as `find_classes`; with EVAL, folders that are no classes of the weights.
-    """
-    root, order = config.DATA.DATA_PATH, _run_classes(config)
-    folder = evaluation_folder(root)
-    if config.EVAL and archives.is_folder(folder) and (folders := class_folders(folder)):
-        known = _known_classes(config, order, folders)
-        for classes in known:
-            if set(folders) <= set(classes):
-                return classes
-        if known:
-            wrong = [name for name in folders if name not in known[0]]
-            whose = "the classes.txt beside the weights" if len(known) == 1 else "ImageNet's ids"
-            raise DataError(
-                f"{folder}: {len(wrong)} of {len(folders)} class folders are not in {whose}, such "
-                f"as {wrong[0]!r} (they have {known[0][0]!r}); weights of other classes need the "
-                "classes.txt of their training beside them, one class folder a line"
-            )
-    classes = find_classes(root)
-    return order if order and sorted(order) == sorted(classes) else classes
-
-
-def _known_classes(config, order: list[str], folders: list[str]) -> list[list[str]]:
-    """What the folders of the weights' classes may be called, by label; empty: nobody knows.
-
-    They are called as in the run's classes.txt, unless that has names for people. ImageNet's, which
-    1,000 classes are where nothing else is known, are called by their WordNet ids or by their
-    numbers, as in ImageNet-V2.
-    """
-    count, imagenet = config.MODEL.NUM_CLASSES, list(wordnet_ids())
-    if order and count == "auto":
-        count = len(order)
-    theirs = len(order) == count and order != imagenet
-    if theirs and (set(folders) <= set(order) or order != _given_names(config)):
-        return [order]
-    if count != len(imagenet):
-        return []
-    numbers = [str(label) for label in range(count)]
-    for name in folders:
-        if name.isdecimal() and int(name) < count:
-            numbers[int(name)] = name  # which may be 0007
-    return [imagenet, numbers]
-
-
-def _run_classes(config) -> list[str]:
-    """The lines of the classes.txt beside the weights that the config names, if there is one."""
-    for weights in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
-        folder = config.SAVE if weights == "auto" else os.path.dirname(weights)
-        path = os.path.join(folder, "classes.txt")
-        if os.path.isfile(path):
-            try:
-                with open(path, encoding="utf-8-sig") as file:
-                    return [line.strip() for line in file.read().rstrip().split("\n")]
-            except (OSError, UnicodeDecodeError):
-                return []
-    return []
-
-
 def class_folders(folder: str) -> list[str]:
     """The names of the folders in a folder, as `sort_classes`; junk (`is_junk`) is passed over.
 
@@ -636,7 +350,7 @@ def _check_link(path: str) -> None:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise DataError(f"{printable(error.filename)}: {_reason(error)}") from None
+    raise DataError(f"{printable(error.filename)}: {reason_of(error)}") from None
 
 
 def _parse_label(text: bytes, num_classes: int) -> int:
@@ -663,7 +377,3 @@ def _inside(name: bytes, folder: bytes) -> bytes:
 
 def _show(text: bytes) -> str:
     return repr(text[:100].decode("utf-8", "replace"))
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()

@@ -13,7 +13,7 @@ import pytest
 from cli.errors import DataError
 from datasets import build_dataset
 from loading import archives
-from loading.files import BadImage, read_image
+from loading.images import BadImage, read_image
 
 from .helpers.tiny_data import make_config, make_data
 

@@ -12,7 +12,9 @@ from cli.errors import DataError
 from demo import make_subset
 from demo.fashion_mnist import CLASSES, SPLITS, Split, fingerprint, folder_name, read, write_archive
 from demo.prepare import prepare
-from loading.files import class_names, read_image, read_list, scan_folder
+from loading.classes import class_names
+from loading.files import read_list, scan_folder
+from loading.images import read_image
 
 ORIGINAL = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 

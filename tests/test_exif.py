@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from config import get_config
 from datasets import build_dataset, build_loader
-from loading.files import read_image, to_rgb, upright
+from loading.images import read_image, to_rgb, upright
 from tools import infer_exported
 from tools.export import export
 from tools.predict import predict

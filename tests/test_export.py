@@ -16,7 +16,7 @@ import tools.export as export_module
 import tools.infer_exported as infer_module
 from cli.errors import DataError, UserError
 from config import get_config
-from loading.files import read_image
+from loading.images import read_image
 from tools.common import load_model, run_config
 from tools.export import export, verification_images
 from tools.infer_exported import (

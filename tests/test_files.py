@@ -11,20 +11,10 @@ from PIL import Image
 
 from cli.errors import DataError
 from datasets import build_dataset
-from loading.files import (
-    BadImage,
-    class_names,
-    find_classes,
-    folder_classes,
-    list_images,
-    printable,
-    read_class_names,
-    read_image,
-    read_list,
-    scan_folder,
-    with_num_classes,
-)
+from loading.classes import class_names, folder_classes, read_class_names, with_num_classes
+from loading.files import find_classes, list_images, read_list, scan_folder
 from loading.imagenet import wordnet_ids
+from loading.images import BadImage, printable, read_image
 
 
 def write_list(folder, text):
@@ -513,7 +503,7 @@ def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x1a\x01\x05\0\x01"
     Image.new("RGB", (4, 4)).save(tmp_path / "exif.jpg", exif=exif)
     code = (
-        "import sys; from loading import files; [files.read_image(path) for path in sys.argv[1:]]"
+        "import sys; from loading.images import read_image; [read_image(path) for path in sys.argv[1:]]"
     )
     paths = [str(tmp_path / "palette.png"), str(tmp_path / "exif.jpg")]
     command = [sys.executable, "-W", "always", "-c", code, *paths]

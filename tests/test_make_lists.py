@@ -10,7 +10,8 @@ from PIL import Image
 
 import tools.make_lists as tool
 from cli.errors import DataError
-from loading.files import read_class_names, read_list, scan_folder
+from loading.classes import read_class_names
+from loading.files import read_list, scan_folder
 from tools.make_lists import find_identical, make_lists
 
 

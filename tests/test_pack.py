@@ -11,7 +11,7 @@ from PIL import Image
 from cli.errors import DataError, UserError
 from datasets import build_dataset
 from loading import archives
-from loading.files import read_image
+from loading.images import read_image
 from tools.pack import Settings, pack
 
 from .helpers.tiny_data import make_config, make_data

@@ -10,7 +10,7 @@ import pytest
 from cli.errors import DataError, UserError
 from datasets import build_loader
 from loading import archives
-from loading.files import read_image
+from loading.images import read_image
 from tools import prepare as prepare_module
 from tools.prepare import prepare, read_mat
 

@@ -98,7 +98,9 @@ def is_self(node):
         "cli.errors",
         "cpu.setup",
         "loading.samplers",
+        "loading.classes",
         "loading.files",
+        "loading.images",
         "storage.weights",
     ],
 )

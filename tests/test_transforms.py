@@ -15,7 +15,7 @@ import augment
 from augment import OPS, POLICIES, Policy, apply_op, build_policy, op_argument, rand_augment
 from cli.errors import ConfigError
 from config import get_config
-from loading.files import BadImage, open_image, read_image
+from loading.images import BadImage, open_image, read_image
 from transforms import (
     ColorJitter,
     build_augmentations,

@@ -43,7 +43,7 @@ from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from config import get_config, update_config
 from datasets import build_loader
-from loading.files import read_image
+from loading.images import read_image
 from parallel.process import Process
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cli.errors import UserError
 from config import get_config, update_config
-from loading.files import with_num_classes
+from loading.classes import with_num_classes
 from port_weights.download import local_weights
 from storage.weights import find_file, write_atomically
 

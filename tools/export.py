@@ -35,7 +35,7 @@ from paddle.static import InputSpec
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from datasets import build_dataset
-from loading.files import read_image
+from loading.images import read_image
 from resmlp import build_resmlp, load_state
 from storage.weights import read_weights
 from tools.common import load_model, run_config, write_file

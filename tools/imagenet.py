@@ -17,8 +17,9 @@ from functools import cache
 
 from cli.errors import DataError
 from loading import archives
-from loading.files import list_images, printable, regular_size, split_folder
+from loading.files import list_images, split_folder
 from loading.imagenet import validation_labels, wordnet_ids
+from loading.images import printable, regular_size
 from storage.weights import shorten
 
 COUNTS = {"train": 1_281_167, "val": 50_000}

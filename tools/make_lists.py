@@ -38,23 +38,19 @@ from cli.parser import Parser
 from cpu.setup import physical_cores
 from loading import archives
 from loading.files import (
-    EXTENSIONS,
     SPLIT_NAMES,
-    BadImage,
     class_folders,
     describe_others,
     find_classes,
     is_split_name,
     list_images,
     passed_over,
-    printable,
-    read_image,
     read_list,
-    regular_size,
     sort_classes,
     split_folder,
 )
 from loading.imagenet import wordnet_ids
+from loading.images import EXTENSIONS, BadImage, printable, read_image, regular_size
 from storage.weights import shorten
 from tools import imagenet
 

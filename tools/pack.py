@@ -33,17 +33,8 @@ from cli.parser import Parser
 from cpu.resample import resize
 from cpu.setup import default_threads
 from loading import archives
-from loading.files import (
-    BadImage,
-    ImageIndex,
-    find_classes,
-    open_image,
-    printable,
-    read_image,
-    read_list,
-    regular_size,
-    scan_folder,
-)
+from loading.files import ImageIndex, find_classes, read_list, scan_folder
+from loading.images import BadImage, open_image, printable, read_image, regular_size
 from tools.common import write_file
 from transforms import resized_size, to_rgb
 

@@ -27,8 +27,10 @@ import paddle.nn.functional as F
 
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
-from loading.files import BadImage, list_images, printable, read_class_names, read_image
-from loading.files import class_names as data_class_names
+from loading.classes import class_names as data_class_names
+from loading.classes import read_class_names
+from loading.files import list_images
+from loading.images import BadImage, printable, read_image
 from tools.common import (
     IMAGENET_CLASSES,
     load_model,

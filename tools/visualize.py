@@ -27,7 +27,7 @@ from batch_augment import BatchAugment
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from datasets import build_loader
-from loading.files import read_image
+from loading.images import read_image
 from mixup import smooth_one_hot
 from resmlp import ResMLP
 from tools.common import (

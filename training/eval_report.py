@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loading.files import read_image, upright
+from loading.images import read_image, upright
 from parallel.process import Process, sum_over_ranks
 from training.pictures import new_figure, render
 

@@ -19,7 +19,8 @@ from PIL import Image, features
 
 from cli.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
 from config import check_config, get_config, update_config
-from loading.files import read_image, read_list
+from loading.files import read_list
+from loading.images import read_image
 from resmlp import build_resmlp, load_state
 from storage import checkpoints
 from storage.weights import read_weights, write_weights

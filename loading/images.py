@@ -1,0 +1,173 @@
+"""One image file: opened, decoded to RGB, turned upright. (No Paddle.)"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import stat
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from cli.errors import DataError
+from loading import archives
+
+EXTENSIONS = (
+    *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+
+# Formats that Pillow decodes itself. (It would hand an .eps to Ghostscript, another program.)
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+try:
+    from PIL import AvifImagePlugin  # Pillow 11.3 and later, where its wheel has the decoder
+
+    if AvifImagePlugin.SUPPORTED:
+        EXTENSIONS, _FORMATS = (*EXTENSIONS, ".avif"), (*_FORMATS, "AVIF")
+except ImportError:
+    pass
+
+_ORIENTATION = 0x112  # EXIF's tag: how the camera was held
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Control characters, line breaks, and what `os.fsdecode` makes of bytes that are not UTF-8.
+# (`str.isprintable` is also False for the joiners inside Persian words.)
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+# Pillow warns above its limit and raises above twice the limit; `open_image` raises above it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Corrupt EXIF data, transparent palettes: the pixels are right, and no warning names its file.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+class BadImage(DataError):
+    """An image file that is missing or cannot be decoded: `path` and `reason`."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{printable(path)}: {reason}")
+        self.path, self.reason = path, reason
+
+
+def regular_size(path: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: missing; or a folder, a device, a pipe, which may block for ever when it is opened.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    return info.st_size
+
+
+def open_image(path: str) -> Image.Image:
+    """Opens an image file, to be used in ``with``; its pixels are decoded when they are asked for.
+
+    Raises:
+        BadImage: missing, unreadable, empty, not an image, larger than Pillow's limit.
+    """
+    try:
+        data = archives.read(path)
+        size = regular_size(path) if data is None else len(data)
+        if size == 0:
+            raise BadImage(path, "the file is empty")
+        image = Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS)
+        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if 0 < pixels <= (limit or pixels):
+            return image
+        image.close()
+        if pixels:
+            raise BadImage(path, f"{pixels:,} pixels, more than Pillow's limit of {limit:,}")
+        raise BadImage(path, f"{image.width} x {image.height} pixels")
+    except Exception as error:
+        raise _bad_image(path, error) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, read: as ``convert("RGB")``, without copying one that is RGB.
+
+    Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead,
+    with the upper 8 bits, as OpenCV does. Numbers without a known range are refused.
+
+    Raises:
+        BadImage: 32-bit integers or floating point.
+    """
+    image.load()
+    if image.mode == "RGB":
+        return image
+    sixteen = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        sixteen = True  # what older Pillow makes of 16 bits
+    if sixteen:
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(258, (16,))[0]  # BitsPerSample of a TIFF: 12 of a microscope or scanner
+        grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        inverted = tags.get(262) == 0  # WhiteIsZero, which Pillow heeds in 8 bits alone
+        info, image = image.info, Image.fromarray(255 - grey if inverted else grey)
+        image.info = info
+    elif image.mode in ("I", "F"):
+        raise BadImage(
+            getattr(image, "filename", "image"),
+            f"{'floating point' if image.mode == 'F' else '32-bit integers'}, whose black and "
+            "white are not known; save it with 8 or 16 bits",
+        )
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image in RGB (`to_rgb`), turned as its EXIF orientation says; with none, as it is."""
+    rgb = to_rgb(image)  # read first: Pillow turns a TIFF by itself
+    try:
+        return rgb.transpose(_TURNS[image.getexif()[_ORIENTATION]])
+    except Exception:  # no such entry; or broken EXIF data, on which Pillow raises anything
+        return rgb
+
+
+def read_image(path: str) -> Image.Image:
+    """Decodes an image file to RGB as timm reads it (EXIF rotation ignored), by `to_rgb`.
+
+    Raises:
+        BadImage: as `open_image`; also truncated or broken files.
+    """
+    try:
+        with open_image(path) as image:
+            rgb = to_rgb(image)
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise _bad_image(path, error) from None
+    rgb.filename = path  # as `Image.open` sets it; a transform names it
+    return rgb
+
+
+def _bad_image(path: str, error: Exception) -> BadImage:
+    if isinstance(error, BadImage):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return BadImage(path, "no such file")
+    if isinstance(error, DataError):  # of its archive
+        return BadImage(path, str(error))
+    if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
+        return BadImage(path, reason_of(error))
+    if isinstance(error, Image.UnidentifiedImageError):
+        return BadImage(path, "not an image of a known format")
+    return BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})")
+
+
+def printable(path: str) -> str:
+    """The path with control characters and whatever is not UTF-8 in it escaped, for a terminal."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def reason_of(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
