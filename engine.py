@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from cpu import ops, setup  # noqa: F401  isort: skip
-
 import contextlib
 import itertools
 import logging
@@ -16,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli.errors import ConfigError, TrainingError
+from cpu import ops
 from datasets import build_loader, with_num_classes
 from optimizer import Schedule
 from parallel.process import Process, from_main, main_first, prepare_process

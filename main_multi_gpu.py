@@ -7,8 +7,6 @@ python -m paddle.distributed.launch --nnodes 2 --master HOST:PORT main_multi_gpu
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
-
 from cli.errors import run_as_script
 from config import get_arguments, get_config, note_on_defaults, update_config
 from launch import launch

@@ -6,8 +6,6 @@ python main_single_gpu.py -cfg=./configs/resmlp_24_224.yaml -dataset=imagenet201
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
-
 from cli.errors import ConfigError, run_as_script
 from config import get_arguments, get_config, note_on_defaults, update_config
 from launch import run_here

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cpu import setup  # noqa: F401  isort: skip
+
 import copy
 
 import paddle

@@ -10,8 +10,6 @@ path and no idle worker holds memory.
 
 from __future__ import annotations
 
-from cpu import setup  # isort: skip
-
 import ctypes
 import multiprocessing
 import os
@@ -31,6 +29,7 @@ import numpy as np
 import paddle
 
 from cli.errors import DataError
+from cpu import setup
 from loading.samplers import EvalBatchSampler, TrainBatchSampler
 
 _PREFETCH = 2  # batches that each worker prepares ahead (Paddle's default)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import contextlib
 import logging
 import os
@@ -17,6 +15,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from cpu import setup
 from parallel import rendezvous
 
 PREEMPTED = 75  # exit code of a run that saved on SIGTERM or Ctrl-C and wants to be resumed

@@ -4,8 +4,6 @@ that another is gone.
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import atexit
 import os
 import socket

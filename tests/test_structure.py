@@ -1,6 +1,7 @@
 """The picture in docs/architecture.md: imports run downwards only."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,37 @@ def test_no_class_keeps_more_than_ten_attributes(module):
 
 def is_self(node):
     return isinstance(node, ast.Name) and node.id == "self"
+
+
+FIRST = """
+import importlib, os, runpy, sys
+import numpy.random, yaml  # only to be quick
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "paddle":
+            os._exit("cpu.setup" not in sys.modules)
+sys.meta_path.insert(0, Watch)
+for what in sys.argv[1:]:
+    if os.fork() == 0:
+        script = what.endswith(".py")
+        sys.path.insert(0, os.path.dirname(what) if script else os.getcwd())
+        try:
+            (runpy.run_path if script else importlib.import_module)(what)
+        except ModuleNotFoundError as error:
+            os._exit(error.name != "onnx")  # the tests' second environment has none
+        os._exit(0)
+    if os.wait()[1]:
+        print(what)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process for each module")
+def test_whatever_is_imported_first_prepares_the_process_before_paddle():
+    """As a module, and as the script that a tool is."""
+    tools = [str(p) for p in PATHS if p.parent.name == "tools" and "import _root" in p.read_text()]
+    words = [sys.executable, "-c", FIRST, *MODULES, *tools]
+    found = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (found.returncode, found.stdout) == (0, ""), found.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+from cpu import setup  # noqa: F401  (before Paddle)

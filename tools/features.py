@@ -13,8 +13,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import io
 import json
 import os

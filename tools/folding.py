@@ -6,8 +6,6 @@ function with fewer sweeps over the activations. `tools/export` writes this form
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip  (prepares the process, before Paddle is imported)
-
 import numpy as np
 import paddle
 import paddle.nn.functional as F

@@ -18,8 +18,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import paddle
 
 from cli.errors import UserError, run_as_script

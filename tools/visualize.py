@@ -14,8 +14,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path

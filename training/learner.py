@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from cpu import ops, setup  # noqa: F401  isort: skip
-
 import contextlib
 from collections.abc import Callable, Sequence
 
@@ -12,6 +10,7 @@ import paddle
 from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
 from batch_augment import BatchAugment
+from cpu import ops
 from distillation import build_teacher
 from losses import build_criterion, build_distillation_loss
 from model_ema import ModelEma

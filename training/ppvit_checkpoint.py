@@ -8,8 +8,6 @@ names there (``linear_12.w_0_moment1_0``), and ``paddle.save`` writes that name 
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import re
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import logging
 from dataclasses import asdict, replace
 from typing import NoReturn
