@@ -29,7 +29,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from cli.errors import DataError, WeightsError
-from storage.weights import write_atomically
+from storage.weights import cache_folder, write_atomically
 
 ENDINGS = (".tar", ".zip")
 _CUT = re.compile(r"\.(?:tar|zip)(?=/|$)", re.IGNORECASE)
@@ -130,7 +130,7 @@ class Archive:
         self.path = path
         try:
             self._file = open(path, "rb")  # noqa: SIM115  (for as long as the process reads)
-            self._stamp = _stamp(self._file.fileno())
+            self._stamp = _stamp(path)
         except OSError as error:
             raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
         index = _load_index(path, self._stamp)
@@ -185,8 +185,13 @@ class Archive:
         member = self.find(name)
         if member is None:
             raise FileNotFoundError(2, "No such member", f"{self.path}/{name}")
-        if _stamp(self._file.fileno()) != self._stamp:
-            raise DataError(f"{self.path}: was changed while it was in use; start again")
+        unchanged = False
+        with suppress(OSError):  # it is gone
+            unchanged = _stamp(self.path) == self._stamp
+        if not unchanged:
+            raise DataError(
+                f"{self.path}/{name}: the archive was changed while it was in use; start again"
+            )
         start = member.start
         if member.method >= 0:  # a zip's: behind its local header
             start += _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(self._at(start, 30)))
@@ -210,20 +215,19 @@ class Archive:
 
 
 # ----------------------------------------------------------------------------------- the index
-def _stamp(fd: int) -> list[int]:
+def _stamp(path: str) -> list[int]:
     """What tells that an archive is the one that was indexed."""
-    status = os.fstat(fd)
+    status = os.stat(path)
     return [_VERSION, status.st_size, status.st_mtime_ns]
 
 
 def _index_files(path: str) -> list[str]:
     """Where an index may lie: beside the archive, else in the cache folder."""
     folder, name = os.path.split(os.path.abspath(path))
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
     return [
         os.path.join(folder, f".{name}.index.npz"),
-        os.path.join(cache, "resmlp", f"{name}.{digest}.index.npz"),
+        str(cache_folder() / f"{name}.{digest}.index.npz"),
     ]
 
 

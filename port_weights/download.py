@@ -24,7 +24,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from cli.errors import WeightsError
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import HOSTS
-from storage.weights import refuse_text, write_atomically
+from storage.weights import cache_folder, refuse_text, write_atomically
 
 try:
     import fcntl
@@ -97,10 +97,9 @@ def download(address: str, hosts: tuple[str, ...] = HOSTS) -> Path:
 
 def cache_file(url: str) -> Path:
     """Where the file of an address is kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     parts = urlsplit(url)
     host, names = parts.netloc.replace(":", "_"), unquote(parts.path).strip("/")
-    return Path(cache, "resmlp", "weights", host, names)
+    return cache_folder() / "weights" / host / names
 
 
 class _Redirects(HTTPRedirectHandler):

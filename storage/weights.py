@@ -247,6 +247,11 @@ def write_atomically(data: bytes, path: str | os.PathLike) -> None:
         raise WeightsError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def cache_folder() -> Path:
+    """Where what can be had again is kept: ``resmlp`` in ``XDG_CACHE_HOME`` (``~/.cache``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache").expanduser(), "resmlp")
+
+
 def _remove_leftovers(path: Path) -> None:
     """Removes temporary files of writers of ``path`` that were killed: nobody holds their lock."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):

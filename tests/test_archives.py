@@ -52,6 +52,16 @@ def by_gnu_tar(folder, path):
     subprocess.run(["tar", "-cf", path, "."], cwd=folder, check=True)
 
 
+def by_bsd_tar(folder, path):
+    if not shutil.which("bsdtar"):
+        pytest.skip("bsdtar is not installed")
+    subprocess.run(["bsdtar", "-cf", path, "."], cwd=folder, check=True)
+
+
+def by_old_tar(folder, path):
+    subprocess.run(["tar", "--format=v7", "-cf", path, *os.listdir(folder)], cwd=folder, check=True)
+
+
 def by_python_tar(folder, path):
     tar_of(path)
 
@@ -75,7 +85,7 @@ def by_tar_in_a_tar(folder, path):
         add(tar, "in.tar", inner.getvalue())
 
 
-WRITERS = [by_gnu_tar, by_python_tar, by_python_zip, by_deflating_zip]
+WRITERS = [by_gnu_tar, by_bsd_tar, by_old_tar, by_python_tar, by_python_zip, by_deflating_zip]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -125,13 +135,23 @@ def test_a_damaged_index_is_made_anew(tmp_path):
     assert archives.read(f"{path}/cat/1.jpg") == b"one"
 
 
-def test_an_archive_that_changes_in_use_is_refused(tmp_path):
-    path = tar_of(tmp_path / "a.tar")
-    archives.open_archive(path)
+def _longer(path):
     with open(path, "ab") as file:
         file.write(b"more")
-    with pytest.raises(DataError, match="a.tar: was changed while it was in use"):
-        archives.read(f"{path}/cat/1.jpg")
+
+
+def _another(path):
+    tar_of(f"{path}.new", {**FILES, "cat/1.jpg": b"other"})
+    os.replace(f"{path}.new", path)
+
+
+@pytest.mark.parametrize("change", [_longer, _another, os.remove])
+def test_an_archive_that_changes_in_use_is_refused(tmp_path, change):
+    path = tar_of(tmp_path / "a.tar")
+    archives.open_archive(path)
+    change(path)
+    with pytest.raises(DataError, match="a.tar/cat/1.jpg: the archive was changed while it was in"):
+        archives.open_archive(path).read("cat/1.jpg")
 
 
 @pytest.mark.parametrize("cut", [100, 512, 1600, 3000])
@@ -176,6 +196,15 @@ def test_members_that_cannot_be_used_are_named(tmp_path, members, message):
         for name, fields in members:
             add(tar, name, b"" if fields else b"x", **fields)
     with pytest.raises(DataError, match="a.tar: the member .*" + message.split("'", 1)[1]):
+        archives.open_archive(str(tmp_path / "a.tar"))
+
+
+def test_a_sparse_file_says_how_to_do_without(tmp_path):
+    with open(tmp_path / "x.jpg", "wb") as file:
+        file.truncate(2**20)
+    words = ["tar", "--hole-detection=raw", "-Scf", "a.tar", "x.jpg"]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    with pytest.raises(DataError, match="'x.jpg' is a sparse file; make the archive anew"):
         archives.open_archive(str(tmp_path / "a.tar"))
 
 

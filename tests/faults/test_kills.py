@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -97,6 +98,21 @@ def test_a_kill_at_each_critical_place_leaves_no_trace(tmp_path, data, whole):
         code, output = run(words, fault=place.format(0))
         assert code in (-9, 1), (place, output)
     resume(data, tmp_path, nprocs, reference)
+
+
+def test_a_run_from_archives_that_is_killed_within_an_epoch_is_that_from_files(
+    tmp_path, data, whole
+):
+    nprocs, reference = whole
+    (tmp_path / "data").mkdir()
+    shutil.make_archive(str(tmp_path / "data" / "train"), "tar", data / "train")
+    shutil.make_archive(str(tmp_path / "data" / "val"), "zip", data / "val")
+    opts = ["DATA.NUM_WORKERS", 2, *RESUME]
+    for place in ("step:0:5:kill", "step:0:8:kill"):
+        words = job(tmp_path / "data", tmp_path, *opts, nprocs=nprocs)
+        code, output = run(words, fault=place)
+        assert code in (-9, 1), (place, output)
+    resume(tmp_path / "data", tmp_path, nprocs, reference)
 
 
 @pytest.mark.parametrize("when", ["step:0:3:term", "evaluation:0:1:term", "snapshot:0:2:term"])
