@@ -8,12 +8,14 @@ import os
 import sys
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image
 
 import tools.predict as predict_module
 from cli.errors import DataError, UserError
 from config import get_config
+from cpu import onednn
 from tools.common import IMAGENET_CLASSES, run_config
 from tools.predict import as_csv, as_table, draw_grid, find_class_names, find_images, predict
 
@@ -203,6 +205,24 @@ def test_the_script_reads_paths_from_standard_input_and_prints_json(weights, ima
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == predict(images, weights, top_k=2)
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+def test_amp_is_bfloat16_by_onednn_and_else_float32_and_says_which(
+    weights, images, monkeypatch, tmp_path, switch
+):
+    monkeypatch.setenv("RESMLP_ONEDNN", switch)
+    insist = ("-json", "-amp", "-opts", "AMP_DTYPE", "bfloat16")
+    done = run_tool("predict", *images, "-pretrained", weights, *insist, cwd=tmp_path)
+    expected, found = predict(images, weights), json.loads(done.stdout)
+    differences = []
+    for one, other in zip(expected, found):
+        other = {entry["class"]: entry["confidence"] for entry in other["predictions"]}
+        differences += [abs(x["confidence"] - other[x["class"]]) for x in one["predictions"]]
+    half = switch == "on" and onednn.cast(paddle.zeros([1]), paddle.bfloat16) is not None
+    low, high = (1e-5, 0.05) if half else (0, 1e-6)
+    assert low <= max(differences) < high
+    assert done.stderr.count("AMP: ") == 1 and ("in float32" in done.stderr) == (not half)
 
 
 def test_names_of_any_bytes_come_from_standard_input_and_go_out_as_ascii(monkeypatch, capsys):

@@ -27,16 +27,19 @@ import paddle.nn.functional as F
 
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
+from cpu.ops import choose_precision
 from loading.classes import class_names as data_class_names
 from loading.classes import read_class_names
 from loading.files import list_images
 from loading.images import BadImage, printable, read_image
+from parallel.process import Process, gpu_count
 from tools.common import (
     IMAGENET_CLASSES,
     load_model,
     run_config,
     write_file,
 )
+from training.learner import autocast
 from training.pictures import new_figure, render
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine
@@ -55,6 +58,7 @@ def predict(
     grid: str | os.PathLike | None = None,
     show: Callable[[dict, int], None] = lambda result, width: None,
     on_bad: Callable[[BadImage], None] | None = None,
+    amp: bool = False,
 ) -> list[dict]:
     """Classifies images as the evaluation does: the config's crop, interpolation and mean.
 
@@ -69,6 +73,7 @@ def predict(
         grid: PNG file to draw the first images and their classes into.
         show: takes each result as soon as it is there, and the length of the longest path.
         on_bad: takes the error of each image that cannot be read, which is left out.
+        amp: mixed precision, of the config's AMP_DTYPE; see `training.learner.autocast`.
 
     Returns:
         ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
@@ -81,9 +86,11 @@ def predict(
     if top_k < 1 or batch_size < 1:
         raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
     paths = find_images([images] if isinstance(images, (str, os.PathLike)) else images)
-    config = run_config(pretrained, cfg, opts)
+    config = run_config(pretrained, cfg, ["AMP", amp, *opts])
     names = find_class_names(config, class_names)
     model = load_model(config)
+    if config.AMP and not gpu_count():
+        print(choose_precision(config.AMP_DTYPE)[1], file=sys.stderr)
     results, views = [], []
     progress = ProgressLine("predict")
     width = max(map(len, paths))
@@ -160,6 +167,7 @@ def classify(
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")
     transform = build_eval_transform(config)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    process = Process(on_gpu=gpu_count() > 0)
     for start in range(0, len(paths), batch_size):
         found, images = [], []
         for path in paths[start : start + batch_size]:
@@ -173,7 +181,9 @@ def classify(
                 found.append(path)
         if images:
             batch = np.stack(images)
-            yield found, batch, F.softmax(model(normalize(paddle.to_tensor(batch)))).numpy()
+            with autocast(config, process):
+                probabilities = F.softmax(model(normalize(paddle.to_tensor(batch))))
+            yield found, batch, probabilities.numpy()
 
 
 def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[dict]:
@@ -247,6 +257,7 @@ def main() -> None:
     parser.model_flags()
     parser.flag("top_k", "classes to name per image", type=int, default=5, metavar="K")
     parser.flag("batch_size", "images at a time", type=int, default=32)
+    parser.flag("amp", "mixed precision (on a CPU: bfloat16, if fast)", action="store_true")
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
     parser.flag("json", "print JSON", action="store_true")
     parser.flag("csv", "print CSV", action="store_true")
@@ -286,6 +297,7 @@ def main() -> None:
         args.grid,
         show,
         on_bad,
+        args.amp,
     )
     if args.grid and results:
         print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
