@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable, NamedTuple
 
@@ -205,6 +206,7 @@ def apply_op(
 # ---- decisions ---------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class Policy:
     """Draws a list of operations for each image and applies them.
 
@@ -218,23 +220,13 @@ class Policy:
         fill: Colour of what comes into view from outside, the dataset's mean.
     """
 
-    def __init__(
-        self,
-        name: str,
-        choices: Sequence[Sequence[tuple[str, float, float]]],
-        layers: int = 1,
-        level_std: float = 0.0,
-        level_max: float = MAX_LEVEL,
-        resamples: Sequence[int] = (RESAMPLE.BICUBIC,),
-        fill: tuple[int, int, int] = (128, 128, 128),
-    ):
-        self.name = name
-        self.choices = choices
-        self.layers = layers
-        self.level_std = level_std
-        self.level_max = level_max
-        self.resamples = resamples
-        self.fill = fill
+    name: str
+    choices: Sequence[Sequence[tuple[str, float, float]]]
+    layers: int = 1
+    level_std: float = 0.0
+    level_max: float = MAX_LEVEL
+    resamples: Sequence[int] = (RESAMPLE.BICUBIC,)
+    fill: tuple[int, int, int] = (128, 128, 128)
 
     def __repr__(self) -> str:
         return (

@@ -338,19 +338,6 @@ def note_on_defaults(config: CN, args: argparse.Namespace) -> str | None:
     return f"not set in {args.cfg}, so our default: {', '.join(unset)}" if unset else None
 
 
-def check_config(config: CN) -> CN:
-    """Checks every value of a config that was edited by hand; returns it.
-
-    Raises:
-        ConfigError: the first wrong value, by its key.
-    """
-    for key in RULES:
-        node, name = _locate(config, key, where="config")
-        coerce(key, RULES[key], node[name], where="config")
-    check_consistency(config)
-    return config
-
-
 _FLAGS = {  # flag -> what it is, how help names its value, the keys that it sets
     "cfg": ("YAML config (default: the keys of config.py, a ResMLP-S12)", "FILE"),
     "dataset": ("how the data are laid out", None, "DATA.DATASET"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -33,6 +34,7 @@ __all__ += ["class_names", "with_num_classes"]
 _BAD_IMAGE_HINT = f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such images"
 
 
+@dataclass(eq=False)
 class ImageDataset:
     """Decodes, transforms and labels the images of an index, asked for by sampler keys.
 
@@ -45,20 +47,12 @@ class ImageDataset:
             one several times in a row.
     """
 
-    def __init__(
-        self,
-        files: ImageIndex,
-        transform: Callable[..., np.ndarray],
-        seed: int = 0,
-        replace_limit: int = 0,
-        keep_last: bool = False,
-    ):
-        self.files = files
-        self.transform = transform
-        self.seed = seed
-        self.replace_limit = replace_limit
-        self.keep_last = keep_last
-        self._last: tuple[int, Image.Image] | None = None
+    files: ImageIndex
+    transform: Callable[..., np.ndarray]
+    seed: int = 0
+    replace_limit: int = 0
+    keep_last: bool = False
+    _last: tuple[int, Image.Image] | None = None
 
     def __len__(self) -> int:
         return len(self.files)

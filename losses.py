@@ -8,6 +8,7 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
@@ -28,14 +29,12 @@ def build_criterion(config, labels: Sequence[int] = ()) -> Criterion:
         labels: of the training images, see `class_weights`.
 
     Raises:
-        ConfigError: there is no such loss, or as `class_weights`.
+        ConfigError: as `class_weights`.
     """
     train, weights = config.TRAIN, class_weights(config, labels)
     if train.LOSS == "ce":
         return CrossEntropy(train.SMOOTHING, weights)
-    if train.LOSS == "bce":
-        return BinaryCrossEntropy(train.SMOOTHING, train.BCE_TARGET_THRESHOLD, weights)
-    raise ConfigError(f"TRAIN.LOSS is {train.LOSS!r}; choose one of ce, bce")
+    return BinaryCrossEntropy(train.SMOOTHING, train.BCE_TARGET_THRESHOLD, weights)
 
 
 def class_weights(config, labels: Sequence[int] = ()) -> paddle.Tensor | None:
@@ -71,6 +70,7 @@ def build_distillation_loss(config) -> DistillationLoss | None:
     )
 
 
+@dataclass(eq=False)
 class CrossEntropy:
     """Cross-entropy to the labels, smoothed, or to targets that mixup has smoothed already.
 
@@ -82,9 +82,8 @@ class CrossEntropy:
             would make an image's share depend on its batch). None: 1.
     """
 
-    def __init__(self, smoothing: float = 0.0, weights: paddle.Tensor | None = None):
-        self.smoothing = smoothing
-        self.weights = weights
+    smoothing: float = 0.0
+    weights: paddle.Tensor | None = None
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
         """Computes the loss.
@@ -102,6 +101,7 @@ class CrossEntropy:
         return -(targets * log_probabilities).sum(axis=1).mean()
 
 
+@dataclass(eq=False)
 class BinaryCrossEntropy:
     """One yes-or-no question for each class, as in ResNet strikes back (arXiv 2110.00476).
 
@@ -115,15 +115,9 @@ class BinaryCrossEntropy:
         weights: ``[K]``, of each class's question; None: 1.
     """
 
-    def __init__(
-        self,
-        smoothing: float = 0.0,
-        target_threshold: float | None = None,
-        weights: paddle.Tensor | None = None,
-    ):
-        self.smoothing = smoothing
-        self.target_threshold = target_threshold
-        self.weights = weights
+    smoothing: float = 0.0
+    target_threshold: float | None = None
+    weights: paddle.Tensor | None = None
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
         """Computes the loss.
@@ -144,6 +138,7 @@ class BinaryCrossEntropy:
         return (losses if self.weights is None else losses * self.weights).mean()
 
 
+@dataclass(eq=False)
 class DistillationLoss:
     """Adds what a teacher says to the loss of the labels, on the same output of the student.
 
@@ -159,14 +154,9 @@ class DistillationLoss:
         tau: temperature of ``soft``.
     """
 
-    def __init__(self, kind: str = "hard", alpha: float = 0.5, tau: float = 1.0):
-        if kind not in ("hard", "soft"):
-            raise ConfigError(
-                f"TRAIN.DISTILLATION_TYPE is {kind!r}; choose one of none, hard, soft"
-            )
-        self.kind = kind
-        self.alpha = alpha
-        self.tau = tau
+    kind: str = "hard"
+    alpha: float = 0.5
+    tau: float = 1.0
 
     def __call__(
         self, loss: paddle.Tensor, logits: paddle.Tensor, teacher_logits: paddle.Tensor

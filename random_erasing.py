@@ -9,13 +9,11 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import paddle
 
-from cli.errors import ConfigError
-
-MODES = ("const", "rand", "pixel")
 AREA = (0.02, 1 / 3)  # share of the image
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height / width
 TRIES = 10
@@ -57,6 +55,7 @@ def draw_boxes(
     return np.stack([top, top + h, left, left + w], axis=2)
 
 
+@dataclass(eq=False)
 class RandomErasing:
     """Erases boxes of normalised images.
 
@@ -69,17 +68,10 @@ class RandomErasing:
             halves (timm's two splits).
     """
 
-    def __init__(
-        self, prob: float = 0.25, mode: str = "pixel", max_count: int = 1, split: bool = False
-    ):
-        if mode not in MODES:
-            raise ConfigError(
-                f"TRAIN.RANDOM_ERASE_MODE is {mode!r}; choose one of {', '.join(MODES)}"
-            )
-        self.prob = prob
-        self.mode = mode
-        self.max_count = max_count
-        self.split = split
+    prob: float = 0.25
+    mode: str = "pixel"
+    max_count: int = 1
+    split: bool = False
 
     @classmethod
     def from_config(cls, config) -> RandomErasing | None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from augment import Policy, build_policy, rand_augment
-from cli.errors import ConfigError
 from cpu.resample import resize
 from loading.images import BadImage, to_rgb, upright
 
@@ -177,6 +177,7 @@ class ColorJitter:
         return image
 
 
+@dataclass(eq=False, repr=False)
 class TrainTransform:
     """Random resized crop, flips, then the augmentations, in timm's order.
 
@@ -189,25 +190,14 @@ class TrainTransform:
         exif_orientation: Turn the image upright first, as its EXIF says.
     """
 
-    def __init__(
-        self,
-        size: int,
-        scale: tuple[float, float],
-        ratio: tuple[float, float],
-        hflip: float,
-        vflip: float,
-        resamples: Sequence[int],
-        augmentations: Sequence[Policy | ColorJitter],
-        exif_orientation: bool = False,
-    ):
-        self.size = size
-        self.scale = scale
-        self.ratio = ratio
-        self.hflip = hflip
-        self.vflip = vflip
-        self.resamples = resamples
-        self.augmentations = augmentations
-        self.exif_orientation = exif_orientation
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: float
+    vflip: float
+    resamples: Sequence[int]
+    augmentations: Sequence[Policy | ColorJitter]
+    exif_orientation: bool = False
 
     def __repr__(self) -> str:
         names = "|".join(Image.Resampling(resample).name.lower() for resample in self.resamples)
@@ -233,23 +223,14 @@ class TrainTransform:
 # ---- from the config ---------------------------------------------------------------------------
 
 
-def _choose(key: str, value: object, choices: dict):
-    if value not in choices:
-        raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
-    return choices[value]
-
-
 def build_eval_transform(config) -> EvalTransform:
     """The evaluation pipeline: `PIL.Image -> uint8 [H, W, 3]`.
 
     Args:
         config: Uses DATA.IMAGE_SIZE, DATA.CROP_PCT, DATA.INTERPOLATION, DATA.EXIF_ORIENTATION.
-
-    Raises:
-        ConfigError: An unknown interpolation.
     """
-    resample = _choose("DATA.INTERPOLATION", config.DATA.INTERPOLATION, _RESAMPLE)
     data = config.DATA
+    resample = _RESAMPLE[data.INTERPOLATION]
     return EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, resample, data.EXIF_ORIENTATION)
 
 
@@ -263,13 +244,11 @@ def build_augmentations(config) -> list[Policy | ColorJitter]:
         config: Uses DATA.TRAIN_INTERPOLATION, DATA.IMAGENET_MEAN and TRAIN's augmentation keys.
 
     Raises:
-        ConfigError: An unknown policy, a bad section of its string, an unknown interpolation.
+        ConfigError: An unknown policy, a bad section of its string.
     """
     train = config.TRAIN
     common = {
-        "resamples": _choose(
-            "DATA.TRAIN_INTERPOLATION", config.DATA.TRAIN_INTERPOLATION, _TRAIN_RESAMPLES
-        ),
+        "resamples": _TRAIN_RESAMPLES[config.DATA.TRAIN_INTERPOLATION],
         "fill": tuple(min(255, round(255 * mean)) for mean in config.DATA.IMAGENET_MEAN),
     }
     jitter = [ColorJitter(train.COLOR_JITTER)] if train.COLOR_JITTER else []
@@ -312,7 +291,7 @@ def build_train_transform(config) -> TrainTransform:
         ratio=tuple(train.CROP_RATIO),
         hflip=train.HFLIP,
         vflip=train.VFLIP,
-        resamples=_choose("DATA.TRAIN_INTERPOLATION", data.TRAIN_INTERPOLATION, _TRAIN_RESAMPLES),
+        resamples=_TRAIN_RESAMPLES[data.TRAIN_INTERPOLATION],
         augmentations=build_augmentations(config),
         exif_orientation=data.EXIF_ORIENTATION,
     )

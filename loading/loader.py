@@ -21,9 +21,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from glob import glob
 from multiprocessing.connection import wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
@@ -60,6 +61,7 @@ class Sample(NamedTuple):
     error: str = ""  # why there is no image after all
 
 
+@dataclass(eq=False)
 class Loader:
     """Iterates over batches; `len` is the batches of a pass, from where `set_epoch` has gone.
 
@@ -76,24 +78,14 @@ class Loader:
         log: takes one line of text.
     """
 
-    def __init__(
-        self,
-        dataset,
-        sampler: TrainBatchSampler | EvalBatchSampler,
-        num_workers: int = 0,
-        timeout: float = 300.0,
-        skip_limit: int = 100,
-        shared_memory: bool = True,
-        log: Callable[[str], None] = print,
-    ):
-        self.dataset = dataset
-        self.sampler = sampler
-        self.num_workers = num_workers
-        self.timeout = timeout
-        self.skip_limit = skip_limit
-        self.shared_memory = shared_memory
-        self.log = log
-        self.skipped: dict[int, str] = {}
+    dataset: Any
+    sampler: TrainBatchSampler | EvalBatchSampler
+    num_workers: int = 0
+    timeout: float = 300.0
+    skip_limit: int = 100
+    shared_memory: bool = True
+    log: Callable[[str], None] = print
+    skipped: dict[int, str] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -10,6 +10,7 @@ position) and on nothing else, so neither processes, workers nor an interruption
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -96,6 +97,7 @@ def eval_indices(num_images: int, rank: int = 0, world: int = 1) -> np.ndarray:
     return np.arange(rank, num_images, world)
 
 
+@dataclass(eq=False)
 class TrainBatchSampler:
     """Batches of training samples for one process; `set_epoch` chooses the place to start from.
 
@@ -108,26 +110,16 @@ class TrainBatchSampler:
         drop_last: leave out the last step where it is smaller than ``world * batch_size``.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        repeats: int = 1,
-        drop_last: bool = True,
-        labels: np.ndarray | None = None,
-    ):
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.repeats = repeats
-        self.drop_last = drop_last
-        self.labels = labels
-        self.set_epoch(0)
+    num_images: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    repeats: int = 1
+    drop_last: bool = True
+    labels: np.ndarray | None = None
+    epoch: int = field(default=0, init=False)
+    start: int = field(default=0, init=False)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Goes to an epoch, to the global position where an interrupted run has stopped in it."""

@@ -52,16 +52,6 @@ class Weights(NamedTuple):
         """Where facebookresearch/deit's file is."""
         return DOWNLOADS + self.file
 
-    @property
-    def real_top1(self) -> float | None:
-        """Top-1 with ImageNet-ReaL's labels; None: nobody published it."""
-        return self.published("real")
-
-    @property
-    def v2_top1(self) -> float | None:
-        """Top-1 on ImageNet-V2, matched frequency; None: nobody published it."""
-        return self.published("v2")
-
     def published(self, measure: str) -> float | None:
         """What `MEASURES` names, in percent; None: nobody published it."""
         if measure in ("top1", "top5"):
@@ -74,14 +64,6 @@ class Weights(NamedTuple):
         """PPViT's file, ``<name>.pdparams``; None: it published none."""
         return PADDLE_FILES.get(self.name)
 
-
-# The lists of ImageNet2012.
-LISTS = {
-    "train_list.txt": Shared(
-        "10YGzx_aO3IYjBOhInKT_gY6p0mC3beaC", "1G5xYPczfs9koDb7rM4c0lA", "a4vm"
-    ),
-    "val_list.txt": Shared("1aXHu0svock6MJSur4-FKjW0nyjiJaWHE", "1TFGda7uBZjR7g-A6YjQo-g", "kdga"),
-}
 
 _LABELS, _DISTILLED, _DINO = "labels", "labels, distilled", "DINO, k-NN accuracy"
 _22K = "ImageNet-22k, fine-tuned"

@@ -502,7 +502,7 @@ def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
     palette.save(tmp_path / "palette.png", transparency=b"\x10\x80")
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x1a\x01\x05\0\x01"
     Image.new("RGB", (4, 4)).save(tmp_path / "exif.jpg", exif=exif)
-    code = "import sys; from loading.images import read_image; [read_image(path) for path in sys.argv[1:]]"
+    code = "import sys; from loading.images import read_image; list(map(read_image, sys.argv[1:]))"
     paths = [str(tmp_path / "palette.png"), str(tmp_path / "exif.jpg")]
     command = [sys.executable, "-W", "always", "-c", code, *paths]
     result = subprocess.run(command, capture_output=True, text=True)

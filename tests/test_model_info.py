@@ -10,7 +10,7 @@ import paddle
 import pytest
 
 from config import get_config
-from port_weights.zoo import LISTS, PADDLE_FILES, ZOO
+from port_weights.zoo import PADDLE_FILES, ZOO
 from resmlp import ResMLP
 from tools import model_info
 
@@ -88,12 +88,6 @@ def test_the_zoos_table_has_a_row_for_every_weight():
     )  # PPViT's, not timm's
     assert "| 62.6 |  |  |  | 15.35" in rows[9]  # DINO's has no head
     assert "| 15.35 | 3.01 |" in rows[0] and "| 129.14 | 100.23 |" in rows[3]
-
-
-def test_the_readme_links_the_published_lists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, shared in LISTS.items():
-        assert f"`{name}`: {shared.links}" in text
 
 
 def test_ppvit_published_a_file_of_every_weight_but_three():

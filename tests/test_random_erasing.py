@@ -7,9 +7,8 @@ import paddle
 import pytest
 
 import random_erasing
-from cli.errors import ConfigError
 from config import get_config
-from random_erasing import MODES, RandomErasing, draw_boxes
+from random_erasing import RandomErasing, draw_boxes
 
 
 def call(erasing, images, seed=0):
@@ -37,7 +36,7 @@ def make_images(batch, height=24, width=20):
 
 @pytest.mark.parametrize("batch", [1, 7, 32])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_exactly_the_pixels_of_the_boxes_change(mode, count, batch):
     images = make_images(batch)
     for seed in range(3):
@@ -141,7 +140,7 @@ def test_split_leaves_the_first_half_of_the_batch_alone(batch):
     assert not changed[: batch // 2].any() and changed[batch // 2 :].all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_the_result_is_a_function_of_both_seeds_and_the_argument_is_kept(mode):
     images = make_images(8)
     tensor = paddle.to_tensor(images)
@@ -172,7 +171,7 @@ def test_no_noise_is_drawn_for_nothing():
     np.testing.assert_array_equal(after, paddle.randn([4]).numpy())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_no_value_travels_back_to_the_host(mode, monkeypatch):
     images = paddle.to_tensor(make_images(6))
 
@@ -195,8 +194,3 @@ def test_the_config_is_followed():
     assert (erasing.prob, erasing.mode, erasing.max_count, erasing.split) == (1.0, "const", 2, True)
     config.TRAIN.RANDOM_ERASE_PROB = 0.0
     assert RandomErasing.from_config(config) is None
-
-
-def test_a_wrong_mode_is_refused_by_key():
-    with pytest.raises(ConfigError, match="TRAIN.RANDOM_ERASE_MODE is 'noise'; choose one of"):
-        RandomErasing(mode="noise")

@@ -395,8 +395,6 @@ def test_augmentations_win_in_the_order_three_rand_auto_jitter(config):
         ("TRAIN.AUTO_AUGMENT", "v1", "TRAIN.AUTO_AUGMENT is 'v1'; choose rand-... or one of orig"),
         ("TRAIN.AUTO_AUGMENT", "v0-m9", "bad section 'm9'; known are: mstd<number>"),
         ("TRAIN.AUTO_AUGMENT", "3a-mstd1", "bad section 'mstd1'; known are: none"),
-        ("DATA.TRAIN_INTERPOLATION", "lanczos", "DATA.TRAIN_INTERPOLATION is 'lanczos'; choose"),
-        ("DATA.TRAIN_INTERPOLATION", "cubic", "one of nearest, bilinear, bicubic, random"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(config, key, value, message):
@@ -405,12 +403,6 @@ def test_a_bad_value_is_refused_with_its_key(config, key, value, message):
     with pytest.raises(ConfigError) as error:
         build_train_transform(config)
     assert message in str(error.value)
-
-
-def test_an_unknown_evaluation_interpolation_is_refused(config):
-    config.DATA.INTERPOLATION = "random"
-    with pytest.raises(ConfigError, match="DATA.INTERPOLATION is 'random'; choose one of nearest"):
-        build_eval_transform(config)
 
 
 def test_pipelines_travel_to_spawned_workers(config):

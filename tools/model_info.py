@@ -13,8 +13,8 @@ if not __package__:
     import _root  # noqa: F401
 
 import argparse
+import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,8 +80,8 @@ def model_info(model: ResMLP) -> ModelInfo:
         everything = re.compile(rf"{module}(\.\w+)?")
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         weights = [shape for name, shape in shapes.items() if pattern.fullmatch(name)]
-        sizes = [_size(shape) for name, shape in shapes.items() if everything.fullmatch(name)]
-        macs = uses * sum(map(_size, weights))
+        sizes = [math.prod(shape) for name, shape in shapes.items() if everything.fullmatch(name)]
+        macs = uses * sum(map(math.prod, weights))
         if weights:
             parts.append(Part(name, len(weights), weights[0], sum(sizes), macs, counted))
     parts.append(Part("pooling", 1, (tokens,), 0, tokens * dim, False))
@@ -138,8 +138,7 @@ def zoo_table() -> str:
             weights.training,
             f"{measured.top1:.2f}" if measured.top5 else f"{measured.top1:.1f}",
             f"{measured.top5:.2f}" if measured.top5 else "",
-            f"{weights.real_top1:.2f}" if weights.real_top1 else "",
-            f"{weights.v2_top1:.2f}" if weights.v2_top1 else "",
+            *(f"{top1:.2f}" if top1 else "" for top1 in map(weights.published, ("real", "v2"))),
             f"{info.parameters / 1e6:.2f}",
             f"{info.macs / 1e9:.2f}",
             f"{config.DATA.IMAGE_SIZE}",
@@ -151,13 +150,6 @@ def zoo_table() -> str:
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-def _size(shape: Iterable[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -265,7 +265,7 @@ def write_report(
             wrong = [names[other], count] if count else ["", 0]
             top1 = f"{100 * hits[label] / images[label]:.2f}" if images[label] else ""
             writer.writerow([label, name, int(images[label]), top1, *wrong])
-    scores = _write_scores(metrics, names, folder, num_classes, files)
+    scores = _write_scores(metrics, names, folder, files)
     if num_classes > PICTURE_CLASSES:
         _log.info(f"no {picture.name}: {num_classes} classes are more than {PICTURE_CLASSES}")
         return [table, *scores]
@@ -275,7 +275,7 @@ def write_report(
     return [table, picture, *scores]
 
 
-def _write_scores(metrics: Metrics, names, folder: Path, num_classes: int, files) -> list[Path]:
+def _write_scores(metrics: Metrics, names, folder: Path, files) -> list[Path]:
     calibration = metrics.calibration
     if calibration is None:
         return []
