@@ -6,11 +6,16 @@ import paddle.nn.functional as F
 import pytest
 from paddle.distributed.fleet.utils import recompute
 
+import engine
 from config import get_config
 from cpu import onednn, ops, setup
 from parallel.process import Process
 from resmlp import ResBlock, ResMLP
-from training.learner import autocast
+from storage import checkpoints
+from training.learner import Objective, autocast
+
+from .helpers.runs import HALF, metrics
+from .helpers.tiny_data import make_config, make_data
 
 pytestmark = pytest.mark.skipif(
     onednn.cast(paddle.zeros([1]), paddle.float32) is None, reason="no oneDNN in this Paddle"
@@ -87,6 +92,25 @@ def test_frozen_parameters_get_no_gradient_and_the_others_their_own():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_hooks_are_called_and_what_they_return_is_used(half):
+    """Those of parameters see the whole gradient; one on a part makes the block use its layers."""
+    block, x, seen = random_block(), paddle.randn([4, 49, 96]), {}
+    expected = gradients(block, x, half)
+    for name, parameter in block.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: seen.update({name: gradient}) or None)
+    block.norm2.alpha.register_hook(lambda gradient: 2 * gradient)
+    found = gradients(block, x, half)
+    expected["norm2.alpha"] = 2 * expected["norm2.alpha"]
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert seen.keys() == expected.keys() - {"output", "x"}
+    calls = []
+    block.mlp_channels.fc1.register_forward_post_hook(lambda *_: calls.append(1))
+    assert_near(gradients(block, x, half), expected)
+    assert calls == [1]
+
+
 def test_small_gradients_of_36_layers_do_not_vanish():
     """resmlp_36's LayerScale starts at 1e-6: the gradients behind it are as small."""
     model = ResMLP(32, 8, 3, 5, 32, 36, layer_scale_init=1e-6)
@@ -152,3 +176,66 @@ def test_training_in_bfloat16_follows_float32():
             losses[half].append(loss.item())
     np.testing.assert_allclose(losses[True], losses[False], rtol=0.02)
     assert losses[True][-1] < 0.8 * losses[True][0]
+
+
+# ------------------------------------------------------------------------------------ whole runs
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, data):
+    """Keys for a distillation by a ResMLP that was trained."""
+    folder = tmp_path_factory.mktemp("teacher")
+    run = engine.run(make_config(folder, data))["folder"]
+    opts = f"TRAIN.TEACHER_MODEL {run}/config.yaml TRAIN.TEACHER_PRETRAINED {run}/last.pdparams"
+    return ["TRAIN.DISTILLATION_TYPE", "soft", *opts.split()]  # the last: its weights
+
+
+def train(folder, data, *opts):
+    folder.mkdir()
+    return engine.run(make_config(folder, data, *opts))["folder"]
+
+
+def losses(folder):
+    return np.array([record["loss"] for record in metrics(folder) if record["kind"] == "step"])
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        "TRAIN.ACCUM_ITER 2 TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.9 MODEL.DROPPATH 0.2",
+        "TRAIN.RECOMPUTE True TRAIN.GRAD_CLIP 0.5",
+        "TRAIN.FREEZE 1",
+        "teacher",
+    ],
+)
+def test_a_run_follows_float32_and_all_that_it_keeps_is_float32(tmp_path, data, teacher, opts):
+    opts = teacher if opts == "teacher" else opts.split()
+    opts = [*opts, "MODEL.PRETRAINED", teacher[-1]]
+    runs = [train(tmp_path / "a", data, *opts), train(tmp_path / "b", data, *opts, *HALF)]
+    plain, half = map(losses, runs)
+    assert (plain != half).any()
+    np.testing.assert_allclose(half, plain, rtol=0.01)
+    plain, half = (checkpoints.load(run / "last.pdparams") for run in runs)
+    for part in {"model", "model_ema"} & half.keys():
+        assert {value.dtype for value in half[part].values()} == {np.dtype("float32")}
+        for name, value in plain[part].items():
+            frozen = "TRAIN.FREEZE" in opts and name.startswith(("patch_embed", "mixer_layers.0."))
+            assert (value == half[part][name]).all() == frozen, name
+    options = ["EVAL", True, "MODEL.PRETRAINED", runs[1] / "last.pdparams"]
+    plain = engine.run(make_config(tmp_path, data, *options))
+    half = engine.run(make_config(tmp_path, data, *options, *HALF))
+    assert plain["loss"] != half["loss"] == pytest.approx(plain["loss"], rel=0.01)
+
+
+def test_the_teacher_computes_in_bfloat16_too(tmp_path, data, teacher):
+    config = make_config(tmp_path, data, *teacher, *HALF)
+    objective, images = Objective(config), paddle.randn([4, 3, 16, 16])
+    expected, seen = objective.teacher(images), []
+    objective.teacher.network.register_forward_post_hook(lambda *call: seen.append(call[-1]))
+    with autocast(config, Process()):
+        objective(paddle.zeros([4, 3]), images, paddle.zeros([4], "int64"))
+    assert (seen[0] != expected).any() and seen[0].dtype == paddle.float32
+    assert_near({"logits": seen[0].numpy()}, {"logits": expected.numpy()})

@@ -11,7 +11,7 @@ from loading.samplers import train_indices
 from storage import checkpoints
 
 from .helpers import rank_checks
-from .helpers.runs import command, metrics, run
+from .helpers.runs import HALF, command, metrics, run
 from .helpers.tiny_data import make_config, make_data
 
 
@@ -34,10 +34,20 @@ def test_three_ranks_count_each_image_once_and_average_gradients_exactly(capfd):
     assert passed == [f"passed: {check.__name__}" for check in rank_checks.CHECKS]
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data):
+@pytest.mark.parametrize("amp, tolerance", [([], 1e-5), (HALF, 1e-3)])
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data, amp, tolerance):
     """50 steps, two batches accumulated a step, EMA, recomputation; evaluation of 7 images."""
     opts = "TRAIN.NUM_EPOCHS 10 TRAIN.ACCUM_ITER 2 TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.9"
-    opts = [*opts.split(), "TRAIN.OPTIMIZER.NAME", "lamb", "SAVE_STEPS", 3, "TRAIN.RECOMPUTE", True]
+    opts = [
+        *opts.split(),
+        "TRAIN.OPTIMIZER.NAME",
+        "lamb",
+        "SAVE_STEPS",
+        3,
+        "TRAIN.RECOMPUTE",
+        True,
+        *amp,
+    ]
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     engine.run(make_config(tmp_path / "one", data, *opts, "DATA.BATCH_SIZE", 4))
     opts += ["DATA.BATCH_SIZE", 2]
@@ -48,10 +58,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data):
     one, two = (checkpoints.load(path / "last.pdparams") for path in runs)
     assert one["place"]["step"] == two["place"]["step"] == 50
     for key in ("model", "model_ema"):
-        assert max(np.abs(one[key][k] - two[key][k]).max() for k in one[key]) < 1e-5
+        assert max(np.abs(one[key][k] - two[key][k]).max() for k in one[key]) < tolerance
     for a, b in zip(*map(metrics, runs)):
         assert a.pop("kind") == b.pop("kind")
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
         assert all(a[key] == b[key] for key in a if key.endswith(("top1", "top5")))
     assert (runs[1] / "log.rank1.txt").stat().st_size > 0
 

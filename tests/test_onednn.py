@@ -119,8 +119,8 @@ def gradients(block, x, projection):
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_a_float32_block_of_real_width_equals_its_layers(drop_path, monkeypatch):
-    block = ResBlock(dim=96, num_tokens=49, drop_path=drop_path)
-    x, projection = paddle.randn([4, 49, 96]), paddle.randn([4, 49, 96])
+    block = ResBlock(dim=384, num_tokens=196, drop_path=drop_path)
+    x, projection = paddle.randn([3, 196, 384]), paddle.randn([3, 196, 384])
     for parameter in block.parameters():
         parameter.set_value(parameter + 0.1 * paddle.randn(parameter.shape))
     paddle.seed(1)
@@ -131,29 +131,92 @@ def test_a_float32_block_of_real_width_equals_its_layers(drop_path, monkeypatch)
         close(found[name], expected, 1e-5)
 
 
-def test_the_switch_turns_it_off_says_so_once_and_changes_no_result():
-    code = (
-        "import logging, resmlp, paddle\n"
-        "log = logging.getLogger('resmlp'); log.setLevel(20)\n"
-        "log.addHandler(logging.StreamHandler()); log.propagate = False\n"
-        "paddle.seed(0)\n"
-        "model = resmlp.ResMLP(32, 8, 3, 5, 16, 2)\n"
-        "y = model(paddle.randn([2, 3, 32, 32])); (y * y).sum().backward()\n"
-        "print(float(y.abs().sum()), float(model.patch_embed.patch_embed.weight.grad.abs().sum()))"
-    )
-    found = {}
-    for switch in ("on", "off"):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, "RESMLP_ONEDNN": switch},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[switch] = np.array(done.stdout.split(), float)
-        assert done.stderr.count("RESMLP_ONEDNN") == (switch == "off")
-    np.testing.assert_allclose(found["on"], found["off"], rtol=1e-5)
+_LOAD = """
+import ctypes
+from types import SimpleNamespace
+real = ctypes.CDLL
+def load(name, *args, **options):
+    if "dnnl" in str(name):
+        {}
+    return real(name, *args, **options)
+ctypes.CDLL = load
+"""
+_RUN = """
+import logging, resmlp, paddle
+from cpu.ops import bfloat16, choose_precision
+log = logging.getLogger("resmlp"); log.setLevel(20)
+log.addHandler(logging.StreamHandler()); log.propagate = False
+paddle.seed(0)
+model = resmlp.ResMLP(32, 8, 3, 5, 16, 2)
+images = paddle.randn([2, 3, 32, 32])
+for wanted in (False, {}):
+    with bfloat16(wanted):
+        model.clear_gradients()
+        y = model(images); (y * y).sum().backward()
+        print(float(y.abs().sum()), *(float(p.grad.abs().sum()) for p in model.parameters()))
+"""
+
+
+def run(code, **environment):
+    """The numbers that ``code`` printed, a row a line, and its log."""
+    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.array([line.split() for line in done.stdout.splitlines()], float), done.stderr
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What is printed with oneDNN, in float32 and in bfloat16."""
+    return run(_RUN.format(True))[0]
+
+
+@pytest.mark.parametrize(
+    "why, code, environment",
+    [
+        ("switched off (RESMLP_ONEDNN)", "", {"RESMLP_ONEDNN": "off"}),
+        ("none in this Paddle", 'raise OSError("no such file")', {}),
+        (
+            "version 4, not 3",
+            "return SimpleNamespace(dnnl_version=lambda: "
+            "SimpleNamespace(contents=SimpleNamespace(major=4)))",
+            {},
+        ),
+    ],
+)
+def test_without_the_library_one_line_says_why_and_no_result_changes(
+    why, code, environment, expected
+):
+    ask = _RUN.format('choose_precision("bfloat16")[0]')
+    found, log = run((_LOAD.format(code) if code else "") + ask, **environment)
+    np.testing.assert_allclose(found, expected[[0, 0]], rtol=1e-5)
+    assert log.count("Paddle's own operators") == 1 and why in log
+
+
+@needs_onednn
+def test_what_a_processor_refuses_is_left_to_paddle_and_said_once_each_reason(expected):
+    """An AVX2 processor has no bfloat16 in oneDNN: insisted on, it is rounded to all the same."""
+    old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"}
+    found, log = run(_RUN.format(True), **old)
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+    assert not np.allclose(found[0], found[1], rtol=1e-6)
+    for operation in ("matmul", "eltwise", "binary"):
+        assert log.count(f"oneDNN: {operation}") == 1, log
+
+
+@needs_onednn
+@pytest.mark.parametrize("threads", [1, 3])
+def test_its_threads_are_those_of_set_threads(threads):
+    code = """
+import os
+from resmlp import paddle
+from cpu import onednn
+x = paddle.randn([512, 512])
+count = len(os.listdir("/proc/self/task"))
+onednn.product(x, x)
+print(len(os.listdir("/proc/self/task")) - count)
+"""
+    assert run(code, RESMLP_THREADS=str(threads))[0].tolist() == [[threads - 1]]
 
 
 def test_an_image_that_wants_a_gradient_gets_the_convolution_s():

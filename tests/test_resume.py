@@ -15,13 +15,14 @@ from PIL import Image
 import datasets
 import engine
 from cli.errors import CheckpointError
+from cpu.ops import choose_precision
 from engine import Trainer
 from parallel.process import Preempted
 from storage import checkpoints
 from training import report
 from training.dashboard import Dashboard
 
-from .helpers.runs import RECIPE, differences, metrics
+from .helpers.runs import HALF, RECIPE, differences, metrics
 from .helpers.tiny_data import make_config, make_data
 
 RESUME = ["MODEL.RESUME", "auto"]
@@ -84,6 +85,14 @@ def test_a_crash_after_any_step_leaves_no_trace(tmp_path, data, whole, step):
     interrupt(config_for(tmp_path, data), Crash, crash_at_step(step))
     engine.run(config_for(tmp_path, data, *RESUME))
     assert differences(tmp_path / "run", whole) == []
+
+
+def test_a_crash_leaves_no_trace_in_bfloat16(tmp_path, data, whole):
+    uninterrupted = engine.run(config_for(tmp_path / "a", data, *HALF))["folder"]
+    assert bool(differences(uninterrupted, whole)) == choose_precision("bfloat16")[0]
+    interrupt(config_for(tmp_path / "b", data, *HALF), Crash, crash_at_step(2))
+    engine.run(config_for(tmp_path / "b", data, *HALF, *RESUME))
+    assert differences(tmp_path / "b" / "run", uninterrupted) == []
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ _RECIPE = (
     "SAVE_STEPS 2 SAVE_FREQ 1 REPORT_FREQ 3"
 )
 RECIPE = _RECIPE.split()
+HALF = ["AMP", True, "AMP_DTYPE", "bfloat16"]  # on a CPU too, fast there or not
 
 
 def command(data: Path, output: Path, *opts, main="main_single_gpu.py", nprocs: int = 0) -> list:
