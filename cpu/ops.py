@@ -36,6 +36,7 @@ from paddle.autograd.py_layer import once_differentiable
 
 from cpu import onednn, setup
 
+_LAYERS = (nn.Linear, nn.Conv2D, nn.Dropout)  # those of Paddle's that a model is made of
 _precision = ContextVar("precision", default=paddle.float32)
 
 
@@ -71,7 +72,8 @@ def usable(layer) -> bool:
     """Whether the functions below compute what the parts of ``layer`` would.
 
     Not while a graph is traced or exported, not on a GPU, not with a dropout that is on, and not
-    when someone listens to a part with a hook (which would never be called).
+    when someone listens to a part with a hook (which would never be called) or has put another
+    layer in its place (LoRA, quantization).
     """
     return (
         paddle.in_dynamic_mode()
@@ -80,6 +82,7 @@ def usable(layer) -> bool:
             part._forward_pre_hooks
             or part._forward_post_hooks
             or (isinstance(part, nn.Dropout) and part.training and part.p)
+            or not (type(part) in _LAYERS or type(part).__module__ == "resmlp")
             for part in layer.sublayers()
         )
     )

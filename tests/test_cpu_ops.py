@@ -181,6 +181,24 @@ def test_a_hook_on_a_part_of_the_block_is_called(listen):
     assert called == [1]
 
 
+def test_a_layer_put_in_the_place_of_another_computes(fused_calls):
+    class Doubled(paddle.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block, x = random_block(), paddle.randn([2, 5, 6])
+    block.mlp_channels.fc1.weight.set_value(2 * block.mlp_channels.fc1.weight)
+    block.mlp_channels.fc1.bias.set_value(2 * block.mlp_channels.fc1.bias)
+    expected = block(x).numpy()
+    assert fused_calls == [1]
+    other = Doubled(6, 24)
+    other.weight.set_value(block.mlp_channels.fc1.weight / 2)
+    other.bias.set_value(block.mlp_channels.fc1.bias / 2)
+    block.mlp_channels.fc1 = other
+    np.testing.assert_allclose(block(x).numpy(), expected, rtol=1e-9)
+    assert fused_calls == [1]
+
+
 def test_dropout_inside_the_mlp_uses_the_layers_while_training(fused_calls):
     block = random_block(dropout=0.5)
     block(paddle.randn([2, 5, 6]))
