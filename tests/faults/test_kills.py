@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from ..helpers.runs import DRIVER, RECIPE, alive, command, differences, finish, run, start
+from ..helpers.runs import DRIVER, HALF, RECIPE, alive, command, differences, finish, run, start
 from ..helpers.tiny_data import make_data
 
 RESUME = ["MODEL.RESUME", "auto"]
@@ -113,6 +113,17 @@ def test_a_run_from_archives_that_is_killed_within_an_epoch_is_that_from_files(
         code, output = run(words, fault=place)
         assert code in (-9, 1), (place, output)
     resume(tmp_path / "data", tmp_path, nprocs, reference)
+
+
+def test_a_kill_within_an_epoch_leaves_no_trace_in_bfloat16(tmp_path, data):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, output = run(job(data, whole, *HALF, nprocs=2))
+    assert code == 0, output
+    code, output = run(job(data, killed, *HALF, nprocs=2), fault="step:1:5:kill")
+    assert code == 1, output
+    code, output = run(job(data, killed, *HALF, *RESUME, nprocs=2))
+    assert code == 0, output
+    assert differences(killed / "run", whole / "run") == []
 
 
 @pytest.mark.parametrize("when", ["step:0:3:term", "evaluation:0:1:term", "snapshot:0:2:term"])
