@@ -135,9 +135,10 @@ def product(a, b, transpose_a=False, transpose_b=False, bias=None, gelu=False, t
         tuple(name for name, _ in then),
         dtype,
     )
-    if run is None:  # no kernel does all of it at once
-        return go_on(product(a, b, transpose_a, transpose_b, bias, gelu, dtype=dtype), then)
-    return run(tensors, paddle.empty(shape, dtype))
+    if run is None and then:  # no kernel does all of it at once
+        y = product(a, b, transpose_a, transpose_b, bias, gelu, dtype=dtype)
+        return None if y is None else go_on(y, then)
+    return run and run(tensors, paddle.empty(shape, dtype))
 
 
 def go_on(y, then):
@@ -153,7 +154,7 @@ def multiply(a, b, then=(), dtype=None):
     dtype = a.dtype if dtype is None else dtype
     tensors = [a, b, *(tensor for _, tensor in then)]
     run = _multiplication(_kinds(tensors), tuple(name for name, _ in then), dtype)
-    return run(tensors, paddle.empty(a.shape, dtype))
+    return run and run(tensors, paddle.empty(a.shape, dtype))
 
 
 @_or_none
@@ -171,7 +172,14 @@ def gelu_gradient(gradient, x):
 @_or_none
 def cast(x, dtype):
     """``x`` in another type."""
-    return _cast(tuple(x.shape), x.dtype, dtype)([x], paddle.empty(x.shape, dtype))
+    return reorder(x, x.shape, range(len(x.shape)), dtype)
+
+
+@_or_none
+def reorder(x, shape, axes, dtype):
+    """``x.reshape(shape).transpose(axes)`` in another type, in one pass."""
+    run = _reorder(tuple(shape), tuple(axes), x.dtype, dtype)
+    return run([x], paddle.empty([shape[axis] for axis in axes], dtype))
 
 
 def _kinds(tensors) -> tuple:
@@ -183,8 +191,9 @@ def _kinds(tensors) -> tuple:
 def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
     (shape_a, type_a), (shape_b, type_b), *others = operands
     rank = max(len(shape_a), len(shape_b))
-    a = _Operand(shape_a, type_a, rank, transpose_a)
-    b = _Operand(shape_b, type_b, rank, transpose_b)
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    a = _Operand(shape_a, type_a, rank, swapped if transpose_a else ())
+    b = _Operand(shape_b, type_b, rank, swapped if transpose_b else ())
     batch = [max(sizes) for sizes in zip(a.shape[:-2], b.shape[:-2])]
     shape = [*batch, a.shape[-2], b.shape[-1]]
     others = [_Operand(*other, rank) for other in others]
@@ -200,10 +209,8 @@ def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
         result.descriptor,
         attributes,
     )
-    if then and _library().implementation(descriptor).startswith(b"ref"):
-        return None, shape  # loops over every case, a thousand times slower
     arguments = [(_SRC, a), (_WEIGHTS, b), *([(_BIAS, bias)] if has_bias else [])]
-    return _Primitive(descriptor, [*arguments, *zip(names, others), (_DST, result)]), shape
+    return _fast(descriptor, [*arguments, *zip(names, others), (_DST, result)]), shape
 
 
 @functools.cache
@@ -221,7 +228,7 @@ def _multiplication(operands, then, dtype):
         result.descriptor,
         attributes,
     )
-    return _Primitive(descriptor, [(_SRC, a), (_SRC_1, b), *zip(names, others), (_DST, result)])
+    return _fast(descriptor, [(_SRC, a), (_SRC_1, b), *zip(names, others), (_DST, result)])
 
 
 @functools.cache
@@ -245,13 +252,20 @@ def _gelu(shape, dtype):
 
 
 @functools.cache
-def _cast(shape, source, target):
-    a, b = (_Operand(shape, dtype, len(shape)) for dtype in (source, target))
+def _reorder(shape, axes, source, target):
+    a = _Operand(shape, source, len(shape), axes)
+    b = _Operand(a.shape, target, len(shape))
     engine = _library().engine
     descriptor = _library().new(
         "reorder_primitive_desc_create", a.descriptor, engine, b.descriptor, engine, None
     )
     return _Primitive(descriptor, [(_SRC, a), (_DST, b)])
+
+
+def _fast(descriptor, arguments):
+    """A primitive; None where it would loop over every case, a thousand times slower."""
+    loops = _library().implementation(descriptor).startswith(b"ref")
+    return None if loops else _Primitive(descriptor, arguments)
 
 
 def _attributes(gelu: bool, then: list):
@@ -273,17 +287,17 @@ class _Operand:
     """A contiguous tensor's place in a primitive.
 
     Attributes:
-        shape: with ones in front, as many as make ``rank`` axes; seen transposed where asked for.
+        shape: with ones in front, as many as make ``rank`` axes; seen with ``axes`` in that order.
         descriptor: oneDNN's.
     """
 
-    def __init__(self, shape, dtype, rank: int, transposed: bool = False):
+    def __init__(self, shape, dtype, rank: int, axes=()):
         shape = [1] * (rank - len(shape)) + list(shape)
         strides = [1]
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
-        if transposed:
-            shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
+        if axes:
+            shape, strides = ([sizes[axis] for axis in axes] for sizes in (shape, strides))
         sizes = ctypes.c_int64 * rank
         self.shape = shape
         self.descriptor = _library().new(

@@ -50,12 +50,17 @@ def bfloat16(wanted: bool = True):
         _precision.reset(token)
 
 
+def has_bfloat16() -> bool:
+    """Whether `bfloat16` can be used at all, fast or not."""
+    return onednn.cast(paddle.zeros([1]), paddle.bfloat16) is not None
+
+
 def choose_precision(dtype: str) -> tuple[bool, str]:
     """Whether AMP with an AMP_DTYPE means `bfloat16` here, on a CPU, and a line that says so.
 
     float16, which no CPU computes fast, means bfloat16 where that is fast; bfloat16 insists.
     """
-    if onednn.cast(paddle.zeros([1]), paddle.bfloat16) is None:
+    if not has_bfloat16():
         return False, "AMP: no mixed precision on a CPU without oneDNN, running in float32"
     if setup.has_fast_bfloat16():
         meaning = ", which AMP_DTYPE float16 means on a CPU" if dtype == "float16" else ""
@@ -90,14 +95,26 @@ def usable(layer) -> bool:
 
 def embed_patches(images, conv):
     """A convolution whose stride is its kernel, as a matrix product: ``[B, N, C]`` tokens."""
-    patches = F.unfold(images, conv.weight.shape[2:], conv.weight.shape[2:])  # [B, 3 * p * p, N]
-    rows = patches.transpose([0, 2, 1]).reshape([-1, patches.shape[1]])  # [M, 3 * p * p]
+    rows = _cut(images, *conv.weight.shape[2:])
     weight = conv.weight.flatten(1).t()
     if _wants_gradient(rows, weight, conv.bias):
         y = _Linear.apply(rows, weight, conv.bias)
     else:
         y = _product(_narrow(rows), _narrow(weight), bias=conv.bias, dtype=conv.bias.dtype)
     return y.reshape([images.shape[0], -1, y.shape[-1]])
+
+
+def _cut(images, height, width):
+    """Patches ``[M, 3 * height * width]``."""
+    batch, channels, *sizes = images.shape
+    rows = None
+    if not _wants_gradient(images):
+        grid = [batch, channels, sizes[0] // height, height, sizes[1] // width, width]
+        dtype = _precision.get()
+        rows = onednn.reorder(images, grid, [0, 2, 4, 1, 3, 5], dtype)  # [B, grid, 3, patch]
+    if rows is None:
+        rows = F.unfold(images, [height, width], [height, width]).transpose([0, 2, 1])
+    return rows.reshape([-1, channels * height * width])
 
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
@@ -185,7 +202,10 @@ def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_h
 
     ``first_half`` makes the hidden units, and what else comes of them is returned too.
     """
-    folded1, folded2 = _narrow(_scale_rows(alpha, w1)), _narrow(w2 * scale)  # [C, H], [H, C]
+    folded1, folded2 = (
+        _narrow(_scale_rows(alpha, w1)),
+        _narrow(_multiply(w2, scale)),
+    )  # [C, H], [H, C]
     rows = x.reshape([-1, x.shape[-1]])  # [M, C]
     narrow = _narrow(rows)
     hidden, *rest = first_half(narrow, folded1, bias1 + paddle.matmul(beta.flatten(), w1))  # [M, H]
@@ -233,7 +253,7 @@ class _MixChannels(PyLayer):
             paddle.mv(w1, d_bias1).reshape(beta.shape),
             _scale_rows(alpha, d_folded1).add_(_outer(beta.flatten(), d_bias1)),
             d_bias1,
-            d_folded2 * scale,
+            _multiply(d_folded2, scale),
             d_bias2 * scale,
             _column_sum(d_folded2 * w2) + d_bias2 * bias2,
         )

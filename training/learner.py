@@ -142,7 +142,7 @@ class Learner:
             if self.ema is not None:
                 applied = paddle.isfinite(norm) if self.scaler.is_enable() else None
                 self.ema.update(step, applied)
-        self.optimizer.clear_grad()
+        self.optimizer.clear_grad(set_to_zero=False)  # zeros would be added to
 
     def predict(self, images: paddle.Tensor, model: Callable | None = None) -> paddle.Tensor:
         """Logits ``[B, K]`` of uint8 images ``[B, H, W, 3]``, by ``model`` instead if given."""
