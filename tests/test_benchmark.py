@@ -5,12 +5,14 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import paddle
 import pytest
 
 from cli.errors import UserError
 from config import get_config
+from cpu import onednn, ops
 from resmlp import build_resmlp
 from tools import benchmark as tool
 from tools.benchmark import Job, benchmark
@@ -74,6 +76,50 @@ def test_the_int8_peak_is_that_of_float32(monkeypatch):
     monkeypatch.setattr(paddle, "randn", lambda shape: shapes.append(shape) or randn(shape))
     assert tool.gemm_peak("int8", 1) > 0
     assert shapes == [[64, 64]]
+
+
+@pytest.mark.skipif(not ops.has_bfloat16(), reason="no oneDNN in this Paddle")
+@pytest.mark.parametrize("mode", ["infer", "train", "step"])
+def test_bfloat16_is_that_of_amp(config, mode, monkeypatch):
+    products, product = [], onednn.product
+    monkeypatch.setattr(
+        onednn,
+        "product",
+        lambda a, *args, **kw: products.append(a.dtype) or product(a, *args, **kw),
+    )
+    (result,) = benchmark(Job(config, mode, 2, dtype="bfloat16"), rounds=1)
+    assert result["dtype"] == "bfloat16" and set(products) == {paddle.bfloat16}
+
+
+@pytest.mark.skipif(not ops.has_bfloat16(), reason="no oneDNN in this Paddle")
+def test_the_bfloat16_peak_is_that_of_a_bfloat16_product(monkeypatch):
+    monkeypatch.setattr(tool, "GEMM_SIZE", 64)
+    types, product = [], onednn.product
+    monkeypatch.setattr(onednn, "product", lambda a, b: types.append(a.dtype) or product(a, b))
+    assert tool.gemm_peak("bfloat16", 1) > 0 and set(types) == {paddle.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "name, seconds, dtype",
+    [
+        ("timm", 1.0, "float32"),
+        ("timm_bf16", 2.0, "bfloat16"),
+        ("timm_compile", 3.0, "float32"),
+        ("timm_compile_bf16", 4.0, "bfloat16"),
+    ],
+)
+def test_a_rival_is_told_its_form_and_labelled_with_it(
+    config, monkeypatch, tmp_path, name, seconds, dtype
+):
+    (tmp_path / "other.py").write_text(
+        "import json, sys\nform = json.loads(sys.argv[1])\nprint('ready', flush=True)\n"
+        "for line in sys.stdin: print(1 + 2 * form['compile'] + form['bf16'], flush=True)"
+    )
+    monkeypatch.setattr(tool, "Rival", partial(tool.Rival, script=tmp_path / "other.py"))
+    own, other = benchmark(Job(config, "train", 2), rounds=1, compare=[name])
+    assert (own["backend"], own["dtype"]) == ("eager", "float32")
+    assert (other["backend"], other["dtype"]) == (name, dtype)
+    assert other["ms_per_step"] == 1e3 * seconds
 
 
 def test_the_figures_follow_from_the_median_time(config):
@@ -159,7 +205,7 @@ def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch
         ({"threads": -2}, "-threads is -2; expected 1 to 1024"),
         ({"threads": 100000}, "expected 1 to 1024"),
         ({"mode": "train", "backend": "inference"}, "-mode infer"),
-        ({"dtype": "bfloat16"}, "-backend inference"),
+        ({"dtype": "bfloat16", "backend": "to_static"}, "-backend eager or inference"),
         ({"dtype": "float16", "backend": "inference"}, "on a CPU"),
         ({"dtype": "int8"}, "-backend onnx"),
         ({"dtype": "bfloat16", "backend": "onnx"}, "float32 or int8"),

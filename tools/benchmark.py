@@ -3,7 +3,7 @@
     python tools/benchmark.py -cfg configs/resmlp_12_224.yaml -mode train -batch_size 32
     python tools/benchmark.py -cfg ... -mode infer -backend inference -dtype bfloat16 -json
     python tools/benchmark.py -cfg ... -mode infer -backend onnx -dtype int8 -compare timm
-    python tools/benchmark.py -cfg ... -mode infer -compare timm timm_compile
+    python tools/benchmark.py -cfg ... -mode train -dtype bfloat16 -compare timm_compile_bf16
     python tools/benchmark.py -cfg ... -mode step -opts DATA.DATA_PATH /dataset/imagenet
 
 Modes: `infer` (forward), `train` (forward, backward, AdamW), `data` (JPEG to augmented uint8, on
@@ -42,6 +42,7 @@ from PIL import Image
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from config import get_config, update_config
+from cpu import onednn, ops
 from datasets import build_loader
 from loading.images import read_image
 from parallel.process import Process
@@ -58,7 +59,7 @@ from utils import step_rng
 MODES = ("infer", "train", "data", "step")
 BACKENDS = ("eager", "to_static", "inference", "onnx")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
-RIVALS = ("timm", "timm_compile")
+RIVALS = ("timm", "timm_bf16", "timm_compile", "timm_compile_bf16")
 RIVAL_SCRIPT = Path(__file__).with_name("benchmark_timm.py")
 SETTLE_SECONDS = 0.3  # OpenMP threads spin for 0.2 s after their work, and would disturb the next
 GEMM_SIZE, GEMM_ROUNDS = 2048, 20
@@ -104,10 +105,10 @@ class Job:
             if self.backend != "onnx" or self.dtype not in ("float32", "int8"):
                 raise UserError("-dtype int8 is for -backend onnx, which takes float32 or int8")
         elif self.dtype != "float32" and not on_gpu():
-            if self.dtype == "float16" or (self.mode, self.backend) != ("infer", "inference"):
+            if self.dtype == "float16" or self.backend == "to_static" or not ops.has_bfloat16():
                 raise UserError(
-                    f"-dtype {self.dtype}: on a CPU Paddle has lower precision only as "
-                    "-mode infer -backend inference -dtype bfloat16"
+                    f"-dtype {self.dtype}: on a CPU there is bfloat16 only, by oneDNN, with "
+                    "-backend eager or inference"
                 )
         elif self.dtype != "float32" and self.backend == "inference":
             raise UserError(f"-dtype {self.dtype} on a GPU is for -backend eager or to_static")
@@ -120,14 +121,15 @@ class Job:
         passes = 1 if self.mode == "infer" else 3
         return passes * 2e-9 * config_info(self.config).macs * self.batch_size
 
-    def for_timm(self, compiled: bool, files: Sequence[str]) -> dict:
-        """The same work, as `benchmark_timm` takes it."""
+    def for_timm(self, name: str, files: Sequence[str]) -> dict:
+        """The same work, as `benchmark_timm` takes it, in the form of a name of `RIVALS`."""
         mixer = self.config.MODEL.MIXER
         return {
             "mode": self.mode,
             "batch_size": self.batch_size,
             "threads": self.threads,
-            "compile": compiled,
+            "compile": "compile" in name,
+            "bf16": "bf16" in name,
             "files": list(files),
             "image_size": self.config.DATA.IMAGE_SIZE,
             "num_classes": self.config.MODEL.NUM_CLASSES,
@@ -145,7 +147,7 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
     Args:
         job: what to measure.
         rounds: timed steps of each; every step of one is followed by a step of the next.
-        compare: of `RIVALS`; they run in float32 whatever the job's dtype, as the yardstick.
+        compare: of `RIVALS`; their precision is what they are named after, whatever the job's.
 
     Returns:
         The `figures` of Paddle, then of each rival; in mode ``step`` also ``parts_ms``.
@@ -167,7 +169,8 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
         step()  # warm up: first products, memory, kernel choice
         times = alternate([lambda: _seconds(step), *(rival.seconds for rival in rivals)], rounds)
         memory = [_peak_memory_mb(), *(rival.memory() for rival in rivals)]
-    labels = [(job.backend, job.dtype), *((name, "float32") for name in compare)]
+    dtypes = ["bfloat16" if "bf16" in name else "float32" for name in compare]
+    labels = [(job.backend, job.dtype), *zip(compare, dtypes)]
     # measured last: it must not warm or fill the memory
     peaks = {d: gemm_peak(d, job.threads) if job.gflops else 0.0 for d in {d for _, d in labels}}
     sides = zip(labels, times, memory)
@@ -180,18 +183,13 @@ def gemm_peak(dtype: str = "float32", threads: int | None = None) -> float:
     Paddle has no int8 product on a CPU: for int8 it is the float32 rate, which int8 may exceed.
     """
     setup.set_threads(threads)
-    dtype = "float32" if dtype == "int8" else dtype
-    if on_gpu() or dtype == "float32":
-        factor = paddle.randn([GEMM_SIZE, GEMM_SIZE]).astype(dtype)
-        products, step = 1, lambda: factor.matmul(factor)
-        seconds = min(_seconds(step) for _ in range(GEMM_ROUNDS))
-    else:  # on a CPU only Paddle Inference has it: several products outweigh the copy in and out
-        products = 4
-        layers = [nn.Linear(GEMM_SIZE, GEMM_SIZE, bias_attr=False) for _ in range(products)]
-        rows = np.ones([GEMM_SIZE, GEMM_SIZE], "float32")
-        with _predictor(nn.Sequential(*layers), [None, GEMM_SIZE], dtype, threads) as run:
-            seconds = min(_seconds(lambda: run(rows)) for _ in range(GEMM_ROUNDS))
-    return 2e-9 * products * GEMM_SIZE**3 / seconds
+    factor, product = paddle.randn([GEMM_SIZE, GEMM_SIZE]), paddle.matmul
+    if on_gpu():
+        factor = factor.astype(dtype)
+    elif dtype == "bfloat16":
+        factor, product = onednn.cast(factor, paddle.bfloat16), onednn.product
+    seconds = min(_seconds(lambda: product(factor, factor)) for _ in range(GEMM_ROUNDS))
+    return 2e-9 * GEMM_SIZE**3 / seconds
 
 
 def on_gpu() -> bool:
@@ -210,9 +208,8 @@ def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
     if job.mode == "train":
         yield train_step(job, model, images)
     elif job.backend in ("inference", "onnx"):
-        shape, array = [None, *images.shape[1:]], images.numpy()
-        deploy = _onnx_session if job.backend == "onnx" else _predictor
-        with deploy(fold(model), shape, job.dtype, job.threads) as run:
+        array = images.numpy()
+        with _deployed(job, model, [None, *images.shape[1:]]) as run:
             yield lambda: run(array)
     else:
         model.eval()
@@ -238,7 +235,7 @@ def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
-        optimizer.clear_grad()
+        optimizer.clear_grad(set_to_zero=False)
         loss.item()
 
     return step
@@ -256,37 +253,31 @@ def _data_step(job: Job, files: Sequence[str]) -> Step:
 
 
 @contextmanager
-def _predictor(layer: nn.Layer, shape: list, dtype: str, threads: int | None) -> Iterator[Callable]:
-    """A layer in Paddle Inference, as tools/export and tools/infer_exported deploy it."""
+def _deployed(job: Job, model: nn.Layer, shape: list) -> Iterator[Callable]:
+    """The folded model, as tools/export and tools/infer_exported deploy it."""
     with tempfile.TemporaryDirectory() as folder:
-        model = _save(layer, shape, folder)
-        yield open_paddle(model, bf16=dtype == "bfloat16", gpu=on_gpu(), threads=threads)
+        if job.backend == "onnx":
+            require("-backend onnx", ONNX_PACKAGES)
+        spec = paddle.static.InputSpec(shape, "float32", "x")
+        file = save_for_inference(fold(model), Path(folder, "model"), spec)
+        if job.backend == "inference":
+            bf16 = job.dtype == "bfloat16"
+            yield open_paddle(file, bf16=bf16, gpu=on_gpu(), threads=job.threads)
+            return
+        import onnx
 
+        from tools.onnx_model import convert, quantize
 
-@contextmanager
-def _onnx_session(
-    model: nn.Layer, shape: list, dtype: str, threads: int | None
-) -> Iterator[Callable]:
-    """A folded model in onnxruntime, as tools/export and tools/infer_exported deploy it."""
-    require("-backend onnx", ONNX_PACKAGES)
-    import onnx
-
-    from tools.onnx_model import convert, quantize
-
-    with tempfile.TemporaryDirectory() as folder:
-        converted = convert(_save(model, shape, folder))
-        if dtype == "int8":
-            quantize(converted.graph, len(model.blocks))
+        converted = convert(file)
+        if job.dtype == "int8":
+            quantize(converted.graph, len(model.mixer_layers))
         onnx.save(converted, f"{folder}/model.onnx")
-        yield open_onnx(Path(folder, "model.onnx"), gpu=on_gpu(), threads=threads)[0]
-
-
-def _save(layer: nn.Layer, shape: list, folder: str) -> Path:
-    spec = paddle.static.InputSpec(shape, "float32", "x")
-    return save_for_inference(layer, Path(folder, "model"), spec)
+        yield open_onnx(Path(folder, "model.onnx"), gpu=on_gpu(), threads=job.threads)[0]
 
 
 def _autocast(dtype: str):
+    if not on_gpu():
+        return ops.bfloat16(dtype == "bfloat16")
     level = "O0" if dtype == "float32" else "O1"
     return paddle.amp.auto_cast(level != "O0", level=level, dtype=dtype.replace("32", "16"))
 
@@ -375,7 +366,7 @@ class Rival:
     def __init__(self, name: str, job: Job, files: Sequence[str], script: Path = RIVAL_SCRIPT):
         if name not in RIVALS:
             raise UserError(f"-compare is {name!r}; choose from {RIVALS}")
-        settings = json.dumps(job.for_timm(name == "timm_compile", files))
+        settings = json.dumps(job.for_timm(name, files))
         self._process = subprocess.Popen(
             [sys.executable, str(script), settings],
             stdin=subprocess.PIPE,

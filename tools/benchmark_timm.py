@@ -42,6 +42,8 @@ def build_step(settings: dict) -> Callable[[], None]:
         block_layer=partial(ResBlock, init_values=0.1),
         norm_layer=Affine,
     )
+    run = torch.compile(model) if settings["compile"] else model
+    precision = partial(torch.autocast, "cpu", torch.bfloat16, settings["bf16"])
     batch, size = settings["batch_size"], settings["image_size"]
     images = torch.randn(batch, 3, size, size)
     if settings["mode"] == "train":
@@ -50,7 +52,8 @@ def build_step(settings: dict) -> Callable[[], None]:
         model.train()
 
         def step():
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            with precision():
+                loss = torch.nn.functional.cross_entropy(run(images), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -58,10 +61,9 @@ def build_step(settings: dict) -> Callable[[], None]:
 
         return step
     model.eval()
-    run = torch.compile(model) if settings["compile"] else model
 
     def step():
-        with torch.inference_mode():
+        with torch.inference_mode(), precision():
             run(images)
 
     return step
