@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from cpu import setup  # noqa: F401  isort: skip
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,7 @@ def cutmix_boxes_minmax(
     return np.stack(bounds, axis=1)
 
 
+@dataclass(eq=False)
 class Mixup:
     """Mixes the images and targets of a batch with those of the batch in reverse order.
 
@@ -113,28 +115,20 @@ class Mixup:
         smoothing: of the targets, see `smooth_one_hot`.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        mixup_alpha: float = 0.8,
-        cutmix_alpha: float = 1.0,
-        cutmix_minmax: tuple[float, float] | None = None,
-        prob: float = 1.0,
-        switch_prob: float = 0.5,
-        mode: str = "batch",
-        smoothing: float = 0.1,
-    ):
-        if num_classes < 1:
-            raise ConfigError(f"MODEL.NUM_CLASSES is {num_classes}: mixup needs classes to mix")
-        self.num_classes = num_classes
-        self.mixup_alpha = mixup_alpha
-        self.cutmix_alpha = cutmix_alpha
-        self.cutmix_minmax = cutmix_minmax
-        self.prob = prob
-        cutmix = cutmix_alpha > 0 or cutmix_minmax is not None
-        self.cutmix_prob = switch_prob if cutmix and mixup_alpha > 0 else float(cutmix)
-        self.mode = mode
-        self.smoothing = smoothing
+    num_classes: int
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
+    cutmix_minmax: tuple[float, float] | None = None
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    mode: str = "batch"
+    smoothing: float = 0.1
+
+    def __post_init__(self):
+        if self.num_classes < 1:
+            raise ConfigError(f"MODEL.NUM_CLASSES is {self.num_classes}: mixup needs classes")
+        cutmix = self.cutmix_alpha > 0 or self.cutmix_minmax is not None
+        self.cutmix_prob = self.switch_prob if cutmix and self.mixup_alpha > 0 else float(cutmix)
 
     @classmethod
     def from_config(cls, config) -> Mixup | None:

@@ -69,6 +69,7 @@ def center_box(width: int, height: int, size: int) -> Box:
 _LONGEST = 100
 
 
+@dataclass(eq=False, repr=False)
 class EvalTransform:
     """Resize the short side, crop the centre: the pixels of torchvision's on PIL.
 
@@ -83,12 +84,13 @@ class EvalTransform:
         BadImage: When called, the resized image would be more than 100 times as long as the crop.
     """
 
-    def __init__(self, size: int, crop_pct: float, resample: int, exif_orientation: bool = False):
-        self.size = size
-        self.exif_orientation = exif_orientation
-        self.crop_pct = crop_pct
-        self.short = math.floor(size / crop_pct)
-        self.resample = resample
+    size: int
+    crop_pct: float
+    resample: int
+    exif_orientation: bool = False
+
+    def __post_init__(self):
+        self.short = math.floor(self.size / self.crop_pct)
 
     def __repr__(self) -> str:
         name = Image.Resampling(self.resample).name.lower()
@@ -150,6 +152,7 @@ def draw_crop(
     return Box(left, top, left + w, top + h)
 
 
+@dataclass(eq=False, repr=False)
 class ColorJitter:
     """Brightness, contrast and saturation, in random order, each by a factor of 1 +- strength.
 
@@ -159,8 +162,7 @@ class ColorJitter:
 
     OPS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
-    def __init__(self, strength: float):
-        self.strength = strength
+    strength: float
 
     def __repr__(self) -> str:
         return f"ColorJitter({self.strength:g})"

@@ -9,7 +9,6 @@ sha256, which is compared at every later use; no network is needed then.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import http.client
 import os
@@ -24,7 +23,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from cli.errors import WeightsError
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import HOSTS
-from storage.weights import cache_folder, refuse_text, write_atomically
+from storage.weights import atomic, cache_folder, file_sha256, refuse_text, write_atomically
 
 try:
     import fcntl
@@ -63,7 +62,7 @@ def local_weights(name: str | os.PathLike, hosts: tuple[str, ...] = HOSTS) -> st
             if "patch_embed.patch_embed.weight" in state:  # Paddle's names already
                 return str(path)
             port(state, str(ported), proof="keys", log=lambda line: None)
-            _keep_sum(ported, _sum(ported))
+            _keep_sum(ported, file_sha256(ported))
     return str(ported)
 
 
@@ -118,31 +117,29 @@ class _Redirects(HTTPRedirectHandler):
 def _fetch(url: str, path: Path, wanted: str) -> None:
     from utils import ProgressLine  # with Paddle, which an answer from the cache does without
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     redirects, sha256, md5 = _Redirects(), hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     bar = ProgressLine(f"{path.name}, MB")
     try:
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a killed one
-            leftover.unlink()
         request = Request(url, headers={"User-Agent": "resmlp"})
-        with build_opener(redirects).open(request, timeout=_TIMEOUT) as response:
+        with (
+            atomic(path) as file,
+            build_opener(redirects).open(request, timeout=_TIMEOUT) as response,
+        ):
             said = [*redirects.headers, response.headers]
-            total = int(response.headers.get("Content-Length") or 0)
-            with open(temporary, "wb") as file:
-                while block := response.read(2**20):
-                    file.write(block)
-                    sha256.update(block)
-                    md5.update(block)
-                    bar(file.tell() >> 20, max(total, file.tell()) >> 20)
-                size = file.tell()
-        if total and size != total:
-            raise http.client.IncompleteRead(b"", total - size)
-        how = _compare(url, said, wanted, sha256.hexdigest(), md5.hexdigest())
-        with open(temporary, "rb") as file:
-            refuse_text(file.read(16), url)
-        _keep_sum(path, sha256.hexdigest())
-        Path(f"{path}.pdparams.sha256").unlink(missing_ok=True)  # what was ported from it
-        os.replace(temporary, path)
+            total, head = int(response.headers.get("Content-Length") or 0), b""
+            while block := response.read(2**20):
+                head = head or block[:16]
+                file.write(block)
+                sha256.update(block)
+                md5.update(block)
+                bar(file.tell() >> 20, max(total, file.tell()) >> 20)
+            size = file.tell()
+            if total and size != total:
+                raise http.client.IncompleteRead(b"", total - size)
+            how = _compare(url, said, wanted, sha256.hexdigest(), md5.hexdigest())
+            refuse_text(head, url)
+            _keep_sum(path, sha256.hexdigest())
+            Path(f"{path}.pdparams.sha256").unlink(missing_ok=True)  # what was ported from it
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise WeightsError(
@@ -151,8 +148,6 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
         ) from None
     finally:
         bar.end()
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     print(f"{url}: {size / 2**20:.1f} MB, {how}; kept as {path}", file=sys.stderr, flush=True)
 
 
@@ -179,21 +174,13 @@ def _compare(url: str, said: list, wanted: str, sha256: str, md5: str) -> str:
 def _whole(path: Path) -> str | None:
     """The sha256 of a kept file, if it is the one that was kept."""
     try:
-        kept, found = Path(f"{path}.sha256").read_text(encoding="utf-8").strip(), _sum(path)
+        kept, found = Path(f"{path}.sha256").read_text(encoding="utf-8").strip(), file_sha256(path)
     except (OSError, UnicodeDecodeError):
         return None
     if found == kept:
         return found
     print(f"{path}: damaged in the cache, made anew", file=sys.stderr, flush=True)
     return None
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _keep_sum(path: Path, digest: str) -> None:

@@ -13,6 +13,7 @@ import os
 import pickletools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Callable
 
 import numpy as np
@@ -25,19 +26,19 @@ MAX_STEPS = 1_000_000  # of the machine; an array takes about twenty
 MAX_BITS = 1024  # of a whole number; Python refuses to print very long ones
 
 
+@dataclass(eq=False)
 class Foreign:
     """Stands for an object of a known kind that is no plain data: its name, never the object."""
 
-    def __init__(self, name: str):
-        self.name = name
+    name: str
 
 
+@dataclass(eq=False)
 class _Pending:
     """A NumPy object between its creation and the instruction that fills it (BUILD)."""
 
-    def __init__(self, fill: Callable[[Any], Any]):
-        self.fill = fill
-        self.value: Any = None
+    fill: Callable[[Any], Any]
+    value: Any = None
 
 
 def _dtype(code: str, *_: Any) -> _Pending:
@@ -123,6 +124,11 @@ _LITERALS = {
 _BEGINNINGS = ("PROTO", "MARK", "GLOBAL", "EMPTY_DICT", "EMPTY_LIST")
 _SHORT = re.compile(r"expected \d+ bytes in|not enough data|no newline found|pickle exhausted")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
+_CONTAINERS = {  # of all values behind a MARK
+    **{"TUPLE": tuple, "LIST": list},
+    "DICT": lambda items: _dict(zip(items[::2], items[1::2])),
+}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -181,19 +187,11 @@ class _Machine:
             push(_CONSTANTS[name])
         elif name in _TUPLES:
             push(tuple(self.pop(_TUPLES[name])))
-        elif name == "TUPLE":
+        elif name in _EMPTY:
+            push(_EMPTY[name]())
+        elif name in _CONTAINERS:
             items = self.pop_mark()
-            self.stack.append(tuple(items))
-        elif name == "EMPTY_LIST":
-            push([])
-        elif name == "LIST":
-            items = self.pop_mark()
-            self.stack.append(items)
-        elif name == "EMPTY_DICT":
-            push({})
-        elif name == "DICT":
-            items = self.pop_mark()
-            self.stack.append(_dict(zip(items[::2], items[1::2])))
+            self.stack.append(_CONTAINERS[name](items))
         elif name in ("APPEND", "APPENDS"):
             items = self.pop(1) if name == "APPEND" else self.pop_mark()
             if not isinstance(self.stack[-1], Foreign):

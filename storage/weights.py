@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import os
 import pickle
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -219,32 +220,57 @@ def write_weights(state: Mapping[str, Any], path: str | os.PathLike) -> None:
     write_atomically(data, path)
 
 
-def write_atomically(data: bytes, path: str | os.PathLike) -> None:
-    """Writes to a temporary file beside ``path``, flushes it to the disk, and renames it.
+@contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write that appears as ``path`` when it is whole, or not at all.
+
+    It lies beside ``path`` under a temporary name, is flushed to the disk and renamed. After an
+    exception a file that was there is left as it was. Folders are made.
 
     Raises:
-        WeightsError: the file cannot be written; one of that name is left as it was.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
         with open(temporary, "wb") as file:
             if fcntl is not None:
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             if fcntl is not None:
                 os.replace(temporary, path)
         if fcntl is None:
             os.replace(temporary, path)
-    except OSError as error:
+    finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_atomically(data: bytes, path: str | os.PathLike) -> None:
+    """Writes a file by `atomic`.
+
+    Raises:
+        WeightsError: the file cannot be written; one of that name is left as it was.
+    """
+    try:
+        with atomic(path) as file:
+            file.write(data)
+    except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The sha256 of a file, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

@@ -251,7 +251,7 @@ def test_int8_that_disagrees_is_not_left_behind(weights, photos, tmp_path, monke
 @pytest.mark.parametrize("wrong, passes", [(0, True), (1, True), (2, False)])
 def test_one_image_in_two_hundred_may_disagree_and_no_more(weights, wrong, passes):
     images = np.random.default_rng(0).integers(0, 256, [200, 16, 16, 3], dtype=np.uint8)
-    job = export_module._Job(load_model(run_config(weights)), run_config(weights), False, images)
+    job = export_module.Job(load_model(run_config(weights)), run_config(weights), False, images)
     answers = job.expected.copy()
     first_class = np.flatnonzero(answers.argmax(1) == 0)  # which NaN would pass for
     answers[first_class[-2:][:wrong]] = np.nan

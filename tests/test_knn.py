@@ -10,7 +10,7 @@ import pytest
 
 from cli.errors import DataError
 from tools.features import Features
-from tools.knn import Probe, knn_accuracies, minimise
+from tools.knn import Probe, knn_accuracies
 
 
 def clusters(count, classes, channels, seed, spread=1.0):
@@ -91,12 +91,8 @@ def test_the_probe_is_scikit_learns(sets):
         assert ours.accuracies(val) == pytest.approx(expected, abs=0.05)
 
 
-def test_the_minimiser_finds_the_minimum_of_a_badly_scaled_function_and_says_when_it_did_not():
-    scales = np.logspace(0, 4, 20)
-    objective = lambda x: (0.5 * scales @ (x - 1) ** 2, scales * (x - 1))  # noqa: E731
-    found, converged = minimise(objective, np.zeros(20), 1000, 1e-8)
-    assert converged and np.allclose(found, 1)
-    assert not minimise(objective, np.zeros(20), 3, 1e-8)[1]
+def test_a_probe_that_has_not_converged_says_so(sets):
+    assert not Probe(sets[0], 12, iterations=3).converged
 
 
 def test_features_that_do_not_fit_are_refused(sets):

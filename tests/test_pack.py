@@ -74,13 +74,13 @@ def test_a_stopped_run_goes_on_and_keeps_whole_shards(tmp_path):
     first = (output / "train-00000.tar").stat().st_mtime_ns
     content = (output / "train-00001.tar").read_bytes()
     (output / "train-00001.tar").unlink()
-    (output / "train-00001.tar.tmp").write_bytes(b"half")
+    (output / ".train-00001.tar.123-456.tmp").write_bytes(b"half")
     (output / "train_list.txt").unlink()
     pack(source, str(output), Settings(320, 90, 10), 1)
     assert (output / "train-00000.tar").stat().st_mtime_ns == first
     assert (output / "train-00001.tar").read_bytes() == content
     assert len((output / "train_list.txt").read_text().splitlines()) == 24
-    assert not list(output.glob("*.tmp"))
+    assert not list(output.glob(".*.tmp"))
 
 
 def test_other_settings_do_not_mix_into_a_packed_set(tmp_path):

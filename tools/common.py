@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cli.errors import UserError
@@ -111,6 +112,13 @@ def html_table(header: Iterable, rows: Iterable[Iterable]) -> str:
 
     lines = [row(header, "th"), *(row(cells, "td") for cells in rows)]
     return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def require(what: str, packages: Sequence[str]) -> None:
+    """Raises a `UserError` that says what to install."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{what} needs `pip install {' '.join(missing)}`")
 
 
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:

@@ -34,7 +34,7 @@ from port_weights.architecture import infer
 from port_weights.port import port
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import MEASURES, ZOO, Weights
-from storage.weights import read_weights
+from storage.weights import file_sha256, read_weights
 from tools.common import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,14 +89,10 @@ def fingerprint(config) -> str:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        return file_sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def usable(path: Path, config, ported: Path) -> Path:

@@ -14,8 +14,6 @@ if not __package__:
     import _root  # noqa: F401
 
 import contextlib
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -35,8 +33,8 @@ from cli.parser import Parser
 from datasets import build_dataset
 from loading.images import read_image
 from resmlp import build_resmlp, load_state
-from storage.weights import read_weights
-from tools.common import load_model, run_config, write_file
+from storage.weights import file_sha256, read_weights
+from tools.common import load_model, require, run_config, write_file
 from tools.folding import fold
 from tools.infer_exported import ModelError, Run, open_onnx, open_paddle
 from tools.predict import find_class_names, find_images
@@ -122,7 +120,7 @@ def export(
             "is not there; give -opts DATA.DATA_PATH DIR, or -images"
         )
     batch, described = verification_images(config, images)
-    job = _Job(load_model(config), config, with_preprocessing, batch, images)
+    job = Job(load_model(config), config, with_preprocessing, batch, images)
     metadata = {
         "model": config.MODEL.NAME,
         "weights": Path(config.MODEL.PRETRAINED).name,
@@ -181,7 +179,7 @@ def verification_images(
 
 
 @dataclass
-class _Job:
+class Job:
     """A model to export, and images to verify it on."""
 
     model: nn.Layer
@@ -247,17 +245,17 @@ class _Job:
         return agreement, error / largest
 
 
-def _export_paddle(job: _Job, prefix: Path, metadata: dict) -> dict:
+def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
     program = _save(job, prefix)
     found = {"largest_difference": job.difference("paddle", open_paddle(program))}
     files = [program, program.with_suffix(".pdiparams")]
-    checksums = {file.suffix: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    checksums = {file.suffix: file_sha256(file) for file in files}
     text = json.dumps({**metadata, **found, "sha256": checksums}, indent=2, ensure_ascii=False)
     write_file(f"{prefix}.metadata.json", text + "\n")
     return found
 
 
-def _save(job: _Job, prefix: Path) -> Path:
+def _save(job: Job, prefix: Path) -> Path:
     size = job.config.DATA.IMAGE_SIZE
     spec = InputSpec([None, 3, size, size], "float32", "image")
     if job.with_preprocessing:
@@ -272,7 +270,7 @@ def save_for_inference(layer: nn.Layer, prefix: Path, spec: InputSpec) -> Path:
     return next(file for file in files if file.exists())
 
 
-def _export_onnx(job: _Job, prefix: Path, metadata: dict) -> dict:
+def _export_onnx(job: Job, prefix: Path, metadata: dict) -> dict:
     import onnx
 
     file, model = f"{prefix}.onnx", _onnx_model(job)
@@ -283,7 +281,7 @@ def _export_onnx(job: _Job, prefix: Path, metadata: dict) -> dict:
     return found
 
 
-def _export_onnx_int8(job: _Job, prefix: Path, metadata: dict) -> dict:
+def _export_onnx_int8(job: Job, prefix: Path, metadata: dict) -> dict:
     import onnx
 
     from tools.onnx_model import quantize
@@ -304,14 +302,14 @@ def _export_onnx_int8(job: _Job, prefix: Path, metadata: dict) -> dict:
     return found
 
 
-def _onnx_model(job: _Job):
+def _onnx_model(job: Job):
     from tools.onnx_model import convert
 
     with tempfile.TemporaryDirectory() as folder:
         return convert(_save(job, Path(folder) / "model"))
 
 
-def _export_safetensors(job: _Job, prefix: Path, metadata: dict) -> dict:
+def _export_safetensors(job: Job, prefix: Path, metadata: dict) -> dict:
     from safetensors.numpy import save
 
     file = f"{prefix}.safetensors"
@@ -347,13 +345,6 @@ def _check_formats(formats: Sequence[str]) -> None:
         require(f"-format {name}", _EXPORTERS[name][0])
 
 
-def require(what: str, packages: Sequence[str]) -> None:
-    """Raises a `UserError` that says what to install."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"{what} needs `pip install {' '.join(missing)}`")
-
-
 @contextlib.contextmanager
 def _staging(output: str | os.PathLike) -> Iterator[Path]:
     """A folder whose files move to ``output`` at the end, all of them, or none after an error."""
@@ -381,9 +372,7 @@ def _staging(output: str | os.PathLike) -> Iterator[Path]:
 def main() -> None:
     parser = Parser("Exports a trained model, and verifies what it wrote.")
     parser.model_flags()
-    parser.flag(
-        "output", "folder for model.* (default: `exported` beside the weights)", metavar="DIR"
-    )
+    parser.flag("output", "folder (default: `exported` beside the weights)", metavar="DIR")
     parser.flag("format", " ".join(_EXPORTERS), nargs="+", default=["paddle"], metavar="NAME")
     parser.flag(
         "with_preprocessing", "uint8 [B, H, W, 3] in, probabilities out", action="store_true"
@@ -396,18 +385,10 @@ def main() -> None:
         metavar="FILE",
     )
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
-    args = parser.parse_args()
-    metadata = export(
-        args.pretrained,
-        args.output,
-        args.format,
-        args.cfg,
-        args.with_preprocessing,
-        args.images,
-        args.class_names,
-        args.opts,
-    )
-    if args.format != ["onnx_int8"]:
+    args = vars(parser.parse_args())
+    formats = args["formats"] = args.pop("format")
+    metadata = export(**args)
+    if formats != ["onnx_int8"]:
         print(f"verified on {metadata['verified_on']}")
     for name, difference in metadata["largest_difference"].items():
         print(f"{name}: largest difference {difference:.1e} of the largest output")

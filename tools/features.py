@@ -15,8 +15,6 @@ if not __package__:
 
 import io
 import json
-import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ from datasets import ImageDataset, build_dataset
 from loading.loader import Loader, shared_memory_fits
 from loading.samplers import EvalBatchSampler
 from resmlp import build_resmlp, load_state
-from storage.weights import read_weights
+from storage.weights import atomic, read_weights
 from tools.common import run_config, write_file
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine
@@ -78,13 +76,9 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     labels = np.array(files.labels, "<i8")
     names = b"".join(files.name(index) + b"\n" for index in range(len(files)))
-    shape, temporary = (len(files), model.embed_dim), Path(f"{output}.{os.getpid()}.tmp")
-    bar = ProgressLine("features")
-    with ExitStack() as stack:
-        stack.callback(temporary.unlink, missing_ok=True)
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(temporary, "wb"))
+    shape, bar = (len(files), model.embed_dim), ProgressLine("features")
+    try:
+        with atomic(output) as file:
             file.write(_header(output, shape, dtype, len(names)))
             if output.endswith(".safetensors"):
                 file.write(labels.tobytes())
@@ -102,10 +96,8 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
             else:
                 np.save(_beside(output, ".labels.npy"), labels)
                 write_file(_beside(output, ".names.txt"), names)
-            file.close()
-            os.replace(temporary, output)
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     bar.end()
     return shape
 

@@ -114,10 +114,7 @@ def _parameter(layer: nn.Layer, value: np.ndarray):
 def _folded_linear(linear: nn.Linear, scale_in=1.0, shift_in=0.0, scale_out=1.0) -> nn.Linear:
     """``scale_out * linear(scale_in * x + shift_in)`` as one linear layer."""
     weight, bias = _value(linear.weight), _value(linear.bias)  # [in, out], [out]
-    scale_in, shift_in = (
-        np.broadcast_to(scale_in, len(weight)),
-        np.broadcast_to(shift_in, len(weight)),
-    )
+    scale_in, shift_in = (np.broadcast_to(value, len(weight)) for value in (scale_in, shift_in))
     folded = nn.Linear(*weight.shape)
     folded.weight.set_value((scale_in[:, None] * weight * scale_out).astype(np.float32))
     folded.bias.set_value(((bias + shift_in @ weight) * scale_out).astype(np.float32))

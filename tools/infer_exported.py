@@ -22,6 +22,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -93,6 +94,7 @@ class ModelError(Exception):
 
 
 # ---------------------------------------------------------------------------------- models
+@dataclass(eq=False)
 class ExportedModel:
     """A model with its metadata: ``model(images)`` takes uint8 ``[B, H, W, 3]``.
 
@@ -101,9 +103,8 @@ class ExportedModel:
         run: float32 or uint8 array in, as the file takes it -> its output ``[B, K]``.
     """
 
-    def __init__(self, metadata: dict, run: Run):
-        self.metadata = metadata
-        self.run = run
+    metadata: dict
+    run: Run
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``.
@@ -293,7 +294,7 @@ def open_paddle(
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     target = predictor.get_output_handle(predictor.get_output_names()[0])
 
-    guards = [_notes_to_stderr()]  # of the first run, which prints a note
+    guards = [notes_to_stderr()]  # of the first run, which prints a note
 
     def run(images: np.ndarray) -> np.ndarray:
         source.copy_from_cpu(images)
@@ -305,7 +306,7 @@ def open_paddle(
 
 
 @contextlib.contextmanager
-def _notes_to_stderr() -> Iterator[None]:
+def notes_to_stderr() -> Iterator[None]:
     """Sends what Paddle's C++ code prints to standard error: standard output is for results."""
     try:
         stdout = os.dup(1)

@@ -13,7 +13,8 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import paddle
@@ -21,11 +22,11 @@ import paddle.nn.functional as F
 
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
+from tools.common import require
 from tools.features import Features, read_features
 from utils import ProgressLine
 
 _QUERIES, _ROWS = 4096, 8192  # features at a time: of those to classify, and of those to learn from
-_MEMORY = 10  # pairs of steps and gradients that L-BFGS remembers
 
 
 def knn_accuracies(
@@ -103,15 +104,24 @@ class Probe:
         iterations: int = 1000,
         tolerance: float = 1e-6,
     ):
+        require("-probe", ("scipy",))
+        from scipy.optimize import minimize
+
         self._train, self._c = train, c
         self._shape = train.features.shape[1] + 1, classes  # the bias is the last row
         self._standardise()
-        bar = ProgressLine("probe")
-        start = np.zeros(self._shape[0] * classes)
-        tick = lambda n: bar(n, iterations)  # noqa: E731
-        found, self.converged = minimise(self._objective, start, iterations, tolerance, tick)
+        bar, count = ProgressLine("probe"), itertools.count(1)
+        found = minimize(
+            self._objective,
+            np.zeros(self._shape[0] * classes),
+            jac=True,
+            method="L-BFGS-B",
+            callback=lambda vector: bar(next(count), iterations),
+            options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": tolerance, "ftol": 0},
+        )
         bar.end()
-        *weight, self.bias = found.reshape(self._shape)
+        self.converged = bool(np.abs(found.jac).max() <= tolerance)
+        *weight, self.bias = found.x.reshape(self._shape)
         self.weight = np.array(weight)
 
     def _standardise(self) -> None:
@@ -159,56 +169,6 @@ class Probe:
 def _parts(features: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(features), _ROWS):
         yield np.asarray(features[start : start + _ROWS], "float64")
-
-
-def minimise(
-    objective: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    x: np.ndarray,
-    iterations: int,
-    tolerance: float,
-    tick: Callable[[int], None] = lambda n: None,
-) -> tuple[np.ndarray, bool]:
-    """L-BFGS (Nocedal and Wright, algorithm 7.5) with backtracking, for convex functions.
-
-    Args:
-        objective: point -> value and gradient.
-        x: where to begin.
-        iterations: at most.
-        tolerance: ends when no component of the gradient is larger.
-        tick: told the iterations done.
-
-    Returns:
-        The point, and whether the tolerance was reached.
-    """
-    value, gradient = objective(x)
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []  # steps and changes of the gradient
-    for number in range(iterations):
-        if np.abs(gradient).max() <= tolerance:
-            return x, True
-        direction, alphas = -gradient, []
-        for step, change in reversed(pairs):
-            alphas.append(step @ direction / (step @ change))
-            direction = direction - alphas[-1] * change
-        if pairs:
-            step, change = pairs[-1]
-            direction = direction * (step @ change / (change @ change))
-        for (step, change), alpha in zip(pairs, reversed(alphas)):
-            direction = direction + (alpha - change @ direction / (step @ change)) * step
-        length = 1.0 if pairs else min(1.0, 1 / np.abs(gradient).sum())
-        slope = gradient @ direction
-        while True:
-            found, ahead = objective(x + length * direction)
-            if found <= value + 1e-4 * length * slope:
-                break
-            length /= 2
-            if length < 1e-12:  # rounding leaves nothing to gain
-                return x, False
-        step, change = length * direction, ahead - gradient
-        if step @ change > 1e-10 * (change @ change):
-            pairs = [*pairs, (step, change)][-_MEMORY:]
-        x, value, gradient = x + step, found, ahead
-        tick(number + 1)
-    return x, bool(np.abs(gradient).max() <= tolerance)
 
 
 def _classes(train: Features, val: Features) -> int:

@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -51,7 +52,7 @@ from loading.files import (
 )
 from loading.imagenet import wordnet_ids
 from loading.images import EXTENSIONS, BadImage, printable, read_image, regular_size
-from storage.weights import shorten
+from storage.weights import atomic, shorten
 from tools import imagenet
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
@@ -391,16 +392,10 @@ def _write_lists(split: Split, folder: str) -> None:
     }
     contents = {name: lines for name, lines in contents.items() if lines}
     try:
-        os.makedirs(folder, exist_ok=True)
-        for name, lines in contents.items():
-            path = os.path.join(folder, name)
-            with open(f"{path}.tmp", "wb") as file:
+        with ExitStack() as stack:  # all get their names when all are written
+            for name, lines in contents.items():
+                file = stack.enter_context(atomic(os.path.join(folder, name)))
                 file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
-                file.flush()
-                os.fsync(file.fileno())
-        for name in contents:
-            path = os.path.join(folder, name)
-            os.replace(f"{path}.tmp", path)
     except OSError as error:
         raise DataError(f"{folder}: cannot write the lists: {error.strerror}") from None
 
@@ -433,16 +428,7 @@ def main() -> None:
     parser.flag("force", "replace lists that are there already", action="store_true")
     parser.flag("output", "folder for the lists (default: beside the images)", metavar="FOLDER")
     parser.flag("workers", "processes for -verify (default: one a core)", type=int, metavar="N")
-    args = parser.parse_args()
-    make_lists(
-        args.source,
-        args.val_fraction,
-        args.seed,
-        args.verify,
-        args.force,
-        args.workers,
-        output=args.output,
-    )
+    make_lists(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

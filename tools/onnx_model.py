@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from cli.errors import UserError
+from tools.infer_exported import notes_to_stderr
 
 OPSET = 17
 # Weights have 7 bits: where a processor adds pairs of 8-bit products in 16 bits (AVX2 without
@@ -42,7 +41,7 @@ def convert(source: Path) -> onnx.ModelProto:
         options = {"opset_version": OPSET, "verbose": False}
         if "optimize_tool" in inspect.signature(paddle2onnx.export).parameters:
             options["optimize_tool"] = "None"  # the default installs packages while it runs
-        with _stdout_to_stderr():
+        with notes_to_stderr(), contextlib.redirect_stdout(sys.stderr):
             paddle2onnx.export(str(source), str(source.with_suffix(".pdiparams")), file, **options)
     except Exception as error:  # its version must match Paddle's, and shows that in many ways
         raise UserError(
@@ -52,19 +51,6 @@ def convert(source: Path) -> onnx.ModelProto:
     model = onnx.load(file)
     tidy(model.graph)
     return model
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Standard output is for results; paddle2onnx reports its progress there, from C++ too."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def tidy(graph: onnx.GraphProto) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
+import contextlib
 import io
 import json
 import math
@@ -35,6 +36,7 @@ from cpu.setup import default_threads
 from loading import archives
 from loading.files import ImageIndex, find_classes, read_list, scan_folder
 from loading.images import BadImage, open_image, printable, read_image, regular_size
+from storage.weights import atomic
 from tools.common import write_file
 from transforms import resized_size, to_rgb
 
@@ -91,7 +93,7 @@ def pack(
             made = list(pool.map(_make_shard, *zip(*plan)))
             bad = [line for shard in made for line in shard.bad]
             if not bad:
-                bad = [line for lines in pool.map(_verify, *zip(*plan)) for line in lines]
+                bad = [line for lines in pool.map(_verify, *[*zip(*plan)][:3]) for line in lines]
     except BrokenProcessPool:
         raise UserError("a process that packed died; out of memory? Run it again") from None
     for line in bad:
@@ -168,25 +170,24 @@ def _make_shard(path: str, files: ImageIndex, indices: range, settings: Settings
     made = Shard([], 0, [])
     if os.path.isfile(path):
         return made
-    temporary, read = f"{path}.tmp", 0
-    with open(temporary, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for index in indices:
-                try:
-                    original, data = _encoded(files.path(index), settings, index, made.psnr)
-                except BadImage as bad:
-                    made.bad.append(f"{files.where(index)}: {bad.reason}")
-                    continue
-                read += original
-                info = tarfile.TarInfo(os.fsdecode(files.name(index)))
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        file.flush()
-        os.fsync(file.fileno())
-    if made.bad:
-        os.unlink(temporary)
-    else:
-        os.replace(temporary, path)
+    read = 0
+    with (
+        contextlib.suppress(BadImage),
+        atomic(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for index in indices:
+            try:
+                original, data = _encoded(files.path(index), settings, index, made.psnr)
+            except BadImage as bad:
+                made.bad.append(f"{files.where(index)}: {bad.reason}")
+                continue
+            read += original
+            info = tarfile.TarInfo(os.fsdecode(files.name(index)))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        if made.bad:
+            raise BadImage(path, "is not kept")
     return made._replace(read=read)
 
 
@@ -214,7 +215,7 @@ def _psnr(one: Image.Image, other: Image.Image) -> float:
     return 10 * math.log10(255**2 / max(np.mean(error**2), 1e-9))
 
 
-def _verify(path: str, files: ImageIndex, indices: range, settings: Settings) -> list[str]:
+def _verify(path: str, files: ImageIndex, indices: range) -> list[str]:
     """Decodes every picture of a shard; returns what is wrong with them."""
     wrong = []
     archive = archives.Archive(path)
@@ -262,12 +263,8 @@ def main() -> None:
     parser.flag("per_shard", "pictures (default: 10000)", type=many, default=10000, metavar="N")
     parser.flag("workers", "processes (default: one a core)", type=_from(1, 512), metavar="N")
     args = parser.parse_args()
-    pack(
-        args.source,
-        args.output,
-        Settings(args.short_side, args.quality, args.per_shard),
-        args.workers,
-    )
+    settings = Settings(args.short_side, args.quality, args.per_shard)
+    pack(args.source, args.output, settings, args.workers)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-from cpu import setup  # noqa: F401  isort: skip
-
 import csv
 import glob
 import io
@@ -33,12 +31,7 @@ from loading.classes import read_class_names
 from loading.files import list_images
 from loading.images import BadImage, printable, read_image
 from parallel.process import Process, gpu_count
-from tools.common import (
-    IMAGENET_CLASSES,
-    load_model,
-    run_config,
-    write_file,
-)
+from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
 from training.learner import autocast
 from training.pictures import new_figure, render
 from transforms import build_eval_transform
@@ -286,19 +279,9 @@ def main() -> None:
         bad.append(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
 
-    results = predict(
-        images,
-        args.pretrained,
-        args.cfg,
-        args.top_k,
-        args.class_names,
-        args.batch_size,
-        args.opts,
-        args.grid,
-        show,
-        on_bad,
-        args.amp,
-    )
+    own = ("images", "json", "csv")
+    options = {name: value for name, value in vars(args).items() if name not in own}
+    results = predict(images, show=show, on_bad=on_bad, **options)
     if args.grid and results:
         print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
     if args.json:

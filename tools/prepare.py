@@ -20,7 +20,6 @@ import contextlib
 import gzip
 import io
 import os
-import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,7 +31,8 @@ from PIL import Image
 
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
-from tools.common import write_file
+from storage.weights import atomic
+from tools.common import require, write_file
 
 _CIFAR = {  # a file that only this one has -> its files, bytes of labels before an image, names
     "data_batch_1.bin": (
@@ -142,67 +142,36 @@ def _flowers(archive: str) -> Iterator[Picture]:
 def _write_tars(pictures: Iterator[Picture], output: Path) -> dict[str, list[str]]:
     """Writes ``train.tar`` and ``val.tar``; the lines of their lists. After an error, neither."""
     lists: dict[str, list[str]] = {"train": [], "val": []}
-    output.mkdir(parents=True, exist_ok=True)
-    drafts = {split: output / f".{split}.tar.tmp" for split in lists}
-    try:
-        with contextlib.ExitStack() as stack:
-            tars = {s: stack.enter_context(tarfile.open(path, "w")) for s, path in drafts.items()}
-            for split, name, label, data in pictures:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tars[split].addfile(info, io.BytesIO(data))
-                lists[split].append(f"{split}.tar/{name} {label}\n")
-        for split, path in drafts.items():
-            path.rename(output / f"{split}.tar")
-    finally:
-        for path in drafts.values():
-            path.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(atomic(output / f"{split}.tar")) for split in lists}
+        tars = {s: stack.enter_context(tarfile.open(None, "w", file)) for s, file in files.items()}
+        for split, name, label, data in pictures:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tars[split].addfile(info, io.BytesIO(data))
+            lists[split].append(f"{split}.tar/{name} {label}\n")
     return lists
 
 
-# ------------------------------------------------- MATLAB's files, version 5: matrices of numbers
-_MATRIX, _COMPRESSED = 14, 15
-_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
-
-
 def read_mat(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The matrices of a MATLAB file of version 5, by name, each as a flat array.
-
-    As much of the format as Flowers-102 needs, instead of SciPy: real numbers, little-endian.
+    """The matrices of a MATLAB file by name, each as a flat array.
 
     Raises:
-        DataError: it is missing, or no such file.
+        UserError: SciPy is not installed.
+        DataError: the file is missing, or no such file.
     """
+    require("Flowers-102", ("scipy",))
+    from scipy.io import loadmat
+
     try:
-        data = Path(path).read_bytes()
-        if data[124:128] != b"\0\1IM":
-            raise ValueError
-        matrices = {}
-        for kind, content in _elements(data[128:]):
-            if kind == _COMPRESSED:
-                kind, content = next(_elements(zlib.decompress(content)))
-            if kind == _MATRIX:
-                _, _, (_, name), (type_, numbers) = list(_elements(content))[:4]
-                matrices[name.decode()] = np.frombuffer(numbers, f"<{_TYPES[type_]}")
-        return matrices
-    except OSError as error:
-        reason = f"{error.strerror.lower()}; it belongs beside 102flowers.tgz"
-    except (ValueError, KeyError, StopIteration, struct.error, zlib.error):
+        with open(path, "rb") as file:
+            arrays = loadmat(file).items()
+        return {name: value.ravel() for name, value in arrays if isinstance(value, np.ndarray)}
+    except FileNotFoundError:
+        reason = "no such file; it belongs beside 102flowers.tgz"
+    except Exception:  # whatever a damaged file leads SciPy to
         reason = "not a MATLAB file of version 5; download it again"
     raise DataError(f"{path}: {reason}")
-
-
-def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields type and content of each element; a small one shares the 8 bytes of its tag."""
-    at = 0
-    while at < len(data):
-        kind, size = struct.unpack_from("<II", data, at)
-        if kind >> 16:
-            yield kind & 0xFFFF, data[at + 4 : at + 4 + (kind >> 16)]
-            at += 8
-        else:
-            yield kind, data[at + 8 : at + 8 + size]
-            at += 8 + size + (-size % 8 if kind != _COMPRESSED else 0)
 
 
 def main() -> None:

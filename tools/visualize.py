@@ -28,13 +28,7 @@ from datasets import build_loader
 from loading.images import read_image
 from mixup import smooth_one_hot
 from resmlp import ResMLP
-from tools.common import (
-    html_image,
-    html_page,
-    load_model,
-    run_config,
-    write_file,
-)
+from tools.common import html_image, html_page, load_model, run_config, write_file
 from tools.predict import find_class_names, find_images
 from training.pictures import new_figure, render
 from transforms import build_eval_transform
@@ -88,16 +82,9 @@ def sparsity(model: ResMLP) -> list[float]:
 
 def magnitudes(model: ResMLP) -> dict[str, np.ndarray]:
     """Absolute values of LayerScale and Affine, name -> ``[layers, C]``."""
-    blocks = model.mixer_layers
-    parameters = {
-        "ls1": [block.ls1 for block in blocks],
-        "ls2": [block.ls2 for block in blocks],
-        "norm1.alpha": [block.norm1.alpha for block in blocks],
-        "norm2.alpha": [block.norm2.alpha for block in blocks],
-        "norm1.beta": [block.norm1.beta for block in blocks],
-        "norm2.beta": [block.norm2.beta for block in blocks],
-    }
-    return {n: np.abs(np.stack([p.numpy().ravel() for p in ps])) for n, ps in parameters.items()}
+    names = ("ls1", "ls2", "norm1.alpha", "norm2.alpha", "norm1.beta", "norm2.beta")
+    states = [block.state_dict() for block in model.mixer_layers]
+    return {n: np.abs(np.stack([state[n].numpy().ravel() for state in states])) for n in names}
 
 
 @paddle.no_grad()
@@ -340,17 +327,7 @@ def main() -> None:
     )
     parser.flag("label", "class to explain (default: the two likeliest)", type=int, metavar="K")
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
-    args = parser.parse_args()
-    files = visualize(
-        args.pretrained,
-        args.output,
-        args.cfg,
-        args.images,
-        args.layers,
-        args.label,
-        args.class_names,
-        args.opts,
-    )
+    files = visualize(**vars(parser.parse_args()))
     print("\n".join(f"wrote {file}" for file in files))
 
 

@@ -36,36 +36,13 @@ class Dashboard:
         """Writes what is still in memory."""
 
 
-class _TensorBoard(Dashboard):
-    """Through tensorboardX, which needs neither TensorFlow nor PyTorch."""
+class _Writer(Dashboard):
+    """Through a package's writer; both packages have the same methods."""
 
     active = True
 
-    def __init__(self, folder: Path):
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), flush_secs=30)
-
-    def scalar(self, name, value, step):
-        self._writer.add_scalar(name, value, step)
-
-    def histogram(self, name, values, step):
-        self._writer.add_histogram(name, values, step)
-
-    def image(self, name, image, step):
-        self._writer.add_image(name, image, step, dataformats="HWC")
-
-    def close(self):
-        self._writer.close()
-
-
-class _VisualDL(Dashboard):
-    active = True
-
-    def __init__(self, folder: Path):
-        from visualdl import LogWriter
-
-        self._writer = LogWriter(logdir=str(folder))
+    def __init__(self, writer):
+        self._writer = writer
 
     def scalar(self, name, value, step):
         self._writer.add_scalar(name, value, step)
@@ -74,16 +51,10 @@ class _VisualDL(Dashboard):
         self._writer.add_histogram(name, values.ravel(), step)
 
     def image(self, name, image, step):
-        self._writer.add_image(name, image, step)
+        self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self):
         self._writer.close()
-
-
-_KINDS = {  # DASHBOARD -> writer, the package it needs
-    "tensorboard": (_TensorBoard, "tensorboardX"),
-    "visualdl": (_VisualDL, "visualdl"),
-}
 
 
 def build_dashboard(kind: str, folder: str | os.PathLike) -> Dashboard:
@@ -96,11 +67,17 @@ def build_dashboard(kind: str, folder: str | os.PathLike) -> Dashboard:
     Returns:
         A writer; one that writes nothing for ``none``, and where the package cannot be imported.
     """
-    if kind == "none":
-        return Dashboard()
-    writer, package = _KINDS[kind]
+    path = str(Path(folder) / kind)
     try:
-        return writer(Path(folder) / kind)
+        if kind == "tensorboard":  # tensorboardX needs neither TensorFlow nor PyTorch
+            from tensorboardX import SummaryWriter
+
+            return _Writer(SummaryWriter(path, flush_secs=30))
+        if kind == "visualdl":
+            from visualdl import LogWriter
+
+            return _Writer(LogWriter(logdir=path))
     except ImportError as error:
+        package = {"tensorboard": "tensorboardX"}.get(kind, kind)
         _log.warning(f"DASHBOARD {kind} is off: `pip install {package}` ({error})")
-        return Dashboard()
+    return Dashboard()
