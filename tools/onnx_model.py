@@ -5,6 +5,10 @@ neither another image of the batch nor an unusual image can spoil a result. The 
 between QuantizeLinear and DequantizeLinear, which onnxruntime fuses and any reader of ONNX
 understands. Patches, token mixing and head stay in float32: together they are less than a tenth of
 the operations.
+
+onnxruntime's own `quantize_dynamic`, which scales a whole batch at once, took 0.8 to 0.9 of the
+time, with three times the error: 99.6 to 99.7 % of the top-1 classes of four models trained on
+small images (this: 99.85 %), and 39 of 40 of a tiny model's.
 """
 
 from __future__ import annotations
