@@ -71,7 +71,7 @@ def test_a_file_is_fetched_once_and_compared_with_the_hosts_md5(host, tmp_path, 
     Host.files["/deit/a.pth"] = DATA, {"ETag": etag(DATA)}
     folder = cache_file(f"{host}deit/a.pth").parent
     folder.mkdir(parents=True)
-    (folder / ".a.pth.1.part").write_bytes(b"left by a download that was killed")
+    (folder / ".a.pth.1-2.tmp").write_bytes(b"left by a download that was killed")
     path = download(f"{host}deit/a.pth", (host,))
     assert path.read_bytes() == DATA and path.is_relative_to(tmp_path / "cache")
     said = capsys.readouterr().err
