@@ -232,7 +232,7 @@ def test_names_of_any_bytes_come_from_standard_input_and_go_out_as_ascii(monkeyp
     monkeypatch.setattr(sys, "stdin", names)
     monkeypatch.setattr(sys, "argv", ["predict", "-", "-json"])
     monkeypatch.setattr(
-        predict_module, "predict", lambda images, *_: [{"image": i} for i in images]
+        predict_module, "predict", lambda images, **_: [{"image": i} for i in images]
     )
     predict_module.main()
     shown = capsys.readouterr().out
