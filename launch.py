@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import paddle.distributed as dist
 
@@ -26,7 +25,7 @@ from engine import run
 from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count, stop_signals
 from port_weights.download import is_address, local_weights
 from storage.checkpoints import LAST, is_writing
-from storage.run_folder import DEFAULT, choose_folder
+from storage.run_folder import choose_folder
 from storage.weights import write_atomically
 from training.pictures import render
 from training.plots import draw_curves, read_metrics
@@ -153,7 +152,7 @@ def _spawn(config, count: int) -> int:
         signal.signal(number, forward)
     endings = watch_ranks(workers, readers, asked, lambda: is_writing(config.SAVE, since=begin))
     end_ranks(workers)
-    return tell_endings(endings, list(steps), _last_of(config), bool(asked))
+    return tell_endings(endings, list(steps), os.path.join(config.SAVE, LAST), bool(asked))
 
 
 def watch_ranks(
@@ -240,12 +239,6 @@ def _consequence(code: int) -> int:
     if code == -signal.SIGABRT:
         return 3
     return {2: 1, 1: 2}.get(code, 0)
-
-
-def _last_of(config) -> str:
-    """Where ``-resume auto`` finds the last checkpoint."""
-    runs = sorted(Path(DEFAULT).glob(f"train-*/{LAST}")) if config.SAVE == DEFAULT else []
-    return str(runs[-1]) if runs else os.path.join(config.SAVE, LAST)
 
 
 def _say(text: str, code: int) -> int:

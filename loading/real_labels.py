@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 
 from cli.errors import DataError
 from loading.files import ImageIndex
-
-# Entry n - 1 of the file is of the image with number n, whatever folder it lies in.
-_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
+from loading.imagenet import val_number
 
 
 def read_real_labels(path: str | os.PathLike, files: ImageIndex, num_classes: int) -> np.ndarray:
@@ -46,9 +43,8 @@ def read_real_labels(path: str | os.PathLike, files: ImageIndex, num_classes: in
         raise DataError(f"{path}: expected a list with a list of labels for each image")
     rows = []
     for index in range(len(files)):
-        found = _NUMBER.fullmatch(os.path.basename(files.path(index)))
-        number = int(found[1]) if found else 0
-        if not 1 <= number <= len(entries):
+        number = val_number(files.path(index)) or 0
+        if not 1 <= number <= len(entries):  # entry n - 1 is of image n, whatever its folder
             raise DataError(
                 f"{files.where(index)}: {path} has no labels for it; they go by the names "
                 f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(entries):08d}.JPEG"

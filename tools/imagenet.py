@@ -18,7 +18,7 @@ from functools import cache
 from cli.errors import DataError
 from loading import archives
 from loading.files import list_images, split_folder
-from loading.imagenet import validation_labels, wordnet_ids
+from loading.imagenet import val_number, validation_labels, wordnet_ids
 from loading.images import printable, regular_size
 from storage.weights import shorten
 
@@ -28,7 +28,6 @@ _OFFICIAL = {"train": "ILSVRC2012_img_train", "val": "ILSVRC2012_img_val"}
 ARCHIVES = tuple(f"{name}.tar" for name in _OFFICIAL.values())
 _KAGGLE = "ILSVRC/Data/CLS-LOC"
 _KAGGLE_LABELS = "LOC_val_solution.csv"
-_VAL_IMAGE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG", re.IGNORECASE)
 _CLASS_TAR = re.compile(r"n[0-9]{8}\.tar")
 
 Entry = tuple[str, str]  # (path relative to the data folder, WordNet id)
@@ -51,7 +50,7 @@ def find_imagenet(root: str, log: Callable[[str], None]) -> tuple[list[Entry], l
     named = any(
         os.path.basename(place or "").startswith("ILSVRC2012_") for place in places.values()
     )
-    if not (named or tars or any(map(_number, flat))):
+    if not (named or tars or any(map(val_number, flat))):
         return None
     images["train"] += [image for tar in tars for image in list_images(tar)]
     train = [_train_entry(root, places["train"], path) for path in images["train"]]
@@ -118,18 +117,12 @@ def _train_entry(root: str, place: str, path: str) -> Entry:
     return os.path.relpath(path, root), name
 
 
-def _number(path: str) -> int | None:
-    """The number in a validation image's name."""
-    found = _VAL_IMAGE.fullmatch(os.path.basename(path))
-    return int(found[1]) if found else None
-
-
 def _val_entries(root: str, paths: list[str], log) -> list[Entry]:
     labels = validation_labels()
     known = {number: wordnet_ids()[label] for number, label in enumerate(labels, 1)}
     numbers: dict[int, str] = {}
     for path in paths:
-        number = _number(path)
+        number = val_number(path)
         if not number or number > len(labels):
             raise DataError(
                 f"{printable(path)}: not the name of an ImageNet validation image "
@@ -176,7 +169,7 @@ def _with_kaggles(known: dict[int, str], path: str, log) -> dict[int, str]:
         regular_size(path)
         with open(path, encoding="utf-8-sig", newline="") as file:
             for line, row in enumerate(csv.reader(file), 1):
-                number = _number(f"{row[0]}.JPEG") if len(row) > 1 else None
+                number = val_number(f"{row[0]}.JPEG") if len(row) > 1 else None
                 if number in known:
                     found[number] = row[1].split(" ")[0]
                     if found[number] not in _known():
