@@ -42,22 +42,18 @@ _OUT_OF_MEMORY = (
 _log = logging.getLogger("resmlp")
 
 
-def run_here(config, on_step: Callable[[int], None] = lambda step: None, label: str = "") -> int:
+def run_here(config) -> int:
     """Runs this process's part of a run; shows how it ends, unless all went well.
 
     Args:
         config: the frozen config.
-        on_step: see `engine.run`.
-        label: put before each line, e.g. the rank.
 
     Returns:
         0; 2 after a user's mistake; `utils.PREEMPTED` when it saved and stopped on request; 1
         after an unexpected error, whose traceback is shown.
     """
-    code, text = _run(config, on_step)
-    for line in text.splitlines():
-        _show(f"{label}{line}")
-    return code
+    code, text = _run(config, lambda step: None)
+    return _say(text, code) if text else code
 
 
 def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:

@@ -28,18 +28,15 @@ class Architecture(NamedTuple):
 
         A file without a head fits any number of classes.
         """
+        data, model, mixer = config.DATA, config.MODEL, config.MODEL.MIXER
         keys = (
-            ("DATA.IMAGE_SIZE", config.DATA.IMAGE_SIZE, self.image_size),
-            ("DATA.IMAGE_CHANNELS", config.DATA.IMAGE_CHANNELS, self.in_channels),
-            (
-                "MODEL.NUM_CLASSES",
-                config.MODEL.NUM_CLASSES,
-                self.num_classes or config.MODEL.NUM_CLASSES,
-            ),
-            ("MODEL.MIXER.PATCH_SIZE", config.MODEL.MIXER.PATCH_SIZE, self.patch_size),
-            ("MODEL.MIXER.EMBED_DIM", config.MODEL.MIXER.EMBED_DIM, self.embed_dim),
-            ("MODEL.MIXER.DEPTH", config.MODEL.MIXER.DEPTH, self.depth),
-            ("MODEL.MIXER.MLP_RATIO", config.MODEL.MIXER.MLP_RATIO, self.mlp_ratio),
+            ("DATA.IMAGE_SIZE", data.IMAGE_SIZE, self.image_size),
+            ("DATA.IMAGE_CHANNELS", data.IMAGE_CHANNELS, self.in_channels),
+            ("MODEL.NUM_CLASSES", model.NUM_CLASSES, self.num_classes or model.NUM_CLASSES),
+            ("MODEL.MIXER.PATCH_SIZE", mixer.PATCH_SIZE, self.patch_size),
+            ("MODEL.MIXER.EMBED_DIM", mixer.EMBED_DIM, self.embed_dim),
+            ("MODEL.MIXER.DEPTH", mixer.DEPTH, self.depth),
+            ("MODEL.MIXER.MLP_RATIO", mixer.MLP_RATIO, self.mlp_ratio),
         )
         return [f"{key} is {ours}, the file has {its}" for key, ours, its in keys if ours != its]
 

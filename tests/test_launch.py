@@ -33,14 +33,14 @@ def test_how_a_run_ends_decides_the_exit_code(monkeypatch, capsys, tmp_path):
             raise error
 
         monkeypatch.setattr(launch, "run", run)
-        return launch.run_here(config, label="[rank 1] "), capsys.readouterr().err
+        return launch.run_here(config), capsys.readouterr().err
 
-    assert ends_with(UserError("no data")) == (2, "[rank 1] error: no data\n")
+    assert ends_with(UserError("no data")) == (2, "error: no data\n")
     code, text = ends_with(Preempted("stopped after step 3"))
     assert code == PREEMPTED and "step 3; -resume auto goes on from there" in text
     code, text = ends_with(RuntimeError("odd"))
-    assert code == 1 and text.startswith("[rank 1] Traceback")
-    assert text.endswith("[rank 1] error: RuntimeError: odd\n")
+    assert code == 1 and text.startswith("Traceback")
+    assert text.endswith("\nerror: RuntimeError: odd\n")
     monkeypatch.setattr(launch, "run", lambda *args: {"rank": 1})
     assert launch.run_here(config) == 0
 

@@ -17,7 +17,7 @@ from cli.errors import DataError, UserError
 from config import get_config
 from cpu import onednn
 from tools.common import IMAGENET_CLASSES, run_config
-from tools.predict import as_csv, as_table, draw_grid, find_class_names, find_images, predict
+from tools.predict import as_csv, draw_grid, find_class_names, find_images, predict, table_rows
 
 from .helpers.tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
 
@@ -174,8 +174,7 @@ def test_without_a_config_beside_the_weights_one_must_be_named(weights, tmp_path
 def test_the_table_names_an_image_once():
     one = {"class": 0, "name": "cat", "confidence": 0.9345}
     two = {"class": 1, "name": "dog", "confidence": 0.0655}
-    assert as_table([{"image": "a/1.png", "predictions": [one, two]}]).splitlines() == [
-        "image    confidence  class",
+    assert table_rows({"image": "a/1.png", "predictions": [one, two]}, 7).splitlines() == [
         "a/1.png     93.45 %  cat",
         "             6.55 %  dog",
     ]

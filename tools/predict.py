@@ -187,16 +187,7 @@ def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[di
 
 
 # ---------------------------------------------------------------------------------- output
-def as_table(results: Sequence[dict]) -> str:
-    width = max(len("image"), *(len(result["image"]) for result in results))
-    return "\n".join([_heading(width), *(_rows(result, width) for result in results)])
-
-
-def _heading(width: int) -> str:
-    return f"{'image':{width}}  confidence  class"
-
-
-def _rows(result: dict, width: int) -> str:
+def table_rows(result: dict, width: int) -> str:
     lines, path = [], result["image"]
     for entry in result["predictions"]:
         lines.append(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
@@ -271,8 +262,8 @@ def main() -> None:
         elif not args.json:
             width = max(width, len("image"))
             if not shown:
-                print(_heading(width))
-            print(_rows(result, width), flush=True)
+                print(f"{'image':{width}}  confidence  class")
+            print(table_rows(result, width), flush=True)
         shown.append(result)
 
     def on_bad(error: BadImage) -> None:
