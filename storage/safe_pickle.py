@@ -5,6 +5,9 @@ the file names. This one has only the instructions that build plain data, and on
 the files of Paddle and NumPy need (`_NAMES`); each stands for a function of this module. Every
 other name refuses the file. So nothing that a stranger chose is ever called, and no array is
 larger than the bytes that the file holds for it.
+
+(`pickle.Unpickler` with an allow-list would be shorter, but hashes whatever a file takes for a key:
+a hundred bytes of tuples in tuples keep it busy for hours.)
 """
 
 from __future__ import annotations

@@ -296,6 +296,8 @@ def hostile_files(state, marker):
     for _ in range(20):
         shared = {"a": shared, "b": shared}
     yield "a billion laughs in dicts", dump(shared), "more than"
+    doubled = b"h\x00\x86q\x00" * 60  # hashing it would take 2 ** 60 steps
+    yield "a key of tuples in tuples", b"\x80\x02})q\x00" + doubled + b"K\x01s.", "keys that are"
     yield "a key of 24,000 bits", dump({1 << 24_000: value}), "whole number of more than 1024 bits"
     yield "a hundred thousand brackets", b"\x80\x02" + b"(" * 10**5 + b"t" * 10**5 + b".", "nested"
     yield "a memo index of 2^31", b"\x80\x02Nr\xff\xff\xff\x7f.", "holds a NoneType"
