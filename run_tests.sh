@@ -37,7 +37,7 @@ step "An environment with Paddle"
 setup_env
 ensure requirements-test.txt pytest xdist ruff sklearn
 [ -z "$with_timm" ] || ensure port_weights/requirements.txt torch torchvision timm
-[ -z "$with_extras" ] || ensure tools/requirements.txt paddle2onnx onnx onnxruntime tensorboardX
+[ -z "$with_extras" ] || ensure tools/requirements.txt paddle2onnx onnx onnxruntime ml_dtypes tensorboardX
 
 [ -z "$notebooks" ] || ensure notebooks/requirements.txt nbclient ipykernel
 

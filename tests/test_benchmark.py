@@ -57,13 +57,11 @@ def require(backend):
 
 def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, capfd):
     require("onnx")
-    from tools import onnx_model
+    from tools import onnx_graph
 
     monkeypatch.setattr(tool, "gemm_peak", lambda dtype, threads: {"int8": 2.0}[dtype])
-    depths, quantize = [], onnx_model.quantize
-    monkeypatch.setattr(
-        onnx_model, "quantize", lambda graph, depth: depths.append(quantize(graph, depth))
-    )
+    depths, quantize = [], onnx_graph.quantize
+    monkeypatch.setattr(onnx_graph, "quantize", lambda *args: depths.append(quantize(*args)))
     (result,) = benchmark(Job(config, "infer", 2, backend="onnx", dtype="int8"), rounds=1)
     assert set(result) == KEYS and result["dtype"] == "int8"
     assert depths == [4]  # layers: two in each of two blocks

@@ -266,12 +266,13 @@ def _deployed(job: Job, model: nn.Layer, shape: list) -> Iterator[Callable]:
             return
         import onnx
 
-        from tools.onnx_model import convert, quantize
+        from tools.onnx_graph import convert, quantize
 
         converted = convert(file)
         if job.dtype == "int8":
-            quantize(converted.graph, len(model.mixer_layers))
-        onnx.save(converted, f"{folder}/model.onnx")
+            quantize(converted, len(model.mixer_layers), f"{folder}/model.onnx")
+        else:
+            onnx.save(converted, f"{folder}/model.onnx")
         yield open_onnx(Path(folder, "model.onnx"), gpu=on_gpu(), threads=job.threads)[0]
 
 

@@ -48,10 +48,13 @@ except ImportError:  # Windows: no lock
 
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
 VERIFY_IMAGES = 16
-MIN_AGREEMENT = 99.5  # percent of images for which int8 must have the eager model's top-1
+# Percent of images for which int8 must have the eager model's top-1. Trained models kept 99.6 to
+# 99.7; of 1,000 images, the chance that such a one falls below this is one in a thousand.
+MIN_AGREEMENT = 99.0
 AGREEMENT_IMAGES = 1000
 AGREEMENT_BATCH = 32
 ONNX_PACKAGES = ("paddle2onnx", "onnx", "onnxruntime")
+INT8_PACKAGES = (*ONNX_PACKAGES, "ml_dtypes")
 
 
 class WithPreprocessing(nn.Layer):
@@ -90,7 +93,7 @@ def export(
         pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
         output: folder for the files ``model.*``; None: ``exported`` beside the weights.
         formats: of ``paddle`` (for Paddle Inference), ``onnx``, ``onnx_int8`` (see
-            `tools.onnx_model`) and ``safetensors``. The last is to go on from, here or elsewhere:
+            `tools.onnx_graph`) and ``safetensors``. The last is to go on from, here or elsewhere:
             the weights alone, unfolded, under their own names.
         cfg: YAML file; None: ``config.yaml`` beside the weights.
         with_preprocessing: normalisation and softmax inside the model: uint8 ``[B, H, W, 3]`` in,
@@ -284,11 +287,10 @@ def _export_onnx(job: Job, prefix: Path, metadata: dict) -> dict:
 def _export_onnx_int8(job: Job, prefix: Path, metadata: dict) -> dict:
     import onnx
 
-    from tools.onnx_model import quantize
+    from tools.onnx_graph import quantize
 
-    file, model = f"{prefix}.int8.onnx", _onnx_model(job)
-    layers = quantize(model.graph, len(job.model.mixer_layers))
-    onnx.save(model, file)
+    file = f"{prefix}.int8.onnx"
+    layers = quantize(_onnx_model(job), len(job.model.mixer_layers), file)
     images, described = verification_images(job.config, job.sources, AGREEMENT_IMAGES)
     agreement, difference = job.agreement(open_onnx(file)[0], images)
     found = {
@@ -297,13 +299,14 @@ def _export_onnx_int8(job: Job, prefix: Path, metadata: dict) -> dict:
         "top1_agreement": agreement,
         "verified_on": described,
     }
+    model = onnx.load(file)
     onnx.helper.set_model_props(model, _texts({**metadata, **found}))
     onnx.save(model, file)
     return found
 
 
 def _onnx_model(job: Job):
-    from tools.onnx_model import convert
+    from tools.onnx_graph import convert
 
     with tempfile.TemporaryDirectory() as folder:
         return convert(_save(job, Path(folder) / "model"))
@@ -333,7 +336,7 @@ def _texts(metadata: dict) -> dict[str, str]:
 _EXPORTERS = {  # format -> what needs to be installed, what writes and verifies the file
     "paddle": ((), _export_paddle),
     "onnx": (ONNX_PACKAGES, _export_onnx),
-    "onnx_int8": (ONNX_PACKAGES, _export_onnx_int8),
+    "onnx_int8": (INT8_PACKAGES, _export_onnx_int8),
     "safetensors": (("safetensors",), _export_safetensors),
 }
 

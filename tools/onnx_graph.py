@@ -1,0 +1,108 @@
+"""The folded model as an ONNX graph, and its channel MLPs in int8, with standard operators only."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import sys
+from pathlib import Path
+
+import onnx
+
+from cli.errors import UserError
+from tools.infer_exported import notes_to_stderr
+
+OPSET = 17
+
+
+def convert(source: Path) -> onnx.ModelProto:
+    """A model that ``paddle.jit.save`` wrote (``.json`` or ``.pdmodel``) as a tidy ONNX model.
+
+    Raises:
+        UserError: paddle2onnx failed.
+    """
+    file = str(source.with_suffix(".onnx"))
+    try:
+        import paddle2onnx
+
+        options = {"opset_version": OPSET, "verbose": False}
+        if "optimize_tool" in inspect.signature(paddle2onnx.export).parameters:
+            options["optimize_tool"] = "None"  # the default installs packages while it runs
+        with notes_to_stderr(), contextlib.redirect_stdout(sys.stderr):
+            paddle2onnx.export(str(source), str(source.with_suffix(".pdiparams")), file, **options)
+    except Exception as error:  # its version must match Paddle's, and shows that in many ways
+        raise UserError(
+            f"ONNX: paddle2onnx failed ({type(error).__name__}: {error}); Paddle 3 takes "
+            "paddle2onnx 2.1, Paddle 2.6 takes 1.3"
+        ) from error
+    model = onnx.load(file)
+    tidy(model.graph)
+    return model
+
+
+def tidy(graph: onnx.GraphProto) -> None:
+    """Turns constants into initializers, as quantizers and other readers expect weights to be.
+
+    paddle2onnx writes each weight as a Constant node, some with an Identity node behind it, and
+    constants that nothing uses.
+    """
+    outputs = {output.name for output in graph.output}
+    source, nodes = {}, []
+    for node in graph.node:
+        node.input[:] = [source.get(name, name) for name in node.input]
+        name = node.output[0]
+        if node.op_type == "Identity" and name not in outputs:
+            source[name] = node.input[0]
+        elif node.op_type == "Constant" and node.attribute[0].name == "value":
+            graph.initializer.add().CopyFrom(node.attribute[0].t)
+            graph.initializer[-1].name = name
+        else:
+            nodes.append(node)
+    _replace(graph.node, nodes)
+    used = {name for node in nodes for name in node.input}
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+
+
+def quantize(model: onnx.ModelProto, depth: int, file: str) -> int:
+    """Writes a model with the two products of every block's MLP in int8.
+
+    By onnxruntime's own dynamic quantization: nothing is calibrated. Patches, token mixing and head
+    stay in float32: together they are less than a tenth of the operations. Weights have 7 bits
+    (`reduce_range`): where a processor adds pairs of 8-bit products in 16 bits (AVX2 without VNNI),
+    8 would overflow.
+
+    Args:
+        model: a folded ResMLP, see `tidy`; its nodes are named.
+        depth: its blocks.
+        file: to write.
+
+    Returns:
+        The number of layers that are int8.
+    """
+    from onnxruntime.quantization import quantize_dynamic
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    products = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    products = products[: 2 * depth]  # fc1, fc2, fc1 ...; the head may be one more
+    assert len(products) == 2 * depth, f"{len(products)} MLP products in {depth} blocks"
+    for node in model.graph.node:
+        node.name = node.output[0]
+    logging.disable(logging.WARNING)  # advice for whoever calls it by hand
+    try:
+        quantize_dynamic(
+            model,
+            file,
+            per_channel=True,
+            reduce_range=True,
+            nodes_to_quantize=[node.name for node in products],
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    return len(products)
+
+
+def _replace(field, values: list) -> None:
+    values = list(values)
+    del field[:]
+    field.extend(values)
