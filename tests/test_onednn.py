@@ -184,12 +184,12 @@ def expected():
     "why, code, environment",
     [
         ("switched off (RESMLP_ONEDNN)", "", {"RESMLP_ONEDNN": "off"}),
-        ("none in this Paddle", 'raise OSError("no such file")', {}),
+        ("none in this Paddle", 'raise OSError("no such file")', {"RESMLP_ONEDNN": "on"}),
         (
             "version 4, not 3",
             "return SimpleNamespace(dnnl_version=lambda: "
             "SimpleNamespace(contents=SimpleNamespace(major=4)))",
-            {},
+            {"RESMLP_ONEDNN": "on"},
         ),
     ],
 )
