@@ -5,7 +5,6 @@ import json
 import statistics
 import subprocess
 import sys
-from functools import partial
 
 import paddle
 import pytest
@@ -113,7 +112,7 @@ def test_a_rival_is_told_its_form_and_labelled_with_it(
         "import json, sys\nform = json.loads(sys.argv[1])\nprint('ready', flush=True)\n"
         "for line in sys.stdin: print(1 + 2 * form['compile'] + form['bf16'], flush=True)"
     )
-    monkeypatch.setattr(tool, "Rival", partial(tool.Rival, script=tmp_path / "other.py"))
+    monkeypatch.setattr(tool, "RIVAL_SCRIPT", tmp_path / "other.py")
     own, other = benchmark(Job(config, "train", 2), rounds=1, compare=[name])
     assert (own["backend"], own["dtype"]) == ("eager", "float32")
     assert (other["backend"], other["dtype"]) == (name, dtype)
@@ -175,13 +174,13 @@ def test_the_data_mode_augments_jpeg_files_to_the_models_size(config, monkeypatc
 
 
 def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch):
-    learners = []
+    learners, apply = [], Learner.apply
 
-    def build(*args):
-        learners.append(Learner(*args))
-        return learners[0]
+    def remember(learner, *args):
+        learners.append(learner)
+        return apply(learner, *args)
 
-    monkeypatch.setattr(tool, "Learner", build)
+    monkeypatch.setattr(Learner, "apply", remember)
     config = config.clone()
     config.defrost()
     config.TRAIN.MODEL_EMA = True
@@ -267,11 +266,12 @@ def test_json_is_one_object_a_line_and_the_table_names_its_columns(config, capsy
     assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]
 
 
-def test_a_rival_that_stops_is_named_with_its_last_words(config, tmp_path):
+def test_a_rival_that_stops_is_named_with_its_last_words(config, monkeypatch, tmp_path):
     script = "print('ready', flush=True); input(); raise ValueError('no more')"
     (tmp_path / "other.py").write_text(script)
+    monkeypatch.setattr(tool, "RIVAL_SCRIPT", tmp_path / "other.py")
     with pytest.raises(UserError, match="timm stopped .ValueError: no more"):  # noqa: SIM117
-        with tool.Rival("timm", Job(config), [], tmp_path / "other.py") as rival:
+        with tool.Rival("timm", Job(config), []) as rival:
             rival.seconds()
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 
 import pytest
 from PIL import Image
@@ -298,20 +299,20 @@ def test_verify_lists_every_bad_image_and_writes_nothing(tmp_path):
 
 
 def test_verify_keeps_to_the_cores_of_the_process(tmp_path, monkeypatch):
-    class Pool(tool.ThreadPoolExecutor):
-        def __init__(self, workers):
-            asked.append(workers)
-            super().__init__(1)
+    make_classes(tmp_path, {"a": 30, "b": 30})  # in pieces of 16 for each process that is free
+    started, start, cores = [], BaseProcess.start, os.sched_getaffinity(0)
 
-    make_classes(tmp_path, {"a": 2, "b": 2})
-    asked, cores = [], os.sched_getaffinity(0)
-    monkeypatch.setattr(tool, "ProcessPoolExecutor", Pool)
+    def remember(process):
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(BaseProcess, "start", remember)
     os.sched_setaffinity(0, [min(cores)])
     try:
         run(tmp_path, verify=True)
     finally:
         os.sched_setaffinity(0, cores)
-    assert asked == [1]
+    assert len(started) == 1
 
 
 def test_verify_checks_lists_that_are_there_and_changes_nothing(tmp_path):

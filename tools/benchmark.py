@@ -361,15 +361,14 @@ class Rival:
         name: of `RIVALS`.
         job: what it does too.
         files: JPEG files, in mode ``data``.
-        script: what it runs.
     """
 
-    def __init__(self, name: str, job: Job, files: Sequence[str], script: Path = RIVAL_SCRIPT):
+    def __init__(self, name: str, job: Job, files: Sequence[str]):
         if name not in RIVALS:
             raise UserError(f"-compare is {name!r}; choose from {RIVALS}")
         settings = json.dumps(job.for_timm(name, files))
         self._process = subprocess.Popen(
-            [sys.executable, str(script), settings],
+            [sys.executable, str(RIVAL_SCRIPT), settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
