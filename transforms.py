@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from augment import Policy, build_policy, rand_augment
-from cpu.resample import resize
+from cpu.resample import resize, to_array
 from loading.images import BadImage, to_rgb, upright
 
 _RESAMPLE = {
@@ -108,7 +108,7 @@ class EvalTransform:
             )
         # Outside of the image, torchvision's crop is black too.
         crop = center_box(*size, self.size)
-        return np.array(resize(to_rgb(image), size, self.resample, crop))
+        return to_array(resize(to_rgb(image), size, self.resample, crop))
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -212,14 +212,14 @@ class TrainTransform:
         image = upright(image) if self.exif_orientation else image
         box = draw_crop(*image.size, self.scale, self.ratio, rng)
         resample = self.resamples[rng.integers(len(self.resamples))]
-        image = resize(to_rgb(image).crop(box), (self.size, self.size), resample)
+        image = resize(to_rgb(image), (self.size, self.size), resample, box=box)
         if rng.random() < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < self.vflip:
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         for augment in self.augmentations:
             image = augment(image, rng)
-        return np.array(image)
+        return to_array(image)
 
 
 # ---- from the config ---------------------------------------------------------------------------

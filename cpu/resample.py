@@ -11,6 +11,7 @@ Environment: ``RESMLP_NUMBA=off`` leaves it all to Pillow.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -30,31 +31,45 @@ def prepare(log: Callable[[str], None] = print) -> None:
     To be called before processes are forked, so that they share it. Otherwise the first image
     pays.
     """
-    _, reason = _compiled()
+    _, reason = load_kernels()
     if reason:
         log(f"images are resized by Pillow, two to three times slower: {reason}")
 
 
 def resize(
-    image: Image.Image, size: tuple[int, int], resample: int, crop: Sequence[int] | None = None
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: int,
+    crop: Sequence[int] | None = None,
+    box: Sequence[int] | None = None,
 ) -> Image.Image:
-    """``image.resize(size, resample)``, of which only the crop is computed.
+    """``image.crop(box).resize(size, resample)``, of which only the crop is computed.
 
     Args:
         image: any mode.
         size: (width, height) of the whole result, pixels.
         resample: one of Pillow's filters.
         crop: (left, top, right, bottom) in the result; None: all of it. What lies outside is black.
+        box: (left, top, right, bottom) in the image, inside of it; None: all of it.
     """
-    compiled, _ = _compiled()
+    compiled, _ = load_kernels()
     if compiled is None or resample != _BICUBIC or image.mode != "RGB":
-        image = image.resize(size, resample)
+        image = (image if box is None else image.crop(box)).resize(size, resample)
         return image if crop is None else image.crop(crop)
+    box = box or (0, 0, *image.size)
     if crop is None:
-        return compiled.resize(image, size, (0, 0, *size))
+        return compiled.resize(image, size, (0, 0, *size), box)
     if crop[0] < 0 or crop[1] < 0 or crop[2] > size[0] or crop[3] > size[1]:
-        return compiled.resize(image, size, (0, 0, *size)).crop(crop)
-    return compiled.resize(image, size, crop)
+        return compiled.resize(image, size, (0, 0, *size), box).crop(crop)
+    return compiled.resize(image, size, crop, box)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """``np.array(image)``, writable and apart from the image: ``uint8 [H, W, 3]`` of one in RGB."""
+    compiled, _ = load_kernels()
+    if compiled is None or image.mode != "RGB":
+        return np.array(image)
+    return compiled.kernels.to_rgb(_to_array(image))
 
 
 def affine(
@@ -68,7 +83,7 @@ def affine(
         resample: nearest, bilinear or bicubic.
         fill: the colour of what lies outside.
     """
-    compiled, _ = _compiled()
+    compiled, _ = load_kernels()
     if compiled is None or resample != _BICUBIC or image.mode != "RGB":
         kind = Image.Transform.AFFINE
         return image.transform(image.size, kind, matrix, resample=resample, fillcolor=fill)
@@ -77,7 +92,7 @@ def affine(
 
 def smooth(image: Image.Image) -> Image.Image:
     """``image.filter(ImageFilter.SMOOTH)``."""
-    compiled, _ = _compiled()
+    compiled, _ = load_kernels()
     if compiled is None or image.mode != "RGB":
         return image.filter(ImageFilter.SMOOTH)
     return compiled.smooth(image)
@@ -95,11 +110,14 @@ class _Compiled(NamedTuple):
     kernels: ModuleType
     height_first: Callable[[int, int, int, int], bool]
 
-    def resize(self, image: Image.Image, size: tuple[int, int], crop: Sequence[int]) -> Image.Image:
-        pixels = _to_array(image)
-        across = (image.width, size[0], crop[0], crop[2])
-        down = (image.height, size[1], crop[1], crop[3])
-        if self.height_first(*image.size, *size):
+    def resize(
+        self, image: Image.Image, size: tuple[int, int], crop: Sequence[int], box: Sequence[int]
+    ) -> Image.Image:
+        pixels = _to_array(image, box)
+        height, width = pixels.shape
+        across = (width, size[0], crop[0], crop[2])
+        down = (height, size[1], crop[1], crop[3])
+        if self.height_first(width, height, *size):
             left, right = self.kernels.source(*across)
             pixels = np.ascontiguousarray(pixels[:, left:right])
             pixels = self.kernels.resize_height(pixels, 0, *down)
@@ -124,7 +142,7 @@ _ORDERS = (
 
 
 @cache
-def _compiled() -> tuple[_Compiled | None, str]:
+def load_kernels() -> tuple[_Compiled | None, str]:
     """The compiled code that gives this Pillow's pixels, or None and why there is none."""
     if not enabled("RESMLP_NUMBA"):
         return None, "RESMLP_NUMBA"
@@ -148,7 +166,11 @@ def _gives_pillows_pixels(compiled: _Compiled) -> bool:
     rng = np.random.default_rng(0)
     for w, h, W, H in ((97, 60, 40, 40), (60, 97, 40, 40), (20, 30, 40, 40), (40, 90, 50, 40)):
         image = Image.fromarray(rng.integers(0, 256, [h, w, 3], dtype=np.uint8))
-        if compiled.resize(image, (W, H), (0, 0, W, H)) != image.resize((W, H), _BICUBIC):
+        whole, box = (0, 0, W, H), (3, 2, w - 1, h - 4)
+        expected = image.crop(box).resize((W, H), _BICUBIC)
+        if compiled.resize(image, (W, H), whole, box) != expected:
+            return False
+        if (compiled.kernels.to_rgb(_to_array(image)) != np.array(image)).any():
             return False
         if compiled.smooth(image) != image.filter(ImageFilter.SMOOTH):
             return False
@@ -160,10 +182,48 @@ def _gives_pillows_pixels(compiled: _Compiled) -> bool:
     return True
 
 
-def _to_array(image: Image.Image) -> np.ndarray:
-    """The pixels as ``uint32 [H, W]``, as Pillow keeps them: red, green, blue, unused."""
+def _to_array(image: Image.Image, box: Sequence[int] | None = None) -> np.ndarray:
+    """The pixels as ``uint32 [H, W]``, as Pillow keeps them: red, green, blue, unused.
+
+    They stay where they are if Pillow shows them (11.2 and later, up to 16 MB), else are copied.
+    """
+    left, top, right, bottom = box or (0, 0, *image.size)
+    try:
+        return np.asarray(_Shown(image))[top:bottom, left:right]
+    except (AttributeError, ValueError):
+        image = image if box is None else image.crop(box)
     pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
     return pixels.reshape(image.height, image.width)
+
+
+class _ArrowArray(ctypes.Structure):
+    """The beginning of Arrow's C data interface, which is stable."""
+
+
+_ArrowArray._fields_ = [
+    *((name, ctypes.c_int64) for name in ("length", "nulls", "offset", "n_buffers", "n_children")),
+    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
+]
+
+
+class _Shown:
+    """Pillow's own memory of an image, which lives as long as this does."""
+
+    def __init__(self, image: Image.Image):
+        _, self._capsule = image.__arrow_c_array__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        array = _ArrowArray.from_address(pointer(self._capsule, b"arrow_array"))
+        values = array.children[0][0] if array.n_children == 1 else array
+        if (values.length, values.n_buffers) != (4 * image.width * image.height, 2):
+            raise ValueError("not four bytes a pixel")
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (image.height, image.width),
+            "typestr": "<u4",
+            "data": (values.buffers[1], True),  # read-only
+        }
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import warnings
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -85,6 +86,7 @@ def open_image(path: str) -> Image.Image:
         image = Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS)
         pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
         if 0 < pixels <= (limit or pixels):
+            _decode_at_once(image, size)
             return image
         image.close()
         if pixels:
@@ -92,6 +94,30 @@ def open_image(path: str) -> Image.Image:
         raise BadImage(path, f"{image.width} x {image.height} pixels")
     except Exception as error:
         raise _bad_image(path, error) from None
+
+
+def _decode_at_once(image: Image.Image, size: int) -> None:
+    """Lets Pillow decode a file in one piece (in those of 2**16 bytes it begins again at each), and
+    a JPEG to the four bytes a pixel that it keeps: a sixth less time, the same pixels.
+    """
+    image.decodermaxblock = min(size, 2**24)
+    for codec, box, offset, args in image.tile[:1]:
+        if codec == "jpeg" and args[0] == "RGB" and _decodes_to_four_bytes():
+            image.tile = [(codec, box, offset, ("RGBX", *args[1:]))]
+
+
+@cache
+def _decodes_to_four_bytes() -> bool:
+    """Whether this Pillow's libjpeg (turbo) decodes straight to four bytes, to the same pixels."""
+    rng, file = np.random.default_rng(0), io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, [9, 13, 3], dtype=np.uint8)).save(file, "JPEG")
+    images = [Image.open(file, formats=["JPEG"]) for _ in range(2)]
+    codec, box, offset, args = images[0].tile[0]
+    images[0].tile = [(codec, box, offset, ("RGBX", *args[1:]))]
+    try:
+        return images[0] == images[1]
+    except (OSError, ValueError):
+        return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

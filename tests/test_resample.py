@@ -14,9 +14,9 @@ FILL = (124, 116, 104)
 
 @pytest.fixture(autouse=True)
 def loaded_afresh():
-    resample._compiled.cache_clear()
+    resample.load_kernels.cache_clear()
     yield
-    resample._compiled.cache_clear()
+    resample.load_kernels.cache_clear()
 
 
 def photo(width, height, seed=0):

@@ -161,3 +161,28 @@ def test_another_module_that_would_be_found_first_is_told_in_one_line(tmp_path):
     said = _import_after(f"sys.path[:0] = [{str(tmp_path)!r}, ROOT]")
     assert said.startswith(f"ImportError: another module named datasets ({tmp_path}")
     assert said.endswith(f"begin with sys.path.insert(0, {str(ROOT)!r})")
+
+
+def _private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
+def test_tests_use_no_private_names_of_modules(path):
+    ours, found = set(FOLDERS) | {name for name in MODULES if "." not in name}, []
+    nodes, modules = list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))), set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ours:
+            modules |= {alias.asname or alias.name for alias in node.names}
+            found += [alias.name for alias in node.names if _private(alias.name)]
+        elif isinstance(node, ast.Import):
+            names = [alias for alias in node.names if alias.name.split(".")[0] in ours]
+            modules |= {alias.asname or alias.name for alias in names}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [node.attr] * (node.value.id in modules and _private(node.attr))
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
+            of, name = (*node.args, None, None)[:2]
+            if getattr(of, "id", None) in modules and _private(str(getattr(name, "value", ""))):
+                found.append(name.value)
+    assert not found
