@@ -56,6 +56,7 @@ def require(backend):
 
 def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, capfd):
     require("onnx")
+    pytest.importorskip("ml_dtypes")
     from tools import onnx_graph
 
     monkeypatch.setattr(tool, "gemm_peak", lambda dtype, threads: {"int8": 2.0}[dtype])

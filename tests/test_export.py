@@ -58,7 +58,9 @@ def normalized(images):
 
 def require(name):
     if name.startswith("onnx"):
-        for package in ("paddle2onnx", "onnx", "onnxruntime"):
+        for package in (
+            export_module.INT8_PACKAGES if "int8" in name else export_module.ONNX_PACKAGES
+        ):
             pytest.importorskip(package)
 
 

@@ -48,7 +48,7 @@ from loading.images import read_image
 from parallel.process import Process
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
-from tools.export import ONNX_PACKAGES, require, save_for_inference
+from tools.export import INT8_PACKAGES, ONNX_PACKAGES, require, save_for_inference
 from tools.folding import fold
 from tools.infer_exported import open_onnx, open_paddle
 from tools.model_info import config_info
@@ -257,7 +257,7 @@ def _deployed(job: Job, model: nn.Layer, shape: list) -> Iterator[Callable]:
     """The folded model, as tools/export and tools/infer_exported deploy it."""
     with tempfile.TemporaryDirectory() as folder:
         if job.backend == "onnx":
-            require("-backend onnx", ONNX_PACKAGES)
+            require("-backend onnx", INT8_PACKAGES if job.dtype == "int8" else ONNX_PACKAGES)
         spec = paddle.static.InputSpec(shape, "float32", "x")
         file = save_for_inference(fold(model), Path(folder, "model"), spec)
         if job.backend == "inference":
