@@ -108,7 +108,7 @@ def _cut(images, height, width):
     """Patches ``[M, 3 * height * width]``."""
     batch, channels, *sizes = images.shape
     rows = None
-    if not _wants_gradient(images):
+    if not (_wants_gradient(images) or sizes[0] % height or sizes[1] % width):
         grid = [batch, channels, sizes[0] // height, height, sizes[1] // width, width]
         dtype = _precision.get()
         rows = onednn.reorder(images, grid, [0, 2, 4, 1, 3, 5], dtype)  # [B, grid, 3, patch]
@@ -202,10 +202,8 @@ def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_h
 
     ``first_half`` makes the hidden units, and what else comes of them is returned too.
     """
-    folded1, folded2 = (
-        _narrow(_scale_rows(alpha, w1)),
-        _narrow(_multiply(w2, scale)),
-    )  # [C, H], [H, C]
+    folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
+    folded2 = _narrow(_multiply(w2, scale))  # [H, C]
     rows = x.reshape([-1, x.shape[-1]])  # [M, C]
     narrow = _narrow(rows)
     hidden, *rest = first_half(narrow, folded1, bias1 + paddle.matmul(beta.flatten(), w1))  # [M, H]

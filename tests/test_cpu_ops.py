@@ -81,6 +81,16 @@ def test_patch_embedding_equals_the_convolution(layers_only):
     assert_equal(outputs_and_gradients(embedding, images), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [(12, 12), (14, 13)], ids=["whole patches", "a rest"])
+def test_images_that_need_no_gradient_are_cut_as_the_convolution_cuts(size, dtype, layers_only):
+    embedding, images = PatchEmbedding(12, 4, 3, 6).astype(dtype), paddle.randn([2, *size, 3])
+    images = images.astype(dtype).transpose([0, 3, 1, 2])  # lies in another order in memory
+    with paddle.no_grad():
+        found, expected = embedding(images), layers_only(embedding, images)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_outputs_and_all_gradients_equal_the_layers(drop_path, layers_only, fused_calls):
     block, x = random_block(drop_path=drop_path), paddle.randn([4, 5, 6])

@@ -496,6 +496,16 @@ def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
         np.testing.assert_array_equal(np.asarray(result), expected, err_msg=name)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(1, 1), (17, 9), (640, 500)])
+@pytest.mark.parametrize("layout", ["4:4:4", "4:2:0", "progressive"])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(tmp_path, mode, size, layout):
+    bands = [Image.effect_noise(size, 80) for _ in range({"RGB": 3, "L": 1, "CMYK": 4}[mode])]
+    how = {"progressive": True} if layout == "progressive" else {"subsampling": layout}
+    Image.merge(mode, bands).save(tmp_path / "a.jpg", **how)
+    assert read_image(str(tmp_path / "a.jpg")) == Image.open(tmp_path / "a.jpg").convert("RGB")
+
+
 def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
     palette = Image.new("P", (4, 4))
     palette.putpalette([1, 2, 3, 4, 5, 6])

@@ -149,6 +149,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     out.mkdir()
     (out / "mine").touch()
     refuse("out: is not empty", archive, out, UserError)
+    assert os.listdir(out) == ["mine"]
 
 
 def test_the_script_says_how_to_use_what_it_made(tmp_path):

@@ -96,6 +96,35 @@ def test_smoothing_gives_pillows_pixels(size):
 
 
 @pytest.mark.parametrize("switched", ["on", "off"])
+@pytest.mark.parametrize("old, box", [((90, 60), (7, 5, 71, 58)), ((40, 130), (0, 1, 40, 2))])
+def test_a_box_of_the_image_gives_what_its_copy_does(old, box, switched, monkeypatch):
+    monkeypatch.setenv("RESMLP_NUMBA", switched)
+    image = photo(*old)
+    expected = image.crop(box).resize((48, 40), BICUBIC)
+    assert resample.resize(image, (48, 40), BICUBIC, box=box) == expected
+    assert resample.resize(image, (48, 40), BICUBIC, (5, 6, 30, 40), box) == expected.crop(
+        (5, 6, 30, 40)
+    )
+
+
+def test_the_memory_of_images_is_given_back():
+    resource = pytest.importorskip("resource")
+
+    def peak():  # KB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def use(times):
+        for _ in range(times):
+            image = Image.new("RGB", (1000, 1000))  # 4 MB
+            resample.to_array(resample.resize(image, (20, 20), BICUBIC))
+
+    use(5)
+    before = peak()
+    use(100)
+    assert peak() - before < 100_000
+
+
+@pytest.mark.parametrize("switched", ["on", "off"])
 def test_other_modes_and_filters_are_pillows(switched, monkeypatch):
     monkeypatch.setenv("RESMLP_NUMBA", switched)
     matrix, bilinear = (0.8, 0.6, -3.3, -0.6, 0.8, 5.1), Image.Resampling.BILINEAR

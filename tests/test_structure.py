@@ -183,6 +183,9 @@ def test_tests_use_no_private_names_of_modules(path):
             found += [node.attr] * (node.value.id in modules and _private(node.attr))
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
             of, name = (*node.args, None, None)[:2]
+            if isinstance(of, ast.Constant):  # "module.name"
+                module, _, attribute = str(of.value).rpartition(".")
+                found += [attribute] * (module.split(".")[0] in ours and _private(attribute))
             if getattr(of, "id", None) in modules and _private(str(getattr(name, "value", ""))):
                 found.append(name.value)
     assert not found

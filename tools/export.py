@@ -49,7 +49,7 @@ except ImportError:  # Windows: no lock
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
 VERIFY_IMAGES = 16
 # Percent of images for which int8 must have the eager model's top-1. Trained models kept 99.6 to
-# 99.7; of 1,000 images, the chance that such a one falls below this is one in a thousand.
+# 99.9; of 1,000 images, the chance that such a one falls below this is one in a thousand.
 MIN_AGREEMENT = 99.0
 AGREEMENT_IMAGES = 1000
 AGREEMENT_BATCH = 32
