@@ -99,7 +99,7 @@ setup_env() {
             : >"$venv/.made_by_setup_env"
         fi
     fi
-    ensure "$requirements" paddle numpy PIL numba yaml yacs matplotlib safetensors
+    ensure "$requirements" paddle numpy PIL numba simplejpeg yaml yacs matplotlib safetensors
     [ $requirements = requirements-cpu.txt ] || check_gpu
     "$PYTHON" -W ignore -c 'import sys, paddle
 print(f"Python {sys.version.split()[0]}, Paddle {paddle.__version__}, {sys.executable}")'

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from augment import Policy, build_policy, rand_augment
-from cpu.resample import resize, to_array
+from cpu.resample import resize, resize_to_array, to_array
 from loading.images import BadImage, to_rgb, upright
 
 _RESAMPLE = {
@@ -108,7 +108,7 @@ class EvalTransform:
             )
         # Outside of the image, torchvision's crop is black too.
         crop = center_box(*size, self.size)
-        return to_array(resize(to_rgb(image), size, self.resample, crop))
+        return resize_to_array(to_rgb(image), size, self.resample, crop)
 
 
 # ---- training ----------------------------------------------------------------------------------

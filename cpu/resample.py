@@ -11,7 +11,6 @@ Environment: ``RESMLP_NUMBA=off`` leaves it all to Pillow.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from cpu.pixels import shown
 from cpu.setup import enabled
 
 _BICUBIC = Image.Resampling.BICUBIC
@@ -56,12 +56,25 @@ def resize(
     if compiled is None or resample != _BICUBIC or image.mode != "RGB":
         image = (image if box is None else image.crop(box)).resize(size, resample)
         return image if crop is None else image.crop(crop)
-    box = box or (0, 0, *image.size)
-    if crop is None:
-        return compiled.resize(image, size, (0, 0, *size), box)
-    if crop[0] < 0 or crop[1] < 0 or crop[2] > size[0] or crop[3] > size[1]:
-        return compiled.resize(image, size, (0, 0, *size), box).crop(crop)
-    return compiled.resize(image, size, crop, box)
+    box, whole = box or (0, 0, *image.size), (0, 0, *size)
+    if crop is None or _inside(crop, size):
+        return _to_image(compiled.resize(image, size, crop or whole, box))
+    return _to_image(compiled.resize(image, size, whole, box)).crop(crop)
+
+
+def resize_to_array(
+    image: Image.Image, size: tuple[int, int], resample: int, crop: Sequence[int]
+) -> np.ndarray:
+    """``to_array(resize(image, size, resample, crop))``, without an image in between."""
+    compiled, _ = load_kernels()
+    known = compiled is not None and resample == _BICUBIC and image.mode == "RGB"
+    if not (known and _inside(crop, size)):
+        return to_array(resize(image, size, resample, crop))
+    return compiled.kernels.to_rgb(compiled.resize(image, size, crop, (0, 0, *image.size)))
+
+
+def _inside(crop: Sequence[int], size: tuple[int, int]) -> bool:
+    return crop[0] >= 0 and crop[1] >= 0 and crop[2] <= size[0] and crop[3] <= size[1]
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -112,7 +125,7 @@ class _Compiled(NamedTuple):
 
     def resize(
         self, image: Image.Image, size: tuple[int, int], crop: Sequence[int], box: Sequence[int]
-    ) -> Image.Image:
+    ) -> np.ndarray:
         pixels = _to_array(image, box)
         height, width = pixels.shape
         across = (width, size[0], crop[0], crop[2])
@@ -121,10 +134,10 @@ class _Compiled(NamedTuple):
             left, right = self.kernels.source(*across)
             pixels = np.ascontiguousarray(pixels[:, left:right])
             pixels = self.kernels.resize_height(pixels, 0, *down)
-            return _to_image(self.kernels.resize_width(pixels, left, *across))
+            return self.kernels.resize_width(pixels, left, *across)
         top, bottom = self.kernels.source(*down)
         pixels = self.kernels.resize_width(pixels[top:bottom], 0, *across)
-        return _to_image(self.kernels.resize_height(pixels, top, *down))
+        return self.kernels.resize_height(pixels, top, *down)
 
     def affine(self, image: Image.Image, matrix: Sequence[float], fill: tuple) -> Image.Image:
         outside = np.array([*fill, 255], np.uint8).view(np.uint32)[0]
@@ -168,7 +181,7 @@ def _gives_pillows_pixels(compiled: _Compiled) -> bool:
         image = Image.fromarray(rng.integers(0, 256, [h, w, 3], dtype=np.uint8))
         whole, box = (0, 0, W, H), (3, 2, w - 1, h - 4)
         expected = image.crop(box).resize((W, H), _BICUBIC)
-        if compiled.resize(image, (W, H), whole, box) != expected:
+        if _to_image(compiled.resize(image, (W, H), whole, box)) != expected:
             return False
         if (compiled.kernels.to_rgb(_to_array(image)) != np.array(image)).any():
             return False
@@ -189,41 +202,11 @@ def _to_array(image: Image.Image, box: Sequence[int] | None = None) -> np.ndarra
     """
     left, top, right, bottom = box or (0, 0, *image.size)
     try:
-        return np.asarray(_Shown(image))[top:bottom, left:right]
+        return shown(image)[top:bottom, left:right]
     except (AttributeError, ValueError):
         image = image if box is None else image.crop(box)
     pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
     return pixels.reshape(image.height, image.width)
-
-
-class _ArrowArray(ctypes.Structure):
-    """The beginning of Arrow's C data interface, which is stable."""
-
-
-_ArrowArray._fields_ = [
-    *((name, ctypes.c_int64) for name in ("length", "nulls", "offset", "n_buffers", "n_children")),
-    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
-    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
-]
-
-
-class _Shown:
-    """Pillow's own memory of an image, which lives as long as this does."""
-
-    def __init__(self, image: Image.Image):
-        _, self._capsule = image.__arrow_c_array__()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        array = _ArrowArray.from_address(pointer(self._capsule, b"arrow_array"))
-        values = array.children[0][0] if array.n_children == 1 else array
-        if (values.length, values.n_buffers) != (4 * image.width * image.height, 2):
-            raise ValueError("not four bytes a pixel")
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (image.height, image.width),
-            "typestr": "<u4",
-            "data": (values.buffers[1], True),  # read-only
-        }
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:

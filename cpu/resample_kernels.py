@@ -94,8 +94,9 @@ def _mix_lines(lines, first, count, weights, out, total):
 @njit(cache=True)
 def source(old, new, start, stop):
     """The pixels of a line of `old` that the pixels `start` to `stop` of `new` are made of."""
-    first, count, _ = _bicubic_weights(old, new, start, stop)
-    return first[0], first[-1] + count[-1]
+    first, _, _ = _bicubic_weights(old, new, start, start + 1)
+    last, count, _ = _bicubic_weights(old, new, stop - 1, stop)
+    return first[0], last[0] + count[0]
 
 
 @njit(_IMAGE(_READ_ONLY_IMAGE, *_SCALARS), cache=True, nogil=True)

@@ -84,8 +84,9 @@ def test_patch_embedding_equals_the_convolution(layers_only):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [(12, 12), (14, 13)], ids=["whole patches", "a rest"])
 def test_images_that_need_no_gradient_are_cut_as_the_convolution_cuts(size, dtype, layers_only):
-    embedding, images = PatchEmbedding(12, 4, 3, 6).astype(dtype), paddle.randn([2, *size, 3])
-    images = images.astype(dtype).transpose([0, 3, 1, 2])  # lies in another order in memory
+    paddle.set_default_dtype(dtype)
+    embedding = PatchEmbedding(12, 4, 3, 6)
+    images = paddle.randn([2, *size, 3]).transpose([0, 3, 1, 2])  # lies in another order in memory
     with paddle.no_grad():
         found, expected = embedding(images), layers_only(embedding, images)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=0, atol=1e-6)

@@ -12,10 +12,11 @@ from PIL import Image
 
 from cli.errors import DataError
 from datasets import build_dataset
+from loading import images
 from loading.classes import class_names, folder_classes, read_class_names, with_num_classes
 from loading.files import find_classes, list_images, read_list, scan_folder
 from loading.imagenet import wordnet_ids
-from loading.images import BadImage, printable, read_image
+from loading.images import BadImage, open_image, printable, read_image, upright
 
 
 def write_list(folder, text):
@@ -499,11 +500,56 @@ def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("size", [(1, 1), (17, 9), (640, 500)])
 @pytest.mark.parametrize("layout", ["4:4:4", "4:2:0", "progressive"])
-def test_a_jpeg_has_the_pixels_that_pillow_gives(tmp_path, mode, size, layout):
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(
+    tmp_path, mode, size, layout, installed, monkeypatch
+):
+    if not installed:
+        monkeypatch.setattr(images, "simplejpeg", None)
+    images.simplejpeg_is_right.cache_clear()
     bands = [Image.effect_noise(size, 80) for _ in range({"RGB": 3, "L": 1, "CMYK": 4}[mode])]
     how = {"progressive": True} if layout == "progressive" else {"subsampling": layout}
     Image.merge(mode, bands).save(tmp_path / "a.jpg", **how)
-    assert read_image(str(tmp_path / "a.jpg")) == Image.open(tmp_path / "a.jpg").convert("RGB")
+    found, expected = read_image(str(tmp_path / "a.jpg")), Image.open(tmp_path / "a.jpg")
+    assert found.tobytes() == expected.convert("RGB").tobytes()
+    assert found.info == expected.info
+    images.simplejpeg_is_right.cache_clear()
+
+
+@pytest.mark.parametrize("change", ["bytes behind", "bytes between", "none"])
+def test_what_simplejpeg_would_refuse_pillow_decodes(tmp_path, change):
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[0x112] = 6
+    Image.effect_noise((40, 30), 80).convert("RGB").save(path, exif=exif)
+    data = path.read_bytes()
+    scan = data.index(b"\xff\xda")
+    path.write_bytes(
+        {
+            "bytes behind": data + b"more" * 99,
+            "bytes between": data[:scan] + b"\0\0" + data[scan:],
+            "none": data,
+        }[change]
+    )
+    expected = Image.open(path).convert("RGB")
+    with open_image(str(path)) as image:
+        found = upright(image)
+    assert found.tobytes() == expected.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert read_image(str(path)).tobytes() == expected.tobytes()
+
+
+def test_photographs_are_decoded_by_simplejpeg(tmp_path, monkeypatch):
+    """Everything else would pass without it, or without Pillow's memory."""
+    if not hasattr(Image.Image, "__arrow_c_array__"):
+        pytest.skip("needs Pillow 11.2")
+    calls, original = [], images.simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        images.simplejpeg, "decode_jpeg", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    path = save(tmp_path / "a.jpg")
+    images.simplejpeg_is_right()
+    calls.clear()
+    read_image(path)
+    assert calls == [1]
 
 
 def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
