@@ -64,29 +64,41 @@ def _bicubic_weights(old, new, start, stop):
     return first, count, weights
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _mix_lines(lines, first, count, weights, out, total):
     """Every line of `out` as a weighted sum of lines; both ``uint8 [lines, bytes]``.
 
-    Four lines at a time, so that `total`, ``int32 [bytes]``, is read and written less often.
+    Four lines at a time, so that `total`, ``int32 [bytes]``, is read and written less often; those
+    left over from the fours begin the sum.
     """
+    half = np.int32(1 << (_PLACES - 1))  # what follows cuts off
     for i in range(out.shape[0]):
-        total[:] = 1 << (_PLACES - 1)  # one half: what follows cuts off
-        whole = count[i] // 4 * 4
-        for k in range(0, whole, 4):
-            line, w = first[i] + k, weights[i, k : k + 4]
+        a, w, rest = lines[first[i]], weights[i], count[i] % 4
+        w0, w1, w2 = w[0], w[1], w[2]
+        if rest == 0:
+            total[:] = half
+        elif rest == 1:
+            for j in range(len(total)):
+                total[j] = half + w0 * np.int32(a[j])
+        elif rest == 2:
+            b = lines[first[i] + 1]
+            for j in range(len(total)):
+                total[j] = half + w0 * np.int32(a[j]) + w1 * np.int32(b[j])
+        else:
+            b, c = lines[first[i] + 1], lines[first[i] + 2]
+            for j in range(len(total)):
+                total[j] = half + w0 * np.int32(a[j]) + w1 * np.int32(b[j]) + w2 * np.int32(c[j])
+        for k in range(rest, count[i], 4):
+            w0, w1, w2, w3 = w[k], w[k + 1], w[k + 2], w[k + 3]
+            line = first[i] + k
             a, b, c, d = lines[line], lines[line + 1], lines[line + 2], lines[line + 3]
             for j in range(len(total)):
                 total[j] += (
-                    w[0] * np.int32(a[j])
-                    + w[1] * np.int32(b[j])
-                    + w[2] * np.int32(c[j])
-                    + w[3] * np.int32(d[j])
+                    w0 * np.int32(a[j])
+                    + w1 * np.int32(b[j])
+                    + w2 * np.int32(c[j])
+                    + w3 * np.int32(d[j])
                 )
-        for k in range(whole, count[i]):
-            weight, a = weights[i, k], lines[first[i] + k]
-            for j in range(len(total)):
-                total[j] += weight * np.int32(a[j])
         for j in range(len(total)):
             out[i, j] = min(max(total[j] >> _PLACES, 0), 255)
 
@@ -144,14 +156,17 @@ def resize_width(image, offset, old, new, start, stop):
     return out
 
 
-@njit(types.Array(types.uint8, 3, "C")(_PART), cache=True, nogil=True)
+@njit(types.Array(types.uint8, 3, "C")(_READ_ONLY_IMAGE), cache=True, nogil=True)
 def to_rgb(image):
     """``[H, W] -> uint8 [H, W, 3]``."""
     out = np.empty((*image.shape, 3), np.uint8)
-    for y in range(image.shape[0]):
-        for x in range(image.shape[1]):
-            pixel = image[y, x]
-            out[y, x, 0], out[y, x, 1], out[y, x, 2] = pixel, pixel >> 8, pixel >> 16
+    four, three = image.view(np.uint8).reshape(4 * image.size), out.reshape(out.size)
+    for i in range(image.size):
+        three[3 * i], three[3 * i + 1], three[3 * i + 2] = (
+            four[4 * i],
+            four[4 * i + 1],
+            four[4 * i + 2],
+        )
     return out
 
 
