@@ -245,9 +245,13 @@ def smooth(image):
     lines, out_lines = image.view(np.uint8), out.view(np.uint8)
     for y in range(1, image.shape[0] - 1):
         above, line, below = lines[y - 1], lines[y], lines[y + 1]
-        for j in range(4, len(line) - 4):
-            total = np.uint32(4) * line[j]
-            for k in range(j - 4, j + 5, 4):
-                total += np.uint32(above[k]) + np.uint32(line[k]) + np.uint32(below[k])
-            out_lines[y, j] = (2 * total + 13) // np.uint32(26)  # rounded total / 13
+        middle, result = line[4:-4], out_lines[y, 4:-4]
+        a, b, c = above[:-8], above[4:-4], above[8:]  # of equal length, without which no vector
+        d, e = line[:-8], line[8:]  # instructions come of it
+        f, g, h = below[:-8], below[4:-4], below[8:]
+        for j in range(len(middle)):
+            total = np.int32(a[j]) + np.int32(b[j]) + np.int32(c[j]) + np.int32(d[j])
+            total += np.int32(e[j]) + np.int32(f[j]) + np.int32(g[j]) + np.int32(h[j])
+            total += 5 * np.int32(middle[j])
+            result[j] = (2 * total + 13) // 26  # rounded total / 13
     return out
