@@ -227,7 +227,9 @@ def affine(image, matrix, fill):
                     c, d = np.float64(values[2, j]), np.float64(values[3, j])
                     lines[i, j] = _cubic(a, b, c, d, right[j])
             else:
-                lines[i] = values[1]
+                line, value = lines[i], values[1]  # `lines[i] = value` takes twice as long
+                for j in range(4 * width):
+                    line[j] = value[j]
         for j in range(4 * width):
             value = lines[1, j]
             if between_rows:
