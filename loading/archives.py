@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import struct
 import sys
 import tarfile
@@ -31,7 +32,14 @@ from cli.errors import DataError, WeightsError
 from storage.weights import cache_folder, write_atomically
 
 ENDINGS = (".tar", ".zip")
-_CUT = re.compile(r"\.(?:tar|zip)(?=/|$)", re.IGNORECASE)
+_COMPRESSED = {  # how a file begins, and what unpacks it
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+# Compressed tars are found too, to be refused.
+_CUT = re.compile(r"\.(?:tar|zip|tgz|tar\.(?:gz|bz2|xz|zst))(?=/|$)", re.IGNORECASE)
 _VERSION = 1  # of the index files
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _TAR_BLOCK = 512  # bytes; a tar ends with blocks of zeros
@@ -273,7 +281,12 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
     """
     members: dict[bytes, Member] = {}
     found = _tar_members if path.lower().endswith(".tar") else _zip_members
-    shown = sys.stderr.isatty()
+    shown, name = sys.stderr.isatty(), ""
+    if tool := _compression(path):
+        raise DataError(
+            f"{path}: is compressed; images are read in place from uncompressed archives only: "
+            f"{tool} -dc {shlex.quote(path)} > NEW.tar"
+        )
     try:
         for name, member in found(path, members):
             key = os.fsencode(_checked_name(path, name))
@@ -285,8 +298,9 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
         if shown and len(members) >= 10000:
             print(file=sys.stderr)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        place = f", behind the member {name!r}" if name else ""
         raise DataError(
-            f"{path}: cannot be read as an archive: {error}; is it whole?{_compression(path)}"
+            f"{path}: cannot be read as an archive: {error}{place}; is it whole?"
         ) from None
     order = sorted(members)
     return {
@@ -296,13 +310,11 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
     }
 
 
-def _compression(path: str) -> str:
+def _compression(path: str) -> str | None:
+    """The program that a file is compressed with as a whole, if it is."""
     with open(path, "rb") as file:
         head = file.read(6)
-    for magic, tool in ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ", "unxz")):
-        if head.startswith(magic):
-            return f" It is compressed, and cannot be read in places: {tool} it first"
-    return ""
+    return next((tool for magic, tool in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 def _checked_name(path: str, name: str) -> str:

@@ -154,12 +154,15 @@ def test_an_archive_that_changes_in_use_is_refused(tmp_path, change):
         archives.open_archive(path).read("cat/1.jpg")
 
 
-@pytest.mark.parametrize("cut", [100, 512, 1600, 3000])
-def test_a_truncated_tar_is_refused_at_whatever_place(tmp_path, cut):
+@pytest.mark.parametrize(
+    "cut, last", [(100, ""), (512, "cat/1.jpg"), (1600, "cat/sub/2.jpg"), (3000, "cat/sub/2.jpg")]
+)
+def test_a_truncated_tar_is_refused_at_whatever_place(tmp_path, cut, last):
     path = tmp_path / "a.tar"
     tar_of(path)
     os.truncate(path, cut)
-    with pytest.raises(DataError, match="a.tar: cannot be read as an archive"):
+    where = f".*, behind the member '{last}'" if last else ""
+    with pytest.raises(DataError, match=f"a.tar: cannot be read as an archive{where}"):
         archives.open_archive(str(path))
 
 
@@ -208,11 +211,15 @@ def test_a_sparse_file_says_how_to_do_without(tmp_path):
         archives.open_archive(str(tmp_path / "a.tar"))
 
 
-def test_a_compressed_tar_says_how_to_convert_it(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+@pytest.mark.parametrize("name, tool", [("a.tar", "gzip"), ("a.tar.gz", "gzip"), ("b.tgz", "xz")])
+def test_a_compressed_tar_says_how_to_convert_it(tmp_path, name, tool):
+    path = str(tmp_path / name)
+    with tarfile.open(path, "w:" + {"gzip": "gz"}.get(tool, tool)) as tar:
         add(tar, "a.jpg")
-    with pytest.raises(DataError, match="compressed.*gunzip it first"):
-        archives.open_archive(str(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match=f"is compressed.*: {tool} -dc {path} > NEW.tar"):
+        archives.read(f"{path}/a.jpg")
+    subprocess.run(f"{tool} -dc {path} > {tmp_path}/NEW.tar", shell=True, check=True)
+    assert archives.read(f"{tmp_path}/NEW.tar/a.jpg") == b"x"
 
 
 def test_an_index_goes_to_the_cache_where_the_archive_cannot_have_it_beside(tmp_path):

@@ -1,6 +1,7 @@
 """tools/imagenet.py: ImageNet as it is downloaded, in stand-ins of a few images."""
 
 import csv
+import gzip
 import io
 import os
 import tarfile
@@ -96,6 +97,20 @@ def as_kaggles_zip(root):
             archive.writestr(f"ILSVRC/Data/CLS-LOC/val/{name}", picture(name))
 
 
+def as_kaggles_tar(root):
+    as_kaggle(root / "unpacked")
+    (root / "unpacked" / "LOC_val_solution.csv").rename(root / "LOC_val_solution.csv")
+    with tarfile.open(root / "imagenet_object_localization_patched2019.tar", "w") as tar:
+        tar.add(root / "unpacked" / "ILSVRC", "ILSVRC")
+
+
+def as_unpacked_where_the_archives_lay(root):
+    for wnid in (IDS[0], IDS[7], IDS[999]):
+        write(root / f"{wnid}.tar", class_tar(wnid))
+    for name in VAL:
+        write(root / name, picture(name))
+
+
 def as_class_folders_with_a_flat_val(root):
     as_kaggle(root, solution=False, prefix="")
 
@@ -111,6 +126,8 @@ LAYOUTS = [
     as_class_tars_and_a_flat_folder,
     as_kaggle,
     as_kaggles_zip,
+    as_kaggles_tar,
+    as_unpacked_where_the_archives_lay,
     as_class_folders_with_a_flat_val,
 ]
 
@@ -204,6 +221,30 @@ def test_the_ground_truth_file_is_explained_and_not_believed(tmp_path):
     write(tmp_path / DEVKIT, b"490\n361\n")
     with pytest.raises(DataError, match="order of the development kit"):
         make_lists(str(tmp_path / DEVKIT), log=print)
+    lines = []
+    with pytest.raises(DataError, match="found . classes"):
+        make_lists(str(tmp_path), log=lines.append)
+    assert "order of the development kit" in lines[0]
+
+
+def test_a_compressed_download_says_how_to_convert_it(tmp_path):
+    as_official_tars(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.with_suffix(".tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    with pytest.raises(DataError, match=r"ILSVRC2012_img_.*\.tar\.gz: is compressed.* gzip -dc"):
+        make_lists(str(tmp_path), log=print)
+
+
+def test_a_folder_per_class_with_missing_classes_is_said_to_be_another_set(tmp_path):
+    for path in TRAIN:
+        for side in ("train", "val"):
+            write(tmp_path / side / path, picture(side + path))
+    lines = []
+    make_lists(str(tmp_path), log=lines.append)
+    assert "train: 6 images of 3 classes (ImageNet has 1,281,167); without images" in lines[0]
+    assert "val: 6 images of 3 classes (ImageNet has 50,000); without images" in lines[1]
+    assert lines[2] == "warning: the labels count these 3 classes, not ImageNet's 1,000"
 
 
 def test_the_mains_say_what_a_flat_validation_folder_needs(tmp_path):

@@ -2,7 +2,8 @@
 
     ILSVRC2012_img_train.tar    a tar of 1,000 tars, or unpacked once (n01440764.tar ...) or twice
     ILSVRC2012_img_val.tar      50,000 images without a folder per class, or unpacked
-    ILSVRC/Data/CLS-LOC/{train,val}, LOC_val_solution.csv        Kaggle's, also in its zip
+    n01440764.tar ..., ILSVRC2012_val_00000001.JPEG ...          unpacked where the archives lay
+    ILSVRC/Data/CLS-LOC/{train,val}, LOC_val_solution.csv        Kaggle's, also in its zip or a tar
 
 The labels of the validation images go by the numbers in their names, see `validation_labels`.
 """
@@ -43,14 +44,18 @@ def find_imagenet(root: str, log: Callable[[str], None]) -> tuple[list[Entry], l
     Raises:
         DataError: such a layout with images or classes that are not ImageNet's.
     """
+    for folder in ("", "data", "ILSVRC2012_devkit_t12/data"):
+        path = os.path.join(root, folder, GROUND_TRUTH)
+        if os.path.isfile(path):
+            log(explain_ground_truth(path))
     places = {side: _place(root, side) for side in COUNTS}
-    images = {side: list_images(place) if place else [] for side, place in places.items()}
+    images = {side: _images(root, side, place) for side, place in places.items()}
     flat = [path for path in images["val"] if os.path.dirname(path) == places["val"]]
     tars = _class_tars(places["train"]) if places["train"] else []
     named = any(
         os.path.basename(place or "").startswith("ILSVRC2012_") for place in places.values()
     )
-    if not (named or tars or any(map(val_number, flat))):
+    if not (named or tars or root in places.values() or any(map(val_number, flat))):
         return None
     images["train"] += [image for tar in tars for image in list_images(tar)]
     train = [_train_entry(root, places["train"], path) for path in images["train"]]
@@ -80,7 +85,7 @@ def explain_ground_truth(path: str) -> str:
     return (
         f"{printable(path)}: not used: its numbers count the classes in the order of the "
         "development kit (ILSVRC2012_ID), not of the WordNet ids; the labels are known by the "
-        "images' names"
+        "images' names: give the folder or archive that holds them"
     )
 
 
@@ -88,14 +93,23 @@ def _place(root: str, side: str) -> str | None:
     """The folder or archive that holds a side."""
     bases = [root, f"{root}/{_KAGGLE}", f"{root}/Data/CLS-LOC", f"{root}/CLS-LOC"]
     for name in sorted(os.listdir(root)):
-        if name.lower().endswith(".zip") and "imagenet" in name.lower():
+        if name.lower().endswith(archives.ENDINGS) and "imagenet" in name.lower():
             bases.append(f"{root}/{name}/{_KAGGLE}")
     for base in bases:
         for name in (f"{_OFFICIAL[side]}.tar", _OFFICIAL[side], None):
             place = split_folder(base, side) if name is None else f"{base}/{name}"
             if archives.is_folder(place):
                 return place
-    return None
+    is_loose = val_number if side == "val" else _CLASS_TAR.fullmatch
+    return root if any(map(is_loose, os.listdir(root))) else None
+
+
+def _images(root: str, side: str, place: str | None) -> list[str]:
+    if place is None or (place == root and side == "train"):
+        return []  # class tars are looked for separately
+    if place == root:
+        return [os.path.join(root, name) for name in sorted(os.listdir(root)) if val_number(name)]
+    return list_images(place)
 
 
 def _class_tars(folder: str) -> list[str]:
@@ -142,10 +156,6 @@ def _val_entries(root: str, paths: list[str], log) -> list[Entry]:
         if os.path.isfile(path):
             known = _with_kaggles(known, path, log)
             break
-    for folder in ("", "data", "ILSVRC2012_devkit_t12/data"):
-        path = os.path.join(root, folder, GROUND_TRUTH)
-        if os.path.isfile(path):
-            log(explain_ground_truth(path))
     return [
         (os.path.relpath(path, root), known[number]) for number, path in sorted(numbers.items())
     ]

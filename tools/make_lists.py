@@ -167,7 +167,14 @@ def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> 
                 )
         for line in describe_others(source, others) + (passed_over(source) if there else []):
             log(line)
+        if there and classes and set(classes) <= set(wordnet_ids()):
+            for side, scan in zip(there, scans):
+                log(f"ImageNet, {side}: {imagenet.describe(side, scan)}")
+            if len(classes) < len(wordnet_ids()):
+                log(f"warning: the labels count these {len(classes)} classes, not ImageNet's 1,000")
     if len(classes) < 2:
+        for name in os.listdir(root) if os.path.isdir(source) else ():
+            archives.is_folder(os.path.join(root, name))  # says why a compressed tar is not read
         raise DataError(
             f"{source}: found {len(classes)} classes; expected <class>/<image>, or train/<class>/"
             "<image> and val/<class>/<image>, or a CSV file of path,label"
