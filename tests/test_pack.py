@@ -92,14 +92,20 @@ def test_other_settings_do_not_mix_into_a_packed_set(tmp_path):
         pack(source, source, Settings(160, 90, 10), 1)
 
 
-def test_pictures_that_do_not_decode_are_named_and_nothing_is_listed(tmp_path):
-    source = make_data(tmp_path / "data")
-    (source / "train" / "class_0" / "0.png").write_bytes(b"no picture")
+@pytest.mark.parametrize("short_side", [8, 320])  # resized, or copied as it is
+@pytest.mark.parametrize("damage", [lambda data: b"no picture", lambda data: data[:-60]])
+def test_pictures_that_do_not_decode_are_named_and_nothing_is_kept(tmp_path, short_side, damage):
+    source, settings = make_data(tmp_path / "data"), Settings(short_side, 90, 10)
+    picture = source / "train" / "class_0" / "0.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(damage(whole))
     lines = []
     with pytest.raises(DataError, match="1 pictures cannot be used"):
-        pack(str(source), str(tmp_path / "packed"), Settings(8, 90, 10), 1, lines.append)
-    assert len(lines) == 1 and "class_0/0.png: not an image" in lines[0]
+        pack(str(source), str(tmp_path / "packed"), settings, 1, lines.append)
+    assert len(lines) == 1 and f"{picture}: " in lines[0]
     assert not (tmp_path / "packed" / "train_list.txt").exists()
+    picture.write_bytes(whole)
+    pack(str(source), str(tmp_path / "packed"), settings, 1, lines.append)
 
 
 def test_a_shard_that_was_damaged_later_is_found_at_the_end(tmp_path):
@@ -113,4 +119,4 @@ def test_a_shard_that_was_damaged_later_is_found_at_the_end(tmp_path):
     lines = []
     with pytest.raises(DataError, match="1 pictures cannot be used"):
         pack(source, str(output), Settings(320, 90, 100), 1, lines.append)
-    assert "val-00000.tar" in lines[0]
+    assert lines[0].endswith(f"; remove {output}/val-00000.tar")

@@ -38,7 +38,7 @@ from loading.files import ImageIndex, find_classes, read_list, scan_folder
 from loading.images import BadImage, open_image, printable, read_image, regular_size
 from storage.weights import atomic
 from tools.common import write_file
-from transforms import resized_size, to_rgb
+from transforms import resized_size
 
 SPLITS = ("train", "val")
 SETTINGS = "pack.json"
@@ -196,11 +196,11 @@ def _encoded(path: str, settings: Settings, index: int, psnr: list[float]) -> tu
     with open_image(path) as image:
         small = min(image.size) <= settings.short_side
         exif = image.info.get("exif", b"")  # the rotation of a phone
+    image = read_image(path)  # a small one too: it may be damaged
     data = archives.read(path)
     original = regular_size(path) if data is None else len(data)
     if small:
         return original, Path(path).read_bytes() if data is None else data
-    image = to_rgb(read_image(path))
     image = resize(image, resized_size(*image.size, settings.short_side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=settings.quality, exif=exif)
@@ -225,7 +225,7 @@ def _verify(path: str, files: ImageIndex, indices: range) -> list[str]:
         try:
             read_image(os.path.join(path, os.fsdecode(files.name(index))))
         except BadImage as bad:
-            wrong.append(f"{printable(path)}: {bad}")
+            wrong.append(f"{bad}; remove {printable(path)}")
     return wrong
 
 
