@@ -132,6 +132,7 @@ def build_dataset(config, split: str) -> ImageDataset:
         raise DataError(
             f"{files.where(0)}: no such file; the paths of a list are relative to {root}{slashes}"
         )
+    files.open_archives()
     if split == "train":
         skip = config.DATA.BAD_IMAGE == "skip"
         limit = config.DATA.BAD_IMAGE_LIMIT if skip else 0

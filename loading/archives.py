@@ -119,9 +119,23 @@ def size(path: str) -> int | None:
 @cache
 def open_archive(path: str) -> Archive:
     """The archive at a path, indexed; opened once in a process."""
+    _allow_open_files()
     archive = Archive(path)
     _opened.add(path)
     return archive
+
+
+@cache
+def _allow_open_files() -> None:
+    """Lets this process keep more files open than the usual 1,024 (256 on a Mac): ImageNet may
+    come as 1,000 tars.
+    """
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        more = 2**14 if hard == resource.RLIM_INFINITY else min(2**14, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, more), hard))
 
 
 class Archive:

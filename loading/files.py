@@ -82,6 +82,22 @@ class ImageIndex:
     def path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.name(index)))
 
+    def open_archives(self) -> None:
+        """Indexes the archives that files are in, so that workers forked later share it all.
+
+        Raises:
+            DataError: one of them cannot be read.
+        """
+        if not any(end in self._names for end in (b".tar/", b".zip/")):
+            return
+        last = b"\0"  # the archive of the file before, which most often is that of the next
+        for index in range(len(self)):
+            if self.name(index).startswith(last):
+                continue
+            if found := archives.split(self.path(index)):
+                archives.open_archive(found[0])
+                last = os.path.relpath(os.fsencode(found[0]), self.root) + b"/"
+
     def where(self, index: int) -> str:
         """The path of an entry for a message, after ``list_file:line`` if it has one."""
         line = f"{self.list_file}:{self._lines[index]}: " if self.list_file else ""

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -281,3 +282,35 @@ def test_a_member_that_is_no_image_is_named_with_its_archive(tmp_path):
         read_image(f"{path}/x.jpg")
     with pytest.raises(BadImage, match="a.tar/y.jpg: no such file"):
         read_image(f"{path}/y.jpg")
+
+
+def test_the_archives_of_a_list_are_opened_before_workers_are_forked(tmp_path):
+    data = make_data(tmp_path / "data")
+    subprocess.run("tar -cf a.tar train; tar -cf b.tar val", shell=True, cwd=data, check=True)
+    lines = [f"a.tar/train/class_{i}/{i}.png {i}\n" for i in range(3)]
+    (data / "train_list.txt").write_text("".join(lines) + "b.tar/val/class_0/0.png 0\n" + lines[0])
+    dataset = build_dataset(make_config(tmp_path, data, "DATA.DATASET", "imagenet2012"), "train")
+    assert archives.open_archive.cache_info().currsize == 2
+    assert not any(dataset[0, i, i].error for i in range(5))
+    (data / "b.tar").write_bytes(b"no tar")
+    archives.open_archive.cache_clear()
+    with pytest.raises(DataError, match="b.tar: cannot be read as an archive"):
+        build_dataset(make_config(tmp_path, data, "DATA.DATASET", "imagenet2012"), "train")
+
+
+def test_more_archives_are_open_than_a_process_usually_may(tmp_path):
+    pytest.importorskip("resource")
+    tar_of(tmp_path / "0.tar")
+    for number in range(1, 100):
+        shutil.copy(tmp_path / "0.tar", tmp_path / f"{number}.tar")
+    program = (
+        "import resource, sys\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+        "from loading import archives\n"
+        "paths = [f'{sys.argv[1]}/{number}.tar/cat/1.jpg' for number in range(100)]\n"
+        "print(list(map(archives.read, paths)).count(b'one'))"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    root = Path(__file__).parents[1]
+    assert subprocess.run(words, cwd=root, capture_output=True, text=True).stdout == "100\n"
