@@ -17,6 +17,7 @@ from loading import archives
 from loading.files import read_list, scan_folder
 from loading.imagenet import validation_labels, wordnet_ids
 from tools.make_lists import make_lists
+from tools.pack import Settings, pack
 
 from .helpers.tiny_data import make_config
 
@@ -215,6 +216,19 @@ def test_a_truncated_archive_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:1700])
     with pytest.raises(DataError, match=r"ILSVRC2012_img_val\.tar: cannot be read as an archive"):
         make_lists(str(tmp_path), log=print)
+
+
+def test_an_archive_that_was_truncated_later_is_one_error(tmp_path):
+    as_official_tars(tmp_path)
+    make_lists(str(tmp_path), log=print)
+    os.truncate(tmp_path / "ILSVRC2012_img_val.tar", 1700)
+    archives.open_archive.cache_clear()
+    lines = []
+    with pytest.raises(DataError, match=r"img_val\.tar: cannot be read.*behind the member"):
+        make_lists(str(tmp_path), verify=True, log=lines.append)
+    with pytest.raises(DataError, match=r"img_val\.tar: cannot be read.*behind the member"):
+        pack(str(tmp_path), str(tmp_path / "packed"), Settings(320, 90, 10), 1, lines.append)
+    assert not lines and not (tmp_path / "packed").exists()
 
 
 def test_the_ground_truth_file_is_explained_and_not_believed(tmp_path):

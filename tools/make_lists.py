@@ -258,6 +258,7 @@ def _read_lists(folder: str, root: str) -> Split:
     sides = []
     for name in (TRAIN_LIST, VAL_LIST):
         index = read_list(os.path.join(folder, name), root, 10**9, allow_outside=True)
+        index.open_archives()  # a damaged one is one error, not that of all its images
         sides.append([(os.fsdecode(index.name(i)), "") for i in range(len(index))])
     return Split(root, [], *sides)
 

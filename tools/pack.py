@@ -86,6 +86,8 @@ def pack(
     splits = {split: files for split in SPLITS if (files := _files(source, split)) is not None}
     if not splits:
         raise DataError(f"{source}: neither list files nor train/<class>/<image> are there")
+    for files in splits.values():
+        files.open_archives()
     _claim(output, settings)
     plan = list(_plan(splits, output, settings))
     try:
