@@ -177,6 +177,8 @@ def test_the_validation_images_alone_are_enough_to_evaluate(tmp_path):
     assert listed(tmp_path, "val") == VAL
     assert not (tmp_path / "train_list.txt").exists()
     assert any("train: not found" in line for line in lines)
+    make_lists(str(tmp_path), verify=True, log=lines.append)
+    assert lines[-1] == "all 4 images can be decoded"
 
 
 def test_other_labels_in_kaggles_file_are_said(tmp_path):

@@ -255,11 +255,13 @@ def _check_names(path: str, name: str) -> None:
 
 
 def _read_lists(folder: str, root: str) -> Split:
-    sides = []
-    for name in (TRAIN_LIST, VAL_LIST):
+    sides, there = [[], []], [os.path.exists(os.path.join(folder, name)) for name in FILES[:2]]
+    for side, name, is_there in zip(sides, FILES, there):
+        if any(there) and not is_there:  # there were images for the other alone
+            continue
         index = read_list(os.path.join(folder, name), root, 10**9, allow_outside=True)
         index.open_archives()  # a damaged one is one error, not that of all its images
-        sides.append([(os.fsdecode(index.name(i)), "") for i in range(len(index))])
+        side += [(os.fsdecode(index.name(i)), "") for i in range(len(index))]
     return Split(root, [], *sides)
 
 
