@@ -497,27 +497,29 @@ def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
         np.testing.assert_array_equal(np.asarray(result), expected, err_msg=name)
 
 
+@pytest.fixture(params=[True, False], ids=["simplejpeg", "Pillow alone"])
+def decoder(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(images, "simplejpeg", None)
+    images.simplejpeg_is_right.cache_clear()
+    yield
+    images.simplejpeg_is_right.cache_clear()
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("size", [(1, 1), (17, 9), (640, 500)])
 @pytest.mark.parametrize("layout", ["4:4:4", "4:2:0", "progressive"])
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_jpeg_has_the_pixels_that_pillow_gives(
-    tmp_path, mode, size, layout, installed, monkeypatch
-):
-    if not installed:
-        monkeypatch.setattr(images, "simplejpeg", None)
-    images.simplejpeg_is_right.cache_clear()
+def test_a_jpeg_has_the_pixels_that_pillow_gives(tmp_path, mode, size, layout, decoder):
     bands = [Image.effect_noise(size, 80) for _ in range({"RGB": 3, "L": 1, "CMYK": 4}[mode])]
     how = {"progressive": True} if layout == "progressive" else {"subsampling": layout}
     Image.merge(mode, bands).save(tmp_path / "a.jpg", **how)
     found, expected = read_image(str(tmp_path / "a.jpg")), Image.open(tmp_path / "a.jpg")
     assert found.tobytes() == expected.convert("RGB").tobytes()
     assert found.info == expected.info
-    images.simplejpeg_is_right.cache_clear()
 
 
 @pytest.mark.parametrize("change", ["bytes behind", "bytes between", "none"])
-def test_what_simplejpeg_would_refuse_pillow_decodes(tmp_path, change):
+def test_a_damaged_or_turned_jpeg_is_what_pillow_makes_of_it(tmp_path, change):
     path, exif = tmp_path / "a.jpg", Image.Exif()
     exif[0x112] = 6
     Image.effect_noise((40, 30), 80).convert("RGB").save(path, exif=exif)
@@ -530,6 +532,9 @@ def test_what_simplejpeg_would_refuse_pillow_decodes(tmp_path, change):
             "none": data,
         }[change]
     )
+    if change == "bytes between":
+        with pytest.raises(ValueError):
+            images.simplejpeg.decode_jpeg(path.read_bytes())
     expected = Image.open(path).convert("RGB")
     with open_image(str(path)) as image:
         found = upright(image)
