@@ -246,7 +246,7 @@ _C.EVAL = False, boolean  # evaluate only
 _C.EVAL_REPORT = False, boolean
 _C.EVAL_REAL_LABELS = None, optional(path)  # ImageNet-ReaL's real.json: -eval measures it too
 _C.AMP = False, boolean  # mixed precision: on a GPU, and on a CPU with fast bfloat16
-# O1: a list of operations; O2: the whole model, float32 master weights
+# O1: a list of operations; O2: the whole model, float32 master weights (on a CPU: O1)
 _C.AMP_LEVEL = "O1", choice("O1", "O2")
 # float16 (with a loss scaler; on a CPU: bfloat16 if that is fast) or bfloat16 (without)
 _C.AMP_DTYPE = "float16", choice("float16", "bfloat16")

@@ -22,7 +22,7 @@ from cpu import resample
 from loading import archives
 from loading.classes import class_names, folder_classes, with_num_classes
 from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder, sort_classes
-from loading.images import BadImage, open_image, read_image
+from loading.images import BadImage, open_image, read_image, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from storage.weights import shorten
@@ -66,6 +66,8 @@ class ImageDataset:
                 return Sample(array, self.files.labels[index], index, skipped)
             except BadImage as bad:
                 error = f"{self.files.where(index)}: {bad.reason}"
+            except DataError as error:  # of an archive: there is no going on without it
+                return _no_sample(str(error))
             except Exception:
                 error = f"{self.files.where(index)}: transform failed\n{traceback.format_exc()}"
                 return _no_sample(error)
@@ -171,6 +173,8 @@ def build_loader(
     dataset = build_dataset(config, split)
     told = split == "train" or config.EVAL  # once a run
     resample.prepare(log if told else lambda line: None)  # before workers are forked
+    if not simplejpeg_is_right() and told:
+        log("JPEGs are decoded by Pillow, slower: no simplejpeg with the pixels of this Pillow")
     for note in dataset.files.notes:
         log(note)
     _warn_of_empty_classes(config, split, dataset.files, log)

@@ -48,7 +48,7 @@ def run(config, on_step: Callable[[int], None] = lambda step: None) -> Result:
     folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
     with contextlib.closing(folder):
         if config.AMP and not process.on_gpu:
-            _log.info(ops.choose_precision(config.AMP_DTYPE)[1])
+            _log.info(ops.choose_precision(config.AMP_DTYPE, config.AMP_LEVEL)[1])
         if config.EVAL:
             return run_evaluation(config, process, folder)
         if config.MODEL.NUM_CLASSES == 0:

@@ -292,6 +292,8 @@ class _Operand:
     """
 
     def __init__(self, shape, dtype, rank: int, axes=()):
+        if dtype not in _TYPES:
+            raise Unsupported(f"no {dtype} here")
         shape = [1] * (rank - len(shape)) + list(shape)
         strides = [1]
         for size in reversed(shape[1:]):

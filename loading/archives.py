@@ -11,6 +11,7 @@ is extracted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -91,8 +92,8 @@ def read(path: str) -> bytes | None:
     """The bytes of an archive's member; None where the path leads into no archive.
 
     Raises:
-        OSError: no such member, or the archive cannot be read.
-        DataError: the archive is damaged, or has changed since it was indexed.
+        OSError: no such member, or a damaged one.
+        DataError: the archive cannot be used, or has changed since it was indexed.
     """
     found = split(path)
     if found is None or not found[1]:
@@ -215,8 +216,8 @@ class Archive:
         """The bytes of a member.
 
         Raises:
-            FileNotFoundError: there is none of that name.
-            DataError: it is damaged, or the archive has changed since it was indexed.
+            OSError: there is none of that name, or it is damaged.
+            DataError: the archive has changed since it was indexed.
         """
         member = self.find(name)
         if member is None:
@@ -240,7 +241,7 @@ class Archive:
                 data = b""
         whole = len(data) == member.length
         if not whole or (member.method >= 0 and zlib.crc32(data) != member.crc):
-            raise DataError(f"{self.path}/{name}: the member is damaged")
+            raise OSError(errno.EIO, "The member is damaged", f"{self.path}/{name}")
         return data
 
     def _at(self, start: int, size: int) -> bytes:
@@ -313,6 +314,8 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
             print(file=sys.stderr)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         place = f", behind the member {name!r}" if name else ""
+        if found is _zip_members:  # of what is missing, it can name nothing
+            place = f" (its members are listed at its end; unzip -t {shlex.quote(path)} checks it)"
         raise DataError(
             f"{path}: cannot be read as an archive: {error}{place}; is it whole?"
         ) from None

@@ -83,6 +83,7 @@ def open_image(path: str) -> Image.Image:
 
     Raises:
         BadImage: missing, unreadable, empty, not an image, larger than Pillow's limit.
+        DataError: the archive that it is in cannot be used.
     """
     try:
         data = archives.read(path)
@@ -191,13 +192,11 @@ def read_image(path: str) -> Image.Image:
     return rgb
 
 
-def _bad_image(path: str, error: Exception) -> BadImage:
-    if isinstance(error, BadImage):
+def _bad_image(path: str, error: Exception) -> DataError:
+    if isinstance(error, DataError):  # of its archive, which none of its images can do without
         return error
     if isinstance(error, FileNotFoundError):
         return BadImage(path, "no such file")
-    if isinstance(error, DataError):  # of its archive
-        return BadImage(path, str(error))
     if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
         return BadImage(path, reason_of(error))
     if isinstance(error, Image.UnidentifiedImageError):

@@ -138,6 +138,7 @@ def test_what_amp_means_on_a_cpu(monkeypatch, dtype, fast, used):
     monkeypatch.setattr(setup, "has_fast_bfloat16", lambda: fast)
     found, line = ops.choose_precision(dtype)
     assert found == used and ("bfloat16" if used else "float32") in line and "\n" not in line
+    assert "O2" not in line and ("O2" in ops.choose_precision(dtype, "O2")[1]) == used
     config = get_config()
     config.defrost()
     config.AMP, config.AMP_DTYPE = True, dtype

@@ -13,6 +13,7 @@ import datasets
 from cli.errors import DataError
 from config import get_config
 from datasets import build_dataset, build_loader
+from loading import images
 from transforms import EvalTransform
 
 NUM_IMAGES, NUM_CLASSES, SIZE = 23, 5, 8
@@ -245,6 +246,16 @@ def test_classes_without_an_image_are_one_warning_a_split(config, tmp_path, name
         build_loader(config, split, log=lines.append)
     classes = "1 (b), 3 (d)" if named else "1, 3"
     assert lines == [f"warning: 2 of 5 classes have no image in val: {classes}"]
+
+
+def test_a_missing_decoder_is_one_line(config, monkeypatch):
+    monkeypatch.setattr(images, "simplejpeg", None)
+    images.simplejpeg_is_right.cache_clear()
+    lines = []
+    for split in ("train", "val"):
+        build_loader(config, split, log=lines.append)
+    images.simplejpeg_is_right.cache_clear()
+    assert len(lines) == 1 and "JPEGs are decoded by Pillow" in lines[0]
 
 
 def test_a_training_set_smaller_than_one_step_says_so(config):

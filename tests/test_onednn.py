@@ -68,6 +68,13 @@ def test_what_follows_a_product_is_done_in_order_and_broadcast():
 
 
 @needs_onednn
+def test_a_type_that_onednn_is_not_used_for_is_left_to_paddle():
+    a, b, bias = paddle.randn([7, 5]), paddle.randn([5, 6]), paddle.randn([6]).astype("float64")
+    assert onednn.product(a, b, bias=bias) is None and onednn.multiply(a, bias[:5]) is None
+    assert onednn.cast(a, paddle.float64) is None
+
+
+@needs_onednn
 def test_gelu_and_its_gradient_are_the_formulas():
     x = paddle.linspace(-6, 6, 201)
     close(onednn.gelu(x).numpy(), gelu(doubles(x)[0]))

@@ -206,12 +206,19 @@ def test_the_script_reads_paths_from_standard_input_and_prints_json(weights, ima
     assert json.loads(done.stdout) == predict(images, weights, top_k=2)
 
 
+@pytest.mark.parametrize("asked_by", ["the flag", "the config"])
 @pytest.mark.parametrize("switch", ["on", "off"])
 def test_amp_is_bfloat16_by_onednn_and_else_float32_and_says_which(
-    weights, images, monkeypatch, tmp_path, switch
+    weights, images, monkeypatch, tmp_path, switch, asked_by
 ):
     monkeypatch.setenv("RESMLP_ONEDNN", switch)
-    insist = ("-json", "-amp", "-opts", "AMP_DTYPE", "bfloat16")
+    insist = ["-json", "-opts", "AMP_DTYPE", "bfloat16", "AMP_LEVEL", "O2"]
+    if asked_by == "the flag":
+        insist.append("-amp")
+    else:
+        cfg = tmp_path / "amp.yaml"
+        cfg.write_text(weights.with_name("config.yaml").read_text() + "AMP: True\n")
+        insist += ["-cfg", cfg]
     done = run_tool("predict", *images, "-pretrained", weights, *insist, cwd=tmp_path)
     expected, found = predict(images, weights), json.loads(done.stdout)
     differences = []
@@ -222,6 +229,7 @@ def test_amp_is_bfloat16_by_onednn_and_else_float32_and_says_which(
     low, high = (1e-5, 0.05) if half else (0, 1e-6)
     assert low <= max(differences) < high
     assert done.stderr.count("AMP: ") == 1 and ("in float32" in done.stderr) == (not half)
+    assert ("this is O1" in done.stderr) == half
 
 
 def test_names_of_any_bytes_come_from_standard_input_and_go_out_as_ascii(monkeypatch, capsys):

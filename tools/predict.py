@@ -66,7 +66,7 @@ def predict(
         grid: PNG file to draw the first images and their classes into.
         show: takes each result as soon as it is there, and the length of the longest path.
         on_bad: takes the error of each image that cannot be read, which is left out.
-        amp: mixed precision, of the config's AMP_DTYPE; see `training.learner.autocast`.
+        amp: mixed precision, as the config's AMP; see `training.learner.autocast`.
 
     Returns:
         ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
@@ -79,11 +79,11 @@ def predict(
     if top_k < 1 or batch_size < 1:
         raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
     paths = find_images([images] if isinstance(images, (str, os.PathLike)) else images)
-    config = run_config(pretrained, cfg, ["AMP", amp, *opts])
+    config = run_config(pretrained, cfg, ["AMP", True, *opts] if amp else opts)
     names = find_class_names(config, class_names)
     model = load_model(config)
     if config.AMP and not gpu_count():
-        print(choose_precision(config.AMP_DTYPE)[1], file=sys.stderr)
+        print(choose_precision(config.AMP_DTYPE, config.AMP_LEVEL)[1], file=sys.stderr)
     results, views = [], []
     progress = ProgressLine("predict")
     width = max(map(len, paths))
