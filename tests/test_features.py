@@ -13,6 +13,7 @@ from config import get_config
 from resmlp import build_resmlp
 from tools.common import run_config
 from tools.features import read_features, write_features
+from tools.knn import knn_accuracies
 
 from .helpers.tiny_run import make_images, make_run, run_tool
 
@@ -101,6 +102,29 @@ def test_a_file_that_is_not_whole_is_refused(run, tmp_path, ending):
     path.unlink()
     with pytest.raises(DataError, match="cannot be read: No such file"):
         read_features(str(path))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npy"])
+def test_features_of_other_weights_are_not_mixed(run, tmp_path, ending):
+    weights, data = run
+    state = paddle.load(str(weights))
+    others = {"head": "head.bias", "body": "norm.beta"}
+    for name, parameter in others.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(weights.with_name("config.yaml").read_text())
+        changed = {**state, parameter: state[parameter] + 1e-3}
+        paddle.save(changed, str(folder / "best.pdparams"))
+    sets = {}
+    for name in ("run", *others):
+        path = weights if name == "run" else tmp_path / name / "best.pdparams"
+        output = str(tmp_path / f"{name}.{ending}")
+        write_features(config_of((path, data)), "val", output)
+        sets[name] = read_features(output)
+    for other in (sets["head"], sets["body"]._replace(weights="")):  # no mark: an older file
+        knn_accuracies(sets["run"], other, [1])
+    with pytest.raises(DataError, match=r"weights \(best.pdparams, .*same -pretrained$"):
+        knn_accuracies(sets["run"], sets["body"], [1])
 
 
 def test_what_cannot_be_written_leaves_nothing(run, tmp_path):

@@ -4,8 +4,9 @@ python tools/features.py -pretrained resmlp_12_dino_224 -cfg configs/resmlp_12_2
     -data_path /dataset/imagenet -split train -output train.safetensors
 
 The images are cropped as in evaluation, those to train on too. The output is one safetensors file
-with `features` [N, C], `labels` [N] and `names` (bytes, a path a line); or, as `.npy`, the features
-beside `.labels.npy` and `.names.txt`. tools/knn.py reads both.
+with `features` [N, C], `labels` [N] and `names` (bytes, a path a line), and the weights' name; or,
+as `.npy`, the features beside `.labels.npy`, `.names.txt` and `.weights.txt`. tools/knn.py reads
+both.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from cpu import resample
 from datasets import ImageDataset, build_dataset
+from loading.images import printable
 from loading.loader import Loader, shared_memory_fits
 from loading.samplers import EvalBatchSampler
+from port_weights.verify import checksum
 from resmlp import build_resmlp, load_state
 from storage.weights import atomic, read_weights
 from tools.common import run_config, write_file
@@ -41,6 +44,7 @@ class Features(NamedTuple):
 
     features: np.ndarray  # [N, C], float32 or float16, mapped: read from the disk where it is used
     labels: np.ndarray  # int64 [N]
+    weights: str = ""  # the name of their file, and at the end the SHA-256 of their values
 
 
 @paddle.no_grad()
@@ -64,7 +68,7 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
     """
     if Path(output).suffix not in (".safetensors", ".npy"):
         raise UserError(f"-output {output}: expected a name that ends in .safetensors or .npy")
-    model = _without_head(config)
+    model, weights = _without_head(config)
     files, evaluate = build_dataset(config, split).files, build_eval_transform(config)
     resample.prepare(lambda line: None)  # before workers are forked
     dataset = ImageDataset(files, lambda image, rng: evaluate(image))
@@ -79,7 +83,7 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
     shape, bar = (len(files), model.embed_dim), ProgressLine("features")
     try:
         with atomic(output) as file:
-            file.write(_header(output, shape, dtype, len(names)))
+            file.write(_header(output, shape, dtype, len(names), weights))
             if output.endswith(".safetensors"):
                 file.write(labels.tobytes())
             for number, (images, _, _) in enumerate(loader):
@@ -96,6 +100,7 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
             else:
                 np.save(_beside(output, ".labels.npy"), labels)
                 write_file(_beside(output, ".names.txt"), names)
+                write_file(_beside(output, ".weights.txt"), weights)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     bar.end()
@@ -103,7 +108,7 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
 
 
 def _without_head(config):
-    """The model of a config whose output are features."""
+    """The model of a config whose output are features, and `Features.weights`."""
     config = config.clone()
     config.defrost()
     config.MODEL.NUM_CLASSES = 0
@@ -113,10 +118,10 @@ def _without_head(config):
     for note in load_state(model, state, resize_tokens=config.MODEL.RESIZE_TOKENS):
         print(note)
     model.eval()
-    return model
+    return model, f"{printable(Path(config.MODEL.PRETRAINED).name)}, SHA-256 {checksum(state)}"
 
 
-def _header(output: str, shape: tuple[int, int], dtype: str, name_bytes: int) -> bytes:
+def _header(output: str, shape: tuple[int, int], dtype: str, names: int, weights: str) -> bytes:
     """What stands before the data."""
     if output.endswith(".npy"):
         about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
@@ -127,9 +132,9 @@ def _header(output: str, shape: tuple[int, int], dtype: str, name_bytes: int) ->
     parts = {  # name -> type, shape, bytes; the wider types first
         "labels": ("I64", shape[:1], 8 * shape[0]),
         "features": (_TYPES[dtype], shape, size * shape[0] * shape[1]),
-        "names": ("U8", [name_bytes], name_bytes),
+        "names": ("U8", [names], names),
     }
-    entries, end = {}, 0
+    entries, end = {"__metadata__": {"weights": weights}}, 0
     for name, (kind, sizes, count) in parts.items():
         entries[name] = {"dtype": kind, "shape": sizes, "data_offsets": [end, end + count]}
         end += count
@@ -152,10 +157,13 @@ def read_features(path: str) -> Features:
         if path.endswith(".npy"):
             features = np.load(path, mmap_mode="r")
             labels = np.load(_beside(path, ".labels.npy"))
+            about = Path(_beside(path, ".weights.txt"))
+            weights = about.read_text("utf-8") if about.is_file() else ""
         else:
             with open(path, "rb") as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
                 about = json.loads(file.read(min(start - 8, 2**20)))
+            weights = str(about.get("__metadata__", {}).get("weights", ""))
             parts = []
             for name in ("features", "labels"):
                 kind, (begin, _) = about[name]["dtype"], about[name]["data_offsets"]
@@ -169,7 +177,7 @@ def read_features(path: str) -> Features:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
         raise DataError(f"{path}: no whole file of features (tools/features.py)") from None
-    return Features(features, np.asarray(labels, "int64"))
+    return Features(features, np.asarray(labels, "int64"), weights)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def knn_accuracies(
     equal votes are counted for the smaller label.)
 
     Raises:
-        DataError: other channels; fewer than k features to learn from.
+        DataError: other channels or weights; fewer than k features to learn from.
     """
     _check(train, val)
     most, classes = max(ks), _classes(train, val)
@@ -179,6 +179,11 @@ def _check(train: Features, val: Features) -> None:
     here, there = train.features.shape[1], val.features.shape[1]
     if here != there:
         raise DataError(f"features of {here} and {there} channels: they are of different models")
+    if train.weights and val.weights and train.weights[-64:] != val.weights[-64:]:  # SHA-256
+        raise DataError(
+            f"features of different weights ({train.weights}; {val.weights}): write both with the "
+            "same -pretrained"
+        )
 
 
 def main() -> None:
