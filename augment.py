@@ -13,14 +13,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Callable, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageStat
 
 from cli.errors import ConfigError
-from cpu.resample import affine, smooth
+from cpu.resample import affine, look_up, saturate, sharpen
 
 MAX_LEVEL = 10.0
 RESAMPLE = Image.Resampling  # an operation that moves pixels interpolates with one of these
@@ -37,33 +36,76 @@ class DrawnOp(NamedTuple):
 # ---- pixels ------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1024)
-def _table(op: str, argument: int) -> list[int]:
-    """The 3 x 256 output values of an operation that looks at one value at a time."""
-    values = range(256)
-    if op == "posterize":  # keep the highest bits; ImageOps.posterize refuses to keep none
-        table = [value & (256 - (1 << (8 - argument))) for value in values]
-    elif op == "solarize":
-        table = [value if value < argument else 255 - value for value in values]
-    else:  # add to the dark half
-        table = [min(255, value + argument) if value < 128 else value for value in values]
-    return table * 3
+_VALUES = np.arange(256)
 
 
-def _posterize(image, bits, _resample, _fill):
-    return image if bits >= 8 else image.point(_table("posterize", bits))
+def _by_value(tables_of):
+    """The pixel function of what sees one value at a time: `tables_of(image, argument)` gives 256
+    output values, or 256 for each channel."""
+    return lambda image, argument, *_: look_up(image, tables_of(image, argument))
 
 
-def _solarize(image, threshold, _resample, _fill):
-    return image.point(_table("solarize", threshold))
+@_by_value
+def _auto_contrast(image, _):
+    """From the darkest to the brightest value of each channel, as ImageOps.autocontrast."""
+    tables = np.tile(_VALUES, (3, 1))
+    for i, (low, high) in enumerate(image.getextrema()):
+        if low < high:
+            scale = 255.0 / (high - low)
+            tables[i] = (_VALUES * scale - low * scale).clip(0, 255)
+    return tables
 
 
-def _solarize_add(image, amount, _resample, _fill):
-    return image.point(_table("solarize_add", amount))
+@_by_value
+def _equalize(image, _):
+    """Flattens the histogram of each channel, as ImageOps.equalize."""
+    tables = np.tile(_VALUES, (3, 1))
+    for i, counts in enumerate(np.reshape(image.histogram(), (3, 256))):
+        step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
+        if step:
+            tables[i] = ((step // 2 + counts.cumsum() - counts) // step).clip(max=255)
+    return tables
 
 
-def _enhance(enhancer):
-    return lambda image, factor, _resample, _fill: enhancer(image).enhance(factor)
+@_by_value
+def _posterize(_, bits):
+    """Keeps the highest bits. ImageOps.posterize refuses to keep none."""
+    return _VALUES & (256 - (1 << max(0, 8 - bits)))
+
+
+@_by_value
+def _solarize(_, threshold):
+    return np.where(threshold > _VALUES, _VALUES, 255 - _VALUES)
+
+
+@_by_value
+def _solarize_add(_, amount):
+    return np.where(_VALUES < 128, (_VALUES + amount).clip(max=255), _VALUES)
+
+
+def _blend(gray, factor):
+    """Tables of Image.blend, which computes in float32, of one gray and an image."""
+    gray, values = np.float32(gray), _VALUES.astype(np.float32)
+    return (gray + np.float32(factor) * (values - gray)).clip(0, 255)
+
+
+@_by_value
+def _brightness(_, factor):
+    return _blend(0, factor)
+
+
+@_by_value
+def _contrast(image, factor):
+    """About the mean brightness, as ImageEnhance.Contrast."""
+    return _blend(int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5), factor)
+
+
+def _color(image, factor, _resample, _fill):
+    return saturate(image, factor)
+
+
+def _sharpness(image, factor, _resample, _fill):
+    return sharpen(image, factor)
 
 
 def _affine(matrix_of):
@@ -80,10 +122,6 @@ def _rotation(degrees, width, height):
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
     return cos, -sin, cos * -x + -sin * -y + x, sin, cos, sin * -x + cos * -y + y
-
-
-def _sharpen(image, factor, _resample, _fill):
-    return Image.blend(smooth(image), image, factor)  # as ImageEnhance.Sharpness
 
 
 def _blur(image, radius, _resample, _fill):
@@ -123,15 +161,13 @@ def _threshold(strength, _sign):
     return min(256, int(strength * 256))
 
 
-_COLOR = _enhance(ImageEnhance.Color)
-_CONTRAST = _enhance(ImageEnhance.Contrast)
-_BRIGHTNESS = _enhance(ImageEnhance.Brightness)
 _MOVES = {"signed": True, "moves": True}
 
+
 OPS = {
-    "AutoContrast": _Op(lambda image, *_: ImageOps.autocontrast(image)),
-    "Equalize": _Op(lambda image, *_: ImageOps.equalize(image)),
-    "Invert": _Op(lambda image, *_: ImageOps.invert(image)),
+    "AutoContrast": _Op(_auto_contrast),
+    "Equalize": _Op(_equalize),
+    "Invert": _Op(_by_value(lambda *_: 255 - _VALUES)),
     "Rotate": _Op(_affine(_rotation), _signed(30.0), **_MOVES),
     "Posterize": _Op(_posterize, _bits),
     "PosterizeIncreasing": _Op(_posterize, lambda strength, sign: 4 - _bits(strength, sign)),
@@ -139,20 +175,20 @@ OPS = {
     "Solarize": _Op(_solarize, _threshold),
     "SolarizeIncreasing": _Op(_solarize, lambda strength, sign: 256 - _threshold(strength, sign)),
     "SolarizeAdd": _Op(_solarize_add, lambda strength, _: min(128, int(strength * 110))),
-    "Color": _Op(_COLOR, _factor),
-    "ColorIncreasing": _Op(_COLOR, _factor_increasing, signed=True),
-    "Contrast": _Op(_CONTRAST, _factor),
-    "ContrastIncreasing": _Op(_CONTRAST, _factor_increasing, signed=True),
-    "Brightness": _Op(_BRIGHTNESS, _factor),
-    "BrightnessIncreasing": _Op(_BRIGHTNESS, _factor_increasing, signed=True),
-    "Sharpness": _Op(_sharpen, _factor),
-    "SharpnessIncreasing": _Op(_sharpen, _factor_increasing, signed=True),
+    "Color": _Op(_color, _factor),
+    "ColorIncreasing": _Op(_color, _factor_increasing, signed=True),
+    "Contrast": _Op(_contrast, _factor),
+    "ContrastIncreasing": _Op(_contrast, _factor_increasing, signed=True),
+    "Brightness": _Op(_brightness, _factor),
+    "BrightnessIncreasing": _Op(_brightness, _factor_increasing, signed=True),
+    "Sharpness": _Op(_sharpness, _factor),
+    "SharpnessIncreasing": _Op(_sharpness, _factor_increasing, signed=True),
     "ShearX": _Op(_affine(lambda shear, w, h: (1, shear, 0, 0, 1, 0)), _signed(0.3), **_MOVES),
     "ShearY": _Op(_affine(lambda shear, w, h: (1, 0, 0, shear, 1, 0)), _signed(0.3), **_MOVES),
     # Translations are a part of the width or height, not a number of pixels.
     "TranslateXRel": _Op(_affine(lambda x, w, h: (1, 0, x * w, 0, 1, 0)), _signed(0.45), **_MOVES),
     "TranslateYRel": _Op(_affine(lambda y, w, h: (1, 0, 0, 0, 1, y * h)), _signed(0.45), **_MOVES),
-    "Grayscale": _Op(lambda image, *_: image.convert("L").convert("RGB")),
+    "Grayscale": _Op(lambda image, *_: saturate(image, 0)),
     "GaussianBlur": _Op(_blur, spread=(0.1, 2.0)),
 }
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
-from augment import Policy, build_policy, rand_augment
+from augment import Policy, apply_op, build_policy, rand_augment
 from cpu.resample import resize, resize_to_array, to_array
 from loading.images import BadImage, to_rgb, upright
 
@@ -160,7 +160,7 @@ class ColorJitter:
         strength: Half the width of the range of the factors (torchvision's `ColorJitter(s, s, s)`).
     """
 
-    OPS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    OPS = ("Brightness", "Contrast", "Color")  # of augment.py
 
     strength: float
 
@@ -175,7 +175,7 @@ class ColorJitter:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         for op, factor in self.draw(rng):
-            image = self.OPS[op](image).enhance(factor)
+            image = apply_op(self.OPS[op], image, factor)
         return image
 
 

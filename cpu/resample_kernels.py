@@ -2,8 +2,8 @@
 
 Images are ``uint32 [H, W]``, a pixel of four bytes as Pillow keeps it in memory; the arithmetic is
 done on the bytes. To give Pillow's pixels, every kernel rounds where Pillow rounds: resizing in
-integers with 22 binary places, each direction for itself, affine maps in float64, cut off at the
-end.
+integers with 22 binary places, each direction for itself, affine maps in float64 and mixtures of
+two images in float32, cut off at the end.
 
 Nothing here runs in parallel or needs the interpreter lock. Compiled code is kept beside this file,
 in ``__pycache__``, or in Numba's folder in the user's home.
@@ -22,6 +22,7 @@ _READ_ONLY_IMAGE = types.Array(types.uint32, 2, "C", readonly=True)
 _PART = types.Array(types.uint32, 2, "A", readonly=True)  # a rectangle of a larger image
 _SCALARS = [types.int64] * 5
 _MATRIX = types.UniTuple(types.float64, 6)
+_TABLES = types.Array(types.uint8, 2, "C", readonly=True)
 
 
 @njit(cache=True, inline="always")
@@ -237,6 +238,43 @@ def affine(image, matrix, fill):
             mixed[j] = np.int32(min(max(value, 0.0), 255.0))
         for x in range(width):
             out[y, x] = mixed_pixels[x] if inside[x] else fill
+    return out
+
+
+@njit(_IMAGE(_READ_ONLY_IMAGE, _TABLES), cache=True, nogil=True)
+def look_up(image, tables):
+    """Each value of channel c becomes ``tables[c, value]``; ``uint8 [3, 256]``."""
+    out = np.empty(image.shape, np.uint32)
+    pixels, result = image.reshape(image.size), out.reshape(image.size)
+    red, green, blue = tables[0], tables[1], tables[2]
+    for i in range(len(pixels)):
+        pixel = pixels[i]
+        result[i] = red[pixel & 255] | green[pixel >> 8 & 255] << 8 | blue[pixel >> 16 & 255] << 16
+    return out
+
+
+@njit(_IMAGE(_READ_ONLY_IMAGE), cache=True, nogil=True)
+def gray(image):
+    """The brightness (ITU-R 601-2, with 16 binary places) in all channels."""
+    out = np.empty(image.shape, np.uint32)
+    pixels, result = image.reshape(image.size), out.reshape(image.size)
+    for i in range(len(pixels)):
+        red, green, blue = pixels[i] & 255, pixels[i] >> 8 & 255, pixels[i] >> 16 & 255
+        result[i] = (19595 * red + 38470 * green + 7471 * blue + 32768 >> 16) * 0x10101
+    return out
+
+
+@njit(_IMAGE(_READ_ONLY_IMAGE, _READ_ONLY_IMAGE, types.float32), cache=True, nogil=True)
+def blend(first, second, factor):
+    """`first` for a factor of 0, `second` for 1; beyond that, what sets them apart grows."""
+    out = np.empty(first.shape, np.uint32)
+    result = out.view(np.uint8).reshape(4 * out.size)
+    a, b = first.view(np.uint8).reshape(4 * out.size), second.view(np.uint8).reshape(4 * out.size)
+    low, high = np.float32(0), np.float32(255)
+    for i in range(len(result)):
+        value = np.float32(a[i])
+        value += factor * (np.float32(b[i]) - value)
+        result[i] = np.int32(min(max(value, low), high))
     return out
 
 

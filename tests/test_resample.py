@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance
 
 from cpu import resample
 
@@ -90,9 +90,28 @@ def test_affine_maps_give_pillows_pixels(matrix, size):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (61, 47), (2, 9), (9, 2), (3, 3), (1, 1)])
-def test_smoothing_gives_pillows_pixels(size):
+@pytest.mark.parametrize("factor", [0.0, 0.1, 1 / 3, 0.999, 1.0, 1.0001, 1.37, 1.9, 9.1, -0.5])
+def test_saturation_and_sharpness_give_pillows_pixels(size, factor):
     image = photo(*size)
-    assert resample.smooth(image) == image.filter(ImageFilter.SMOOTH)
+    assert resample.saturate(image, factor) == ImageEnhance.Color(image).enhance(factor)
+    assert resample.sharpen(image, factor) == ImageEnhance.Sharpness(image).enhance(factor)
+
+
+def test_every_colour_has_pillows_gray():
+    for red in range(0, 256, 5):
+        image = Image.fromarray(
+            np.dstack(np.broadcast_arrays(red, *np.ogrid[:256, :256])).astype("u1")
+        )
+        assert resample.saturate(image, 0) == image.convert("L").convert("RGB")
+
+
+@pytest.mark.parametrize("switched", ["on", "off"])
+@pytest.mark.parametrize("shape", [(256,), (3, 256)])
+def test_tables_replace_the_values_of_their_channels(shape, switched, monkeypatch):
+    monkeypatch.setenv("RESMLP_NUMBA", switched)
+    tables = np.random.default_rng(0).integers(0, 256, shape)
+    expected = photo(40, 30).point(np.broadcast_to(tables, (3, 256)).ravel().tolist())
+    assert resample.look_up(photo(40, 30), tables + 0.9) == expected
 
 
 @pytest.mark.parametrize("switched", ["on", "off"])
@@ -132,7 +151,8 @@ def test_other_modes_and_filters_are_pillows(switched, monkeypatch):
     assert resample.resize(image, (20, 20), bilinear) == image.resize((20, 20), bilinear)
     assert resample.resize(gray, (20, 20), BICUBIC) == gray.resize((20, 20), BICUBIC)
     assert resample.affine(image, matrix, bilinear, FILL) == mapped(image, matrix, bilinear)
-    assert resample.smooth(gray) == gray.filter(ImageFilter.SMOOTH)
+    assert resample.saturate(gray, 0.4) == ImageEnhance.Color(gray).enhance(0.4)
+    assert resample.sharpen(gray, 0.4) == ImageEnhance.Sharpness(gray).enhance(0.4)
 
 
 def test_the_switch_leaves_everything_to_pillow_and_is_said(monkeypatch):
