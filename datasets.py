@@ -31,7 +31,7 @@ from transforms import build_eval_transform, build_train_transform
 __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader"]
 __all__ += ["class_names", "with_num_classes"]
 
-_BAD_IMAGE_HINT = f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such images"
+_SKIP_HINT = f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such images"
 
 
 @dataclass(eq=False)
@@ -43,6 +43,7 @@ class ImageDataset:
         transform: ``(image, rng) -> uint8 [H, W, 3]``; the rng hangs on the key alone.
         seed: the run's seed.
         replace_limit: how many unreadable images in a row to replace by the next one; 0: none.
+        hint: what to do about an unreadable image that ends the run.
         keep_last: keep the last image decoded, for repeated augmentation, which asks for the same
             one several times in a row.
     """
@@ -51,6 +52,7 @@ class ImageDataset:
     transform: Callable[..., np.ndarray]
     seed: int = 0
     replace_limit: int = 0
+    hint: str = VERIFY_HINT
     keep_last: bool = False
     _last: tuple[int, Image.Image] | None = None
 
@@ -72,7 +74,7 @@ class ImageDataset:
                 error = f"{self.files.where(index)}: transform failed\n{traceback.format_exc()}"
                 return _no_sample(error)
             if len(skipped) == self.replace_limit:
-                return _no_sample(f"{error} ({_BAD_IMAGE_HINT})")
+                return _no_sample(f"{error} ({self.hint})")
             skipped.append((index, error))
             index = (index + 1) % len(self)
 
@@ -138,8 +140,9 @@ def build_dataset(config, split: str) -> ImageDataset:
     if split == "train":
         skip = config.DATA.BAD_IMAGE == "skip"
         limit = config.DATA.BAD_IMAGE_LIMIT if skip else 0
-        repeated = config.TRAIN.REPEATED_AUG > 1
-        return ImageDataset(files, build_train_transform(config), config.SEED, limit, repeated)
+        hint, repeated = VERIFY_HINT if skip else _SKIP_HINT, config.TRAIN.REPEATED_AUG > 1
+        transform = build_train_transform(config)
+        return ImageDataset(files, transform, config.SEED, limit, hint, repeated)
     evaluate = build_eval_transform(config)
     return ImageDataset(files, lambda image, rng: evaluate(image))
 

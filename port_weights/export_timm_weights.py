@@ -17,7 +17,7 @@ from port_weights import names, verify
 from port_weights.architecture import infer
 from port_weights.torch_files import read_torch_weights, write_torch_weights
 from resmlp import ResMLP, load_state
-from storage.weights import KEYS, read_weights
+from storage.weights import KEYS, naming, read_weights
 
 
 def export(
@@ -36,9 +36,10 @@ def export(
         WeightsError: the file is no whole ResMLP; timm's outputs differ; it cannot be written.
     """
     file = read_weights(pretrained, key)
-    architecture = infer(file.state)
-    model = ResMLP(**architecture._asdict())
-    load_state(model, file.state)  # also tells what is missing or left over
+    with naming(file.path):
+        architecture = infer(file.state)
+        model = ResMLP(**architecture._asdict())
+        load_state(model, file.state)  # also tells what is missing or left over
     state, rows = names.from_paddle(file.state, target)
     if verify.have_timm():
         comparison = verify.compare_with_timm(model, state, architecture)

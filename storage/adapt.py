@@ -9,7 +9,7 @@ import numpy as np
 from paddle import nn
 
 from cli.errors import WeightsError
-from storage.weights import read_weights, shorten
+from storage.weights import naming, read_weights, shorten
 
 
 def load_pretrained(model: nn.Layer, config, new_head: bool = False) -> list[str]:
@@ -27,10 +27,8 @@ def load_pretrained(model: nn.Layer, config, new_head: bool = False) -> list[str
         WeightsError: the file cannot be read, or does not fit the model.
     """
     file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
-    try:
+    with naming(file.path):
         notes = load_state(model, file.state, new_head, config.MODEL.RESIZE_TOKENS)
-    except WeightsError as error:
-        raise WeightsError(f"{file.path}: {error}") from None
     return [f"weights: {file}", *notes]
 
 

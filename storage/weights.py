@@ -251,6 +251,15 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Puts the name of the file that the weights are of before a `WeightsError`."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+
+
 def write_atomically(data: bytes, path: str | os.PathLike) -> None:
     """Writes a file by `atomic`.
 

@@ -282,6 +282,7 @@ def test_a_bad_image_stops_the_run_and_is_named_with_its_line(config, tmp_path, 
         f"{tmp_path}/train_list.txt:8: {tmp_path}/train/7.png: no such file ("
     )
     assert "make_lists.py -verify" in str(caught.value)
+    assert "DATA.BAD_IMAGE skip" in str(caught.value)
     assert not multiprocessing.active_children()
 
 
@@ -352,8 +353,9 @@ def test_evaluation_never_skips(config, tmp_path, workers):
     spoil(tmp_path, 6, split="val")
     config.DATA.BAD_IMAGE = "skip"
     config.DATA.NUM_WORKERS = workers
-    with pytest.raises(DataError, match="val_list.txt:7: .*not an image"):
+    with pytest.raises(DataError, match="val_list.txt:7: .*not an image") as caught:
         passes(config, "val")
+    assert "BAD_IMAGE" not in str(caught.value)  # it would not help
 
 
 def test_a_failing_transform_arrives_with_its_traceback_and_is_not_skipped(config, monkeypatch):

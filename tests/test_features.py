@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from cli.errors import DataError, UserError
+from cli.errors import DataError, UserError, WeightsError
 from config import get_config
 from resmlp import build_resmlp
 from tools.common import run_config
@@ -100,8 +100,25 @@ def test_a_file_that_is_not_whole_is_refused(run, tmp_path, ending):
         with pytest.raises(DataError, match="no whole file of features"):
             read_features(str(path))
     path.unlink()
-    with pytest.raises(DataError, match="cannot be read: No such file"):
+    with pytest.raises(DataError, match=f"{path}: cannot be read: No such file"):
         read_features(str(path))
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], [0, -1], [0.5, 1]])
+@pytest.mark.parametrize("dtype", ["float32", "S4"])
+def test_other_numbers_than_features_and_labels_are_refused(tmp_path, labels, dtype):
+    np.save(tmp_path / "x.npy", np.zeros([2, 3], dtype))
+    with pytest.raises(DataError, match="x.labels.npy: cannot be read: No such file"):
+        read_features(str(tmp_path / "x.npy"))
+    np.save(tmp_path / "x.labels.npy", labels if dtype == "float32" else [0, 1])
+    with pytest.raises(DataError, match="x.npy: no whole file of features"):
+        read_features(str(tmp_path / "x.npy"))
+
+
+def test_weights_that_do_not_fit_are_named(run, tmp_path):
+    config = config_of(run, "MODEL.MIXER.DEPTH", 3)
+    with pytest.raises(WeightsError, match=r"/best.pdparams: the weights do not fit the model"):
+        write_features(config, "val", str(tmp_path / "x.npy"))
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "npy"])

@@ -148,6 +148,12 @@ def test_a_file_with_another_number_of_names_is_refused(weights, tmp_path):
         find_class_names(run_config(weights), tmp_path / "names.txt")
 
 
+def test_names_have_nothing_for_a_terminal_to_obey(weights, tmp_path):
+    (tmp_path / "names.txt").write_text("a\x1b[2J\nb\nc\nd\u00e9\n", encoding="utf-8")
+    found = find_class_names(run_config(weights), tmp_path / "names.txt")
+    assert found == ["a\\x1b[2J", "b", "c", "d\u00e9"]
+
+
 def test_a_thousand_classes_are_imagenets():
     config = get_config()
     config.MODEL.PRETRAINED = "nowhere/weights.pdparams"

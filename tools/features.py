@@ -31,7 +31,7 @@ from loading.loader import Loader, shared_memory_fits
 from loading.samplers import EvalBatchSampler
 from port_weights.verify import checksum
 from resmlp import build_resmlp, load_state
-from storage.weights import atomic, read_weights
+from storage.weights import atomic, naming, read_weights
 from tools.common import run_config, write_file
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine
@@ -113,9 +113,11 @@ def _without_head(config):
     config.defrost()
     config.MODEL.NUM_CLASSES = 0
     model = build_resmlp(config)
-    state = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY).state
-    state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    for note in load_state(model, state, resize_tokens=config.MODEL.RESIZE_TOKENS):
+    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    state = {name: value for name, value in file.state.items() if not name.startswith("head.")}
+    with naming(file.path):
+        notes = load_state(model, state, resize_tokens=config.MODEL.RESIZE_TOKENS)
+    for note in notes:
         print(note)
     model.eval()
     return model, f"{printable(Path(config.MODEL.PRETRAINED).name)}, SHA-256 {checksum(state)}"
@@ -173,8 +175,10 @@ def read_features(path: str) -> Features:
             features, labels = parts
         if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
             raise ValueError
+        if (features.dtype.kind, labels.dtype.kind) != ("f", "i") or labels.min() < 0:
+            raise ValueError
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
         raise DataError(f"{path}: no whole file of features (tools/features.py)") from None
     return Features(features, np.asarray(labels, "int64"), weights)

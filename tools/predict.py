@@ -132,12 +132,13 @@ def find_class_names(config, path: str | os.PathLike | None = None) -> list[str]
     count = config.MODEL.NUM_CLASSES
     beside = Path(config.MODEL.PRETRAINED).with_name("classes.txt")
     if path or beside.is_file():
-        return read_class_names(os.fspath(path or beside), count)
-    names = data_class_names(config)
+        names = read_class_names(os.fspath(path or beside), count)
+    else:
+        names = data_class_names(config)
     if names is None and count == 1000:
         names = read_class_names(str(IMAGENET_CLASSES), count)
     names = names or [f"class {label}" for label in range(count)]
-    return [printable(name) for name in names]  # those of folders may be any bytes
+    return [printable(name) for name in names]  # they may be any bytes
 
 
 @paddle.no_grad()

@@ -73,7 +73,8 @@ def prepare(archive: str, output: str, log: Callable[[str], None] = print) -> No
         names, pictures = _open(archive)
         lists = _write_tars(pictures, Path(output))
     except _DAMAGED as error:
-        raise DataError(f"{archive}: cannot be read: {error}; download it again") from None
+        reason = str(error).partition(":")[0]  # a line, of tarfile's several
+        raise DataError(f"{archive}: cannot be read: {reason}; download it again") from None
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror}") from None
     if names:
