@@ -26,6 +26,7 @@ Letters as in `resmlp`: B batch, N tokens, C channels, H hidden units; M = B * N
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextvars import ContextVar
 
 import paddle
@@ -153,10 +154,10 @@ class _Linear(PyLayer):
 
 def _tokens_forward(x, alpha, beta, w, bias, scale, mask):
     """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
-    constant = _outer(w.sum(0), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
+    constant = _outer(_column_sum(w), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
     narrow_w, narrow_x = _narrow(w), _narrow(x)
     then = [("multiply", alpha.flatten() * scale), ("add", constant * scale)]
-    then += [("add", x)] if mask is None else [("multiply", mask), ("add", x)]
+    then += _masked(mask, x)
     y = _product(narrow_w, narrow_x, transpose_a=True, then=then, dtype=x.dtype)
     return y, narrow_x, narrow_w, constant
 
@@ -173,24 +174,24 @@ class _MixTokens(PyLayer):
     @once_differentiable
     def backward(ctx, grad):
         x, narrow_w, alpha, beta, w, scale, mask, constant = ctx.saved_tensor()
-        branch = grad if mask is None else grad * mask  # of (w^T x) * factor + scale * constant
+        # The branch is mask * ((w^T x) * factor + scale * constant).
         factor = alpha.flatten() * scale
-        narrow = _cast(branch, x.dtype)
-        back = _product(narrow_w, narrow)  # [B, N, C], of x * factor
+        narrow = _cast(grad, x.dtype)
+        back = _product(narrow_w, narrow, then=_masked(mask))  # [B, N, C], of x * factor
         d_factor = _column_sum(_multiply(back, x))  # [C]
-        d_constant = _batch_sum(branch)  # [N, C], before the LayerScale
-        d_scale = d_factor * alpha.flatten() + (d_constant * constant).sum(0)
+        d_constant = _batch_sum(grad, mask)  # [N, C], before the LayerScale
+        d_scale = d_factor * alpha.flatten() + _column_sum(d_constant * constant)
         d_constant = d_constant * scale
         d_w = _product(x, _multiply(narrow, factor), transpose_b=True, dtype=grad.dtype)
-        d_w = _batch_sum(d_w)  # [B, N, N] -> [N, N]
+        d_w = _batch_sum(d_w, mask)  # [B, N, N] -> [N, N]
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
         return _only_needed(
             ctx,
             _multiply(_cast(back, grad.dtype), factor, then=[("add", grad)]),
             (d_factor * scale).reshape(alpha.shape),
-            paddle.matmul(w.sum(0), d_constant).reshape(beta.shape),
+            paddle.matmul(_column_sum(w), d_constant).reshape(beta.shape),
             d_w,
-            d_constant.sum(1),
+            _row_sum(d_constant),
             d_scale,
         )
 
@@ -202,14 +203,10 @@ def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_h
     """
     folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
     folded2 = _narrow(_multiply(w2, scale))  # [H, C]
-    rows = x.reshape([-1, x.shape[-1]])  # [M, C]
-    narrow = _narrow(rows)
-    hidden, *rest = first_half(narrow, folded1, bias1 + paddle.matmul(beta.flatten(), w1))  # [M, H]
-    then = [("add", rows)]
-    if mask is not None:
-        of_row = mask.expand([-1, x.shape[1], -1]).reshape([-1, 1])  # [B, 1, 1] -> [M, 1]
-        then.insert(0, ("multiply", of_row))
-    y = _product(hidden, folded2, bias=bias2 * scale, then=then, dtype=x.dtype).reshape(x.shape)
+    narrow = _narrow(x)
+    bias1 = bias1 + paddle.matmul(beta.flatten(), w1)
+    hidden, *rest = first_half(narrow, folded1, bias1)  # [B, N, H]
+    y = _product(hidden, folded2, bias=bias2 * scale, then=_masked(mask, x), dtype=x.dtype)
     return y, narrow, folded1, folded2, hidden, *rest
 
 
@@ -226,25 +223,22 @@ class _MixChannels(PyLayer):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2 = ctx.saved_tensor()
+        x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2 = ctx.saved_tensor()
         hidden, gelu_gradient = ctx.gelu
         del ctx.gelu
-        channels, wide = grad.shape[-1], grad.dtype
-        branch = (grad if mask is None else grad * mask).reshape([-1, channels])  # [M, C]
-        narrow = _cast(branch, rows.dtype)
-        d_folded2 = _product(hidden, narrow, transpose_a=True, dtype=wide)  # [H, C]
+        wide = grad.dtype
+        branch = _cast(grad, x.dtype)
+        branch = branch if mask is None else _scale_rows(mask, branch)  # [B, N, C]
+        d_folded2 = _product(_rows(hidden), _rows(branch), transpose_a=True, dtype=wide)  # [H, C]
         del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_before = gelu_gradient(_product(narrow, folded2, transpose_b=True))  # [M, H]
+        d_before = gelu_gradient(_product(branch, folded2, transpose_b=True))  # [B, N, H]
         del gelu_gradient
-        d_folded1 = _product(rows, d_before, transpose_a=True, dtype=wide)  # [C, H]
+        d_folded1 = _product(_rows(x), _rows(d_before), transpose_a=True, dtype=wide)  # [C, H]
         d_bias1 = _column_sum(d_before)
-        grad_rows = grad.reshape([-1, channels])
-        then = [("add", grad_rows)]
-        d_x = _product(d_before, folded1, transpose_b=True, then=then, dtype=wide)
         return _only_needed(
             ctx,
-            d_x.reshape(grad.shape),
+            _product(d_before, folded1, transpose_b=True, then=[("add", grad)], dtype=wide),
             _row_sum(d_folded1 * w1).reshape(alpha.shape),
             paddle.mv(w1, d_bias1).reshape(beta.shape),
             _scale_rows(alpha, d_folded1).add_(_outer(beta.flatten(), d_bias1)),
@@ -262,8 +256,13 @@ def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=(), dty
     if y is not None:
         return y
     dtype, a, b = dtype or a.dtype, _wide(a), _wide(b)
-    y = paddle.matmul(a, b, transpose_a, transpose_b) if bias is None else paddle.addmm(bias, a, b)
+    y = paddle.matmul(a, b, transpose_a, transpose_b) if bias is None else _linear(a, b, bias)
     return _cast(onednn.go_on(y, then), dtype)
+
+
+def _linear(x, weight, bias):
+    """``x @ weight + bias``, where ``addmm`` adds within the product."""
+    return paddle.addmm(bias, _rows(x), weight).reshape([*x.shape[:-1], -1])
 
 
 def _multiply(a, b, then=()):
@@ -276,7 +275,7 @@ def _gelu_of_product(rows, weight, bias):
     """``gelu(rows @ weight + bias)``, alone in a tuple."""
     y = onednn.product(rows, weight, bias=bias, gelu=True)
     if y is None:
-        y = _cast(F.gelu(paddle.addmm(bias, _wide(rows), _wide(weight))), rows.dtype)
+        y = _cast(F.gelu(_linear(_wide(rows), _wide(weight), bias)), rows.dtype)
     return (y,)
 
 
@@ -314,22 +313,41 @@ def _cast(x, dtype):
     return x.astype(dtype) if y is None else y
 
 
-def _column_sum(x):
-    """The sum over all axes but the last, as a product with ones: ``[..., C] -> [C]``."""
-    rows = x.reshape([-1, x.shape[-1]])
+def _column_sum(x, weights=None):
+    """The sum over all axes but the last, as a product with ones, or other ``weights`` of the
+    rows: ``[..., C] -> [C]``."""
+    rows = _rows(x)
+    if weights is None:
+        weights = _ones(rows.shape[0], x.dtype)
     if x.dtype != paddle.bfloat16:
-        return paddle.matmul(paddle.ones([rows.shape[0]], x.dtype), rows)
-    ones = paddle.ones([1, rows.shape[0]], x.dtype)
-    return _product(ones, rows, dtype=paddle.float32).flatten()
+        return paddle.matmul(weights, rows)
+    sums = _product(rows, weights.unsqueeze(1), transpose_a=True, dtype=paddle.float32)
+    return sums.flatten()
 
 
-def _batch_sum(x):
-    """The sum over the first axis, likewise."""
-    return _column_sum(x.reshape([x.shape[0], -1])).reshape(x.shape[1:])
+def _batch_sum(x, mask):
+    """The sum over the first axis of ``mask * x``, likewise."""
+    mask = None if mask is None else mask.flatten()
+    return _column_sum(x.reshape([x.shape[0], -1]), mask).reshape(x.shape[1:])
 
 
 def _row_sum(x):
-    return paddle.mv(x, paddle.ones([x.shape[1]], x.dtype))
+    return paddle.mv(x, _ones(x.shape[1], x.dtype))
+
+
+@functools.cache
+def _ones(count, dtype):
+    return paddle.ones([count], dtype)
+
+
+def _rows(x):
+    """``[B, N, C] -> [M, C]``."""
+    return x.reshape([-1, x.shape[-1]])
+
+
+def _masked(mask, x=None):
+    """What follows a product: the drop path's ``mask``, the residual ``x``, whichever there is."""
+    return [(name, t) for name, t in (("multiply", mask), ("add", x)) if t is not None]
 
 
 def _outer(a, b):
@@ -337,8 +355,8 @@ def _outer(a, b):
 
 
 def _scale_rows(a, x):
-    """``a[i] * x[i]``, without the broadcast of ``[C, 1]``, which is slow."""
-    return _outer(a, paddle.ones([x.shape[1]], x.dtype)).multiply_(x)
+    """``a[i] * x[i]``, seen as ``[1, rows, rest]``, whose middle axis oneDNN takes for channels."""
+    return _multiply(x.reshape([1, a.size, -1]), a.reshape([1, -1, 1])).reshape(x.shape)
 
 
 def _wants_gradient(*inputs):
