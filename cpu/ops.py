@@ -157,7 +157,7 @@ def _tokens_forward(x, alpha, beta, w, bias, scale, mask):
     constant = _outer(_column_sum(w), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
     narrow_w, narrow_x = _narrow(w), _narrow(x)
     then = [("multiply", alpha.flatten() * scale), ("add", constant * scale)]
-    then += _masked(mask, x)
+    then += _residual(x, mask)
     y = _product(narrow_w, narrow_x, transpose_a=True, then=then, dtype=x.dtype)
     return y, narrow_x, narrow_w, constant
 
@@ -174,16 +174,15 @@ class _MixTokens(PyLayer):
     @once_differentiable
     def backward(ctx, grad):
         x, narrow_w, alpha, beta, w, scale, mask, constant = ctx.saved_tensor()
-        # The branch is mask * ((w^T x) * factor + scale * constant).
+        branch = _branch_gradient(grad, mask, x.dtype)  # of (w^T x) * factor + scale * constant
         factor = alpha.flatten() * scale
-        narrow = _cast(grad, x.dtype)
-        back = _product(narrow_w, narrow, then=_masked(mask))  # [B, N, C], of x * factor
+        back = _product(narrow_w, branch)  # [B, N, C], of x * factor
         d_factor = _column_sum(_multiply(back, x))  # [C]
         d_constant = _batch_sum(grad, mask)  # [N, C], before the LayerScale
         d_scale = d_factor * alpha.flatten() + _column_sum(d_constant * constant)
         d_constant = d_constant * scale
-        d_w = _product(x, _multiply(narrow, factor), transpose_b=True, dtype=grad.dtype)
-        d_w = _batch_sum(d_w, mask)  # [B, N, N] -> [N, N]
+        d_w = _product(x, _multiply(branch, factor), transpose_b=True, dtype=grad.dtype)
+        d_w = _batch_sum(d_w)  # [B, N, N] -> [N, N]
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
         return _only_needed(
             ctx,
@@ -206,7 +205,7 @@ def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_h
     narrow = _narrow(x)
     bias1 = bias1 + paddle.matmul(beta.flatten(), w1)
     hidden, *rest = first_half(narrow, folded1, bias1)  # [B, N, H]
-    y = _product(hidden, folded2, bias=bias2 * scale, then=_masked(mask, x), dtype=x.dtype)
+    y = _product(hidden, folded2, bias=bias2 * scale, then=_residual(x, mask), dtype=x.dtype)
     return y, narrow, folded1, folded2, hidden, *rest
 
 
@@ -227,8 +226,7 @@ class _MixChannels(PyLayer):
         hidden, gelu_gradient = ctx.gelu
         del ctx.gelu
         wide = grad.dtype
-        branch = _cast(grad, x.dtype)
-        branch = branch if mask is None else _scale_rows(mask, branch)  # [B, N, C]
+        branch = _branch_gradient(grad, mask, x.dtype)  # [B, N, C]
         d_folded2 = _product(_rows(hidden), _rows(branch), transpose_a=True, dtype=wide)  # [H, C]
         del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
@@ -313,22 +311,19 @@ def _cast(x, dtype):
     return x.astype(dtype) if y is None else y
 
 
-def _column_sum(x, weights=None):
-    """The sum over all axes but the last, as a product with ones, or other ``weights`` of the
-    rows: ``[..., C] -> [C]``."""
+def _column_sum(x):
+    """The sum over all axes but the last, as a product with ones: ``[..., C] -> [C]``."""
     rows = _rows(x)
-    if weights is None:
-        weights = _ones(rows.shape[0], x.dtype)
+    ones = _ones(rows.shape[0], x.dtype)
     if x.dtype != paddle.bfloat16:
-        return paddle.matmul(weights, rows)
-    sums = _product(rows, weights.unsqueeze(1), transpose_a=True, dtype=paddle.float32)
-    return sums.flatten()
+        return paddle.matmul(ones, rows)
+    return _product(rows, ones.unsqueeze(1), transpose_a=True, dtype=paddle.float32).flatten()
 
 
-def _batch_sum(x, mask):
-    """The sum over the first axis of ``mask * x``, likewise."""
-    mask = None if mask is None else mask.flatten()
-    return _column_sum(x.reshape([x.shape[0], -1]), mask).reshape(x.shape[1:])
+def _batch_sum(x, mask=None):
+    """The sum over the first axis, likewise, of ``mask * x``; not for bfloat16."""
+    weights = _ones(x.shape[0], x.dtype) if mask is None else mask.flatten()
+    return paddle.matmul(weights, x.reshape([x.shape[0], -1])).reshape(x.shape[1:])
 
 
 def _row_sum(x):
@@ -345,9 +340,15 @@ def _rows(x):
     return x.reshape([-1, x.shape[-1]])
 
 
-def _masked(mask, x=None):
-    """What follows a product: the drop path's ``mask``, the residual ``x``, whichever there is."""
-    return [(name, t) for name, t in (("multiply", mask), ("add", x)) if t is not None]
+def _residual(x, mask):
+    """What follows a branch's last product."""
+    return [("add", x)] if mask is None else [("multiply", mask), ("add", x)]
+
+
+def _branch_gradient(grad, mask, dtype):
+    """The gradient of a branch before its `_residual`, in the precision of products."""
+    grad = _cast(grad, dtype)
+    return grad if mask is None else _scale_rows(mask, grad)
 
 
 def _outer(a, b):
