@@ -28,7 +28,7 @@ _TABLES = types.Array(types.uint8, 2, "C", readonly=True)
 @njit(cache=True, inline="always")
 def _cubic(a, b, c, d, t):
     """The cubic through b (t = 0) and c (t = 1) of convolution interpolation with a = -1."""
-    return b + t * ((c - a) + t * ((2.0 * (a - b) + c - d) + t * (b - a - c + d)))
+    return b + t * ((c - a) + t * ((2 * (a - b) + c - d) + t * (b - a - c + d)))
 
 
 @njit(cache=True)
@@ -182,62 +182,115 @@ def _with_edges(image):
     return out
 
 
+# Loops along arrays are functions: within a larger one, LLVM does not see that all can be vectors.
+
+
+@njit(cache=True)
+def _places(matrix, y, height, width, first, across, down):
+    """Where the pixels of row y come from.
+
+    Args:
+        first: filled with the index, in the image with edges, of the first of 4 x 4 neighbours.
+        across, down: filled with how far they lie from the second to the third, 0 to 1.
+
+    Returns:
+        Start and stop of those inside of the image; whether any lies between columns, between rows.
+    """
+    start, stop, stride = width, 0, np.int32(width + 4)
+    between_columns = between_rows = False
+    for x in range(width):
+        u = matrix[0] * (x + 0.5) + matrix[1] * (y + 0.5) + matrix[2]
+        v = matrix[3] * (x + 0.5) + matrix[4] * (y + 0.5) + matrix[5]
+        inside = (u >= 0.0) & (u < width) & (v >= 0.0) & (v < height)
+        start, stop = min(start, x if inside else width), max(stop, x + 1 if inside else 0)
+        u, v = u - 0.5, v - 0.5
+        column, row = np.floor(u), np.floor(v)
+        first[x] = np.int32(row + 1.0) * stride + np.int32(column + 1.0)
+        across[x], down[x] = u - column, v - row
+        between_columns |= inside & (u != column)
+        between_rows |= inside & (v != row)
+    return start, stop, between_columns, between_rows
+
+
+@njit(cache=True)
+def _is_run(index):
+    run = True
+    for x in range(len(index)):
+        run &= index[x] - np.uint32(x) == index[0]
+    return run
+
+
+@njit(cache=True)
+def _gather(pixels, index, is_run, out):
+    if is_run:
+        pixels = pixels[index[0] :]
+        for x in range(len(index)):
+            out[x] = pixels[x]
+    else:
+        for x in range(len(index)):
+            out[x] = pixels[index[x]]
+
+
+@njit(cache=True)
+def _to_bytes(values, out):
+    """Repeats the value of a pixel for each of its bytes."""
+    for x in range(len(values)):
+        for j in range(4 * x, 4 * x + 4):
+            out[j] = values[x]
+
+
+@njit(cache=True)
+def _interpolate(lines, t, out):
+    a, b, c, d = lines[0], lines[1], lines[2], lines[3]
+    for j in range(len(out)):  # 0 +: bytes become larger integers
+        out[j] = _cubic(0 + a[j], 0 + b[j], 0 + c[j], 0 + d[j], t[j])
+
+
+@njit(cache=True)
+def _interpolate_to_bytes(lines, t, out):
+    a, b, c, d = lines[0], lines[1], lines[2], lines[3]
+    for j in range(len(out)):
+        value = np.int32(_cubic(0 + a[j], 0 + b[j], 0 + c[j], 0 + d[j], t[j]))
+        out[j] = min(max(value, 0), 255)
+
+
 @njit(_IMAGE(_READ_ONLY_IMAGE, _MATRIX, types.uint32), cache=True, nogil=True)
 def affine(image, matrix, fill):
     """Bicubic affine map without antialiasing, same size; `matrix` takes output to input pixels.
 
-    The four neighbours in each direction are first gathered, a row at a time, so that the
-    arithmetic runs along arrays. Where a row lies on whole pixels in one direction (shears and
-    shifts), that direction needs no neighbours.
+    The neighbours are first gathered, a row at a time, so that the arithmetic runs along arrays:
+    4 x 4 of them, or 4 where a row lies on whole pixels in one direction (shears and shifts).
     """
     height, width = image.shape
-    image = _with_edges(image)
+    stride = width + 4
+    pixels = _with_edges(image).reshape((height + 4) * stride)
     out = np.empty((height, width), np.uint32)
-    inside = np.empty(width, np.bool_)
-    column, row = np.empty(width, np.uint32), np.empty(width, np.uint32)  # of the first neighbour
-    right, down = np.empty(4 * width), np.empty(4 * width)  # of the second, for each byte
-    neighbours = np.empty((4, width), np.uint32)
-    values = neighbours.view(np.uint8)
-    lines = np.empty((4, 4 * width))
-    mixed = np.empty(4 * width, np.uint8)
-    mixed_pixels = mixed.view(np.uint32)
+    first, neighbours = np.empty(width, np.uint32), np.empty((4, width), np.uint32)
+    across, down, t = np.empty(width), np.empty(width), np.empty(4 * width)
+    values, lines = neighbours.view(np.uint8), np.empty((4, 4 * width))
     for y in range(height):
-        between_columns = between_rows = False
-        for x in range(width):
-            u = matrix[0] * (x + 0.5) + matrix[1] * (y + 0.5) + matrix[2]
-            v = matrix[3] * (x + 0.5) + matrix[4] * (y + 0.5) + matrix[5]
-            inside[x] = 0.0 <= u < width and 0.0 <= v < height
-            if not inside[x]:
-                u = v = 0.5
-            second_column, second_row = math.floor(u - 0.5), math.floor(v - 0.5)
-            column[x], row[x] = second_column + 1, second_row + 1
-            for j in range(4 * x, 4 * x + 4):
-                right[j], down[j] = u - 0.5 - second_column, v - 0.5 - second_row
-            between_columns |= right[4 * x] != 0.0
-            between_rows |= down[4 * x] != 0.0
-        for i in range(4):
-            if i != 1 and not between_rows:
-                continue
+        start, stop, between_columns, between_rows = _places(
+            matrix, y, height, width, first, across, down
+        )
+        out[y] = fill
+        if start >= stop:
+            continue
+        index, result = first[start:stop], out[y, start:stop].view(np.uint8)
+        is_run = _is_run(index)
+        if between_columns and between_rows:
+            _to_bytes(across[start:stop], t)
+            for i in range(4):
+                for k in range(4):
+                    _gather(pixels[i * stride + k :], index, is_run, neighbours[k])
+                _interpolate(values, t, lines[i, : len(result)])
+            _to_bytes(down[start:stop], t)
+            _interpolate_to_bytes(lines, t, result)
+        else:
+            _to_bytes(down[start:stop] if between_rows else across[start:stop], t)
             for k in range(4):
-                if k == 1 or between_columns:
-                    for x in range(width):
-                        neighbours[k, x] = image[row[x] + np.uint32(i), column[x] + np.uint32(k)]
-            if between_columns:
-                for j in range(4 * width):
-                    a, b = np.float64(values[0, j]), np.float64(values[1, j])
-                    c, d = np.float64(values[2, j]), np.float64(values[3, j])
-                    lines[i, j] = _cubic(a, b, c, d, right[j])
-            else:
-                line, value = lines[i], values[1]  # `lines[i] = value` takes twice as long
-                for j in range(4 * width):
-                    line[j] = value[j]
-        for j in range(4 * width):
-            value = lines[1, j]
-            if between_rows:
-                value = _cubic(lines[0, j], value, lines[2, j], lines[3, j], down[j])
-            mixed[j] = np.int32(min(max(value, 0.0), 255.0))
-        for x in range(width):
-            out[y, x] = mixed_pixels[x] if inside[x] else fill
+                offset = k * stride + 1 if between_rows else stride + k
+                _gather(pixels[offset:], index, is_run, neighbours[k])
+            _interpolate_to_bytes(values, t, result)
     return out
 
 

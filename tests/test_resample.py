@@ -89,6 +89,16 @@ def test_affine_maps_give_pillows_pixels(matrix, size):
     assert resample.affine(image, matrix, BICUBIC, FILL) == mapped(image, matrix)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_any_affine_map_gives_pillows_pixels(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        image = photo(*map(int, rng.integers(1, 70, 2)), seed)
+        matrix = np.where(rng.random(6) < 0.5, (1, 0, 0, 0, 1, 0), rng.normal(0, (1, 1, 30) * 2))
+        matrix = tuple(matrix.round(rng.integers(0, 4)).tolist())  # often on whole pixels
+        assert resample.affine(image, matrix, BICUBIC, FILL) == mapped(image, matrix), matrix
+
+
 @pytest.mark.parametrize("size", [(64, 64), (61, 47), (2, 9), (9, 2), (3, 3), (1, 1)])
 @pytest.mark.parametrize("factor", [0.0, 0.1, 1 / 3, 0.999, 1.0, 1.0001, 1.37, 1.9, 9.1, -0.5])
 def test_saturation_and_sharpness_give_pillows_pixels(size, factor):
