@@ -147,7 +147,7 @@ def test_predictions_and_the_exported_model_turn_images_as_the_run_does(tmp_path
         assert [label for label, _ in found] == [label for label, _ in expected]
         np.testing.assert_allclose([p for _, p in found], [p for _, p in expected], rtol=1e-4)
 
-    described = tmp_path / "False" / "model.metadata.json"
+    described = tmp_path / "False" / "model.metadata"
     metadata = json.loads(described.read_text())
     del metadata["exif_orientation"]  # of a model that was exported before there was the key
     described.write_text(json.dumps(metadata))

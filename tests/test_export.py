@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image
 
@@ -330,6 +331,13 @@ def test_classes_are_those_of_predict(exported, weights, tmp_path):
             assert label == entry["class"] and abs(share - entry["confidence"]) < 1e-5
 
 
+def test_paddle_itself_loads_it(weights, tmp_path, logits):
+    """As a teacher does; it takes every JSON file of that name for a part of the network."""
+    export(weights, tmp_path)
+    found = paddle.jit.load(str(tmp_path / "model"))(paddle.to_tensor(normalized(UNSEEN)))
+    assert_near(found.numpy(), logits)
+
+
 def test_bfloat16_is_near(weights, tmp_path, logits):
     export(weights, tmp_path)
     found = open_paddle(model_file(tmp_path), bf16=True)(normalized(UNSEEN))
@@ -355,10 +363,16 @@ def test_inference_needs_none_of_the_training_code(exported_whole, tmp_path):
     assert all(row.split("  ")[-1] in NAMES for row in rows)
 
 
+@pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="there may be a GPU")
+def test_a_gpu_that_the_package_knows_nothing_of_is_refused(exported):
+    with pytest.raises(ModelError, match="-gpu needs"):
+        load(exported[1], gpu=True)
+
+
 def test_a_model_without_metadata_is_refused(exported, tmp_path):
     folder, file, _ = exported
     for part in folder.iterdir():
-        if not part.name.endswith(".metadata.json"):
+        if not part.name.endswith(".metadata"):
             shutil.copy(part, tmp_path)
     if file.suffix == ".onnx":
         onnx = pytest.importorskip("onnx")
@@ -383,7 +397,7 @@ def copy_with_metadata(exported, folder, change):
         onnx.helper.set_model_props(model, {**found, **texts})
         onnx.save(model, str(file))
     else:
-        described = folder / "model.metadata.json"
+        described = folder / "model.metadata"
         described.write_text(json.dumps({**json.loads(described.read_text()), **change}))
     return file
 
@@ -412,9 +426,10 @@ def test_metadata_that_do_not_fit_are_refused_by_their_key(exported, tmp_path, c
 def test_metadata_that_are_no_object_are_refused(tmp_path, monkeypatch, content):
     monkeypatch.setattr(infer_module, "open_paddle", lambda *_: None)
     (tmp_path / "model.json").touch()
-    (tmp_path / "model.metadata.json").write_text(content)
-    with pytest.raises(ModelError, match="model.metadata.json: not from export.py: it is"):
-        load(tmp_path / "model.json")
+    for name in ("model.metadata.json", "model.metadata"):  # the first of an earlier export
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ModelError, match=f"{name}: not from export.py: it is"):
+            load(tmp_path / "model.json")
 
 
 def test_an_onnx_file_from_elsewhere_is_told_by_what_its_metadata_lack(exported, tmp_path):

@@ -173,7 +173,7 @@ def test_lists_without_an_image_to_validate_on_are_pointed_out(tmp_path):
         ("a.png,x\nnone.png,y\n", "labels.csv:2: .*none.png: no such file"),
         ("a.png,x\n../a.png,y\n", "labels.csv:2: '../a.png' is not inside"),
         ("a.png,x\n./a.png,y\n", "'a.png' is listed more than once"),
-        ("a.png,x\na\0.png,y\n", "labels.csv:"),
+        ("a.png,x\na\0.png,y\n", "labels.csv: .*path,label in UTF-8"),
         ("a.png,x\n", "found 1 classes"),
         ("", "found 0 classes"),
     ],

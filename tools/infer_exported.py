@@ -155,7 +155,9 @@ def load(
         described = path
         run, metadata = open_onnx(path, gpu, threads)
     else:
-        described = _beside(path, ".metadata.json")
+        earlier = path.with_suffix(".metadata.json")  # what it was called once
+        kept = earlier.is_file() and not path.with_suffix(".metadata").is_file()
+        described = earlier if kept else _beside(path, ".metadata")
         try:
             metadata = json.loads(described.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -230,6 +232,8 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
+    if not set(providers) <= set(onnxruntime.get_available_providers()):
+        raise ModelError("-gpu needs `pip install onnxruntime-gpu`, in the place of onnxruntime")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         texts = session.get_modelmeta().custom_metadata_map
@@ -273,11 +277,14 @@ def open_paddle(
     weights = _beside(path, ".pdiparams")  # without them Paddle would compute NaN
     warnings.filterwarnings("ignore", message="No ccache found")  # nothing is compiled here
     try:
+        import paddle
         from paddle import inference
     except ImportError:
         raise ModelError(f"{path}: running it needs `pip install paddlepaddle`") from None
     config = inference.Config(str(path), str(weights))
     config.disable_glog_info()
+    if gpu and not paddle.is_compiled_with_cuda():
+        raise ModelError("-gpu needs a Paddle that was built with CUDA; this one is for CPUs")
     if gpu:
         config.enable_use_gpu(256, 0)  # MB to begin with, device
     else:

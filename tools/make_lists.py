@@ -236,7 +236,7 @@ def _read_csv(file: str, root: str) -> list[Entry]:
                 entries.append((path, fields[1]))
     except (OSError, csv.Error, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{file}: {reason.lower()}") from None
+        raise DataError(f"{file}: {reason.lower()}; expected path,label in UTF-8") from None
     repeated = [path for path, count in Counter(path for path, _ in entries).items() if count > 1]
     if repeated:
         raise DataError(f"{file}: {repeated[0]!r} is listed more than once")

@@ -62,7 +62,7 @@ _RUN = ("config.yaml", "log.txt", "metrics.jsonl", "curves.png", "last.pdparams"
 _PICTURES = ("index.html", "token_mixing.png", "magnitudes.png", "contributions.png", "batch.png")
 _REPORT = ("eval.json", "per_class.csv", "confusion.png", "report.json", "mistakes.png")
 _EXPORTED = (
-    *("model.json", "model.pdiparams", "model.metadata.json"),
+    *("model.json", "model.pdiparams", "model.metadata"),
     *("model.onnx", "model.safetensors"),
 )
 LEAVES = {
