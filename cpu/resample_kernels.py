@@ -14,7 +14,8 @@ import math
 import numpy as np
 from numba import njit, types
 
-_STRIP = 32  # rows turned at once: 500 of their pixels fill a first-level cache twice
+_STRIP = 40  # rows turned at once: few, for the first-level cache, and no power of two, in whose
+# multiples a cache has few places
 _PLACES = 22  # binary places of a weight
 
 _IMAGE = types.Array(types.uint32, 2, "C")
@@ -147,13 +148,15 @@ def resize_width(image, offset, old, new, start, stop):
     total = np.empty(4 * _STRIP, np.int32)
     for top in range(0, image.shape[0], _STRIP):
         rows = min(_STRIP, image.shape[0] - top)
-        for x in range(right - left):
-            for y in range(rows):
-                strip[x, y] = image[top + y, left - offset + x]
+        for y in range(rows):  # read and written along rows, as they lie in memory
+            row = image[top + y, left - offset :]
+            for x in range(right - left):
+                strip[x, y] = row[x]
         _mix_lines(strip.view(np.uint8), first, count, weights, mixed.view(np.uint8), total)
         for y in range(rows):
+            row = out[top + y]
             for x in range(width):
-                out[top + y, x] = mixed[x, y]
+                row[x] = mixed[x, y]
     return out
 
 
