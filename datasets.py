@@ -25,7 +25,7 @@ from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder,
 from loading.images import BadImage, open_image, read_image, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
-from storage.weights import shorten
+from storage.weights import shorten, unreachable
 from transforms import build_eval_transform, build_train_transform
 
 __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader"]
@@ -133,8 +133,9 @@ def build_dataset(config, split: str) -> ImageDataset:
     files.exif_orientation = config.DATA.EXIF_ORIENTATION
     if not archives.exists(files.path(0)):  # the others are missed when they are read
         slashes = " with forward slashes" if b"\\" in files.name(0) else ""
+        reason = unreachable(files.path(0)).lower() or "no such file"
         raise DataError(
-            f"{files.where(0)}: no such file; the paths of a list are relative to {root}{slashes}"
+            f"{files.where(0)}: {reason}; the paths of a list are relative to {root}{slashes}"
         )
     files.open_archives()
     if split == "train":

@@ -236,6 +236,12 @@ def test_backslashes_in_a_list_are_pointed_out(config, tmp_path):
         build_dataset(config, "train")
 
 
+def test_a_first_image_that_cannot_be_looked_for_says_why(config, tmp_path):
+    (tmp_path / "train_list.txt").write_text(f"train/{'0' * 300}.png 0\n")
+    with pytest.raises(DataError, match="train_list.txt:1: .*.png: file name too long; the paths"):
+        build_dataset(config, "train")
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_classes_without_an_image_are_one_warning_a_split(config, tmp_path, named):
     if named:
