@@ -12,6 +12,7 @@
 set -eu
 cd "$(dirname "$0")"
 . ./setup_env.sh
+[ $# -eq 0 ] || die "run_demo.sh takes environment variables (its first lines), no arguments: $*"
 
 config=./configs/resmlp_demo.yaml
 data=${DEMO_DATA:-demo/data}

@@ -220,6 +220,12 @@ def test_the_demo_has_a_short_form_in_a_folder_of_its_own(sandbox):
     assert "-output=elsewhere " in calls[1] and calls[1].endswith("TRAIN.NUM_EPOCHS 3")
 
 
+def test_the_demo_passes_over_no_argument(sandbox):
+    result = sandbox.run("run_demo.sh", "-epochs", "2")
+    assert result.returncode == 2 and "no arguments: -epochs 2" in result.stderr
+    assert not sandbox.calls(".py")
+
+
 # ------------------------------------------------------ run_train_multi.sh, run_eval_multi.sh
 def test_the_launch_scripts_without_settings_are_ppvits_commands(sandbox):
     train = sandbox.run("run_train_multi.sh", DRY_RUN="1").stdout.split()
