@@ -184,6 +184,7 @@ def test_the_table_names_an_image_once():
         "a/1.png     93.45 %  cat",
         "             6.55 %  dog",
     ]
+    assert "\x1b" not in table_rows({"image": "\x1b[2J.png", "predictions": [one]}, 7)
 
 
 def test_csv_quotes_names_with_commas():

@@ -189,7 +189,7 @@ def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[di
 
 # ---------------------------------------------------------------------------------- output
 def table_rows(result: dict, width: int) -> str:
-    lines, path = [], result["image"]
+    lines, path = [], printable(result["image"])
     for entry in result["predictions"]:
         lines.append(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
         path = ""  # named once
