@@ -37,6 +37,7 @@ class DrawnOp(NamedTuple):
 
 
 _VALUES = np.arange(256)
+_GRADIENT = Image.fromarray(_VALUES[None].astype(np.uint8))  # one row of them
 
 
 def _by_value(tables_of):
@@ -84,9 +85,8 @@ def _solarize_add(_, amount):
 
 
 def _blend(gray, factor):
-    """Tables of Image.blend, which computes in float32, of one gray and an image."""
-    gray, values = np.float32(gray), _VALUES.astype(np.float32)
-    return (gray + np.float32(factor) * (values - gray)).clip(0, 255)
+    """What Image.blend makes of each value and a constant one."""
+    return np.asarray(Image.blend(Image.new("L", (256, 1), gray), _GRADIENT, factor))
 
 
 @_by_value

@@ -27,7 +27,7 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def prepare(log: Callable[[str], None] = print) -> None:
-    """Loads the compiled code, or compiles it once (5 s), and logs a line if there is none.
+    """Loads the compiled code, or compiles it once (9 s), and logs a line if there is none.
 
     To be called before processes are forked, so that they share it. Otherwise the first image
     pays.
