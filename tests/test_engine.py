@@ -230,6 +230,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     poison(monkeypatch, at={4})
     with pytest.raises(TrainingError, match=r"rank 0, step 4: the loss is not finite .*last.pd"):
         run(make_config(tmp_path, data))
+    with pytest.raises(TrainingError, match=r"rank 0, step 0: .*; nothing was saved yet\."):
+        poison(monkeypatch, at={0})
+        run(make_config(tmp_path, data, "SAVE", tmp_path / "other"))
     facts = json.loads((tmp_path / "run" / "nonfinite.rank0.json").read_text())
     assert (facts["step"], facts["epoch"], len(facts["images"])) == (4, 2, 8)
     assert all(np.isfinite(value).all() for value in weights_of(tmp_path).values())

@@ -187,9 +187,11 @@ class Monitor:
         where = f"rank {', '.join(map(str, wrong))}" if wrong else "all ranks together"
         what = "gradient" if np.isfinite(loss) else "loss"
         listed = self.folder / f"nonfinite.rank{wrong[0] if len(wrong) == 1 else '*'}.json"
+        last = self.folder / LAST
+        saved = f"the last checkpoint is {last}" if last.exists() else "nothing was saved yet"
         return TrainingError(
             f"{where}, step {record.step}: the {what} is not finite (learning rate "
-            f"{record.lr:.3g}); the batch is listed in {listed}; the last checkpoint is "
-            f"{self.folder / LAST}. A lower TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS or "
-            f"TRAIN.GRAD_CLIP usually helps; TRAIN.NONFINITE skip goes on"
+            f"{record.lr:.3g}); the batch is listed in {listed}; {saved}. A lower "
+            "TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS or TRAIN.GRAD_CLIP usually helps; "
+            "TRAIN.NONFINITE skip goes on"
         )
