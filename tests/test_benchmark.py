@@ -131,11 +131,12 @@ def test_the_figures_follow_from_the_median_time(config):
     assert own["speedup"] == 1.0
 
 
-def test_sides_take_turns(monkeypatch):
+def test_sides_take_turns_whose_first_step_is_not_counted(monkeypatch):
     monkeypatch.setattr(tool, "SETTLE_SECONDS", 0.0)
     turns = itertools.count()
     sides = [lambda: next(turns), lambda: next(turns)]
-    assert tool.alternate(sides, rounds=2) == [[0, 2], [1, 3]]
+    assert tool.alternate(sides, rounds=2) == [[1, 5], [3, 7]]
+    assert tool.alternate(sides[:1], rounds=2) == [[8, 9]]
 
 
 def test_a_training_step_counts_three_times_the_operations_of_a_forward_pass(config):

@@ -405,12 +405,17 @@ class Rival:
 
 # ---------------------------------------------------------------------------- time and report
 def alternate(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """Seconds of every side, round by round: what disturbs the machine meets all sides."""
+    """Seconds of every side, round by round: what disturbs the machine meets all sides.
+
+    A turn begins with a step that is not counted: the one after a pause is slower, and not by the
+    same for all.
+    """
     times = [[] for _ in sides]
     for _ in range(rounds):
         for side, found in zip(sides, times):
             if len(sides) > 1:
                 time.sleep(SETTLE_SECONDS)
+                side()
             found.append(side())
     return times
 
