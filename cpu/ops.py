@@ -154,28 +154,27 @@ class _Linear(PyLayer):
 
 def _tokens_forward(x, alpha, beta, w, bias, scale, mask):
     """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
-    constant = _outer(_column_sum(w), beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
+    factor, sums = alpha.flatten() * scale, _column_sum(w)
+    constant = _outer(sums, beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
     narrow_w, narrow_x = _narrow(w), _narrow(x)
-    then = [("multiply", alpha.flatten() * scale), ("add", constant * scale)]
-    then += _residual(x, mask)
+    then = [("multiply", factor), ("add", constant * scale), *_residual(x, mask)]
     y = _product(narrow_w, narrow_x, transpose_a=True, then=then, dtype=x.dtype)
-    return y, narrow_x, narrow_w, constant
+    return y, narrow_x, narrow_w, factor, sums, constant
 
 
 class _MixTokens(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w, bias, scale, mask):
-        y, *narrow, constant = _tokens_forward(x, alpha, beta, w, bias, scale, mask)
-        ctx.save_for_backward(*narrow, alpha, beta, w, scale, mask, constant)
+        y, *kept = _tokens_forward(x, alpha, beta, w, bias, scale, mask)
+        ctx.save_for_backward(*kept, alpha, beta, scale, mask)
         _remember_needed(ctx, x, alpha, beta, w, bias, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, narrow_w, alpha, beta, w, scale, mask, constant = ctx.saved_tensor()
+        x, narrow_w, factor, sums, constant, alpha, beta, scale, mask = ctx.saved_tensor()
         branch = _branch_gradient(grad, mask, x.dtype)  # of (w^T x) * factor + scale * constant
-        factor = alpha.flatten() * scale
         back = _product(narrow_w, branch)  # [B, N, C], of x * factor
         d_factor = _column_sum(_multiply(back, x))  # [C]
         d_constant = _batch_sum(grad, mask)  # [N, C], before the LayerScale
@@ -188,7 +187,7 @@ class _MixTokens(PyLayer):
             ctx,
             _multiply(_cast(back, grad.dtype), factor, then=[("add", grad)]),
             (d_factor * scale).reshape(alpha.shape),
-            paddle.matmul(_column_sum(w), d_constant).reshape(beta.shape),
+            paddle.matmul(sums, d_constant).reshape(beta.shape),
             d_w,
             _row_sum(d_constant),
             d_scale,
