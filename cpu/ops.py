@@ -16,6 +16,9 @@ step. What the layers lose on a CPU, and what is done here instead:
   and the residual stream stay float32. A fold of a LayerScale of 1e-6 is safe: bfloat16 has
   float32's range.
 
+`paddle.grad` must ask for the gradients of all parameters that are trained, not of inputs alone:
+Paddle lets a PyLayer leave out none. ``backward()`` is free of that.
+
 On a GPU the layers are used instead: there AMP casts each product, a fold of a LayerScale of 1e-6
 would underflow in float16, and reductions are fast.
 
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from contextvars import ContextVar
 
 import paddle
@@ -283,14 +287,19 @@ def _differentiable_gelu_of_product(rows, weight, bias):
     if hidden is not None:
         return hidden, lambda gradient: onednn.gelu_gradient(gradient, before)
     before = _wide(before)
-    before.stop_gradient = False
-    with paddle.enable_grad():  # its gradient is Paddle's own
-        hidden = F.gelu(before)
 
     def backward(gradient):
-        return _cast(paddle.grad(hidden, before, _wide(gradient))[0], gradient.dtype)
+        return _cast(_gelu_gradient(_wide(gradient), before), gradient.dtype)
 
-    return _cast(hidden.detach(), rows.dtype), backward
+    return _cast(F.gelu(before), rows.dtype), backward
+
+
+def _gelu_gradient(gradient, x):
+    """`onednn.gelu_gradient` by Paddle; `paddle.grad` within itself would crash the process."""
+    if hasattr(paddle._C_ops, "gelu_grad"):  # not in Paddle 2.6
+        return paddle._C_ops.gelu_grad(x, gradient, False)
+    density = paddle.exp(x * x * -0.5) / math.sqrt(2 * math.pi)
+    return gradient * (0.5 + 0.5 * paddle.erf(x * math.sqrt(0.5)) + x * density)
 
 
 def _narrow(x):

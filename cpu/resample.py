@@ -1,8 +1,8 @@
 """Pillow's resize, affine map, saturation, sharpness and tables, two to five times faster, with the
 same pixels.
 
-Most of the processor time of a training image is spent here. Bicubic interpolation of RGB images,
-which is what the recipe does, is compiled by Numba (`resample_kernels`); everything else, and
+Most of the processor time of a training image is spent here. What the recipe does to RGB images,
+with bicubic interpolation, is compiled by Numba (`resample_kernels`); everything else, and
 everything where Numba is missing or cannot work, is left to Pillow. When the compiled code is
 loaded it is tried against the Pillow that is installed, and left alone if a pixel differs: nothing
 but the time depends on it.
@@ -34,7 +34,7 @@ def prepare(log: Callable[[str], None] = print) -> None:
     """
     _, reason = load_kernels()
     if reason:
-        log(f"images are resized by Pillow, two to three times slower: {reason}")
+        log(f"images are resized and augmented by Pillow, two to three times slower: {reason}")
 
 
 def resize(

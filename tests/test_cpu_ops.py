@@ -101,6 +101,18 @@ def test_outputs_and_all_gradients_equal_the_layers(drop_path, layers_only, fuse
     assert fused_calls
 
 
+def test_paddle_grad_gives_the_same_as_backward():
+    """In float64 without oneDNN, whose part Paddle's own operators then do."""
+    block, x = random_block(), paddle.randn([4, 5, 6])
+    expected = outputs_and_gradients(block, x)
+    x.stop_gradient = False
+    y, names = block(x), [name for name, _ in block.named_parameters()]
+    projection = paddle.to_tensor(np.random.default_rng(0).standard_normal(y.shape))
+    found = paddle.grad([(y * projection).sum()], [x, *block.parameters()])
+    found = {name: gradient.numpy() for name, gradient in zip(["x", *names], found)}
+    assert_equal({"output": y.numpy(), **found}, expected)
+
+
 def test_eval_mode_equals_the_layers_with_and_without_gradients(layers_only):
     block, x = random_block(drop_path=0.5), paddle.randn([3, 5, 6])
     block.eval()

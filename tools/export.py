@@ -254,6 +254,7 @@ def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
     files = [program, program.with_suffix(".pdiparams")]
     checksums = {file.suffix: file_sha256(file) for file in files}
     text = json.dumps({**metadata, **found, "sha256": checksums}, indent=2, ensure_ascii=False)
+    Path(f"{prefix}.metadata.json").unlink(missing_ok=True)  # its name before, of an earlier export
     write_file(f"{prefix}.metadata", text + "\n")  # .json would be a part of it for paddle.jit.load
     return found
 

@@ -178,7 +178,7 @@ def read_features(path: str) -> Features:
         if (features.dtype.kind, labels.dtype.kind) != ("f", "i") or labels.min() < 0:
             raise ValueError
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
         raise DataError(f"{path}: no whole file of features (tools/features.py)") from None
     return Features(features, np.asarray(labels, "int64"), weights)

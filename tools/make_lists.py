@@ -235,8 +235,8 @@ def _read_csv(file: str, root: str) -> list[Entry]:
                     raise DataError(f"{where}: {os.path.join(root, path)}: no such file")
                 entries.append((path, fields[1]))
     except (OSError, csv.Error, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{file}: {reason.lower()}; expected path,label in UTF-8") from None
+        reason = getattr(error, "strerror", None) or f"{error}; expected path,label in UTF-8"
+        raise DataError(f"{file}: {reason[0].lower()}{reason[1:]}") from None
     repeated = [path for path, count in Counter(path for path, _ in entries).items() if count > 1]
     if repeated:
         raise DataError(f"{file}: {repeated[0]!r} is listed more than once")

@@ -86,7 +86,7 @@ def predict(
         print(choose_precision(config.AMP_DTYPE, config.AMP_LEVEL)[1], file=sys.stderr)
     results, views = [], []
     progress = ProgressLine("predict")
-    width = max(map(len, paths))
+    width = max(len(printable(path)) for path in paths)
     for found, batch, probabilities in classify(model, config, paths, batch_size, on_bad):
         views += list(batch[: GRID_LIMIT - len(views)]) if grid else []
         for path, row in zip(found, probabilities):
