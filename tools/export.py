@@ -254,7 +254,6 @@ def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
     files = [program, program.with_suffix(".pdiparams")]
     checksums = {file.suffix: file_sha256(file) for file in files}
     text = json.dumps({**metadata, **found, "sha256": checksums}, indent=2, ensure_ascii=False)
-    Path(f"{prefix}.metadata.json").unlink(missing_ok=True)  # its name before, of an earlier export
     write_file(f"{prefix}.metadata", text + "\n")  # .json would be a part of it for paddle.jit.load
     return found
 
@@ -369,6 +368,8 @@ def _staging(output: str | os.PathLike) -> Iterator[Path]:
             yield Path(folder)
             for file in Path(folder).glob("[!.]*"):
                 os.replace(file, output / file.name)
+                if file.suffix == ".metadata":  # what it was called once must not stay beside it
+                    (output / f"{file.name}.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"-output {output}: cannot be written: {error.strerror or error}") from None
 
