@@ -215,10 +215,10 @@ def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_h
 class _MixChannels(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, mask):
-        y, rows, folded1, folded2, *ctx.gelu = _channels_forward(
+        y, narrow, folded1, folded2, *ctx.gelu = _channels_forward(
             x, alpha, beta, w1, bias1, w2, bias2, scale, mask, _differentiable_gelu_of_product
         )
-        ctx.save_for_backward(rows, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2)
+        ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2)
         _remember_needed(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale)
         return y
 
