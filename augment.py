@@ -163,7 +163,6 @@ def _threshold(strength, _sign):
 
 _MOVES = {"signed": True, "moves": True}
 
-
 OPS = {
     "AutoContrast": _Op(_auto_contrast),
     "Equalize": _Op(_equalize),

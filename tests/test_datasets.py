@@ -258,9 +258,11 @@ def test_a_missing_decoder_is_one_line(config, monkeypatch):
     monkeypatch.setattr(images, "simplejpeg", None)
     images.simplejpeg_is_right.cache_clear()
     lines = []
-    for split in ("train", "val"):
-        build_loader(config, split, log=lines.append)
-    images.simplejpeg_is_right.cache_clear()
+    try:
+        for split in ("train", "val"):
+            build_loader(config, split, log=lines.append)
+    finally:
+        images.simplejpeg_is_right.cache_clear()
     assert len(lines) == 1 and "JPEGs are decoded by Pillow" in lines[0]
 
 
