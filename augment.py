@@ -16,10 +16,21 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageStat
+from PIL import Image, ImageFilter
 
 from cli.errors import ConfigError
-from cpu.resample import affine, look_up, saturate, sharpen
+from cpu.resample import (
+    Picture,
+    affine,
+    extremes,
+    histogram,
+    look_up,
+    mean_gray,
+    saturate,
+    sharpen,
+    size_of,
+    to_image,
+)
 
 MAX_LEVEL = 10.0
 RESAMPLE = Image.Resampling  # an operation that moves pixels interpolates with one of these
@@ -50,7 +61,7 @@ def _by_value(tables_of):
 def _auto_contrast(image, _):
     """From the darkest to the brightest value of each channel, as ImageOps.autocontrast."""
     tables = np.tile(_VALUES, (3, 1))
-    for i, (low, high) in enumerate(image.getextrema()):
+    for i, (low, high) in enumerate(extremes(image)):
         if low < high:
             scale = 255.0 / (high - low)
             tables[i] = (_VALUES * scale - low * scale).clip(0, 255)
@@ -61,7 +72,7 @@ def _auto_contrast(image, _):
 def _equalize(image, _):
     """Flattens the histogram of each channel, as ImageOps.equalize."""
     tables = np.tile(_VALUES, (3, 1))
-    for i, counts in enumerate(np.reshape(image.histogram(), (3, 256))):
+    for i, counts in enumerate(histogram(image)):
         step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
         if step:
             tables[i] = ((step // 2 + counts.cumsum() - counts) // step).clip(max=255)
@@ -97,7 +108,7 @@ def _brightness(_, factor):
 @_by_value
 def _contrast(image, factor):
     """About the mean brightness, as ImageEnhance.Contrast."""
-    return _blend(int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5), factor)
+    return _blend(int(mean_gray(image) + 0.5), factor)
 
 
 def _color(image, factor, _resample, _fill):
@@ -112,7 +123,7 @@ def _affine(matrix_of):
     """The pixel function of a map; `matrix_of(argument, width, height)` takes output to input."""
 
     return lambda image, argument, resample, fill: affine(
-        image, matrix_of(argument, *image.size), resample, fill
+        image, matrix_of(argument, *size_of(image)), resample, fill
     )
 
 
@@ -125,7 +136,7 @@ def _rotation(degrees, width, height):
 
 
 def _blur(image, radius, _resample, _fill):
-    return image.filter(ImageFilter.GaussianBlur(radius))
+    return to_image(image).filter(ImageFilter.GaussianBlur(radius))
 
 
 # ---- level -> argument -------------------------------------------------------------------------
@@ -221,16 +232,16 @@ def op_argument(name: str, level: float, sign: int = 1) -> float | None:
 
 def apply_op(
     name: str,
-    image: Image.Image,
+    image: Picture,
     argument: float | None = None,
     resample: int = RESAMPLE.BICUBIC,
     fill: tuple[int, int, int] = (128, 128, 128),
-) -> Image.Image:
+) -> Picture:
     """One operation on an RGB image, pixel by pixel as timm's.
 
     Args:
         name: A key of `OPS`.
-        image: RGB, any size.
+        image: RGB, any size; an image of Pillow's or an array, see `cpu.resample`.
         argument: As `op_argument` returns it.
         resample: Interpolation of an operation that moves pixels.
         fill: Colour of what comes into view from outside.
@@ -293,7 +304,7 @@ class Policy:
         sign = -1 if op.signed and rng.random() < 0.5 else 1
         return DrawnOp(name, op_argument(name, level, sign), resample)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
         for name, argument, resample in self.draw(rng):
             image = apply_op(name, image, argument, resample, self.fill)
         return image

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from augment import Policy, apply_op, build_policy, rand_augment
-from cpu.resample import resize, resize_to_array, to_array
+from cpu.resample import Picture, flip, resize_pixels, to_array
 from loading.images import BadImage, to_rgb, upright
 
 _RESAMPLE = {
@@ -108,7 +108,7 @@ class EvalTransform:
             )
         # Outside of the image, torchvision's crop is black too.
         crop = center_box(*size, self.size)
-        return resize_to_array(to_rgb(image), size, self.resample, crop)
+        return to_array(resize_pixels(to_rgb(image), size, self.resample, crop))
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class ColorJitter:
         factors = rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, len(self.OPS))
         return [(int(op), float(factor)) for op, factor in zip(order, factors)]
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
         for op, factor in self.draw(rng):
             image = apply_op(self.OPS[op], image, factor)
         return image
@@ -212,11 +212,11 @@ class TrainTransform:
         image = upright(image) if self.exif_orientation else image
         box = draw_crop(*image.size, self.scale, self.ratio, rng)
         resample = self.resamples[rng.integers(len(self.resamples))]
-        image = resize(to_rgb(image), (self.size, self.size), resample, box=box)
+        image = resize_pixels(to_rgb(image), (self.size, self.size), resample, box=box)
         if rng.random() < self.hflip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = flip(image, Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < self.vflip:
-            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            image = flip(image, Image.Transpose.FLIP_TOP_BOTTOM)
         for augment in self.augmentations:
             image = augment(image, rng)
         return to_array(image)

@@ -1,6 +1,10 @@
 """Pillow's resize, affine map, saturation, sharpness and tables, two to five times faster, with the
 same pixels.
 
+An image is Pillow's, or an array of its pixels (``uint32 [H, W]``, as Pillow keeps RGB: red, green,
+blue, unused), which goes from one compiled function to the next without a copy. Functions return
+what they are given; of an array, Pillow makes an image of its own where it has to do the work.
+
 Most of the processor time of a training image is spent here. What the recipe does to RGB images,
 with bicubic interpolation, is compiled by Numba (`resample_kernels`); everything else, and
 everything where Numba is missing or cannot work, is left to Pillow. When the compiled code is
@@ -15,15 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageStat
 
 from cpu.pixels import shown
 from cpu.setup import enabled
 
 _BICUBIC = Image.Resampling.BICUBIC
+Picture = Union[Image.Image, np.ndarray]
 
 
 def prepare(log: Callable[[str], None] = print) -> None:
@@ -38,12 +43,12 @@ def prepare(log: Callable[[str], None] = print) -> None:
 
 
 def resize(
-    image: Image.Image,
+    image: Picture,
     size: tuple[int, int],
     resample: int,
     crop: Sequence[int] | None = None,
     box: Sequence[int] | None = None,
-) -> Image.Image:
+) -> Picture:
     """``image.crop(box).resize(size, resample)``, of which only the crop is computed.
 
     Args:
@@ -53,42 +58,62 @@ def resize(
         crop: (left, top, right, bottom) in the result; None: all of it. What lies outside is black.
         box: (left, top, right, bottom) in the image, inside of it; None: all of it.
     """
-    compiled, _ = load_kernels()
-    if compiled is None or resample != _BICUBIC or image.mode != "RGB":
+    result = resize_pixels(image, size, resample, crop, box)
+    return result if isinstance(image, np.ndarray) else to_image(result)
+
+
+def resize_pixels(
+    image: Picture,
+    size: tuple[int, int],
+    resample: int,
+    crop: Sequence[int] | None = None,
+    box: Sequence[int] | None = None,
+) -> Picture:
+    """As `resize`: an array where compiled code makes it, else an image of Pillow's."""
+    compiled = _compiled_for(image)
+    if compiled is None or resample != _BICUBIC:
+        image = to_image(image)
         image = (image if box is None else image.crop(box)).resize(size, resample)
         return image if crop is None else image.crop(crop)
-    box, whole = box or (0, 0, *image.size), (0, 0, *size)
+    box, whole = box or (0, 0, *size_of(image)), (0, 0, *size)
     if crop is None or _inside(crop, size):
-        return _to_image(compiled.resize(image, size, crop or whole, box))
-    return _to_image(compiled.resize(image, size, whole, box)).crop(crop)
-
-
-def resize_to_array(
-    image: Image.Image, size: tuple[int, int], resample: int, crop: Sequence[int]
-) -> np.ndarray:
-    """``to_array(resize(image, size, resample, crop))``, without an image in between."""
-    compiled, _ = load_kernels()
-    known = compiled is not None and resample == _BICUBIC and image.mode == "RGB"
-    if not (known and _inside(crop, size)):
-        return to_array(resize(image, size, resample, crop))
-    return compiled.kernels.to_rgb(compiled.resize(image, size, crop, (0, 0, *image.size)))
+        return compiled.resize(image, size, crop or whole, box)
+    return to_image(compiled.resize(image, size, whole, box)).crop(crop)
 
 
 def _inside(crop: Sequence[int], size: tuple[int, int]) -> bool:
     return crop[0] >= 0 and crop[1] >= 0 and crop[2] <= size[0] and crop[3] <= size[1]
 
 
-def to_array(image: Image.Image) -> np.ndarray:
+def size_of(image: Picture) -> tuple[int, int]:
+    """Width and height, pixels."""
+    return image.shape[::-1] if isinstance(image, np.ndarray) else image.size
+
+
+def to_array(image: Picture) -> np.ndarray:
     """``np.array(image)``, writable and apart from the image: ``uint8 [H, W, 3]`` of one in RGB."""
-    compiled, _ = load_kernels()
-    if compiled is None or image.mode != "RGB":
-        return np.array(image)
-    return compiled.kernels.to_rgb(_to_array(image))
+    compiled = _compiled_for(image)
+    return np.array(image) if compiled is None else compiled.kernels.to_rgb(_to_array(image))
+
+
+def to_image(image: Picture) -> Image.Image:
+    """Pillow's image; of an array, a copy."""
+    if not isinstance(image, np.ndarray):
+        return image
+    return Image.frombytes("RGB", size_of(image), np.ascontiguousarray(image), "raw", "RGBX")
+
+
+def flip(image: Picture, direction: Image.Transpose) -> Picture:
+    """``image.transpose(direction)``, left and right or top and bottom."""
+    if not isinstance(image, np.ndarray):
+        return image.transpose(direction)
+    across = direction == Image.Transpose.FLIP_LEFT_RIGHT
+    return np.ascontiguousarray(image[:, ::-1] if across else image[::-1])
 
 
 def affine(
-    image: Image.Image, matrix: Sequence[float], resample: int, fill: tuple[int, int, int]
-) -> Image.Image:
+    image: Picture, matrix: Sequence[float], resample: int, fill: tuple[int, int, int]
+) -> Picture:
     """``image.transform(image.size, AFFINE, matrix, resample=resample, fillcolor=fill)``.
 
     Args:
@@ -97,30 +122,34 @@ def affine(
         resample: nearest, bilinear or bicubic.
         fill: the colour of what lies outside.
     """
-    compiled, _ = load_kernels()
-    if compiled is None or resample != _BICUBIC or image.mode != "RGB":
-        kind = Image.Transform.AFFINE
+    compiled = _compiled_for(image)
+    if compiled is None or resample != _BICUBIC:
+        image, kind = to_image(image), Image.Transform.AFFINE
         return image.transform(image.size, kind, matrix, resample=resample, fillcolor=fill)
-    return compiled.affine(image, matrix, fill)
+    outside = np.array([*fill, 255], np.uint8).view(np.uint32)[0]
+    matrix = tuple(map(float, matrix))
+    return _like(image, compiled.kernels.affine(_to_array(image), matrix, outside))
 
 
-def saturate(image: Image.Image, factor: float) -> Image.Image:
+def saturate(image: Picture, factor: float) -> Picture:
     """``ImageEnhance.Color(image).enhance(factor)``: 0 gray, 1 as it is."""
-    compiled, _ = load_kernels()
-    if compiled is None or image.mode != "RGB":
+    compiled = _compiled_for(image)
+    if compiled is None:
         return ImageEnhance.Color(image).enhance(factor)
-    return compiled.saturate(image, factor)
+    pixels = _to_array(image)
+    return _like(image, compiled.kernels.blend(compiled.kernels.gray(pixels), pixels, factor))
 
 
-def sharpen(image: Image.Image, factor: float) -> Image.Image:
+def sharpen(image: Picture, factor: float) -> Picture:
     """``ImageEnhance.Sharpness(image).enhance(factor)``: 0 smoothed, 1 as it is."""
-    compiled, _ = load_kernels()
-    if compiled is None or image.mode != "RGB":
+    compiled = _compiled_for(image)
+    if compiled is None:
         return ImageEnhance.Sharpness(image).enhance(factor)
-    return compiled.sharpen(image, factor)
+    pixels = _to_array(image)
+    return _like(image, compiled.kernels.blend(compiled.kernels.smooth(pixels), pixels, factor))
 
 
-def look_up(image: Image.Image, tables: np.ndarray) -> Image.Image:
+def look_up(image: Picture, tables: np.ndarray) -> Picture:
     """``image.point(tables)``: another value for each.
 
     Args:
@@ -128,10 +157,33 @@ def look_up(image: Image.Image, tables: np.ndarray) -> Image.Image:
         tables: ``[256]``, or ``[3, 256]`` with one for each channel; fractions are cut off.
     """
     tables = np.array(np.broadcast_to(tables, (3, 256)), np.uint8, order="C")
-    compiled, _ = load_kernels()
+    compiled = _compiled_for(image)
     if compiled is None:
         return image.point(tables.ravel().tolist())
-    return compiled.look_up(image, tables)
+    return _like(image, compiled.kernels.look_up(_to_array(image), tables))
+
+
+def extremes(image: Picture) -> Sequence[tuple[int, int]]:
+    """``image.getextrema()`` of one in RGB: the lowest and the highest value of each channel."""
+    compiled = _compiled_for(image)
+    return image.getextrema() if compiled is None else compiled.kernels.extremes(_to_array(image))
+
+
+def histogram(image: Picture) -> np.ndarray:
+    """``image.histogram()`` of one in RGB: how often each value is there, ``int [3, 256]``."""
+    compiled = _compiled_for(image)
+    if compiled is None:
+        return np.reshape(image.histogram(), (3, 256))
+    return compiled.kernels.histogram(_to_array(image))
+
+
+def mean_gray(image: Picture) -> float:
+    """The mean brightness of an RGB image, ``convert("L")``'s."""
+    compiled = _compiled_for(image)
+    if compiled is None:
+        return ImageStat.Stat(image.convert("L")).mean[0]
+    pixels = _to_array(image)
+    return compiled.kernels.sum_gray(pixels) / pixels.size
 
 
 class _Compiled(NamedTuple):
@@ -162,21 +214,6 @@ class _Compiled(NamedTuple):
         pixels = self.kernels.resize_width(pixels[top:bottom], 0, *across)
         return self.kernels.resize_height(pixels, top, *down)
 
-    def affine(self, image: Image.Image, matrix: Sequence[float], fill: tuple) -> Image.Image:
-        outside = np.array([*fill, 255], np.uint8).view(np.uint32)[0]
-        return _to_image(self.kernels.affine(_to_array(image), tuple(map(float, matrix)), outside))
-
-    def saturate(self, image: Image.Image, factor: float) -> Image.Image:
-        pixels = _to_array(image)
-        return _to_image(self.kernels.blend(self.kernels.gray(pixels), pixels, factor))
-
-    def sharpen(self, image: Image.Image, factor: float) -> Image.Image:
-        pixels = _to_array(image)
-        return _to_image(self.kernels.blend(self.kernels.smooth(pixels), pixels, factor))
-
-    def look_up(self, image: Image.Image, tables: np.ndarray) -> Image.Image:
-        return _to_image(self.kernels.look_up(_to_array(image), tables))
-
 
 # When Pillow resizes the height first.
 _ORDERS = (
@@ -206,45 +243,59 @@ def load_kernels() -> tuple[_Compiled | None, str]:
     return None, f"this Pillow ({Image.__version__}) rounds in another way than those known here"
 
 
+def _compiled_for(image: Picture) -> _Compiled | None:
+    compiled, _ = load_kernels()
+    return compiled if isinstance(image, np.ndarray) or image.mode == "RGB" else None
+
+
+def _like(given: Picture, pixels: np.ndarray) -> Picture:
+    return pixels if isinstance(given, np.ndarray) else to_image(pixels)
+
+
 def _gives_pillows_pixels(compiled: _Compiled) -> bool:
-    rng = np.random.default_rng(0)
+    rng, kernels = np.random.default_rng(0), compiled.kernels
     for w, h, W, H in ((97, 60, 40, 40), (60, 97, 40, 40), (20, 30, 40, 40), (40, 90, 50, 40)):
         image = Image.fromarray(rng.integers(0, 256, [h, w, 3], dtype=np.uint8))
-        whole, box = (0, 0, W, H), (3, 2, w - 1, h - 4)
-        expected = image.crop(box).resize((W, H), _BICUBIC)
-        if _to_image(compiled.resize(image, (W, H), whole, box)) != expected:
-            return False
-        if (compiled.kernels.to_rgb(_to_array(image)) != np.array(image)).any():
-            return False
-        for factor in (0.0, 0.37, 1.9):
-            if compiled.saturate(image, factor) != ImageEnhance.Color(image).enhance(factor):
-                return False
-            if compiled.sharpen(image, factor) != ImageEnhance.Sharpness(image).enhance(factor):
-                return False
+        pixels, whole, box = _to_array(image), (0, 0, W, H), (3, 2, w - 1, h - 4)
         tables = rng.integers(0, 256, [3, 256], dtype=np.uint8)
-        if compiled.look_up(image, tables) != image.point(tables.ravel().tolist()):
+        pairs = [
+            (compiled.resize(image, (W, H), whole, box), image.crop(box).resize((W, H), _BICUBIC)),
+            (kernels.look_up(pixels, tables), image.point(tables.ravel().tolist())),
+        ]
+        gray, smooth = kernels.gray(pixels), kernels.smooth(pixels)
+        for factor in (0.0, 0.37, 1.9):
+            enhanced = ImageEnhance.Color(image).enhance(factor)
+            pairs.append((kernels.blend(gray, pixels, factor), enhanced))
+            enhanced = ImageEnhance.Sharpness(image).enhance(factor)
+            pairs.append((kernels.blend(smooth, pixels, factor), enhanced))
+        for matrix in ((1.0, 0.2, -3.3, 0.0, 1.0, 0.0), (0.9, 0.3, 2.5, -0.3, 0.9, 7.1)):
+            fill = {"fillcolor": (0, 0, 0), "resample": _BICUBIC}
+            mapped = image.transform(image.size, Image.Transform.AFFINE, matrix, **fill)
+            pairs.append((kernels.affine(pixels, matrix, 0), mapped))
+        if any(to_image(found) != expected for found, expected in pairs):
             return False
-        for matrix in ((1, 0.2, -3.3, 0, 1, 0), (0.9, 0.3, 2.5, -0.3, 0.9, 7.1)):
-            fill = {"fillcolor": (1, 2, 3), "resample": _BICUBIC}
-            expected = image.transform(image.size, Image.Transform.AFFINE, matrix, **fill)
-            if compiled.affine(image, matrix, (1, 2, 3)) != expected:
-                return False
+        if (kernels.to_rgb(pixels) != np.array(image)).any():
+            return False
+        if [*map(tuple, kernels.extremes(pixels))] != [*image.getextrema()]:
+            return False
+        if kernels.histogram(pixels).ravel().tolist() != image.histogram():
+            return False
+        if kernels.sum_gray(pixels) != ImageStat.Stat(image.convert("L")).sum[0]:
+            return False
     return True
 
 
-def _to_array(image: Image.Image, box: Sequence[int] | None = None) -> np.ndarray:
-    """The pixels as ``uint32 [H, W]``, as Pillow keeps them: red, green, blue, unused.
+def _to_array(image: Picture, box: Sequence[int] | None = None) -> np.ndarray:
+    """The pixels as ``uint32 [H, W]``, or those in a box.
 
     They stay where they are if Pillow shows them (11.2 and later, up to 16 MB), else are copied.
     """
-    left, top, right, bottom = box or (0, 0, *image.size)
+    left, top, right, bottom = box or (0, 0, *size_of(image))
+    if isinstance(image, np.ndarray):
+        return image[top:bottom, left:right]
     try:
         return shown(image)[top:bottom, left:right]
     except (AttributeError, ValueError):
         image = image if box is None else image.crop(box)
     pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
     return pixels.reshape(image.height, image.width)
-
-
-def _to_image(pixels: np.ndarray) -> Image.Image:
-    return Image.frombytes("RGB", pixels.shape[::-1], pixels, "raw", "RGBX")

@@ -320,6 +320,47 @@ def gray(image):
     return out
 
 
+@njit(types.int64(_READ_ONLY_IMAGE), cache=True, nogil=True)
+def sum_gray(image):
+    """The sum of what `gray` makes of the pixels."""
+    total = 0
+    for row in image:
+        line = np.uint32(0)
+        for pixel in row:
+            red, green, blue = pixel & 255, pixel >> 8 & 255, pixel >> 16 & 255
+            line += np.uint32(19595 * red + 38470 * green + 7471 * blue + 32768 >> 16)
+        total += line
+    return total
+
+
+@njit(types.Array(types.uint32, 2, "C")(_READ_ONLY_IMAGE), cache=True, nogil=True)
+def extremes(image):
+    """The lowest and the highest value of each channel, ``[3, 2]``."""
+    out = np.empty((3, 2), np.uint32)
+    pixels = image.reshape(image.size)
+    for channel in range(3):
+        shift, low, high = np.uint32(8 * channel), np.uint32(255), np.uint32(0)
+        for i in range(len(pixels)):
+            value = pixels[i] >> shift & np.uint32(255)
+            low, high = min(low, value), max(high, value)
+        out[channel, 0], out[channel, 1] = low, high
+    return out
+
+
+@njit(types.Array(types.int64, 2, "C")(_READ_ONLY_IMAGE), cache=True, nogil=True)
+def histogram(image):
+    """How often each channel has each value, ``[3, 256]``."""
+    out = np.zeros((3, 256), np.int64)
+    pixels = image.reshape(image.size)
+    red, green, blue = out[0], out[1], out[2]
+    for i in range(len(pixels)):
+        pixel = pixels[i]
+        red[pixel & 255] += 1
+        green[pixel >> 8 & 255] += 1
+        blue[pixel >> 16 & 255] += 1
+    return out
+
+
 @njit(_IMAGE(_READ_ONLY_IMAGE, _READ_ONLY_IMAGE, types.float32), cache=True, nogil=True)
 def blend(first, second, factor):
     """`first` for a factor of 0, `second` for 1; beyond that, what sets them apart grows."""
