@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from cli.errors import ConfigError
+from cpu.pixels import Picture, size_of
 from cpu.resample import (
-    Picture,
     affine,
     extremes,
     histogram,
@@ -28,7 +28,6 @@ from cpu.resample import (
     mean_gray,
     saturate,
     sharpen,
-    size_of,
     to_image,
 )
 
@@ -48,7 +47,6 @@ class DrawnOp(NamedTuple):
 
 
 _VALUES = np.arange(256)
-_GRADIENT = Image.fromarray(_VALUES[None].astype(np.uint8))  # one row of them
 
 
 def _by_value(tables_of):
@@ -97,7 +95,8 @@ def _solarize_add(_, amount):
 
 def _blend(gray, factor):
     """What Image.blend makes of each value and a constant one."""
-    return np.asarray(Image.blend(Image.new("L", (256, 1), gray), _GRADIENT, factor))
+    difference = (_VALUES - gray).astype(np.float32)
+    return (np.float32(gray) + np.float32(factor) * difference).clip(0, 255)
 
 
 @_by_value
@@ -241,7 +240,7 @@ def apply_op(
 
     Args:
         name: A key of `OPS`.
-        image: RGB, any size; an image of Pillow's or an array, see `cpu.resample`.
+        image: RGB, any size; an image of Pillow's or an array of its pixels.
         argument: As `op_argument` returns it.
         resample: Interpolation of an operation that moves pixels.
         fill: Colour of what comes into view from outside.

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from cli.errors import DataError
 from cpu import resample
+from cpu.pixels import Picture
 from loading import archives
 from loading.classes import class_names, folder_classes, with_num_classes
 from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder, sort_classes
-from loading.images import BadImage, open_image, read_image, simplejpeg_is_right
+from loading.images import BadImage, read_image, read_pixels, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from storage.weights import shorten, unreachable
@@ -54,7 +54,7 @@ class ImageDataset:
     replace_limit: int = 0
     hint: str = VERIFY_HINT
     keep_last: bool = False
-    _last: tuple[int, Image.Image] | None = None
+    _last: tuple[int, Picture] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -79,19 +79,13 @@ class ImageDataset:
             index = (index + 1) % len(self)
 
     def _load(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        path = self.files.path(index)
-        if self.keep_last:
-            if self._last is None or self._last[0] != index:
-                self._last = index, read_image(path)
+        if self._last is not None and self._last[0] == index:
             return self.transform(self._last[1], rng)
-        try:
-            with open_image(path) as image:
-                return self.transform(image, rng)
-        except BadImage:
-            raise
-        except Exception:
-            read_image(path)  # raises BadImage where the file is to blame
-            raise
+        read = read_image if self.files.exif_orientation else read_pixels
+        image = read(self.files.path(index))
+        if self.keep_last:
+            self._last = index, image
+        return self.transform(image, rng)
 
 
 def _no_sample(error: str) -> Sample:

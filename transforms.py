@@ -5,7 +5,8 @@ comes from the `numpy.random.Generator` that the caller passes, and what is draw
 `draw_jitter`, `Policy.draw`) is separate from what is done to the pixels. Imports no Paddle, so
 that loader workers start quickly and stay small.
 
-Images may be passed unread (as `PIL.Image.open` returns them) and in any mode.
+Images may be passed unread (as `PIL.Image.open` returns them) and in any mode, or as an array of
+their pixels (`Picture`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from augment import Policy, apply_op, build_policy, rand_augment
-from cpu.resample import Picture, flip, resize_pixels, to_array
+from cpu.pixels import Picture, size_of
+from cpu.resample import flip, resize_pixels, to_array
 from loading.images import BadImage, to_rgb, upright
 
 _RESAMPLE = {
@@ -96,14 +98,15 @@ class EvalTransform:
         name = Image.Resampling(self.resample).name.lower()
         return f"EvalTransform(resize {self.short} {name}, center crop {self.size})"
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, image: Picture) -> np.ndarray:
         name = getattr(image, "filename", "image")
         image = upright(image) if self.exif_orientation else image
-        size = resized_size(*image.size, self.short)
+        width, height = size_of(image)
+        size = resized_size(width, height, self.short)
         if max(size) > _LONGEST * self.size:
             raise BadImage(
                 name,
-                f"{image.width} x {image.height} pixels, too narrow: resized to {size[0]} x "
+                f"{width} x {height} pixels, too narrow: resized to {size[0]} x "
                 f"{size[1]}, longer than {_LONGEST} crops of {self.size}; cut it or leave it out",
             )
         # Outside of the image, torchvision's crop is black too.
@@ -208,9 +211,9 @@ class TrainTransform:
             f"hflip={self.hflip:g}, vflip={self.vflip:g}, {list(self.augmentations)})"
         )
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
         image = upright(image) if self.exif_orientation else image
-        box = draw_crop(*image.size, self.scale, self.ratio, rng)
+        box = draw_crop(*size_of(image), self.scale, self.ratio, rng)
         resample = self.resamples[rng.integers(len(self.resamples))]
         image = resize_pixels(to_rgb(image), (self.size, self.size), resample, box=box)
         if rng.random() < self.hflip:

@@ -1,11 +1,21 @@
-"""Pillow's own memory of an image, as an array. (Pillow 11.2 and later.)"""
+"""An image as an array of its pixels, and Pillow's own memory as one. (Pillow 11.2 and later.)"""
 
 from __future__ import annotations
 
 import ctypes
+from typing import Union
 
 import numpy as np
 from PIL import Image
+
+# Pillow's image, or the pixels of one in RGB: ``uint32 [H, W]`` as Pillow keeps them, a pixel of
+# four bytes: red, green, blue, unused.
+Picture = Union[Image.Image, np.ndarray]
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """Width and height, pixels."""
+    return image.shape[::-1] if isinstance(image, np.ndarray) else image.size
 
 
 def shown(image: Image.Image, writable: bool = False) -> np.ndarray:
@@ -16,7 +26,7 @@ def shown(image: Image.Image, writable: bool = False) -> np.ndarray:
         writable: what is written is in the image: for one that nobody else has.
 
     Returns:
-        ``uint32 [H, W]``, a pixel of four bytes: red, green, blue, unused.
+        ``uint32 [H, W]``, see `Picture`.
 
     Raises:
         AttributeError: an older Pillow, which does not show it.

@@ -1,9 +1,9 @@
 """Pillow's resize, affine map, saturation, sharpness and tables, two to five times faster, with the
 same pixels.
 
-An image is Pillow's, or an array of its pixels (``uint32 [H, W]``, as Pillow keeps RGB: red, green,
-blue, unused), which goes from one compiled function to the next without a copy. Functions return
-what they are given; of an array, Pillow makes an image of its own where it has to do the work.
+An image is Pillow's, or an array of its pixels (`Picture`), which goes from one compiled function
+to the next without a copy. Of an image functions make an image; of an array an array, or an image
+where Pillow does the work.
 
 Most of the processor time of a training image is spent here. What the recipe does to RGB images,
 with bicubic interpolation, is compiled by Numba (`resample_kernels`); everything else, and
@@ -19,16 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageStat
 
-from cpu.pixels import shown
+from cpu.pixels import Picture, shown, size_of
 from cpu.setup import enabled
 
 _BICUBIC = Image.Resampling.BICUBIC
-Picture = Union[Image.Image, np.ndarray]
 
 
 def prepare(log: Callable[[str], None] = print) -> None:
@@ -83,11 +82,6 @@ def resize_pixels(
 
 def _inside(crop: Sequence[int], size: tuple[int, int]) -> bool:
     return crop[0] >= 0 and crop[1] >= 0 and crop[2] <= size[0] and crop[3] <= size[1]
-
-
-def size_of(image: Picture) -> tuple[int, int]:
-    """Width and height, pixels."""
-    return image.shape[::-1] if isinstance(image, np.ndarray) else image.size
 
 
 def to_array(image: Picture) -> np.ndarray:

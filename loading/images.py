@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import re
 import stat
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cli.errors import DataError
-from cpu.pixels import shown
+from cpu.pixels import Picture, shown
 from loading import archives
 
 try:
@@ -37,6 +38,7 @@ try:
 except ImportError:
     pass
 
+_JPEG = b"\xff\xd8\xff"  # how one begins
 _ORIENTATION = 0x112  # EXIF's tag: how the camera was held
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,8 +104,8 @@ def open_image(path: str) -> Image.Image:
         raise _bad_image(path, error) from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, read: as ``convert("RGB")``, without copying one that is RGB.
+def to_rgb(image: Picture) -> Picture:
+    """The image in RGB, read: as ``convert("RGB")``, without a copy of what is RGB already.
 
     Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead,
     with the upper 8 bits, as OpenCV does. Numbers without a known range are refused.
@@ -111,6 +113,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         BadImage: 32-bit integers or floating point.
     """
+    if isinstance(image, np.ndarray):
+        return image
     decoded = _decoded(image)
     if decoded is not None:
         return decoded
@@ -149,13 +153,21 @@ def _decoded(image: Image.Image) -> Image.Image | None:
 def _by_simplejpeg(image: Image.Image) -> Image.Image | None:
     rgb = Image.new("RGB", image.size)
     try:
-        pixels = shown(rgb, writable=True).view(np.uint8)
         image.fp.seek(0)
-        found = simplejpeg.decode_jpeg(image.fp.read(), "RGBA", buffer=pixels)
+        whole = _decode(image.fp.read(), shown(rgb, writable=True))
     except (AttributeError, OSError, ValueError):
         return None
     rgb.info = image.info
-    return rgb if found.shape[1::-1] == image.size else None
+    return rgb if whole else None
+
+
+def _decode(data: bytes, pixels: np.ndarray) -> bool:
+    """Fills ``uint32 [H, W]`` with a JPEG; whether it is of that size.
+
+    Raises:
+        ValueError: damaged.
+    """
+    return simplejpeg.decode_jpeg(data, "RGBA", buffer=pixels.view("u1")).shape[:2] == pixels.shape
 
 
 @cache
@@ -190,6 +202,36 @@ def read_image(path: str) -> Image.Image:
         raise _bad_image(path, error) from None
     rgb.filename = path  # as `Image.open` sets it; a transform names it
     return rgb
+
+
+def read_pixels(path: str) -> Picture:
+    """`read_image` for who needs nothing but the pixels: an array of an ordinary JPEG, whose header
+    Pillow would read for longer than the file takes; any other is Pillow's image.
+
+    Raises:
+        BadImage: as `read_image`.
+    """
+    try:
+        pixels = _ordinary_jpeg(path)
+    except Exception:  # whatever is wrong with the file, the other way tells
+        pixels = None
+    return read_image(path) if pixels is None else pixels
+
+
+def _ordinary_jpeg(path: str) -> np.ndarray | None:
+    data = archives.read(path)
+    if data is None:
+        regular_size(path)
+        with open(path, "rb") as file:
+            data = file.read(len(_JPEG))
+            data += file.read() if data == _JPEG else b""
+    if not data.startswith(_JPEG) or not simplejpeg_is_right():
+        return None
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    if colors != "YCbCr" or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        return None
+    pixels = np.empty((height, width), np.uint32)
+    return pixels if _decode(data, pixels) else None
 
 
 def _bad_image(path: str, error: Exception) -> DataError:

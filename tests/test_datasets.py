@@ -144,8 +144,8 @@ def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(config, workers, repea
 
 def test_resuming_does_not_decode_what_was_seen(config, monkeypatch):
     paths = []
-    opened = datasets.open_image
-    monkeypatch.setattr(datasets, "open_image", lambda path: paths.append(path) or opened(path))
+    read = datasets.read_pixels
+    monkeypatch.setattr(datasets, "read_pixels", lambda path: paths.append(path) or read(path))
     passes(config, start=12)
     assert len(paths) == (NUM_IMAGES // 4 - 3) * 4
 
@@ -169,13 +169,13 @@ def test_the_copies_of_repeated_augmentation_differ(config):
 
 
 def test_repeated_augmentation_decodes_an_image_once(config, monkeypatch):
-    decoded, read = [], datasets.read_image
+    decoded, read = [], datasets.read_pixels
 
     def count(path):
         decoded.append(path)
         return read(path)
 
-    monkeypatch.setattr(datasets, "read_image", count)
+    monkeypatch.setattr(datasets, "read_pixels", count)
     config.TRAIN.REPEATED_AUG, config.DATA.BATCH_SIZE = 3, 12
     (batch, *_) = passes(config)
     assert len(batch.indices) == 12 and len(decoded) == len(set(batch.indices)) == 4

@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from cli.errors import DataError
+from cpu.pixels import size_of
+from cpu.resample import to_array
 from datasets import build_dataset
 from loading import images
 from loading.classes import class_names, folder_classes, read_class_names, with_num_classes
 from loading.files import find_classes, list_images, read_list, scan_folder
 from loading.imagenet import wordnet_ids
-from loading.images import BadImage, open_image, printable, read_image, upright
+from loading.images import BadImage, open_image, printable, read_image, read_pixels, upright
 
 
 def write_list(folder, text):
@@ -516,6 +518,8 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(tmp_path, mode, size, layout, d
     found, expected = read_image(str(tmp_path / "a.jpg")), Image.open(tmp_path / "a.jpg")
     assert found.tobytes() == expected.convert("RGB").tobytes()
     assert found.info == expected.info
+    pixels = read_pixels(str(tmp_path / "a.jpg"))
+    assert np.array_equal(to_array(pixels), np.asarray(expected.convert("RGB")))
 
 
 @pytest.mark.parametrize("change", ["bytes behind", "bytes between", "none"])
@@ -555,6 +559,8 @@ def test_photographs_are_decoded_by_simplejpeg(tmp_path, monkeypatch):
     calls.clear()
     read_image(path)
     assert calls == [1]
+    monkeypatch.setattr(Image, "open", None)  # not even its header is read by Pillow
+    assert read_pixels(path).dtype == np.uint32 and calls == [1, 1]
 
 
 def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
@@ -602,22 +608,27 @@ def bad_files(folder):
 
 def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path):
     for name, reason in bad_files(tmp_path).items():
-        with pytest.raises(BadImage, match=reason) as caught:
-            read_image(str(tmp_path / name))
-        assert str(caught.value).startswith(f"{tmp_path}/{name}: ")
+        for read in (read_image, read_pixels):
+            with pytest.raises(BadImage, match=reason) as caught:
+                read(str(tmp_path / name))
+            assert str(caught.value).startswith(f"{tmp_path}/{name}: ")
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_images_above_pillows_limit_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    path = save(tmp_path / "large.png", size=(11, 10))
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_images_above_pillows_limit_are_refused_before_they_are_decoded(
+    tmp_path, monkeypatch, ending, read
+):
+    path = save(tmp_path / f"large.{ending}", size=(11, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 110)
-    assert read_image(path).size == (11, 10)
+    assert size_of(read(path)) == (11, 10)
     for limit in (109, 50):  # Pillow would warn for the first, raise for the second
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(BadImage, match="110 pixels|cannot be decoded.*limit"):
-            read_image(path)
+            read(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert read_image(path).size == (11, 10)
+    assert size_of(read(path)) == (11, 10)
 
 
 def test_a_file_that_may_not_be_read_says_permission_denied(tmp_path, monkeypatch):
@@ -645,6 +656,14 @@ def test_mutated_images_are_decoded_or_refused_but_never_crash(tmp_path):
             path.write_bytes(data)
             with contextlib.suppress(BadImage):
                 assert read_image(str(path)).mode == "RGB"
+            assert outcome(read_pixels, str(path)) == outcome(read_image, str(path))
+
+
+def outcome(read, path):
+    try:
+        return to_array(read(path)).tobytes()
+    except BadImage as bad:
+        return bad.reason
 
 
 # ----------------------------------------------------------------------------- class names

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageStat
 
 from cpu import resample
 
@@ -122,6 +122,40 @@ def test_tables_replace_the_values_of_their_channels(shape, switched, monkeypatc
     tables = np.random.default_rng(0).integers(0, 256, shape)
     expected = photo(40, 30).point(np.broadcast_to(tables, (3, 256)).ravel().tolist())
     assert resample.look_up(photo(40, 30), tables + 0.9) == expected
+
+
+@pytest.mark.parametrize("switched", ["on", "off"])
+@pytest.mark.parametrize("value", [None, 0, 200])
+def test_what_is_measured_is_what_pillow_measures(value, switched, monkeypatch):
+    monkeypatch.setenv("RESMLP_NUMBA", switched)
+    image = photo(41, 30) if value is None else Image.new("RGB", (41, 30), (value, 7, 255))
+    assert [*map(tuple, resample.extremes(image))] == [*image.getextrema()]
+    assert resample.histogram(image).ravel().tolist() == image.histogram()
+    assert resample.mean_gray(image) == ImageStat.Stat(image.convert("L")).mean[0]
+
+
+@pytest.mark.parametrize("filter", [BICUBIC, Image.Resampling.BILINEAR])
+def test_an_array_of_the_pixels_gives_what_the_image_does(filter):
+    image, tables = photo(41, 30), np.random.default_rng(0).integers(0, 256, (3, 256))
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(30, 41)
+    for direction in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+        assert same(resample.flip(pixels, direction), image.transpose(direction))
+    for function, arguments in (
+        (resample.resize, ((20, 25), filter)),
+        (resample.resize, ((20, 25), filter, (2, 3, 15, 20), (5, 1, 40, 29))),
+        (resample.resize, ((20, 25), filter, (-2, 3, 15, 30))),
+        (resample.affine, ((0.8, 0.6, -3.3, -0.6, 0.8, 5.1), filter, FILL)),
+        (resample.saturate, (0.4,)),
+        (resample.sharpen, (1.7,)),
+        (resample.look_up, (tables,)),
+    ):
+        assert same(function(pixels, *arguments), function(image, *arguments)), function
+    for function in (resample.extremes, resample.histogram, resample.mean_gray):
+        assert np.array_equal(function(pixels), function(image)), function
+
+
+def same(picture, image):
+    return isinstance(image, Image.Image) and resample.to_image(picture) == image
 
 
 @pytest.mark.parametrize("switched", ["on", "off"])

@@ -211,6 +211,23 @@ def test_a_large_crop_of_an_unread_jpeg_has_the_pixels_of_the_whole_decode(confi
         assert np.array_equal(*crops)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "random"])
+def test_an_array_of_the_pixels_is_transformed_as_the_image(config, interpolation):
+    config.DATA.TRAIN_INTERPOLATION, config.TRAIN.VFLIP = interpolation, 0.5
+    image = photo(60, 50)
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(50, 60)
+    for policy in ({"RAND_AUGMENT": True}, {"AUTO_AUGMENT": True}, {"THREE_AUGMENT": True}):
+        for key, value in policy.items():
+            config.TRAIN[key] = value
+        transform = build_train_transform(config)
+        for seed in range(20):
+            arrays = [transform(it, np.random.default_rng(seed)) for it in (image, pixels)]
+            assert np.array_equal(*arrays), (policy, seed)
+        config.TRAIN.RAND_AUGMENT = config.TRAIN.AUTO_AUGMENT = False
+    evaluate = build_eval_transform(config)
+    assert np.array_equal(evaluate(image), evaluate(pixels))
+
+
 # ---- operations and policies -------------------------------------------------------------------
 
 
