@@ -1,6 +1,7 @@
 """tools/pack.py: a data set in tar shards, smaller."""
 
 import io
+import json
 import os
 import tarfile
 
@@ -12,7 +13,7 @@ from cli.errors import DataError, UserError
 from datasets import build_dataset
 from loading import archives
 from loading.images import read_image
-from tools.pack import Settings, pack
+from tools.pack import Settings, main, pack
 
 from .helpers.tiny_data import make_config, make_data
 
@@ -120,3 +121,11 @@ def test_a_shard_that_was_damaged_later_is_found_at_the_end(tmp_path):
     with pytest.raises(DataError, match="1 pictures cannot be used"):
         pack(source, str(output), Settings(320, 90, 100), 1, lines.append)
     assert lines[0].endswith(f"; remove {output}/val-00000.tar")
+
+
+def test_the_command_line_packs_as_it_says(tmp_path, monkeypatch):
+    source, output = str(make_data(tmp_path / "data")), tmp_path / "packed"
+    monkeypatch.setattr("sys.argv", ["pack.py", source, "-output", str(output), "-workers", "1"])
+    main()
+    settings = json.loads((output / "pack.json").read_text())
+    assert settings == {"short_side": 320, "quality": 85, "per_shard": 10000}

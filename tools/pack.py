@@ -260,7 +260,8 @@ def main() -> None:
     parser.flag("output", "the new data folder", required=True, metavar="FOLDER")
     size = _from(1, 65500)
     parser.flag("short_side", "pixels (default: 320)", type=size, default=320, metavar="N")
-    parser.flag("quality", "of JPEG (default: 90)", type=_from(1, 95), default=90, metavar="N")
+    quality = "of JPEG (default: 85; 90: 0.9 dB better, 25 %% more bytes, decoded more slowly)"
+    parser.flag("quality", quality, type=_from(1, 95), default=85, metavar="N")
     many = _from(1, 10**6)
     parser.flag("per_shard", "pictures (default: 10000)", type=many, default=10000, metavar="N")
     parser.flag("workers", "processes (default: one a core)", type=_from(1, 512), metavar="N")
