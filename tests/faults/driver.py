@@ -111,7 +111,7 @@ if faults_at("save_half"):
 after("save_names", checkpoints, "duplicate")
 before("save_rename", checkpoints, "_replace")
 after("save_done", checkpoints, "save")
-before("load", datasets, "read_image")
+before("load", datasets, "read_pixels")
 
 
 if __name__ == "__main__":
