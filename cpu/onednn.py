@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import paddle
@@ -115,7 +116,9 @@ def _or_none(function):
 
 
 @_or_none
-def product(a, b, transpose_a=False, transpose_b=False, bias=None, gelu=False, then=(), dtype=None):
+def product(
+    a, b, transpose_a=False, transpose_b=False, bias=None, gelu=False, then=(), dtype=None, out=None
+):
     """``a @ b + bias``, then GELU, then each of ``then``, in one pass.
 
     Args:
@@ -127,6 +130,7 @@ def product(a, b, transpose_a=False, transpose_b=False, bias=None, gelu=False, t
         gelu: apply GELU.
         then: pairs ``("add" or "multiply", tensor)``; a tensor is broadcast to the result.
         dtype: of the result; None for that of ``a``.
+        out: where the result is to be written, contiguous and of this type; None: a new tensor.
 
     Returns:
         The result, or None where oneDNN cannot be used, as of all functions here.
@@ -143,9 +147,9 @@ def product(a, b, transpose_a=False, transpose_b=False, bias=None, gelu=False, t
         dtype,
     )
     if run is None and then:  # no kernel does all of it at once
-        y = product(a, b, transpose_a, transpose_b, bias, gelu, dtype=dtype)
+        y = product(a, b, transpose_a, transpose_b, bias, gelu, dtype=dtype, out=out)
         return None if y is None else go_on(y, then)
-    return run and run(tensors, paddle.empty(shape, dtype))
+    return run and run(tensors, paddle.empty(shape, dtype) if out is None else out)
 
 
 def go_on(y, then):
@@ -156,12 +160,12 @@ def go_on(y, then):
 
 
 @_or_none
-def multiply(a, b, then=(), dtype=None):
+def multiply(a, b, then=(), dtype=None, out=None):
     """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``; see `product`."""
     dtype = a.dtype if dtype is None else dtype
     tensors = [a, b, *(tensor for _, tensor in then)]
     run = _multiplication(_kinds(tensors), tuple(name for name, _ in then), dtype)
-    return run and run(tensors, paddle.empty(a.shape, dtype))
+    return run and run(tensors, paddle.empty(a.shape, dtype) if out is None else out)
 
 
 @_or_none
@@ -177,16 +181,16 @@ def gelu_gradient(gradient, x):
 
 
 @_or_none
-def cast(x, dtype):
+def cast(x, dtype, out=None):
     """``x`` in another type."""
-    return reorder(x, x.shape, range(len(x.shape)), dtype)
+    return reorder(x, x.shape, range(len(x.shape)), dtype, out)
 
 
 @_or_none
-def reorder(x, shape, axes, dtype):
+def reorder(x, shape, axes, dtype, out=None):
     """``x.reshape(shape).transpose(axes)`` in another type, in one pass."""
     run = _reorder(tuple(shape), tuple(axes), x.dtype, dtype)
-    return run([x], paddle.empty([shape[axis] for axis in axes], dtype))
+    return run([x], paddle.empty([shape[axis] for axis in axes], dtype) if out is None else out)
 
 
 def _kinds(tensors) -> tuple:
@@ -194,7 +198,31 @@ def _kinds(tensors) -> tuple:
 
 
 # ------------------------------------------------------------------- primitives, by their shapes
-@functools.cache
+def _once(make):
+    """Keeps what ``make`` made of its arguments; it works in a thread of its own.
+
+    Primitives stay, and glibc takes a thread's memory elsewhere than that of the tensors. Among
+    those, each would break up a gap that a later tensor had fitted in: with drop path, whose shapes
+    come one by one, a process grew by half.
+    """
+
+    @functools.cache
+    def attempt(*arguments):
+        # A thread begins with the environment's number of threads, for which oneDNN would plan.
+        with ThreadPoolExecutor(1, "", setup.set_threads, [setup.threads]) as thread:
+            made = thread.submit(make, *arguments)
+        return made.exception() or made.result()
+
+    def made(*arguments):
+        found = attempt(*arguments)
+        if isinstance(found, Exception):
+            raise found.with_traceback(None)
+        return found
+
+    return made
+
+
+@_once
 def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
     (shape_a, type_a), (shape_b, type_b), *others = operands
     rank = max(len(shape_a), len(shape_b))
@@ -213,15 +241,15 @@ def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
         *(bias.descriptor if has_bias else None, result.descriptor, attributes),
     )
     descriptor = create()
-    if transpose_a and rank == 2 and type_a == paddle.bfloat16:
-        # oneDNN's first choice for a weight gradient takes a tenth longer than its plain product
-        # (measured with AVX512-BF16).
+    if (transpose_a and rank == 2) or (transpose_b and a.shape[-1] < b.shape[-1]):
+        # For a weight gradient, and for the gradient of an MLP's hidden units, oneDNN's first
+        # choice takes longer than its plain product: by a tenth, and by 2 to 7 % (AVX-512).
         descriptor = _library().implemented_by(b"gemm", descriptor) or create()
     arguments = [(_SRC, a), (_WEIGHTS, b), *([(_BIAS, bias)] if has_bias else [])]
     return _fast(descriptor, [*arguments, *zip(names, others), (_DST, result)]), shape
 
 
-@functools.cache
+@_once
 def _multiplication(operands, then, dtype):
     rank = len(operands[0][0])
     a, b, *others = (_Operand(*operand, rank) for operand in operands)
@@ -239,7 +267,7 @@ def _multiplication(operands, then, dtype):
     return _fast(descriptor, [(_SRC, a), (_SRC_1, b), *zip(names, others), (_DST, result)])
 
 
-@functools.cache
+@_once
 def _gelu(shape, dtype):
     """GELU and its gradient."""
     x, zero = _Operand(shape, dtype, len(shape)), ctypes.c_float(0)
@@ -259,7 +287,7 @@ def _gelu(shape, dtype):
     )
 
 
-@functools.cache
+@_once
 def _reorder(shape, axes, source, target):
     a = _Operand(shape, source, len(shape), axes)
     b = _Operand(a.shape, target, len(shape))

@@ -11,6 +11,8 @@ step. What the layers lose on a CPU, and what is done here instead:
 - The patch convolution is a matrix product, once the image is cut.
 - GELU and its gradient run on one thread. oneDNN has them on all (`onednn`), and with them what
   follows a product: biases, the scales, the residual addition.
+- Drop path multiplies by 0 what was computed for a dropped sample. Here a branch, forward and
+  backward, is computed for the kept samples alone.
 - Within `bfloat16`, products read bfloat16 and accumulate in float32, and what lies between two
   products, the hidden units and their gradient, is bfloat16. Folds, parameters, their gradients
   and the residual stream stay float32. A fold of a LayerScale of 1e-6 is safe: bfloat16 has
@@ -32,7 +34,9 @@ import contextlib
 import functools
 import math
 from contextvars import ContextVar
+from typing import NamedTuple
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -122,18 +126,22 @@ def _cut(images, height, width):
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
     """``x + mask * layer_scale * linear(norm(x))``, linear over the token axis; ``[B, N, C]``."""
-    parameters = norm.alpha, norm.beta, linear.weight, linear.bias, layer_scale
+    kept = _kept(mask)
+    scale = layer_scale if kept is None else layer_scale * kept.scale
+    parameters = norm.alpha, norm.beta, linear.weight, linear.bias, scale
     if _wants_gradient(x, *parameters):
-        return _MixTokens.apply(x, *parameters, mask)
-    return _tokens_forward(x, *parameters, mask)[0]
+        return _MixTokens.apply(x, *parameters, kept)
+    return _tokens_forward(x, *parameters, kept)[0]
 
 
 def mix_channels(x, norm, mlp, layer_scale, mask):
     """``x + mask * layer_scale * mlp(norm(x))``; ``[B, N, C]``."""
+    kept = _kept(mask)
+    scale = layer_scale if kept is None else layer_scale * kept.scale
     parameters = norm.alpha, norm.beta, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    if _wants_gradient(x, *parameters, layer_scale):
-        return _MixChannels.apply(x, *parameters, layer_scale, mask)
-    return _channels_forward(x, *parameters, layer_scale, mask, _gelu_of_product)[0]
+    if _wants_gradient(x, *parameters, scale):
+        return _MixChannels.apply(x, *parameters, scale, kept)
+    return _channels_forward(x, *parameters, scale, kept, _gelu_of_product)[0]
 
 
 class _Linear(PyLayer):
@@ -156,40 +164,104 @@ class _Linear(PyLayer):
         return _only_needed(ctx, d_rows, d_weight, _column_sum(grad))
 
 
-def _tokens_forward(x, alpha, beta, w, bias, scale, mask):
+# ------------------------------------------------------------- drop path, for kept samples alone
+class _Kept(NamedTuple):
+    """The samples of a batch that drop path keeps. None instead of it: all, as they are."""
+
+    scale: float  # of what is added to them
+    weights: paddle.Tensor  # [B]: 1 for each of them, 0 for the others
+    count: int
+    runs: list  # neighbours among them: a slice of the batch, and of the kept samples
+    dropped: list  # slices of the batch
+
+
+def _kept(mask) -> _Kept | None:
+    """What a mask says, see `resmlp.DropPath.mask`."""
+    if mask is None:
+        return None
+    mask = mask.numpy().flatten()
+    scale = float(mask.max())
+    if not scale:
+        mask[0] = 1.0  # nothing is kept: one sample, times a scale of 0, has all gradients, of 0
+    runs, dropped, count = [], [], 0
+    edges = [0, *(int(i) + 1 for i in np.flatnonzero(np.diff(mask))), len(mask)]
+    for start, stop in zip(edges, edges[1:]):
+        place = slice(start, stop)
+        if mask[start]:
+            runs.append((place, slice(count, count + stop - start)))
+            count += stop - start
+        else:
+            dropped.append(place)
+    return _Kept(scale, paddle.to_tensor((mask > 0).astype(mask.dtype)), count, runs, dropped)
+
+
+def _take(x, kept, dtype):
+    """The samples of ``x`` that are kept, one after another."""
+    if kept is None or not kept.dropped:
+        return _cast(x, dtype)
+    y = paddle.empty([kept.count, *x.shape[1:]], dtype)
+    for place, own in kept.runs:
+        _cast(x[place], dtype, y[own])
+    return y
+
+
+def _add_branch(x, kept, branch):
+    """``x`` with a branch added to the samples that are kept.
+
+    ``branch`` computes a slice of them; it takes `_product`'s ``then``, ``dtype`` and ``out``.
+    """
+    if kept is None or not kept.dropped:
+        return branch(slice(None), then=[("add", x)], dtype=x.dtype)
+    y = paddle.empty_like(x)
+    for place, own in kept.runs:
+        branch(own, then=[("add", x[place])], dtype=x.dtype, out=y[place])
+    for place in kept.dropped:
+        _cast(x[place], x.dtype, y[place])
+    return y
+
+
+# --------------------------------------------------------------------------------- the branches
+def _tokens_forward(x, alpha, beta, w, bias, scale, kept):
     """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
     factor, sums = alpha.flatten() * scale, _column_sum(w)
     constant = _outer(sums, beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
-    narrow_w, narrow_x = _narrow(w), _narrow(x)
-    then = [("multiply", factor), ("add", constant * scale), *_residual(x, mask)]
-    y = _product(narrow_w, narrow_x, transpose_a=True, then=then, dtype=x.dtype)
-    return y, narrow_x, narrow_w, factor, sums, constant
+    narrow_w, narrow_x = _narrow(w), _take(x, kept, _narrow_type(x))
+    first = [("multiply", factor), ("add", constant * scale)]
+
+    def branch(part, then, **result):
+        then = [*first, *then]
+        return _product(narrow_w, narrow_x[part], transpose_a=True, then=then, **result)
+
+    return _add_branch(x, kept, branch), narrow_x, narrow_w, factor, sums, constant
 
 
 class _MixTokens(PyLayer):
     @staticmethod
-    def forward(ctx, x, alpha, beta, w, bias, scale, mask):
-        y, *kept = _tokens_forward(x, alpha, beta, w, bias, scale, mask)
-        ctx.save_for_backward(*kept, alpha, beta, scale, mask)
+    def forward(ctx, x, alpha, beta, w, bias, scale, kept):
+        y, *saved = _tokens_forward(x, alpha, beta, w, bias, scale, kept)
+        ctx.save_for_backward(*saved, alpha, beta, scale)
+        ctx.kept = kept
         _remember_needed(ctx, x, alpha, beta, w, bias, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, narrow_w, factor, sums, constant, alpha, beta, scale, mask = ctx.saved_tensor()
-        branch = _branch_gradient(grad, mask, x.dtype)  # of (w^T x) * factor + scale * constant
-        back = _product(narrow_w, branch)  # [B, N, C], of x * factor
+        x, narrow_w, factor, sums, constant, alpha, beta, scale = ctx.saved_tensor()
+        kept = ctx.kept
+        branch = _take(grad, kept, x.dtype)  # of (w^T x) * factor + scale * constant
+        back = _product(narrow_w, branch)  # [kept, N, C], of x * factor
         d_factor = _column_sum(_multiply(back, x))  # [C]
-        d_constant = _batch_sum(grad, mask)  # [N, C], before the LayerScale
+        d_constant = _batch_sum(grad, kept and kept.weights)  # [N, C], before the LayerScale
         d_scale = d_factor * alpha.flatten() + _column_sum(d_constant * constant)
         d_constant = d_constant * scale
         d_w = _product(x, _multiply(branch, factor), transpose_b=True, dtype=grad.dtype)
         d_w = _batch_sum(d_w)  # [B, N, N] -> [N, N]
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
+        back = _cast(back, grad.dtype)
         return _only_needed(
             ctx,
-            _multiply(_cast(back, grad.dtype), factor, then=[("add", grad)]),
+            _add_branch(grad, kept, lambda part, **last: _multiply(back[part], factor, **last)),
             (d_factor * scale).reshape(alpha.shape),
             paddle.matmul(sums, d_constant).reshape(beta.shape),
             d_w,
@@ -198,48 +270,56 @@ class _MixTokens(PyLayer):
         )
 
 
-def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, mask, first_half):
+def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, kept, first_half):
     """With alpha and beta in the first linear layer, and scale in the second.
 
     ``first_half`` makes the hidden units, and what else comes of them is returned too.
     """
     folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
     folded2 = _narrow(_multiply(w2, scale))  # [H, C]
-    narrow = _narrow(x)
-    bias1 = bias1 + paddle.matmul(beta.flatten(), w1)
-    hidden, *rest = first_half(narrow, folded1, bias1)  # [B, N, H]
-    y = _product(hidden, folded2, bias=bias2 * scale, then=_residual(x, mask), dtype=x.dtype)
-    return y, narrow, folded1, folded2, hidden, *rest
+    narrow = _take(x, kept, _narrow_type(x))
+    bias1, bias2 = bias1 + paddle.matmul(beta.flatten(), w1), bias2 * scale
+    hidden, *rest = first_half(narrow, folded1, bias1)  # [kept, N, H]
+
+    def branch(part, **last):
+        return _product(hidden[part], folded2, bias=bias2, **last)
+
+    return _add_branch(x, kept, branch), narrow, folded1, folded2, hidden, *rest
 
 
 class _MixChannels(PyLayer):
     @staticmethod
-    def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, mask):
+    def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, kept):
         y, narrow, folded1, folded2, *ctx.gelu = _channels_forward(
-            x, alpha, beta, w1, bias1, w2, bias2, scale, mask, _differentiable_gelu_of_product
+            x, alpha, beta, w1, bias1, w2, bias2, scale, kept, _differentiable_gelu_of_product
         )
-        ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2)
+        ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, folded1, folded2)
+        ctx.kept = kept
         _remember_needed(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, alpha, beta, w1, w2, bias2, scale, mask, folded1, folded2 = ctx.saved_tensor()
+        x, alpha, beta, w1, w2, bias2, scale, folded1, folded2 = ctx.saved_tensor()
         hidden, gelu_gradient = ctx.gelu
         del ctx.gelu
         wide = grad.dtype
-        branch = _branch_gradient(grad, mask, x.dtype)  # [B, N, C]
+        branch = _take(grad, ctx.kept, x.dtype)  # [kept, N, C]
         d_folded2 = _product(_rows(hidden), _rows(branch), transpose_a=True, dtype=wide)  # [H, C]
         del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_before = gelu_gradient(_product(branch, folded2, transpose_b=True))  # [B, N, H]
+        d_before = gelu_gradient(_product(branch, folded2, transpose_b=True))  # [kept, N, H]
         del gelu_gradient
         d_folded1 = _product(_rows(x), _rows(d_before), transpose_a=True, dtype=wide)  # [C, H]
         d_bias1 = _column_sum(d_before)
+
+        def before(part, **last):
+            return _product(d_before[part], folded1, transpose_b=True, **last)
+
         return _only_needed(
             ctx,
-            _product(d_before, folded1, transpose_b=True, then=[("add", grad)], dtype=wide),
+            _add_branch(grad, ctx.kept, before),
             _row_sum(d_folded1 * w1).reshape(alpha.shape),
             paddle.mv(w1, d_bias1).reshape(beta.shape),
             _scale_rows(alpha, d_folded1).add_(_outer(beta.flatten(), d_bias1)),
@@ -251,14 +331,14 @@ class _MixChannels(PyLayer):
 
 
 # ------------------------------------------- operators: oneDNN's, or Paddle's where it is missing
-def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=(), dtype=None):
+def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=(), dtype=None, out=None):
     """``a @ b + bias``, then each of ``then``: as `onednn.product`."""
-    y = onednn.product(a, b, transpose_a, transpose_b, bias, then=then, dtype=dtype)
+    y = onednn.product(a, b, transpose_a, transpose_b, bias, then=then, dtype=dtype, out=out)
     if y is not None:
         return y
     dtype, a, b = dtype or a.dtype, _wide(a), _wide(b)
     y = paddle.matmul(a, b, transpose_a, transpose_b) if bias is None else _linear(a, b, bias)
-    return _cast(onednn.go_on(y, then), dtype)
+    return _into(out, _cast(onednn.go_on(y, then), dtype))
 
 
 def _linear(x, weight, bias):
@@ -266,10 +346,12 @@ def _linear(x, weight, bias):
     return paddle.addmm(bias, _rows(x), weight).reshape([*x.shape[:-1], -1])
 
 
-def _multiply(a, b, then=()):
+def _multiply(a, b, then=(), dtype=None, out=None):
     """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``."""
-    y = onednn.multiply(a, b, then)
-    return _cast(onednn.go_on(_wide(a) * _wide(b), then), a.dtype) if y is None else y
+    y = onednn.multiply(a, b, then, dtype, out)
+    if y is not None:
+        return y
+    return _into(out, _cast(onednn.go_on(_wide(a) * _wide(b), then), dtype or a.dtype))
 
 
 def _gelu_of_product(rows, weight, bias):
@@ -304,7 +386,11 @@ def _gelu_gradient(gradient, x):
 
 def _narrow(x):
     """``x`` in the precision of products, see `bfloat16`; float64 stays."""
-    return _cast(x, _precision.get()) if x.dtype == paddle.float32 else x
+    return _cast(x, _narrow_type(x))
+
+
+def _narrow_type(x):
+    return _precision.get() if x.dtype == paddle.float32 else x.dtype
 
 
 def _wide(x):
@@ -312,11 +398,15 @@ def _wide(x):
     return _cast(x, paddle.float32) if x.dtype == paddle.bfloat16 else x
 
 
-def _cast(x, dtype):
-    if x.dtype == dtype:
+def _cast(x, dtype, out=None):
+    if x.dtype == dtype and out is None:
         return x
-    y = onednn.cast(x, dtype)
-    return x.astype(dtype) if y is None else y
+    y = onednn.cast(x, dtype, out)
+    return _into(out, x.astype(dtype)) if y is None else y
+
+
+def _into(out, x):
+    return x if out is None else paddle.assign(x, out)
 
 
 def _column_sum(x):
@@ -328,9 +418,9 @@ def _column_sum(x):
     return _product(rows, ones.unsqueeze(1), transpose_a=True, dtype=paddle.float32).flatten()
 
 
-def _batch_sum(x, mask=None):
-    """The sum over the first axis, likewise, of ``mask * x``; not for bfloat16."""
-    weights = _ones(x.shape[0], x.dtype) if mask is None else mask.flatten()
+def _batch_sum(x, weights=None):
+    """The sum over the first axis, likewise, of ``weights * x``; not for bfloat16."""
+    weights = _ones(x.shape[0], x.dtype) if weights is None else weights
     return paddle.matmul(weights, x.reshape([x.shape[0], -1])).reshape(x.shape[1:])
 
 
@@ -346,17 +436,6 @@ def _ones(count, dtype):
 def _rows(x):
     """``[B, N, C] -> [M, C]``."""
     return x.reshape([-1, x.shape[-1]])
-
-
-def _residual(x, mask):
-    """What follows a branch's last product."""
-    return [("add", x)] if mask is None else [("multiply", mask), ("add", x)]
-
-
-def _branch_gradient(grad, mask, dtype):
-    """The gradient of a branch before its `_residual`, in the precision of products."""
-    grad = _cast(grad, dtype)
-    return grad if mask is None else _scale_rows(mask, grad)
 
 
 def _outer(a, b):

@@ -8,7 +8,7 @@ import pytest
 from paddle.distributed.fleet.utils import recompute
 
 from cpu import ops
-from resmlp import PatchEmbedding, ResBlock, ResMLP
+from resmlp import DropPath, PatchEmbedding, ResBlock, ResMLP
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,28 @@ def test_outputs_and_all_gradients_equal_the_layers(drop_path, layers_only, fuse
     assert not fused_calls
     assert_equal(outputs_and_gradients(block, x), expected)
     assert fused_calls
+
+
+@pytest.mark.parametrize("kept", ["1111", "0000", "1000", "0001", "0110", "1011", "0101"])
+def test_every_pattern_of_dropped_samples_equals_the_layers(kept, layers_only, monkeypatch):
+    mask = paddle.to_tensor([2.0 * int(sample) for sample in kept]).reshape([4, 1, 1])
+    monkeypatch.setattr(DropPath, "mask", lambda self, x: mask)
+    block, x = random_block(drop_path=0.5), paddle.randn([4, 5, 6])
+    expected = layers_only(outputs_and_gradients, block, x)
+    found = outputs_and_gradients(block, x)
+    assert_equal(found, expected)
+    assert (found["output"] == x.numpy()).all() == (kept == "0000")
+
+
+def test_what_a_dropped_sample_holds_is_not_computed_with(monkeypatch):
+    mask = paddle.to_tensor([2.0, 0.0, 2.0]).reshape([3, 1, 1])
+    monkeypatch.setattr(DropPath, "mask", lambda self, x: mask)
+    block, x = random_block(drop_path=0.5), paddle.randn([3, 5, 6])
+    x[1] = float("nan")
+    found = outputs_and_gradients(block, x)
+    assert np.isnan(found.pop("output")).all(axis=(1, 2)).tolist() == [False, True, False]
+    for name, value in found.items():
+        assert np.isfinite(value).all(), name
 
 
 def test_paddle_grad_gives_the_same_as_backward():

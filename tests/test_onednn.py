@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from math import erf, pi, sqrt
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import paddle
 import pytest
 
-from cpu import onednn, ops
+from cpu import onednn, ops, setup
 from resmlp import ResBlock, ResMLP
 
 ROOT = Path(__file__).parent.parent
@@ -240,6 +241,32 @@ onednn.product(x, x)
 print(len(os.listdir("/proc/self/task")) - count)
 """
     assert run(code, RESMLP_THREADS=str(threads))[0].tolist() == [[threads - 1]]
+
+
+@needs_onednn
+def test_primitives_are_made_in_another_thread_than_tensors(monkeypatch):
+    threads, set_threads = [], setup.set_threads
+
+    def begin(count):  # what such a thread does first
+        threads.append(threading.get_ident())
+        return set_threads(count)
+
+    monkeypatch.setattr(setup, "set_threads", begin)
+    x = paddle.randn([3, 5, 61])  # a shape of its own
+    onednn.multiply(onednn.product(x, x, transpose_b=True), paddle.ones([5]))
+    onednn.gelu(onednn.cast(x, paddle.bfloat16))
+    assert len(threads) == 4 and threading.get_ident() not in threads
+
+
+@needs_onednn
+def test_results_are_written_where_they_are_wanted():
+    x, y, z = paddle.randn([2, 3, 4]), paddle.zeros([6, 3, 4]), paddle.randn([4])
+    onednn.product(x[:1], paddle.eye(4), then=[("add", x[:1])], out=y[:1])
+    onednn.multiply(x, z, [("add", x)], out=y[1:3])
+    onednn.cast(x[1:], paddle.float32, y[4:5])
+    x, z = x.numpy(), z.numpy()
+    expected = [2 * x[:1], x * z + x, np.zeros([1, 3, 4]), x[1:], np.zeros([1, 3, 4])]
+    close(y.numpy(), np.concatenate(expected))
 
 
 def test_an_image_that_wants_a_gradient_gets_the_convolution_s():
