@@ -412,9 +412,10 @@ def _into(out, x):
 def _column_sum(x):
     """The sum over all axes but the last, as a product with ones: ``[..., C] -> [C]``."""
     rows = _rows(x)
-    ones = _ones(rows.shape[0], x.dtype).unsqueeze(1)
-    dtype = paddle.float32 if x.dtype == paddle.bfloat16 else x.dtype
-    return _product(rows, ones, transpose_a=True, dtype=dtype).flatten()
+    ones = _ones(rows.shape[0], x.dtype)
+    if x.dtype != paddle.bfloat16:
+        return paddle.matmul(ones, rows)
+    return _product(rows, ones.unsqueeze(1), transpose_a=True, dtype=paddle.float32).flatten()
 
 
 def _batch_sum(x, weights=None):
