@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 
 import paddle
@@ -205,19 +205,29 @@ def _once(make):
     those, each would break up a gap that a later tensor had fitted in: with drop path, whose shapes
     come one by one, a process grew by half.
     """
+    kept = {}
 
-    @functools.cache
-    def attempt(*arguments):
-        # A thread begins with the environment's number of threads, for which oneDNN would plan.
-        with ThreadPoolExecutor(1, "", setup.set_threads, [setup.threads]) as thread:
-            made = thread.submit(make, *arguments)
-        return made.exception() or made.result()
+    def work(arguments, results):
+        try:
+            if setup.threads:  # else what the environment says, with which a thread begins
+                setup.set_threads(setup.threads)  # oneDNN plans for as many
+            results.append(make(*arguments))
+        except Exception as error:
+            results.append(error)
 
     def made(*arguments):
-        found = attempt(*arguments)
-        if isinstance(found, Exception):
-            raise found.with_traceback(None)
-        return found
+        if arguments not in kept:
+            results = []
+            thread = threading.Thread(target=work, args=(arguments, results))
+            thread.start()
+            thread.join()
+            (found,) = results
+            if isinstance(found, Exception) and not isinstance(found, Unsupported):
+                raise found
+            kept[arguments] = found
+        if isinstance(kept[arguments], Unsupported):
+            raise kept[arguments].with_traceback(None)
+        return kept[arguments]
 
     return made
 
@@ -241,7 +251,8 @@ def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
         *(bias.descriptor if has_bias else None, result.descriptor, attributes),
     )
     descriptor = create()
-    if (transpose_a and rank == 2) or (transpose_b and a.shape[-1] < b.shape[-1]):
+    hidden = transpose_b and len(shape_b) == 2 and a.shape[-1] < b.shape[-1]
+    if hidden or (transpose_a and rank == 2):
         # For a weight gradient, and for the gradient of an MLP's hidden units, oneDNN's first
         # choice takes longer than its plain product: by a tenth, and by 2 to 7 % (AVX-512).
         descriptor = _library().implemented_by(b"gemm", descriptor) or create()

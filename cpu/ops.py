@@ -46,6 +46,7 @@ from paddle.autograd.py_layer import once_differentiable
 from cpu import onednn, setup
 
 _LAYERS = (nn.Linear, nn.Conv2D, nn.Dropout)  # those of Paddle's that a model is made of
+_SLICES_ARE_VIEWS = "FLAGS_use_stride_kernel"
 _precision = ContextVar("precision", default=paddle.float32)
 
 
@@ -85,11 +86,13 @@ def usable(layer) -> bool:
 
     Not while a graph is traced or exported, not on a GPU, not with a dropout that is on, and not
     when someone listens to a part with a hook (which would never be called) or has put another
-    layer in its place (LoRA, quantization).
+    layer in its place (LoRA, quantization); nor where a slice is a copy, into which nothing can be
+    written (a Paddle flag).
     """
     return (
         paddle.in_dynamic_mode()
         and paddle.get_device() == "cpu"
+        and paddle.get_flags(_SLICES_ARE_VIEWS)[_SLICES_ARE_VIEWS]
         and not any(
             part._forward_pre_hooks
             or part._forward_post_hooks

@@ -87,7 +87,9 @@ def _inside(crop: Sequence[int], size: tuple[int, int]) -> bool:
 def to_array(image: Picture) -> np.ndarray:
     """``np.array(image)``, writable and apart from the image: ``uint8 [H, W, 3]`` of one in RGB."""
     compiled = _compiled_for(image)
-    return np.array(image) if compiled is None else compiled.kernels.to_rgb(_to_array(image))
+    if compiled is None:
+        return np.array(to_image(image))
+    return compiled.kernels.to_rgb(_to_array(image))
 
 
 def to_image(image: Picture) -> Image.Image:
@@ -98,7 +100,7 @@ def to_image(image: Picture) -> Image.Image:
 
 
 def flip(image: Picture, direction: Image.Transpose) -> Picture:
-    """``image.transpose(direction)``, left and right or top and bottom."""
+    """``image.transpose(direction)``, with `FLIP_LEFT_RIGHT` or `FLIP_TOP_BOTTOM`."""
     if not isinstance(image, np.ndarray):
         return image.transpose(direction)
     across = direction == Image.Transpose.FLIP_LEFT_RIGHT
@@ -129,7 +131,7 @@ def saturate(image: Picture, factor: float) -> Picture:
     """``ImageEnhance.Color(image).enhance(factor)``: 0 gray, 1 as it is."""
     compiled = _compiled_for(image)
     if compiled is None:
-        return ImageEnhance.Color(image).enhance(factor)
+        return ImageEnhance.Color(to_image(image)).enhance(factor)
     pixels = _to_array(image)
     return _like(image, compiled.kernels.blend(compiled.kernels.gray(pixels), pixels, factor))
 
@@ -138,7 +140,7 @@ def sharpen(image: Picture, factor: float) -> Picture:
     """``ImageEnhance.Sharpness(image).enhance(factor)``: 0 smoothed, 1 as it is."""
     compiled = _compiled_for(image)
     if compiled is None:
-        return ImageEnhance.Sharpness(image).enhance(factor)
+        return ImageEnhance.Sharpness(to_image(image)).enhance(factor)
     pixels = _to_array(image)
     return _like(image, compiled.kernels.blend(compiled.kernels.smooth(pixels), pixels, factor))
 
@@ -153,21 +155,23 @@ def look_up(image: Picture, tables: np.ndarray) -> Picture:
     tables = np.array(np.broadcast_to(tables, (3, 256)), np.uint8, order="C")
     compiled = _compiled_for(image)
     if compiled is None:
-        return image.point(tables.ravel().tolist())
+        return to_image(image).point(tables.ravel().tolist())
     return _like(image, compiled.kernels.look_up(_to_array(image), tables))
 
 
 def extremes(image: Picture) -> Sequence[tuple[int, int]]:
     """``image.getextrema()`` of one in RGB: the lowest and the highest value of each channel."""
     compiled = _compiled_for(image)
-    return image.getextrema() if compiled is None else compiled.kernels.extremes(_to_array(image))
+    if compiled is None:
+        return to_image(image).getextrema()
+    return compiled.kernels.extremes(_to_array(image))
 
 
 def histogram(image: Picture) -> np.ndarray:
     """``image.histogram()`` of one in RGB: how often each value is there, ``int [3, 256]``."""
     compiled = _compiled_for(image)
     if compiled is None:
-        return np.reshape(image.histogram(), (3, 256))
+        return np.reshape(to_image(image).histogram(), (3, 256))
     return compiled.kernels.histogram(_to_array(image))
 
 
@@ -175,7 +179,7 @@ def mean_gray(image: Picture) -> float:
     """The mean brightness of an RGB image, ``convert("L")``'s."""
     compiled = _compiled_for(image)
     if compiled is None:
-        return ImageStat.Stat(image.convert("L")).mean[0]
+        return ImageStat.Stat(to_image(image).convert("L")).mean[0]
     pixels = _to_array(image)
     return compiled.kernels.sum_gray(pixels) / pixels.size
 
@@ -193,7 +197,7 @@ class _Compiled(NamedTuple):
     height_first: Callable[[int, int, int, int], bool]
 
     def resize(
-        self, image: Image.Image, size: tuple[int, int], crop: Sequence[int], box: Sequence[int]
+        self, image: Picture, size: tuple[int, int], crop: Sequence[int], box: Sequence[int]
     ) -> np.ndarray:
         pixels = _to_array(image, box)
         height, width = pixels.shape

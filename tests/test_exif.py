@@ -96,7 +96,8 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     for orientation in range(1, 9):
         split = "train" if orientation < 7 else "val"
-        save(root / split / f"class_{orientation % 2}" / f"{orientation}.png", orientation)
+        ending = "jpg" if orientation == 6 else "png"
+        save(root / split / f"class_{orientation % 2}" / f"{orientation}.{ending}", orientation)
     return root
 
 

@@ -134,8 +134,10 @@ def test_what_is_measured_is_what_pillow_measures(value, switched, monkeypatch):
     assert resample.mean_gray(image) == ImageStat.Stat(image.convert("L")).mean[0]
 
 
+@pytest.mark.parametrize("switched", ["on", "off"])
 @pytest.mark.parametrize("filter", [BICUBIC, Image.Resampling.BILINEAR])
-def test_an_array_of_the_pixels_gives_what_the_image_does(filter):
+def test_an_array_of_the_pixels_gives_what_the_image_does(filter, switched, monkeypatch):
+    monkeypatch.setenv("RESMLP_NUMBA", switched)
     image, tables = photo(41, 30), np.random.default_rng(0).integers(0, 256, (3, 256))
     pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(30, 41)
     for direction in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
@@ -152,6 +154,7 @@ def test_an_array_of_the_pixels_gives_what_the_image_does(filter):
         assert same(function(pixels, *arguments), function(image, *arguments)), function
     for function in (resample.extremes, resample.histogram, resample.mean_gray):
         assert np.array_equal(function(pixels), function(image)), function
+    assert np.array_equal(resample.to_array(pixels), np.asarray(image))
 
 
 def same(picture, image):

@@ -138,9 +138,11 @@ def _claim(output: str, settings: Settings) -> None:
     note = Path(output, SETTINGS)
     text = json.dumps(asdict(settings), indent=1) + "\n"
     if note.is_file():
-        if note.read_text() != text:
+        old = note.read_text()
+        if old != text:
             raise UserError(
-                f"{note}: this folder was begun with other settings; name another -output"
+                f"{note}: this folder was begun with {' '.join(old.split())}, not with "
+                f"{' '.join(text.split())}; go on with the same, or name another -output"
             )
     elif os.path.isdir(output) and os.listdir(output):
         raise UserError(f"-output {output}: is not empty, and holds no packed data set")
