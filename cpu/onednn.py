@@ -203,7 +203,7 @@ def _once(make):
 
     Primitives stay, and glibc takes a thread's memory elsewhere than that of the tensors. Among
     those, each would break up a gap that a later tensor had fitted in: with drop path, whose shapes
-    come one by one, a process grew by half.
+    come one by one, a process grew by a third.
     """
     kept = {}
 

@@ -205,8 +205,8 @@ def read_image(path: str) -> Image.Image:
 
 
 def read_pixels(path: str) -> Picture:
-    """`read_image` for who needs nothing but the pixels: an array of an ordinary JPEG, whose header
-    Pillow would read for longer than the file takes; any other is Pillow's image.
+    """`read_image` where nothing but the pixels is wanted: an array of an ordinary JPEG, for which
+    Pillow need not look at the header; of any other file Pillow's image.
 
     Raises:
         BadImage: as `read_image`.
