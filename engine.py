@@ -17,7 +17,7 @@ from cli.errors import ConfigError, TrainingError
 from cpu import ops
 from datasets import build_loader, with_num_classes
 from optimizer import Schedule
-from parallel.process import Process, from_main, main_first, prepare_process
+from parallel.process import Preempted, Process, from_main, main_first, prepare_process
 from storage import checkpoints
 from storage.run_folder import RunFolder, choose_folder
 from training.eval_run import run_evaluation
@@ -96,6 +96,10 @@ class Trainer:
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
             self.checkpoints.finish_or_raise(progress)
+        except Preempted:
+            if self.process.world > 1:  # this rank's own signal may come later than another's
+                self.monitor.signal.ignore()
+            raise
         except TrainingError:  # of all ranks: a launcher would end rank 0 when another has ended
             with main_first(self.process):
                 self.checkpoints.close()

@@ -158,9 +158,15 @@ class StopSignal:
             if hasattr(signal, "siginterrupt"):  # not on Windows
                 signal.siginterrupt(number, False)
 
+    def ignore(self) -> None:
+        """Lets no signal disturb this process any more: it is about to end."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        self._before = {}
+
     def close(self) -> None:
         """Gives the signals back to whom they belonged, when those that count as one are over."""
-        if self.received:
+        if self.received and self._before:
             time.sleep(max(0.0, self._first + SIGNAL_GRACE - time.monotonic()))
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -3,7 +3,7 @@
     FAULT="where:rank:count:what ..."
 
 where: step, forward, evaluation, save_begin, save_half, save_names, save_rename, save_done,
-       snapshot, load
+       snapshot, load, goodbye (when a run is over)
 rank:  which rank it hits
 count: at which call of the place (from 1)
 what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleepN (seconds), hang,
@@ -29,6 +29,7 @@ from collections import Counter
 
 import datasets
 import engine
+import launch
 import main_multi_gpu
 from cli.errors import run_as_script
 from parallel import rendezvous
@@ -112,6 +113,7 @@ after("save_names", checkpoints, "duplicate")
 before("save_rename", checkpoints, "_replace")
 after("save_done", checkpoints, "save")
 before("load", datasets, "read_pixels")
+before("goodbye", launch, "_flush")
 
 
 if __name__ == "__main__":

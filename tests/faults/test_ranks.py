@@ -236,6 +236,16 @@ def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path, data, to, number):
     assert alive(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_that_reaches_a_rank_late_does_not_kill_it(tmp_path, data, rank):
+    """As from a scheduler, or by ranks that notice their launcher's end at different times."""
+    fault = f"step:{1 - rank}:4:term goodbye:{rank}:1:term"
+    code, output = run(job(data, tmp_path), fault)
+    assert code == 75, output
+    line = output.splitlines()[-1]
+    assert line.startswith("stopped after step 4; saved in") and "killed" not in output
+
+
 def test_a_second_signal_ends_all_at_once(tmp_path, data):
     process = start(job(data, tmp_path), fault="snapshot:0:2:hang")
     wait_for_ranks(process, tmp_path)
