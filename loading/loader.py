@@ -175,13 +175,13 @@ class Loader:
             code = _first_exit_code(iterator._workers)
             for worker in iterator._workers:
                 worker.kill()
-            if expired.is_set():
+            if code is not None:  # also where Paddle has not noticed it
+                problem = f"a data loader worker died ({_describe_exit(code)})"
+            elif expired.is_set():
                 problem = (
                     f"the data loader delivered no batch for {self.timeout:g} s "
                     "(DATA.WORKER_TIMEOUT): slow or hanging storage?"
                 )
-            elif code is not None:
-                problem = f"a data loader worker died ({_describe_exit(code)})"
             else:
                 problem = f"the data loader failed: {error}"
             raise DataError(problem) from error

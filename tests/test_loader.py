@@ -103,6 +103,12 @@ def test_a_worker_that_dies_is_one_error_that_says_how(watched_workers, act, des
         run(numbers_loader(act))
 
 
+def test_a_death_that_paddle_overlooks_is_told_after_the_time_limit(watched_workers, monkeypatch):
+    monkeypatch.setattr(BaseProcess, "is_alive", lambda process: True)
+    with pytest.raises(DataError, match="worker died .exit code 3"):
+        run(numbers_loader(lambda: os._exit(3), timeout=2.5))
+
+
 def test_a_worker_that_hangs_is_an_error_after_the_time_limit(watched_workers):
     forever = threading.Event().wait
     with pytest.raises(DataError, match=r"no batch for 1.5 s \(DATA.WORKER_TIMEOUT\)"):
