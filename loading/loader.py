@@ -38,7 +38,6 @@ _DEATH_CHECK = 1  # seconds between looks at whether a worker still lives
 _SAVING = 600  # seconds that a worker stays when it is told to end: longer than a slow batch takes
 _GRACE = 5.0  # seconds for workers to finish the batch at hand when a pass ends
 _SHM = "/dev/shm"  # where workers lay their batches
-_LEAVE = (signal.SIGALRM, signal.SIGUSR2) if sys.platform == "linux" else ()  # end a worker
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 VERIFY_HINT = "tools/make_lists.py -verify checks a whole data set"
@@ -253,8 +252,9 @@ def _start_worker(worker_id: int) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP means nothing
             signal.signal(number, lambda signum, frame: signal.alarm(_SAVING))
     # A thread waits for these: a handler would not run while the main one sleeps in a read.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVE)
-    threading.Thread(target=lambda: _leave(signal.sigwait(_LEAVE)), daemon=True).start()
+    ends = (signal.SIGALRM, signal.SIGUSR2)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    threading.Thread(target=lambda: _leave(signal.sigwait(ends)), daemon=True).start()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
     if os.getppid() != multiprocessing.parent_process().pid:  # killed before that line
