@@ -25,7 +25,7 @@ from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder,
 from loading.images import BadImage, read_image, read_pixels, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
-from storage.weights import shorten, unreachable
+from storage.files import shorten, unreachable
 from transforms import build_eval_transform, build_train_transform
 
 __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader"]

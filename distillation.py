@@ -27,7 +27,8 @@ from cli.errors import ConfigError, WeightsError
 from config import get_config
 from resmlp import build_resmlp, load_state
 from storage import safe_pickle
-from storage.weights import read_weights, shorten, unreachable
+from storage.files import shorten, unreachable
+from storage.weights import read_weights
 
 
 class Teacher:

@@ -25,8 +25,8 @@ from engine import run
 from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count, stop_signals
 from port_weights.download import is_address, local_weights
 from storage.checkpoints import LAST, is_writing
+from storage.files import write_atomically
 from storage.run_folder import choose_folder
-from storage.weights import write_atomically
 from training.pictures import render
 from training.plots import draw_curves, read_metrics
 

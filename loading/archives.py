@@ -30,7 +30,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from cli.errors import DataError, WeightsError
-from storage.weights import cache_folder, write_atomically
+from storage.files import cache_folder, write_atomically
 
 ENDINGS = (".tar", ".zip")
 _COMPRESSED = {  # how a file begins, and what unpacks it

@@ -23,7 +23,8 @@ from typing import NoReturn
 
 from cli.errors import DataError
 from loading import archives
-from loading.images import EXTENSIONS, printable, reason_of, regular_size
+from loading.images import EXTENSIONS, reason_of, regular_size
+from storage.files import printable
 
 # What splits are called, in any case, the first name before the others. A `test` folder is neither:
 # its images are for the very end, or have no labels.

@@ -6,7 +6,6 @@ import errno
 import io
 import math
 import os
-import re
 import stat
 import warnings
 from functools import cache
@@ -17,6 +16,7 @@ from PIL import Image
 from cli.errors import DataError
 from cpu.pixels import Picture, shown
 from loading import archives
+from storage.files import printable
 
 try:
     import simplejpeg  # its decoder is faster than Pillow's
@@ -49,10 +49,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-# Control characters, line breaks, and what `os.fsdecode` makes of bytes that are not UTF-8.
-# (`str.isprintable` is also False for the joiners inside Persian words.)
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # Pillow warns above its limit and raises above twice the limit; `open_image` raises above it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -244,12 +240,6 @@ def _bad_image(path: str, error: Exception) -> DataError:
     if isinstance(error, Image.UnidentifiedImageError):
         return BadImage(path, "not an image of a known format")
     return BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})")
-
-
-def printable(path: str) -> str:
-    """The path with control characters and whatever is not UTF-8 in it escaped, for a terminal."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def reason_of(error: Exception) -> str:

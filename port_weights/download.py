@@ -23,7 +23,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from cli.errors import WeightsError
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import HOSTS
-from storage.weights import atomic, cache_folder, file_sha256, refuse_text, write_atomically
+from storage.files import atomic, cache_folder, file_sha256, write_atomically
+from storage.weights import refuse_text
 
 try:
     import fcntl

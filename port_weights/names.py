@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cli.errors import WeightsError
-from storage.weights import shorten
+from storage.files import shorten
 
 FORMATS = ("timm", "facebook")
 _MODULES = (  # ours, timm's, facebookresearch/deit's; {} is the number of the block

@@ -15,16 +15,14 @@ import numpy as np
 
 from cli.errors import WeightsError
 from storage import safe_pickle
+from storage.files import printable, shorten, unreachable, write_atomically
 from storage.weights import (
     CONTAINERS,
     TORCH_BEGINNINGS,
     check_state,
     refuse_text,
     safe_load,
-    shorten,
-    unreachable,
     without_prefixes,
-    write_atomically,
     write_weights,
 )
 
@@ -133,7 +131,7 @@ def _read_zip(path: str) -> Any:
             options = dict(names=_TENSORS, foreign=_FOREIGN, persistent=storage)
             return safe_pickle.read(io.BytesIO(content), len(content), path, **options)
     except (OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = safe_pickle.printable(str(error))
+        reason = printable(str(error), 200)
         raise WeightsError(
             f"{path}: truncated, damaged, or not a PyTorch file ({reason})"
         ) from None

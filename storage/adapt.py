@@ -9,7 +9,8 @@ import numpy as np
 from paddle import nn
 
 from cli.errors import WeightsError
-from storage.weights import naming, read_weights, shorten
+from storage.files import shorten
+from storage.weights import naming, read_weights
 
 
 def load_pretrained(model: nn.Layer, config, new_head: bool = False) -> list[str]:

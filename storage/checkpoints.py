@@ -23,7 +23,8 @@ import numpy as np
 import yaml
 
 from cli.errors import CheckpointError, UserError
-from storage.weights import safe_load, unreachable
+from storage.files import unreachable
+from storage.weights import safe_load
 
 LAST, BEST = "last.pdparams", "best.pdparams"
 _EPOCH = re.compile(r"epoch_(\d+)\.pdparams")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cli.errors import CheckpointError, UserError
 from storage.checkpoints import BEST, LAST
-from storage.weights import write_atomically
+from storage.files import write_atomically
 
 try:
     import fcntl

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Callable
 import numpy as np
 
 from cli.errors import WeightsError
+from storage.files import printable
 
 MAX_DEPTH = 64  # containers inside containers
 MAX_VALUES = 1_000_000  # counted as often as they are referred to: no "billion laughs"
@@ -335,19 +336,13 @@ def read(file: BinaryIO, size: int, path: str | os.PathLike, **options) -> Any:
         (result,) = machine.stack
         _count(result, 0, {})
     except WeightsError as error:
-        reason = printable(str(error))
+        reason = printable(str(error), 200)
         raise WeightsError(f"{path}: refused, it holds {reason}; nothing of it was run") from None
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # whatever a damaged file does to the machine or to NumPy
-        reason = printable(str(error)) or type(error).__name__
+        reason = printable(str(error), 200) or type(error).__name__
         if _SHORT.match(reason):  # pickletools': an argument that goes on beyond the file
             reason = "the file ends too early"
         raise WeightsError(f"{path}: truncated, damaged, or not a Paddle file ({reason})") from None
     return result
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """Text from a file, for a message: on one line, without control characters, not too long."""
-    text = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
-    return text if len(text) <= limit else f"{text[:limit]}..."

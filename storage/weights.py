@@ -1,4 +1,4 @@
-"""Weight files: found, read without running anything of theirs, checked, and written whole.
+"""Weight files: found, read without running anything of theirs, checked, and written.
 
     file = read_weights("resmlp_24_224")      # .pdparams or .safetensors, PPViT's or ours
     load_state(model, file.state)             # resmlp.py: strict
@@ -9,21 +9,19 @@ Imports no Paddle. Arrays that are read are read-only.
 from __future__ import annotations
 
 import difflib
-import glob
-import hashlib
 import os
 import pickle
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from cli.errors import WeightsError
 from storage import safe_pickle
+from storage.files import printable, shorten, unreachable, write_atomically
 
 try:
     import fcntl
@@ -85,17 +83,6 @@ def find_file(path: str | os.PathLike) -> Path:
     near += [name for name in names if Path(name).stem.startswith(path.name) and name not in near]
     hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     raise WeightsError(f"{path}: no such weight file (nor with .pdparams, .safetensors){hint}")
-
-
-def unreachable(path: str | os.PathLike) -> str:
-    """Why it cannot even be known whether a path exists; empty where it can."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    except (OSError, ValueError) as error:  # a closed folder, too long a name, a zero byte
-        return getattr(error, "strerror", None) or str(error)
-    return ""
 
 
 def safe_load(path: str | os.PathLike) -> Any:
@@ -208,7 +195,7 @@ def write_weights(state: Mapping[str, Any], path: str | os.PathLike) -> None:
         path: ``*.safetensors``, or any other name for the format of ``paddle.save``.
 
     Raises:
-        WeightsError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     arrays = {name: np.ascontiguousarray(_to_numpy(value)) for name, value in state.items()}
     if Path(path).suffix == ".safetensors":
@@ -221,87 +208,12 @@ def write_weights(state: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that appears as ``path`` when it is whole, or not at all.
-
-    It lies beside ``path`` under a temporary name, is flushed to the disk and renamed. After an
-    exception a file that was there is left as it was. Folders are made.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    try:
-        with open(temporary, "wb") as file:
-            if fcntl is not None:
-                with suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if fcntl is not None:
-                os.replace(temporary, path)
-        if fcntl is None:
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-@contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Puts the name of the file that the weights are of before a `WeightsError`."""
     try:
         yield
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-
-
-def write_atomically(data: bytes, path: str | os.PathLike) -> None:
-    """Writes a file by `atomic`.
-
-    Raises:
-        WeightsError: the file cannot be written; one of that name is left as it was.
-    """
-    try:
-        with atomic(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """The sha256 of a file, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where what can be had again is kept: ``resmlp`` in ``XDG_CACHE_HOME`` (``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache").expanduser(), "resmlp")
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Removes temporary files of writers of ``path`` that were killed: nobody holds their lock."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
-        with suppress(OSError):  # being written, or another's
-            if fcntl is not None:
-                with open(leftover, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
-
-
-def shorten(names: list, limit: int = 6) -> str:
-    """A list of names for a message, cut when it is long."""
-    rest = len(names) - limit
-    text = ", ".join(safe_pickle.printable(str(name)) for name in names[:limit])
-    return f"{text} and {rest} more" if rest > 0 else text
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -317,7 +229,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             data = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[kind])
             result[name] = data.reshape(entry["shape"])
     except (SafetensorError, MemoryError, ValueError, OverflowError) as error:
-        reason = safe_pickle.printable(str(error)) or type(error).__name__
+        reason = printable(str(error), 200) or type(error).__name__
         raise WeightsError(f"{path}: truncated or damaged ({reason})") from None
     return result
 

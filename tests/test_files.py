@@ -18,7 +18,8 @@ from loading import images
 from loading.classes import class_names, folder_classes, read_class_names, with_num_classes
 from loading.files import find_classes, list_images, read_list, scan_folder
 from loading.imagenet import wordnet_ids
-from loading.images import BadImage, open_image, printable, read_image, read_pixels, upright
+from loading.images import BadImage, open_image, read_image, read_pixels, upright
+from storage.files import printable
 
 
 def write_list(folder, text):

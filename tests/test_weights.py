@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
 
-from cli.errors import WeightsError
+from cli.errors import UserError, WeightsError
 from resmlp import ResMLP, load_state
 from storage import safe_pickle
 from storage.adapt import adapt_state_dict, resample_tokens
@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, state, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(WeightsError, match="cannot be written: No space left"):
+    with pytest.raises(UserError, match="cannot be written: No space left"):
         write_weights({"other": np.ones(3, np.float32)}, tmp_path / "x.pdparams")
     assert (tmp_path / "x.pdparams").read_bytes() == before
     assert os.listdir(tmp_path) == ["x.pdparams"]
@@ -592,9 +592,9 @@ def test_files_obey_the_umask(tmp_path, state, umask, mode):
 
 _KILLED = """
 import os, signal, sys
-from storage import weights
+from storage import files
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-weights.write_atomically(b"half of it", sys.argv[1])
+files.write_atomically(b"half of it", sys.argv[1])
 """
 
 

@@ -14,7 +14,8 @@ from cli.errors import UserError
 from config import get_config, update_config
 from loading.classes import with_num_classes
 from port_weights.download import local_weights
-from storage.weights import find_file, write_atomically
+from storage.files import write_atomically
+from storage.weights import find_file
 
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 

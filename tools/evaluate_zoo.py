@@ -34,7 +34,8 @@ from port_weights.architecture import infer
 from port_weights.port import port
 from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import MEASURES, ZOO, Weights
-from storage.weights import file_sha256, read_weights
+from storage.files import file_sha256
+from storage.weights import read_weights
 from tools.common import write_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,7 +33,8 @@ from cli.parser import Parser
 from datasets import build_dataset
 from loading.images import read_image
 from resmlp import build_resmlp, load_state
-from storage.weights import file_sha256, read_weights
+from storage.files import file_sha256
+from storage.weights import read_weights
 from tools.common import load_model, require, run_config, write_file
 from tools.folding import fold
 from tools.infer_exported import ModelError, Run, open_onnx, open_paddle

@@ -26,12 +26,12 @@ from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from cpu import resample
 from datasets import ImageDataset, build_dataset
-from loading.images import printable
 from loading.loader import Loader, shared_memory_fits
 from loading.samplers import EvalBatchSampler
 from port_weights.verify import checksum
 from resmlp import build_resmlp, load_state
-from storage.weights import atomic, naming, read_weights
+from storage.files import atomic, printable
+from storage.weights import naming, read_weights
 from tools.common import run_config, write_file
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine

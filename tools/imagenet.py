@@ -20,8 +20,8 @@ from cli.errors import DataError
 from loading import archives
 from loading.files import list_images, split_folder
 from loading.imagenet import val_number, validation_labels, wordnet_ids
-from loading.images import printable, regular_size
-from storage.weights import shorten
+from loading.images import regular_size
+from storage.files import printable, shorten
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"

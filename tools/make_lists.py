@@ -51,8 +51,8 @@ from loading.files import (
     split_folder,
 )
 from loading.imagenet import wordnet_ids
-from loading.images import EXTENSIONS, BadImage, printable, read_image, regular_size
-from storage.weights import atomic, shorten
+from loading.images import EXTENSIONS, BadImage, read_image, regular_size
+from storage.files import atomic, printable, shorten
 from tools import imagenet
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"

@@ -35,8 +35,8 @@ from cpu.resample import resize
 from cpu.setup import default_threads
 from loading import archives
 from loading.files import ImageIndex, find_classes, read_list, scan_folder
-from loading.images import BadImage, open_image, printable, read_image, regular_size
-from storage.weights import atomic
+from loading.images import BadImage, open_image, read_image, regular_size
+from storage.files import atomic, printable
 from tools.common import write_file
 from transforms import resized_size
 

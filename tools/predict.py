@@ -29,8 +29,9 @@ from cpu.ops import choose_precision
 from loading.classes import class_names as data_class_names
 from loading.classes import read_class_names
 from loading.files import list_images
-from loading.images import BadImage, printable, read_image
+from loading.images import BadImage, read_image
 from parallel.process import Process, gpu_count
+from storage.files import printable
 from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
 from training.learner import autocast
 from training.pictures import new_figure, render

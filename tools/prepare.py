@@ -31,7 +31,7 @@ from PIL import Image
 
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
-from storage.weights import atomic
+from storage.files import atomic
 from tools.common import require, write_file
 
 _CIFAR = {  # a file that only this one has -> its files, bytes of labels before an image, names
