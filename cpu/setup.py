@@ -9,7 +9,7 @@ On import, and only where the user has not chosen otherwise:
 - Paddle's advice to install ccache is silenced: nothing is compiled here.
 
 After Paddle's import, `set_threads` chooses the threads of a matrix product (Paddle's default is
-one). `describe` says what was done. On a machine with an NVIDIA GPU only the warning is silenced.
+one). `describe` says what was done. Where Paddle uses a GPU, only the warning is silenced.
 
 Environment: ``RESMLP_RUNTIME=off`` leaves the process alone, ``RESMLP_MALLOC=off`` only the
 allocator, ``RESMLP_THREADS`` or ``OMP_NUM_THREADS`` fixes the threads, and ``MKL_DEBUG_CPU_TYPE``
@@ -20,8 +20,10 @@ by `onednn`.)
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
+import re
 import sys
 import warnings
 from functools import cache
@@ -42,9 +44,22 @@ def enabled(switch: str = "RESMLP_RUNTIME") -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver is loaded and not hidden: told without asking Paddle."""
+    """Whether Paddle will use an NVIDIA GPU: it is built for CUDA, and a driver is loaded and not
+    hidden. Told without importing it.
+    """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    return not hidden and (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg"))
+    driver = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")
+    return driver and not hidden and is_cuda_build()
+
+
+@cache
+def is_cuda_build() -> bool:
+    """Whether the installed Paddle is built for CUDA, by the file in which its wheel says so."""
+    folders = getattr(importlib.util.find_spec("paddle"), "submodule_search_locations", None) or [
+        ""
+    ]
+    text = read_text(os.path.join(folders[0], "version", "__init__.py"))
+    return re.search(r"^cuda_version *= *'\d", text, re.MULTILINE) is not None
 
 
 def is_amd() -> bool:
@@ -69,19 +84,52 @@ def has_fast_bfloat16() -> bool:
 def physical_cores() -> int:
     """Cores this process may run on; two hardware threads of one core count once.
 
-    A container's CPU quota (cgroup v2) counts too: OpenMP threads that wait for a core by
-    spinning are slower than fewer threads.
+    A container's quota counts too: OpenMP threads that wait for a core by spinning are slower than
+    fewer threads.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
     cores = set()
-    for cpu in os.sched_getaffinity(0):
+    for cpu in _allowed_cpus():
         siblings = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        cores.add(read_line(siblings) or str(cpu))
-    quota = read_line("/sys/fs/cgroup/cpu.max").split()  # "max 100000" or "150000 100000"
-    if len(quota) == 2 and quota[0].isdigit():
-        return max(1, min(len(cores), int(quota[0]) // int(quota[1])))
-    return len(cores)
+        cores.add(read_text(siblings) or str(cpu))
+    return max(1, int(min(len(cores), _quota())))
+
+
+def usable_cores() -> int:
+    """Hardware threads that this process may keep busy: affinity and a container's quota, shared
+    among the ranks of this machine.
+    """
+    return max(1, int(min(len(_allowed_cpus()), _quota())) // _local_ranks())
+
+
+def _allowed_cpus() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))  # macOS, Windows
+
+
+def _quota() -> float:
+    """CPUs that the control groups of this process, version 1 or 2, may keep busy."""
+    lowest = float("inf")
+    for line in read_text("/proc/self/cgroup").splitlines():  # "4:cpu,cpuacct:/a/b" or "0::/a/b"
+        _, controllers, path = line.split(":", 2)
+        root = "/sys/fs/cgroup" + ("/cpu" if controllers else "")
+        folders = path.strip("/").split("/")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for depth in range(len(folders) + 1):  # a group has no more than those around it
+            group = "/".join([root, *folders[:depth]])
+            limit = read_text(f"{group}/cpu.max").split()  # "max 100000" or "150000 100000"
+            if controllers:  # "-1" without a limit
+                limit = [read_text(f"{group}/cpu.cfs_{name}_us") for name in ("quota", "period")]
+            if len(limit) == 2 and all(number.isdigit() for number in limit):
+                lowest = min(lowest, int(limit[0]) / int(limit[1]))
+    return lowest
+
+
+def _local_ranks() -> int:
+    """Ranks of this job on this machine."""
+    ranks = os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or "1"
+    return max(1, int(ranks) if ranks.isdigit() else 1)
 
 
 def default_threads() -> int:
@@ -89,8 +137,7 @@ def default_threads() -> int:
     chosen = os.environ.get("RESMLP_THREADS") or user_omp_threads
     if chosen and chosen.split(",")[0].isdigit():
         return max(1, int(chosen.split(",")[0]))
-    ranks = os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or "1"
-    return max(1, physical_cores() // max(1, int(ranks) if ranks.isdigit() else 1))
+    return max(1, physical_cores() // _local_ranks())
 
 
 def set_threads(n: int | None = None) -> int | None:
@@ -127,7 +174,7 @@ def describe() -> str:
     return "process: " + ", ".join(parts + _notes)
 
 
-def read_line(path: str) -> str:
+def read_text(path: str) -> str:
     """The text of a file of the system, stripped; empty where there is none."""
     try:
         with open(path, encoding="utf-8") as file:

@@ -140,18 +140,63 @@ def test_resmlp_threads_wins_over_everything(fresh):
     assert setup.default_threads() == 3
 
 
-def test_hardware_threads_of_a_core_and_a_container_quota_count_once(fresh):
-    files = {
+@pytest.fixture
+def files(fresh):
+    """A machine of four cores with two hardware threads each, and its files."""
+    found = {
         f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}"
         for n in range(8)
     }
     fresh.setattr(setup.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    fresh.setattr(setup, "read_line", lambda path: files.get(path, ""))
-    assert setup.physical_cores() == 4
-    files["/sys/fs/cgroup/cpu.max"] = "250000 100000"
-    assert setup.physical_cores() == 2
-    files["/sys/fs/cgroup/cpu.max"] = "max 100000"
-    assert setup.physical_cores() == 4
+    fresh.setattr(setup, "read_text", lambda path: found.get(path, ""))
+    return found
+
+
+def test_hardware_threads_of_a_core_count_once_for_matrix_products_alone(files, fresh):
+    assert (setup.physical_cores(), setup.usable_cores()) == (4, 8)
+    fresh.setenv("PADDLE_TRAINERS_NUM", "3")
+    assert setup.usable_cores() == 2
+
+
+@pytest.mark.parametrize(
+    "groups, limits, cores",
+    [
+        ("0::/", {"cpu.max": "250000 100000"}, 2),
+        ("0::/", {"cpu.max": "max 100000"}, 4),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("0::/docker/x", {"cpu.max": "200000 100000"}, 2),  # mounted for it alone
+        (
+            "3:cpuset:/\n2:cpu,cpuacct:/a\n0::/",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}
+            | {"cpu/a/cpu.cfs_quota_us": "150000", "cpu/a/cpu.cfs_period_us": "50000"},
+            3,
+        ),
+    ],
+)
+def test_a_quota_of_control_groups_limits_the_cores(files, groups, limits, cores):
+    files["/proc/self/cgroup"] = groups
+    files.update({f"/sys/fs/cgroup/{name}": text for name, text in limits.items()})
+    assert setup.physical_cores() == cores
+    assert setup.usable_cores() == (8 if cores == 4 else cores)
+
+
+@pytest.mark.parametrize("version, gpu", [("'False'", False), ("'11.8'", True), ("'12.6'", True)])
+def test_a_cpu_build_beside_a_driver_uses_no_gpu(monkeypatch, tmp_path, version, gpu):
+    (tmp_path / "paddle" / "version").mkdir(parents=True)
+    (tmp_path / "paddle" / "__init__.py").touch()
+    (tmp_path / "paddle" / "version" / "__init__.py").write_text(
+        f"full_version     = '3.3.1'\ncuda_version     = {version}\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in [name for name in sys.modules if name.split(".")[0] == "paddle"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(setup.os.path, "exists", lambda path: path == "/dev/nvidiactl")
+    monkeypatch.setattr(setup, "is_cuda_build", setup.is_cuda_build.__wrapped__)
+    assert setup.has_gpu() is gpu
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert setup.has_gpu() is False
 
 
 def test_an_amd_processor_gets_mkls_fast_path_unless_the_user_chose(fresh):
