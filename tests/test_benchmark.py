@@ -241,6 +241,24 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(config, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_peer_runs_on_the_gpu_as_paddle_does_or_says_that_it_cannot(config, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr(tool, "on_gpu", lambda: True)
+    rival = tool.Rival("timm", Job(config, "infer", 1), [])  # there is no GPU here
+    with pytest.raises(UserError, match="this PyTorch sees no GPU, on which Paddle runs"), rival:
+        pass
+
+
+def test_a_gpu_s_peak_is_that_of_a_product_of_its_size(monkeypatch):
+    monkeypatch.setattr(tool, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device, "synchronize", lambda: None)
+    monkeypatch.setattr(tool, "GEMM_ROUNDS", 1)
+    monkeypatch.setattr(paddle, "randn", lambda shape: paddle.ones(shape[:1]))
+    monkeypatch.setattr(paddle, "matmul", lambda a, b: sizes.append(a.shape))
+    sizes = []
+    assert tool.gemm_peak() > 0 and sizes == [[8192]]
+
+
 def test_a_missing_timm_is_one_line(config, monkeypatch):
     monkeypatch.setattr(tool.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="pip install torch timm") as error:

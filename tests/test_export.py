@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -162,6 +163,37 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     with pytest.raises(UserError, match="off by"):
         export(weights, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The default device is a GPU: products are in TF32, and linear layers those of GPU builds."""
+    device, matmul, is_cuda = ["gpu:0"], paddle.matmul, paddle.is_compiled_with_cuda
+
+    def tf32(x):
+        bits = x.numpy().view(np.uint32)
+        return paddle.to_tensor((bits & np.uint32(0xFFFFE000)).view(np.float32))
+
+    def product(x, y, *args, **options):
+        if device[0] != "cpu" and paddle.in_dynamic_mode():
+            x, y = tf32(x), tf32(y)
+        return matmul(x, y, *args, **options)
+
+    def is_compiled_with_cuda():
+        asks = sys._getframe(1).f_globals["__name__"]
+        return asks == "paddle.nn.functional.common" or is_cuda()
+
+    monkeypatch.setattr(paddle, "get_device", lambda: device[0])
+    monkeypatch.setattr(paddle, "set_device", lambda name: device.__setitem__(0, name))
+    monkeypatch.setattr(paddle, "matmul", product)
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", is_compiled_with_cuda)
+    return device
+
+
+def test_a_gpu_s_products_and_linear_layers_stay_out_of_an_export(weights, tmp_path, as_on_a_gpu):
+    export(weights, tmp_path)  # TF32 is off by more than the tolerance
+    assert b"linear_v2" not in model_file(tmp_path).read_bytes()  # paddle2onnx would abort
+    assert as_on_a_gpu == ["gpu:0"]
 
 
 def test_a_missing_package_is_named_before_anything_is_done(monkeypatch):
@@ -360,6 +392,7 @@ def test_inference_needs_none_of_the_training_code(exported_whole, tmp_path):
     assert done.returncode == 0, done.stderr
     header, *rows = done.stdout.splitlines()  # and nothing else
     assert len(rows) == 2
+    assert " on the CPU" in done.stderr
     assert header.split() == ["image", "confidence", "class"]
     assert all(row.split("  ")[-1] in NAMES for row in rows)
 
@@ -368,6 +401,27 @@ def test_inference_needs_none_of_the_training_code(exported_whole, tmp_path):
 def test_a_gpu_that_the_package_knows_nothing_of_is_refused(exported):
     with pytest.raises(ModelError, match="-gpu needs"):
         load(exported[1], gpu=True)
+
+
+def test_onnxruntime_that_falls_back_to_the_cpu_is_refused(tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Session:
+        def __init__(self, *_, providers):
+            self.get_providers = lambda: providers[-1:]  # as where CUDA's libraries are missing
+
+        def get_modelmeta(self):
+            return SimpleNamespace(custom_metadata_map={})
+
+        def get_inputs(self):
+            return [SimpleNamespace(name="image")]
+
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    infer_module.open_onnx(tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match="-gpu: onnxruntime cannot load its CUDA provider"):
+        infer_module.open_onnx(tmp_path / "model.onnx", gpu=True)
 
 
 def test_a_model_without_metadata_is_refused(exported, tmp_path):

@@ -16,9 +16,12 @@ from typing import Callable
 
 
 def peak_memory_mb() -> float:
-    """The largest resident memory of this process so far, MB."""
+    """The largest memory of this process so far, MB: resident, or PyTorch's on its GPU."""
     import resource
 
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -30,7 +33,12 @@ def build_step(settings: dict) -> Callable[[], None]:
     import torch
     from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 
+    device = settings["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("this PyTorch sees no GPU, on which Paddle runs")
     torch.set_num_threads(settings["threads"])
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as Paddle multiplies there
     model = MlpMixer(
         num_classes=settings["num_classes"],
         img_size=settings["image_size"],
@@ -41,13 +49,13 @@ def build_step(settings: dict) -> Callable[[], None]:
         drop_path_rate=settings["drop_path"],
         block_layer=partial(ResBlock, init_values=0.1),
         norm_layer=Affine,
-    )
+    ).to(device)
     run = torch.compile(model) if settings["compile"] else model
-    precision = partial(torch.autocast, "cpu", torch.bfloat16, settings["bf16"])
+    precision = partial(torch.autocast, device, torch.bfloat16, settings["bf16"])
     batch, size = settings["batch_size"], settings["image_size"]
-    images = torch.randn(batch, 3, size, size)
+    images = torch.randn(batch, 3, size, size, device=device)
     if settings["mode"] == "train":
-        labels = torch.randint(settings["num_classes"], (batch,))
+        labels = torch.randint(settings["num_classes"], (batch,), device=device)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
         model.train()
 
@@ -65,6 +73,8 @@ def build_step(settings: dict) -> Callable[[], None]:
     def step():
         with torch.inference_mode(), precision():
             run(images)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 

@@ -78,6 +78,26 @@ class WithPreprocessing(nn.Layer):
         return F.softmax(self.model(x.transpose([0, 3, 1, 2])))
 
 
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """The CPU as Paddle's device, and linear layers as plain products.
+
+    GPU builds of Paddle multiply float32 in TF32, off by 1e-4 of the largest output, and from 3.3
+    on they trace a linear layer as ``linear_v2``, which paddle2onnx does not know.
+    """
+    device, flags = paddle.get_device(), {}
+    with contextlib.suppress(ValueError):  # earlier versions have no such flag
+        flags = paddle.get_flags("FLAGS_use_legacy_linear")
+    paddle.set_device("cpu")
+    paddle.set_flags(dict.fromkeys(flags, True))
+    try:
+        yield
+    finally:
+        paddle.set_device(device)
+        paddle.set_flags(flags)
+
+
+@on_cpu()
 def export(
     pretrained: str | os.PathLike | None = None,
     output: str | os.PathLike | None = None,

@@ -240,6 +240,11 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
     except Exception as error:  # onnxruntime's own classes, which it does not export
         reason = str(error).splitlines()[0]
         raise ModelError(f"{path}: onnxruntime cannot open it: {reason}") from None
+    if gpu and providers[0] not in session.get_providers():  # it falls back without an exception
+        raise ModelError(
+            "-gpu: onnxruntime cannot load its CUDA provider (the reason stands above): install "
+            "the CUDA and cuDNN that this onnxruntime-gpu was built for"
+        )
     name = session.get_inputs()[0].name
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -248,6 +253,10 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
         return np.concatenate([session.run(None, {name: piece})[0] for piece in pieces])
 
     return run, {key: _parse(text) for key, text in texts.items()}
+
+
+def _engine(path: str) -> str:
+    return "onnxruntime" if path.endswith(".onnx") else "Paddle Inference"
 
 
 def usable_cores() -> int:
@@ -462,6 +471,8 @@ def main() -> int:
             bad.append(problem)
             print(f"error: {problem}", file=sys.stderr)
 
+        where = "the GPU" if args.gpu else "the CPU"
+        print(f"{args.model}: {_engine(args.model)} on {where}", file=sys.stderr)
         width = max(map(len, args.images))
         print(f"{'image':{width}}  confidence  class")
         for path, entries in classify(model, args.images, args.top_k, args.batch_size, on_bad):
