@@ -9,7 +9,7 @@ import yaml
 from cli.errors import ConfigError
 from cli.ppvit_defaults import PPVIT
 from config import (
-    RULES,
+    KEYS,
     describe_keys,
     get_arguments,
     get_config,
@@ -47,9 +47,9 @@ def leaves(node, prefix=""):
 
 def test_every_key_has_a_rule_and_every_default_obeys_it():
     defaults = dict(leaves(get_config()))
-    assert set(RULES) == set(defaults)
-    for key, rule in RULES.items():
-        value = rule(defaults[key])
+    assert set(KEYS) == set(defaults)
+    for key, declared in KEYS.items():
+        value = declared.rule(defaults[key])
         assert value == defaults[key] and type(value) is type(defaults[key]), key
 
 
@@ -82,7 +82,7 @@ def test_the_defaults_are_the_papers_recipe():
 def test_a_ppvit_file_merges_unchanged(write):
     config = get_config(
         write(
-            "DATA:\n    IMAGE_SIZE: 224\n    CROP_PCT: 0.875\nMODEL:\n    TYPE: ResMLP\n"
+            "TAG: x\nDATA:\n    IMAGE_SIZE: 224\n    CROP_PCT: 0.875\nMODEL:\n    TYPE: ResMLP\n"
             "    NAME: resmlp_24_224\n    MIXER:\n        PATCH_SIZE: 16\n"
             "        HIDDEN_SIZE: 384\n        NUM_LAYERS: 24\n"
         )
@@ -183,8 +183,8 @@ def test_an_evaluation_says_nothing_about_the_warmup(caplog):
     "key, text",
     [
         ("DATA.DATA_PATH", "/data/my set #1"),
-        ("TAG", "007"),
-        ("TAG", "a: b"),
+        ("MODEL.NAME", "007"),
+        ("MODEL.NAME", "a: b"),
         ("MODEL.PRETRAINED", "[best]"),
         ("SAVE", "2026-01-01"),
     ],
@@ -214,15 +214,15 @@ def test_the_help_shows_each_flag_once_with_default_and_choices(capsys):
     text = " ".join(capsys.readouterr().out.split())
     options = text.split("data and model:")[1]
     assert options.count("-batch_size_eval") == 1 and "batch-size" not in text
-    assert "-image_size N pixels (default: 224)" in options
+    assert "PATCH_SIZE (default: 224)" in options
     assert "-dataset {imagenet2012,imagefolder}" in options
 
 
 def test_the_list_of_keys_is_a_config_with_a_meaning_for_each(write):
     assert get_config(write(describe_keys())) == get_config()
     lines = {line.split(": ")[0]: line for line in describe_keys().splitlines()}
-    assert set(lines) == set(RULES)
-    assert "lamb (paper" in lines["TRAIN.OPTIMIZER.NAME"]
+    assert set(lines) == set(KEYS) and all(declared.meaning for declared in KEYS.values())
+    assert "paper: lamb" in lines["TRAIN.OPTIMIZER.NAME"]
     assert "one of lamb, adamw, sgd" in lines["TRAIN.OPTIMIZER.NAME"]
     assert "(min, max) share of a side" in lines["TRAIN.CUTMIX_MINMAX"]
 
@@ -245,7 +245,7 @@ BAD_FILES = {
     "TRAIN: {RANDOM_ERASE_COUNT: 2147483647}": r"ERASE_COUNT is 2147483647; .* from 1 to 256",
     "TRAIN: {LR_SCHEDULER: {DECAY_RATE: 1e300}}": r"DECAY_RATE is '1e300'; .* at most 1.0",
     "TRAIN: {LAST_EPOCH: 99, NUM_EPOCHS: 9}": r"LAST_EPOCH is 99, which leaves nothing of .* 9",
-    'TAG: "\\ud800"': r"TAG is .*ud800'; expected a text",
+    'SAVE: "\\ud800"': r"SAVE is .*ud800'; expected a path",
     "SEED: !!int ''": r"x.yaml:1: SEED: not a plain value: its text does not fit its type",
     "SEED: !!float ''": r"SEED: not a plain value",
     "AMP: !!bool foo": r"AMP: not a plain value",
@@ -353,7 +353,7 @@ def test_config_needs_no_paddle():
     ],
 )
 def test_a_name_that_is_no_choice_is_refused_by_its_key(key):
-    choices = ", ".join(RULES[key].names)
+    choices = ", ".join(KEYS[key].rule.names)
     with pytest.raises(ConfigError, match=f"{key} is 'noise'; expected one of {choices}$"):
         update_config(get_config(), argparse.Namespace(opts=[key, "noise"]))
 

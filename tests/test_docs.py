@@ -12,12 +12,12 @@ import sys
 import pytest
 import yaml
 
-from config import RULES
+from config import KEYS as DECLARED
 
 from .commands import tables
 from .commands.pages import CHINESE, PAGES, ROOT, commands, unmarked
 
-KEYS = {*RULES, *(key.rpartition(".")[0] for key in RULES)}
+KEYS = {*DECLARED, *(key.rpartition(".")[0] for key in DECLARED)}
 COMMANDS = [command for page in PAGES for command in commands(page)]
 
 

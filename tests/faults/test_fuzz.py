@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, features
 
 from cli.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
-from config import RULES, get_config, update_config
+from config import KEYS, get_config, update_config
 from loading.files import read_list
 from loading.images import read_image
 from resmlp import build_resmlp, load_state
@@ -153,7 +153,7 @@ def obeys_its_rules(node, prefix=""):
         if isinstance(value, dict):
             obeys_its_rules(value, f"{prefix}{name}.")
         else:
-            assert RULES[prefix + name](value) == value
+            assert KEYS[prefix + name].rule(value) == value
 
 
 def test_yaml_files(tmp_path, watch, monkeypatch):
