@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cli.errors import DataError
-from cpu import resample
+from cpu import resample, setup
 from cpu.pixels import Picture
 from loading import archives
 from loading.classes import class_names, folder_classes, with_num_classes
@@ -196,7 +196,30 @@ def build_loader(
     else:
         batch_size = data.BATCH_SIZE_EVAL or data.BATCH_SIZE
         sampler = EvalBatchSampler(len(dataset), batch_size, rank, world)
-    workers = min(data.NUM_WORKERS, len(sampler))
+    return loader_of(config, dataset, sampler, world, log, told)
+
+
+def loader_of(
+    config,
+    dataset: ImageDataset,
+    sampler: TrainBatchSampler | EvalBatchSampler,
+    world: int = 1,
+    log: Callable[[str], None] = print,
+    say_workers: bool = True,
+) -> Loader:
+    """A `Loader` with the workers that the config asks for, but not more than there are batches.
+
+    DATA.NUM_WORKERS ``auto``: one for each core that this process may use, less one for the process
+    itself; at least 1, and for their memory at most 16.
+    """
+    data, workers = config.DATA, config.DATA.NUM_WORKERS
+    if workers == "auto":
+        cores = setup.usable_cores()
+        workers = min(max(1, cores - 1), 16, len(sampler))
+        if say_workers:
+            counted = f"DATA.NUM_WORKERS auto, of {cores} core{'s' * (cores > 1)} for this process"
+            log(f"images are loaded by {workers} worker{'s' * (workers != 1)} ({counted})")
+    workers = min(workers, len(sampler))
     batch_bytes = sampler.batch_size * data.IMAGE_SIZE**2 * 3
     return Loader(
         dataset,

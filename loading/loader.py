@@ -38,6 +38,7 @@ _DEATH_CHECK = 1  # seconds between looks at whether a worker still lives
 _SAVING = 600  # seconds that a worker stays when it is told to end: longer than a slow batch takes
 _GRACE = 5.0  # seconds for workers to finish the batch at hand when a pass ends
 _SHM = "/dev/shm"  # where workers lay their batches
+_NCCL_BYTES = 2**27  # that NCCL takes there for a rank: some 10 MB for each channel and neighbour
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 VERIFY_HINT = "tools/make_lists.py -verify checks a whole data set"
@@ -281,8 +282,10 @@ def shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool:
     """
     if not workers or sys.platform != "linux":  # elsewhere Paddle loads in the main process
         return True
-    ranks_here = int(os.environ.get("PADDLE_LOCAL_SIZE", world))
+    ranks_here = int(os.environ.get("PADDLE_LOCAL_SIZE") or world)
     needed = ranks_here * (workers * _PREFETCH + 3) * batch_bytes  # 3: being read, copied, used
+    if ranks_here > 1 and paddle.get_device().startswith("gpu"):
+        needed += ranks_here * _NCCL_BYTES
     try:
         free = shutil.disk_usage(_SHM).free
     except OSError:

@@ -375,3 +375,12 @@ def test_a_failing_transform_arrives_with_its_traceback_and_is_not_skipped(confi
     config.DATA.NUM_WORKERS = 2
     with pytest.raises(DataError, match="(?s)png: transform failed.*in fail.*ZeroDivisionError"):
         passes(config)
+
+
+@pytest.mark.parametrize("cores, expected", [(1, 1), (2, 1), (4, 3), (64, 5)])
+def test_auto_workers_are_the_cores_of_this_process_less_one(config, monkeypatch, cores, expected):
+    monkeypatch.setattr(datasets.setup, "usable_cores", lambda: cores)
+    config.DATA.NUM_WORKERS, lines = "auto", []
+    assert build_loader(config, "train", log=lines.append).num_workers == expected  # of 5 batches
+    assert len(lines) == 1 and f"by {expected} worker" in lines[0] and f"{cores} core" in lines[0]
+    assert build_loader(config, "val", log=lines.append).num_workers and len(lines) == 1

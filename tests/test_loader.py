@@ -202,3 +202,8 @@ def test_shared_memory_must_hold_all_batches_under_way_of_all_ranks_here(monkeyp
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", "1")  # two ranks, on two machines
     assert shared_memory_fits(2, 1000, 2, lines.append)
     assert shared_memory_fits(0, 10**9, 2, lines.append)  # no workers, no shared memory
+    monkeypatch.setattr("paddle.get_device", lambda: "gpu:0")
+    assert shared_memory_fits(2, 1000, 1, lines.append)
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", "2")  # NCCL of ranks on one machine takes its part
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2 * 2**27 + 13_999))
+    assert not shared_memory_fits(2, 1000, 2, lines.append)

@@ -25,8 +25,7 @@ import paddle
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from cpu import resample
-from datasets import ImageDataset, build_dataset
-from loading.loader import Loader, shared_memory_fits
+from datasets import ImageDataset, build_dataset, loader_of
 from loading.samplers import EvalBatchSampler
 from port_weights.verify import checksum
 from resmlp import build_resmlp, load_state
@@ -73,10 +72,7 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
     resample.prepare(lambda line: None)  # before workers are forked
     dataset = ImageDataset(files, lambda image, rng: evaluate(image))
     batch = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
-    sampler = EvalBatchSampler(len(files), batch, 0, 1)
-    workers = min(config.DATA.NUM_WORKERS, len(sampler))
-    fits = shared_memory_fits(workers, batch * config.DATA.IMAGE_SIZE**2 * 3, 1, print)
-    loader = Loader(dataset, sampler, workers, config.DATA.WORKER_TIMEOUT, shared_memory=fits)
+    loader = loader_of(config, dataset, EvalBatchSampler(len(files), batch))
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     labels = np.array(files.labels, "<i8")
     names = b"".join(files.name(index) + b"\n" for index in range(len(files)))
