@@ -22,7 +22,14 @@ import paddle.distributed as dist
 
 from cli.errors import ConfigError, UserError
 from engine import run
-from parallel.process import PREEMPTED, SIGNAL_GRACE, Preempted, gpu_count, stop_signals
+from parallel.process import (
+    PREEMPTED,
+    SIGNAL_GRACE,
+    Preempted,
+    gpu_count,
+    launched_ranks,
+    stop_signals,
+)
 from port_weights.download import is_address, local_weights
 from storage.checkpoints import LAST, is_writing
 from storage.files import write_atomically
@@ -105,10 +112,10 @@ def launch(config) -> int:
         The exit code: 0, or that of the first process that failed.
 
     Raises:
-        ConfigError: more processes than GPUs.
+        UserError: more processes than GPUs, or a launcher's environment in part.
     """
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1:
-        return _run_launched(config)
+    if launched_ranks():
+        return run_launched(config)
     gpus = gpu_count()
     count = config.DIST.NPROCS if config.DIST.NPROCS > 0 else max(gpus, 1)
     if gpus and count > gpus:
@@ -253,7 +260,7 @@ def _flush() -> None:
             stream.flush()
 
 
-def _run_launched(config) -> int:
+def run_launched(config) -> int:
     """Runs one rank that Paddle's launcher has started.
 
     What it has to say at the end goes to its output: of rank 0 that is the launcher's terminal, of

@@ -196,6 +196,8 @@ def keep_freed_memory() -> bool:
 
 def prepare() -> list[str]:
     """Does what can be done before Paddle's import; returns what `describe` shall say of it."""
+    if os.environ.get("PADDLE_TRAINER_ID") == "":
+        del os.environ["PADDLE_TRAINER_ID"]  # Paddle's import would fail
     if not enabled():
         return ["left as it is (RESMLP_RUNTIME)"]
     warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)

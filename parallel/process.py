@@ -15,12 +15,14 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+from cli.errors import UserError
 from cpu import setup
 from parallel import rendezvous
 
 PREEMPTED = 75  # exit code of a run that saved on SIGTERM or Ctrl-C and wants to be resumed
 SIGNAL_GRACE = 1.0  # seconds within which signals count as one: a scheduler sends SIGTERM to every
 # process of a job, and a terminal Ctrl-C, and the parent of the ranks passes on its own
+_ENDPOINTS = "PADDLE_TRAINER_ENDPOINTS"
 _log = logging.getLogger("resmlp")
 
 
@@ -47,20 +49,46 @@ def gpu_count() -> int:
     return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
 
 
+def launched_ranks() -> int:
+    """How many ranks the launcher of this process has started; 0 without a launcher.
+
+    Raises:
+        UserError: the environment describes a launcher's process in part.
+    """
+    names = ["PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"]
+    rank, ranks = (os.environ.get(name) for name in names)
+    if rank is None and ranks in (None, "1"):
+        return 0
+    if ranks and ranks != "1":
+        names.append("PADDLE_CURRENT_ENDPOINT")
+        if not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
+            names.append("PADDLE_MASTER" if "PADDLE_MASTER" in os.environ else _ENDPOINTS)
+        if gpu_count():
+            names.append("FLAGS_selected_gpus")
+    values = {name: os.environ.get(name) for name in names}
+    if missing := [name for name, value in values.items() if not value]:
+        raise UserError(
+            f"the environment is a launcher's in part: {' and '.join(missing)} missing; start with "
+            f"python -m paddle.distributed.launch, or unset all PADDLE_* variables"
+        )
+    if not (rank.isdigit() and ranks.isdigit() and int(rank) < int(ranks)):
+        raise UserError(f"PADDLE_TRAINER_ID={rank} is no rank of PADDLE_TRAINERS_NUM={ranks}")
+    return int(ranks)
+
+
 def prepare_process() -> Process:
     """Chooses the device, joins the other processes where a launcher started several, and opens
     the log. One process makes no collective calls at all.
 
     Raises:
-        UserError: as `rendezvous.join`.
+        UserError: as `launched_ranks` and `rendezvous.join`.
     """
-    on_gpu = gpu_count() > 0
-    world, warning = int(os.environ.get("PADDLE_TRAINERS_NUM", 1)), ""
-    if world > 1:
+    on_gpu, warning = gpu_count() > 0, ""
+    if launched_ranks() > 1:
         warning = rendezvous.join()
         process = Process(dist.get_rank(), dist.get_world_size(), on_gpu)
     else:
-        paddle.set_device("gpu:0" if on_gpu else "cpu")
+        paddle.set_device("gpu" if on_gpu else "cpu")  # "gpu": the launcher's --devices
         process = Process(on_gpu=on_gpu)
     setup.set_threads()
     _open_log(process)

@@ -15,10 +15,10 @@ import pytest
 import launch
 from cli.errors import ConfigError, UserError
 from config import get_config
-from parallel import rendezvous
-from parallel.process import PREEMPTED, Preempted, StopSignal
+from parallel import process, rendezvous
+from parallel.process import PREEMPTED, Preempted, StopSignal, launched_ranks
 
-from .helpers.runs import alive, run
+from .helpers.runs import alive, error_line, run
 from .helpers.runs import command as command_for
 from .helpers.tiny_data import make_data
 
@@ -276,6 +276,67 @@ def test_one_visible_gpu_simply_runs(monkeypatch):
     monkeypatch.setattr(launch, "gpu_count", lambda: 1)
     monkeypatch.setattr(launch, "run_here", lambda config: "here")
     assert launch.launch(get_config()) == "here"
+
+
+# ------------------------------------------------------------------ a launcher's environment
+JOB = {
+    "PADDLE_TRAINER_ID": "1",
+    "PADDLE_TRAINERS_NUM": "2",
+    "PADDLE_CURRENT_ENDPOINT": "10.0.0.2:80",
+    "PADDLE_TRAINER_ENDPOINTS": "10.0.0.1:80,10.0.0.2:80",
+}
+ALONE = {"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "1"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    for name in [*JOB, "PADDLE_MASTER", "MASTER_ADDR", "FLAGS_selected_gpus"]:
+        monkeypatch.delenv(name, raising=False)
+    return lambda values: [monkeypatch.setenv(*item) for item in values.items()]
+
+
+@pytest.mark.parametrize(
+    "environment, ranks", [({}, 0), ({"PADDLE_TRAINERS_NUM": "1"}, 0), (ALONE, 1), (JOB, 2)]
+)
+def test_a_launcher_is_known_by_its_environment(launched, environment, ranks):
+    launched(environment)
+    assert launched_ranks() == ranks
+
+
+@pytest.mark.parametrize("missing", JOB)
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_launchers_environment_in_part_is_one_line(launched, monkeypatch, missing, value):
+    launched(JOB)
+    monkeypatch.delenv(missing) if value is None else monkeypatch.setenv(missing, value)
+    with pytest.raises(UserError, match=f"a launcher's in part: {missing} missing"):
+        launched_ranks()
+
+
+@pytest.mark.parametrize("rank, ranks", [("2", "2"), ("x", "2"), ("0", "two"), ("-1", "2")])
+def test_a_rank_that_is_none_is_one_line(launched, rank, ranks):
+    launched({**JOB, "PADDLE_TRAINER_ID": rank, "PADDLE_TRAINERS_NUM": ranks})
+    with pytest.raises(UserError, match=f"PADDLE_TRAINER_ID={rank} is no rank of .*NUM={ranks}"):
+        launched_ranks()
+
+
+def test_one_rank_under_the_launcher_takes_its_device_alone(launched, monkeypatch):
+    """On a node of eight GPUs with `--devices 3`."""
+    launched({**ALONE, "FLAGS_selected_gpus": "3"})
+    monkeypatch.setattr(process, "gpu_count", lambda: 8)
+    monkeypatch.setattr(launch, "gpu_count", lambda: 8)
+    monkeypatch.setattr(launch, "run_launched", lambda config: "one rank")
+    assert launch.launch(get_config()) == "one rank"
+    devices = []
+    monkeypatch.setattr(process.paddle, "set_device", devices.append)
+    assert process.prepare_process().world == 1
+    assert devices == ["gpu"]  # Paddle's word for the device of FLAGS_selected_gpus
+
+
+@pytest.mark.parametrize("main", ["main_single_gpu.py", "main_multi_gpu.py"])
+def test_a_launcher_environment_in_part_ends_a_program_in_one_line(tmp_path, main):
+    words = command_for(tmp_path, tmp_path / "run", main=main)
+    code, output = run(words, PADDLE_TRAINERS_NUM="", PADDLE_TRAINER_ID="")
+    assert code == 2 and "the environment is a launcher's in part" in error_line(output)
 
 
 # ------------------------------------------------------------------------------- signals
