@@ -35,6 +35,9 @@ _TEST_NAMES = ("test", "testing")
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__")
 _JUNK += ("system volume information", "thumbs.db", "desktop.ini")
 
+# One of these lies in the folder of each run and of each packed data set.
+_OUTPUTS = ("config.yaml", "metrics.jsonl", "eval_log.txt", "pack.json")
+
 _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 
 
@@ -212,11 +215,18 @@ def is_split_name(name: str) -> bool:
 
 
 def passed_over(root: str) -> list[str]:
-    """A line that names the folders beside those of the splits, which nothing is read from."""
-    used = {os.path.basename(split_folder(root, split)) for split in SPLIT_NAMES}
-    names = class_folders(root) if os.path.isdir(root) else []
-    others = [name for name in names if name not in used] if used & set(names) else []
-    return [f"{root}: not used: {', '.join(f'{name}/' for name in others)}"] if others else []
+    """A line that names the folders which nothing is read from: those beside the splits', and
+    those that runs have written into the data folder.
+    """
+    used = [split_folder(root, split) for split in SPLIT_NAMES]
+    others = []
+    for folder in filter(os.path.isdir, [root, *used]):
+        for path in (os.path.join(folder, name) for name in _folders(folder)):
+            beside = folder == root and any(map(archives.is_folder, used))
+            if path not in used and (beside or is_output(path)):
+                others.append(path)
+    shown = ", ".join(f"{printable(os.path.relpath(path, root))}/" for path in others)
+    return [f"{root}: not used: {shown}"] if others else []
 
 
 def scan_folder(
@@ -314,12 +324,29 @@ def describe_others(folder: str, others: list[str]) -> list[str]:
     ]
 
 
-def class_folders(folder: str) -> list[str]:
-    """The names of the folders in a folder, as `sort_classes`; junk (`is_junk`) is passed over.
+def is_output(folder: str) -> bool:
+    """Whether a folder on the disk was written by a run, pack.py or make_lists.py, or has runs."""
 
-    Raises:
-        DataError: the folder cannot be read, or a name is no line of a text file of names.
-    """
+    def is_run(path: str) -> bool:
+        return any(os.path.isfile(os.path.join(path, name)) for name in _OUTPUTS)
+
+    if is_run(folder):
+        return True
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.name.lower().endswith(EXTENSIONS):
+                    return False  # soon, in the folder of a class
+                (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        _refuse(error)
+    has_lists = not folders and not {"train_list.txt", "val_list.txt"}.isdisjoint(files)
+    return has_lists or any(is_run(os.path.join(folder, name)) for name in folders)
+
+
+def _folders(folder: str) -> list[str]:
+    """The names of the folders in a folder, without junk (`is_junk`)."""
     try:
         if inside := archives.split(folder):
             names = archives.open_archive(inside[0]).folders(inside[1])
@@ -328,7 +355,19 @@ def class_folders(folder: str) -> list[str]:
                 names = [entry.name for entry in entries if entry.is_dir()]
     except OSError as error:
         _refuse(error)
-    names = sort_classes((name for name in names if not is_junk(name)), folder)
+    return sorted(name for name in names if not is_junk(name))
+
+
+def class_folders(folder: str) -> list[str]:
+    """The names of the class folders in a folder, as `sort_classes`: all but junk (`is_junk`), and
+    what runs have written there (`is_output`).
+
+    Raises:
+        DataError: the folder cannot be read, or a name is no line of a text file of names.
+    """
+    on_disk = os.path.isdir(folder)
+    names = [n for n in _folders(folder) if not (on_disk and is_output(os.path.join(folder, n)))]
+    names = sort_classes(names, folder)
     for name in names:
         if printable(name) != name or not name.strip():
             raise DataError(

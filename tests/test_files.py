@@ -407,6 +407,28 @@ def test_grey_whose_range_is_not_known_is_refused(tmp_path, dtype, reason):
         read_image(str(tmp_path / "x.tif"))
 
 
+@pytest.mark.parametrize("place", ["", "train", "val"])
+@pytest.mark.parametrize(
+    "written",
+    ["output/train-1/config.yaml", "run/metrics.jsonl", "run/eval_log.txt", "packed/pack.json"]
+    + ["lists/train_list.txt"],
+)
+def test_what_runs_have_written_into_a_data_folder_is_no_class(tmp_path, place, written):
+    make_tree(tmp_path)
+    path = tmp_path / place / written
+    path.parent.mkdir(parents=True)
+    path.touch()
+    if "list" not in written:
+        save(path.parent / "curves.png")
+    save(tmp_path / "train/ant/x.png")
+    (tmp_path / "train/ant/train_list.txt").touch()  # among images
+    assert find_classes(str(tmp_path)) == ["ant", "bee"]
+    index = scan_folder(str(tmp_path), "val", 2)
+    assert list(index.labels) == [0, 0, 1, 1]
+    folder = os.path.join(place, written.split("/")[0])
+    assert f"{tmp_path}: not used: {folder}/" in index.notes
+
+
 @pytest.mark.parametrize("unreadable", ["train", "train/ant", "train/bee/deeper"])
 def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(
     tmp_path, monkeypatch, unreadable

@@ -165,7 +165,7 @@ def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> 
                 raise DataError(
                     f"{folders['val']}: class {unknown[0]!r} is not among the folders of train"
                 )
-        for line in describe_others(source, others) + (passed_over(source) if there else []):
+        for line in describe_others(source, others) + passed_over(source):
             log(line)
         if there and classes and set(classes) <= set(wordnet_ids()):
             for side, scan in zip(there, scans):
