@@ -1,10 +1,10 @@
-"""Classifies images with an exported model, with Paddle Inference or onnxruntime.
+"""Classifies images with an exported model, in onnxruntime, Paddle Inference or OpenVINO.
 
-    python infer_exported.py exported/model.onnx photo.jpg other.png
+    python infer_exported.py exported/model.onnx photo.jpg folder/ -csv
     python infer_exported.py exported/model.json photo.jpg -bf16
 
-This one file is all that a server needs beside the exported model: NumPy, Pillow, and Paddle or
-onnxruntime. It imports nothing of the training code. How to prepare an image, and the names of the
+This one file is all that a server needs beside the exported model: NumPy, Pillow, and one of the
+three. It imports nothing of the training code. How to prepare an image, and the names of the
 classes, stand in the model's metadata, which tools/export.py writes.
 """
 
@@ -12,31 +12,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import hashlib
 import json
-import math
 import os
-import reprlib
 import stat
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 from PIL import Image
-
-_RESAMPLING = {
-    "nearest": Image.NEAREST,
-    "bilinear": Image.BILINEAR,
-    "bicubic": Image.BICUBIC,
-    "lanczos": Image.LANCZOS,
-    "box": Image.BOX,
-    "hamming": Image.HAMMING,
-}
 
 _TURNS = {  # by EXIF's orientation
     2: Image.FLIP_LEFT_RIGHT,
@@ -47,43 +37,14 @@ _TURNS = {  # by EXIF's orientation
     7: Image.TRANSVERSE,
     8: Image.ROTATE_90,
 }
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # Pillow's own
+_ENDINGS = tuple(e for e, kind in Image.registered_extensions().items() if kind in _FORMATS)
+_FORMATS = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF: from Pillow 11.3 on
+_KEYS = ("preprocessing_inside", "image_size", "crop_pct", "interpolation", "mean", "std")
+_KEYS += ("class_names",)
 
-_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's own decoders
-try:
-    from PIL import AvifImagePlugin
-
-    _FORMATS += ("AVIF",) * AvifImagePlugin.SUPPORTED
-except ImportError:  # before Pillow 11.3
-    pass
-
-
-def _three_numbers(above: float) -> Callable[[object], bool]:
-    return lambda value: (
-        isinstance(value, list)
-        and len(value) == 3
-        and all(type(number) in (int, float) and above < number < math.inf for number in value)
-    )
-
-
-_RULES = {  # key of the metadata -> what it is to be, and whether a value is that
-    "preprocessing_inside": ("true or false", lambda v: isinstance(v, bool)),
-    "image_size": ("a whole number from 1 to 8192", lambda v: type(v) is int and 1 <= v <= 8192),
-    "crop_pct": (
-        "a number from 0.01 to 1",
-        lambda v: type(v) in (int, float) and 0.01 <= v <= 1,
-    ),
-    "interpolation": (f"one of {', '.join(_RESAMPLING)}", lambda v: v in list(_RESAMPLING)),
-    "exif_orientation": ("true or false", lambda v: isinstance(v, bool)),
-    "mean": ("three numbers", _three_numbers(above=-math.inf)),
-    "std": ("three numbers above 0", _three_numbers(above=0)),
-    "class_names": (
-        "a list of names",
-        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
-    ),
-}
-
-# A larger batch goes through a CPU in pieces whose activations stay in its caches: a resmlp_12 in
-# int8 takes a fifth less time for 32 images so, in float32 an eighth less.
+# A larger batch goes through onnxruntime in pieces whose activations stay in a CPU's caches: a
+# resmlp_12 in int8 takes a fifth less time for 32 images so, in float32 an eighth less.
 _IMAGES_PER_THREAD = 4
 
 Run = Callable[[np.ndarray], np.ndarray]  # an array as the file takes it -> its output [B, K]
@@ -101,16 +62,18 @@ class ExportedModel:
     Attributes:
         metadata: what export.py wrote about the model.
         run: float32 or uint8 array in, as the file takes it -> its output ``[B, K]``.
+        engine: a line that says what runs it, and where.
     """
 
     metadata: dict
     run: Run
+    engine: str = ""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``.
 
         Raises:
-            ModelError: the model gives NaN or infinite values.
+            ModelError: the model gives NaN or infinite values, or has no name for each class.
         """
         inside = self.metadata["preprocessing_inside"]
         if not inside:
@@ -119,6 +82,9 @@ class ExportedModel:
             normalized = (images.astype(np.float32) / 255 - mean) / std
             images = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
         output = self.run(images)
+        names, classes = len(self.metadata["class_names"]), output.shape[1]
+        if names != classes:
+            raise ModelError(f"its metadata names {names} classes, but the model has {classes}")
         if not np.isfinite(output).all():
             raise ModelError("the model gives NaN or infinite values; export it again")
         if inside:
@@ -128,59 +94,52 @@ class ExportedModel:
 
 
 def load(
-    path: str | os.PathLike, bf16: bool = False, gpu: bool = False, threads: int | None = None
+    path: str | os.PathLike,
+    bf16: bool = False,
+    gpu: bool = False,
+    threads: int | None = None,
+    engine: str | None = None,
 ) -> ExportedModel:
     """Opens an exported model.
 
     Args:
         path: ``model.onnx`` or ``model.int8.onnx``; or ``model.json`` or ``model.pdmodel`` of
             Paddle.
-        bf16: compute in bfloat16 (Paddle Inference on CPU), logits to about two digits. Faster or
-            slower, as the processor has it: measure (a Xeon with the AVX-512 instructions for it,
-            but without AMX, was slower than in float32).
-        gpu: run on the first GPU.
+        bf16: compute in bfloat16 (Paddle and OpenVINO on a CPU), logits to about two digits. Faster
+            or slower, as the processor has it: measure (a Xeon with the AVX-512 instructions for
+            it, but without AMX, was slower than in float32).
+        gpu: run on the first GPU (Paddle and onnxruntime).
         threads: CPU threads; None: one per core that the process may use.
+        engine: for ONNX files ``onnxruntime``, which None means, or ``openvino``.
 
     Raises:
-        ModelError: no such model, no metadata or such as do not fit it, a missing package.
+        ModelError: no such model, no metadata, a missing package, or what the engine cannot do.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".json", ".pdmodel"):
         raise ModelError(f"{path}: expected model.onnx, model.json or model.pdmodel")
     if not path.is_file():
         raise ModelError(f"{path}: no such model")
-    if path.suffix == ".onnx":
-        if bf16:
-            raise ModelError("-bf16 is for Paddle models")
-        described = path
-        run, metadata = open_onnx(path, gpu, threads)
+    threads = threads or usable_cores()
+    place = "the GPU" if gpu else f"the CPU, {threads} thread{'s' * (threads > 1)}"
+    if path.suffix != ".onnx":
+        if engine:
+            raise ModelError(f"-engine {engine} is for ONNX files; Paddle runs {path}")
+        metadata = _read_metadata(path)
+        run, engine = open_paddle(path, bf16, gpu, threads), "Paddle Inference"
+    elif engine == "openvino":
+        run, metadata = open_openvino(path, bf16, gpu, threads)
+    elif bf16:
+        raise ModelError("-bf16 is for Paddle models and for -engine openvino")
     else:
-        earlier = path.with_suffix(".metadata.json")  # what it was called once
-        kept = earlier.is_file() and not path.with_suffix(".metadata").is_file()
-        described = earlier if kept else _beside(path, ".metadata")
-        try:
-            metadata = json.loads(described.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{described}: {getattr(error, 'strerror', None) or error}") from None
-        if isinstance(metadata, dict):
-            _check_files(path, metadata.get("sha256", {}))
-        run = open_paddle(path, bf16, gpu, threads)
-    _check(metadata, described)
-    model = ExportedModel(metadata, run)
-    size, inside = metadata["image_size"], metadata["preprocessing_inside"]
-    try:
-        classes = model(np.zeros([1, size, size, 3], np.uint8)).shape[1]
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
-    except Exception:  # Paddle's and onnxruntime's own, which do not say why
-        raise ModelError(
-            f"{described}: the model cannot run with image_size {size}, "
-            f"preprocessing_inside {json.dumps(inside)}"
-        ) from None
-    names = len(metadata["class_names"])
-    if names != classes:
-        raise ModelError(f"{described}: {names} class_names, but the model has {classes} classes")
-    return model
+        (run, metadata), engine = open_onnx(path, gpu, threads), "onnxruntime"
+    missing = [key for key in _KEYS if key not in metadata]
+    if missing:
+        raise ModelError(f"{path}: not from export.py: its metadata lacks {', '.join(missing)}")
+    if path.suffix == ".onnx":
+        metadata = {key: json.loads(text) for key, text in metadata.items()}
+    metadata = {"exif_orientation": False, **metadata}  # earlier exports have none
+    return ExportedModel(metadata, run, f"{engine} on {place}")
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -191,42 +150,28 @@ def _beside(path: Path, suffix: str) -> Path:
     return file
 
 
-def _check_files(path: Path, checksums: dict[str, str]) -> None:
-    """Compares a Paddle model's files with the checksums in its metadata: Paddle reads parameters
-    that are cut short without a word. (Models exported earlier have none.)
+def _read_metadata(path: Path) -> dict:
+    """What stands beside a Paddle model, whose files must have the checksums that are in there:
+    Paddle reads parameters that are cut short without a word. (Earlier exports have none.)
     """
-    for suffix, expected in checksums.items():
+    described = path.with_suffix(".metadata.json")  # its earlier name
+    if path.with_suffix(".metadata").is_file() or not described.is_file():
+        described = _beside(path, ".metadata")
+    with _one_line(f"{described}: not from export.py"):
+        metadata = dict(json.loads(described.read_text(encoding="utf-8")))
+    for suffix, expected in metadata.get("sha256", {}).items():
         file = _beside(path, suffix)
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise ModelError(
                 f"{file}: not the file that was exported (its checksum differs): cut or changed on "
                 "the way? Copy it again"
             )
-
-
-def _check(metadata: object, described: Path) -> None:
-    """Raises a `ModelError` that names the first key that is not as export.py writes it."""
-    if not isinstance(metadata, dict):
-        found = reprlib.repr(metadata)
-        raise ModelError(f"{described}: not from export.py: it is {found}, not an object")
-    metadata.setdefault("exif_orientation", False)  # models exported earlier have none
-    missing = [key for key in _RULES if key not in metadata]
-    if missing:
-        raise ModelError(
-            f"{described}: not from export.py: its metadata lacks {', '.join(missing)}"
-        )
-    for key, (expected, fits) in _RULES.items():
-        if not fits(metadata[key]):
-            found = reprlib.repr(metadata[key])
-            raise ModelError(f"{described}: {key} is {found}; expected {expected}")
+    return metadata
 
 
 def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tuple[Run, dict]:
-    """Opens a file in onnxruntime; returns what runs it, and its metadata."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ModelError(f"{path}: running it needs `pip install onnxruntime`") from None
+    """Opens a file in onnxruntime; returns what runs it, and its metadata as texts."""
+    onnxruntime = _engine("onnxruntime", path)
     threads = threads or usable_cores()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -234,12 +179,8 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
     providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
     if not set(providers) <= set(onnxruntime.get_available_providers()):
         raise ModelError("-gpu needs `pip install onnxruntime-gpu`, in the place of onnxruntime")
-    try:
+    with _one_line(f"{path}: onnxruntime cannot open it"):
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        texts = session.get_modelmeta().custom_metadata_map
-    except Exception as error:  # onnxruntime's own classes, which it does not export
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{path}: onnxruntime cannot open it: {reason}") from None
     if gpu and providers[0] not in session.get_providers():  # it falls back without an exception
         raise ModelError(
             "-gpu: onnxruntime cannot load its CUDA provider (the reason stands above): install "
@@ -252,31 +193,28 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
         pieces = [images[start : start + size] for start in range(0, len(images), size)]
         return np.concatenate([session.run(None, {name: piece})[0] for piece in pieces])
 
-    return run, {key: _parse(text) for key, text in texts.items()}
+    return run, session.get_modelmeta().custom_metadata_map
 
 
-def _engine(path: str) -> str:
-    return "onnxruntime" if path.endswith(".onnx") else "Paddle Inference"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's quota."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return cores
-
-
-def _parse(text: str) -> object:
-    """JSON as export.py writes it, or the text as it is: a file from elsewhere is no JSON."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def open_openvino(
+    path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
+) -> tuple[Run, dict]:
+    """Opens an ONNX file in OpenVINO; returns what runs it, and its metadata as texts."""
+    openvino = _engine("openvino", path)
+    if gpu:
+        raise ModelError("-gpu is for onnxruntime and Paddle; -engine openvino is for CPUs")
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",  # one request at a time, with all threads
+        "INFERENCE_NUM_THREADS": threads or usable_cores(),
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+    }
+    with _one_line(f"{path}: OpenVINO cannot open it"):
+        network = openvino.Core().read_model(str(path))
+        model = openvino.Core().compile_model(network, "CPU", options)
+    if bf16 and model.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+        raise ModelError("-bf16: OpenVINO has no bfloat16 on this processor")
+    texts = dict(network.get_rt_info()).get("framework", {})
+    return lambda images: model(images)[0], {k: text.astype(str) for k, text in texts.items()}
 
 
 def open_paddle(
@@ -285,15 +223,11 @@ def open_paddle(
     """Opens a file in Paddle Inference; returns what runs it."""
     weights = _beside(path, ".pdiparams")  # without them Paddle would compute NaN
     warnings.filterwarnings("ignore", message="No ccache found")  # nothing is compiled here
-    try:
-        import paddle
-        from paddle import inference
-    except ImportError:
-        raise ModelError(f"{path}: running it needs `pip install paddlepaddle`") from None
-    config = inference.Config(str(path), str(weights))
-    config.disable_glog_info()
+    paddle = _engine("paddle", path)
     if gpu and not paddle.is_compiled_with_cuda():
         raise ModelError("-gpu needs a Paddle that was built with CUDA; this one is for CPUs")
+    config = paddle.inference.Config(str(path), str(weights))
+    config.disable_glog_info()
     if gpu:
         config.enable_use_gpu(256, 0)  # MB to begin with, device
     else:
@@ -302,14 +236,10 @@ def open_paddle(
         config.set_cpu_math_library_num_threads(threads or usable_cores())
         if bf16:
             config.enable_mkldnn_bfloat16()
-    try:
-        predictor = inference.create_predictor(config)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ModelError(f"{path}: Paddle Inference cannot open it: {reason}") from None
+    with _one_line(f"{path}: Paddle Inference cannot open it"):
+        predictor = paddle.inference.create_predictor(config)
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     target = predictor.get_output_handle(predictor.get_output_names()[0])
-
     guards = [notes_to_stderr()]  # of the first run, which prints a note
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -319,6 +249,39 @@ def open_paddle(
         return target.copy_to_cpu()
 
     return run
+
+
+def _engine(name: str, path: Path):
+    """Imports an engine."""
+    try:
+        return __import__(name)
+    except ImportError:
+        package = "paddlepaddle" if name == "paddle" else name
+        raise ModelError(f"{path}: running it needs `pip install {package}`") from None
+
+
+@contextlib.contextmanager
+def _one_line(problem: str) -> Iterator[None]:
+    """Engines have exceptions of their own, of many lines."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"{problem}: {(str(error).strip() or repr(error)).splitlines()[-1]}"
+        ) from None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    groups = Path("/sys/fs/cgroup")  # of version 2, or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = map(int, " ".join((groups / n).read_text() for n in names).split())
+            cores = min(cores, quota // period) if quota > 0 else cores
+    return max(1, cores)
 
 
 @contextlib.contextmanager
@@ -384,7 +347,7 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
     """
     size = metadata["image_size"]
     short = int(size / metadata["crop_pct"])
-    image = upright(image) if metadata.get("exif_orientation") else image
+    image = upright(image) if metadata["exif_orientation"] else image
     width, height = image.size
     if width <= height:
         resized = short, int(short * height / width)
@@ -397,7 +360,7 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
         )
     image = to_rgb(image)
     if resized != image.size:
-        image = image.resize(resized, _RESAMPLING[metadata["interpolation"]])
+        image = image.resize(resized, Image.Resampling[metadata["interpolation"].upper()])
     left, top = (int(round((side - size) / 2.0)) for side in resized)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -409,17 +372,9 @@ def classify(
     batch_size: int = 8,
     on_bad: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Yields for every image its path and ``(label, probability)``, the most likely first.
+    """Yields for every image its path and `top_k` of ``(label, probability)``, the likeliest first.
 
-    Args:
-        model: as `load` gives it.
-        paths: image files.
-        top_k: labels per image.
-        batch_size: images at a time.
-        on_bad: takes a line about each image that cannot be read, which is left out.
-
-    Raises:
-        ModelError: an image that cannot be read, without `on_bad`.
+    One that cannot be read is left out, with a line for `on_bad`; without that it is a ModelError.
     """
     for start in range(0, len(paths), batch_size):
         batch, images = [], []
@@ -442,50 +397,97 @@ def classify(
             yield path, [(int(label), float(row[label])) for label in order]
 
 
-def main() -> int:
+def find_images(sources: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Files as they are named, and all images of folders by their endings; the other files."""
+    images, others = [], []
+    for source in sources:
+        if not os.path.isdir(source):
+            images.append(source)
+            continue
+        for folder, folders, names in os.walk(source):
+            folders.sort()
+            for name in sorted(names):
+                is_image = name.lower().endswith(_ENDINGS) and not name.startswith(".")
+                (images if is_image else others).append(os.path.join(folder, name))
+    return images, others
+
+
+def _count(text: str) -> int:
+    if not (text.isdigit() and 1 <= int(text) <= 1024):
+        raise argparse.ArgumentTypeError(f"expected 1 to 1024, found {text}")
+    return int(text)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "model", type=os.path.expanduser, help="model.onnx, model.json or model.pdmodel"
-    )
-    parser.add_argument("images", nargs="+", type=os.path.expanduser, help="image files")
-    parser.add_argument("-top_k", "--top_k", "--top-k", type=int, default=5, metavar="K")
-    parser.add_argument("-batch_size", "--batch_size", "--batch-size", type=int, default=8)
-    parser.add_argument(
-        "-threads", "--threads", type=int, help="CPU threads (default: all it may use)"
-    )
-    parser.add_argument("-bf16", "--bf16", action="store_true", help="bfloat16, Paddle on CPU")
-    parser.add_argument("-gpu", "--gpu", action="store_true", help="run on the first GPU")
+    path = os.path.expanduser
+    parser.add_argument("model", type=path, help="model.onnx, model.json or model.pdmodel")
+    parser.add_argument("images", nargs="+", type=path, help="image files, and folders of them")
+
+    def flag(name: str, help: str, **options) -> None:
+        spellings = dict.fromkeys((f"-{name}", f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, help=help, **options)
+
+    flag("top_k", "classes to name per image (default: 5)", type=_count, default=5, metavar="K")
+    flag("batch_size", "images at a time (default: 8)", type=_count, default=8, metavar="N")
+    flag("json", "print JSON: paths, labels, names, probabilities", action="store_true")
+    flag("csv", "print CSV, a line for each image and class", action="store_true")
+    flag("engine", "for model.onnx (default: onnxruntime)", choices=("onnxruntime", "openvino"))
+    flag("threads", "CPU threads (default: all cores it may use)", type=_count, metavar="N")
+    flag("bf16", "bfloat16 on a CPU: Paddle models, -engine openvino", action="store_true")
+    flag("gpu", "run on the first GPU, or fail", action="store_true")
     args = parser.parse_args()
+    if args.json and args.csv:
+        parser.error("-json and -csv: choose one")
+    return args
+
+
+def main() -> int:
+    args = _arguments()
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        threads = 1 if args.threads is None else args.threads
-        if min(args.top_k, args.batch_size, threads) < 1 or threads > 1024:
-            raise ModelError(
-                "-top_k, -batch_size and -threads are at least 1, -threads at most 1024"
-            )
-        model = load(args.model, args.bf16, args.gpu, args.threads)
-        bad = []
-
-        def on_bad(problem: str) -> None:
-            bad.append(problem)
-            print(f"error: {problem}", file=sys.stderr)
-
-        where = "the GPU" if args.gpu else "the CPU"
-        print(f"{args.model}: {_engine(args.model)} on {where}", file=sys.stderr)
-        width = max(map(len, args.images))
-        print(f"{'image':{width}}  confidence  class")
-        for path, entries in classify(model, args.images, args.top_k, args.batch_size, on_bad):
-            for label, share in entries:
-                name = model.metadata["class_names"][label]
-                print(f"{path:{width}}  {100 * share:8.2f} %  {name}", flush=True)
-                path = ""  # named once
-        if bad:
-            raise ModelError(f"{len(bad)} of {len(args.images)} images cannot be read")
+        _print_classes(args)
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _print_classes(args: argparse.Namespace) -> None:
+    images, others = find_images(args.images)
+    if not images:
+        raise ModelError(f"{args.images[0]}: no images")
+    model = load(args.model, args.bf16, args.gpu, args.threads, args.engine)
+    print(f"{args.model}: {model.engine}", file=sys.stderr)
+    names, bad, results, width = model.metadata["class_names"], [], [], max(map(len, images))
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+
+    def on_bad(problem: str) -> None:
+        bad.append(problem)
+        print(f"error: {problem}", file=sys.stderr)
+
+    if args.csv:
+        writer.writerow(("image", "rank", "class", "name", "confidence"))
+    elif not args.json:
+        print(f"{'image':{width}}  confidence  class")
+    try:
+        for path, entries in classify(model, images, args.top_k, args.batch_size, on_bad):
+            found = [{"class": k, "name": names[k], "confidence": share} for k, share in entries]
+            results.append({"image": path, "predictions": found})
+            for rank, (label, share) in enumerate(entries if not args.json else (), 1):
+                if args.csv:
+                    writer.writerow((path, rank, label, names[label], f"{share:.6f}"))
+                else:
+                    shown = path if rank == 1 else ""  # named once
+                    print(f"{shown:{width}}  {100 * share:8.2f} %  {names[label]}", flush=True)
+    finally:  # also what came before an error
+        if args.json:
+            print(json.dumps(results, indent=2))
+    if others:
+        print(f"{len(others)} other files, such as {others[0]}: no image's ending", file=sys.stderr)
+    if bad:
+        raise ModelError(f"{len(bad)} of {len(images)} images cannot be read")
 
 
 if __name__ == "__main__":
