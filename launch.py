@@ -7,6 +7,7 @@ from cpu import setup  # isort: skip
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,6 +47,11 @@ _OUT_OF_MEMORY = (
     "out of memory; lower -batch_size (and raise -accum_iter as much), or set TRAIN.RECOMPUTE True "
     "or -amp; evaluation: lower -batch_size_eval"
 )
+_MEMORY_ERRORS = re.compile(  # in the words of Paddle's allocator, CUDA, cuBLAS, cuDNN and NCCL
+    r"ResourceExhausted|out of memory|ALLOC\w*_FAILED|Failed to CUDA \w*alloc"
+    r"|CUDA error\(2\)|CUBLAS error\(3\)|CUDNN error\(2\)",
+    re.IGNORECASE,
+)
 _log = logging.getLogger("resmlp")
 
 
@@ -80,7 +86,7 @@ def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
     except UserError as error:
         code, text = 2, f"error: {error}"
     except Exception as error:
-        if isinstance(error, MemoryError) or "ResourceExhausted" in str(error):
+        if isinstance(error, MemoryError) or _MEMORY_ERRORS.search(str(error)):
             return 2, f"error: {_OUT_OF_MEMORY}"
         summary = str(error).rpartition("Error Message Summary:")[2].strip("-\n ")  # Paddle's form
         summary = f"{type(error).__name__}: {' '.join(summary.split())[:300]}"

@@ -3,6 +3,7 @@
 #   PYTHON          an environment of yours (its python): only what is missing is installed into it.
 #                   Without it, .venv in this folder is made and used.
 #   DEVICE=cpu      Paddle for CPU even where there is an NVIDIA GPU
+#                   With one, PyPI's Paddle is 2.6.2; for Paddle 3 see requirements.txt.
 #   PADDLE_VERSION  another Paddle, e.g. 2.6.2, in an environment of its own (.venv-2.6.2)
 #
 # Afterwards $PYTHON is the python to use. What is installed is not installed again.
@@ -21,9 +22,30 @@ has_gpu() { # a driver that answers and lists a GPU
     [ "${DEVICE:-auto}" != cpu ] && nvidia-smi -L 2>/dev/null | grep -q '^GPU '
 }
 
+paddle3="Paddle 3 has such: PIP_EXTRA_INDEX_URL=https://www.paddlepaddle.org.cn/packages/stable/cu129/\
+ names its packages (requirements.txt says more); DEVICE=cpu goes on without the GPU"
+
+only_pypi() { # whether Paddle for a GPU would come from PyPI, where the newest is 2.6.2
+    [ "$paddle" = paddlepaddle-gpu ] && [ -z "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}" ]
+}
+
+check_wheel() { # before hundreds of megabytes are downloaded that do not run here
+    only_pypi || return 0
+    for capability in $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null); do
+        case $capability in
+        9.* | 1[0-9].*) die "PyPI's Paddle has no code for a GPU of compute capability" \
+            "$capability (up to 8.9). $paddle3" ;;
+        esac
+    done
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] > (3, 12))' ||
+        die "PyPI has no Paddle with GPU for this Python (up to 3.12). $paddle3"
+}
+
 find_python() { # a Python of a version that Paddle has wheels for, with venv and pip
     newest=13
     case "${PADDLE_VERSION:-}" in 2.*) newest=12 ;; esac
+    other=
+    if only_pypi; then newest=12 other=". $paddle3"; fi
     for candidate in python3 python3.12 python3.11 python3.10 python3.13 python3.9 python; do
         if "$candidate" -c "import sys, venv, ensurepip
 sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, $newest))" >/dev/null 2>&1; then
@@ -32,8 +54,8 @@ sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, $newest))" >/dev/null 2>&1; t
         fi
     done
     found=$(python3 --version 2>/dev/null || echo 'no python3')
-    die "no usable Python: Paddle ${PADDLE_VERSION:-3.3} needs Python 3.9 to 3.$newest with venv" \
-        "(Debian: apt install python3-venv), found $found; or name one with PYTHON=..."
+    die "no usable Python: Paddle${PADDLE_VERSION:+ $PADDLE_VERSION} needs Python 3.9 to 3.$newest with venv" \
+        "(Debian: apt install python3-venv), found $found; or name one with PYTHON=...$other"
 }
 
 missing() { # which of these modules $PYTHON cannot find
@@ -42,6 +64,7 @@ print(*[name for name in sys.argv[1:] if u.find_spec(name) is None])' "$@"
 }
 
 pip_install() {
+    case "$*" in "-r requirements.txt"*) check_wheel ;; esac
     quiet=--quiet
     [ ! -t 1 ] || quiet= # progress bars, where somebody can see them
     # shellcheck disable=SC2086
@@ -110,5 +133,5 @@ check_gpu() { # in a process of its own: where CUDA or cuDNN do not fit, Paddle 
 paddle.set_device("gpu")
 paddle.nn.Conv2D(3, 8, 3)(paddle.ones([2, 3, 8, 8])).mean().item()' >/dev/null 2>&1 ||
         die "Paddle cannot use the GPU that nvidia-smi lists. requirements.txt says which CUDA and" \
-            "cuDNN it needs; DEVICE=cpu goes on without the GPU"
+            "cuDNN it needs. $paddle3"
 }

@@ -56,6 +56,34 @@ def test_the_summary_of_an_error_of_paddle_leaves_out_its_stack(monkeypatch, cap
     assert capsys.readouterr().err.endswith("error: ValueError: It broke.\n")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("ResourceExhaustedError: Out of memory error on GPU 0. Cannot allocate 2 GB"),
+        OSError("(External) CUDA error(2), out of memory."),
+        OSError("(External) CUDA error(2)."),
+        OSError("(External) CUBLAS error(3). [Hint: 'CUBLAS_STATUS_ALLOC_FAILED'. Resource ...]"),
+        OSError("(External) CUBLAS error(3)."),
+        OSError(
+            "(External) CUDNN error(4004), CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED."
+        ),
+        OSError("(External) NCCL error(1), unhandled cuda error. Cuda failure 2 'out of memory'"),
+        OSError(
+            "(External) NCCL error(1), unhandled cuda error. Failed to CUDA malloc 8388608 bytes"
+        ),
+    ],
+)
+def test_all_forms_of_out_of_memory_get_its_line(monkeypatch, capsys, error):
+    def run(*args):
+        raise error
+
+    monkeypatch.setattr(launch, "run", run)
+    assert launch.run_here(get_config()) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: out of memory; lower -batch_size") and text.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------ watching
 def rank_that(reader_writer, code, after=0.0, text=None):
     """A process that ends like a rank, without Paddle."""

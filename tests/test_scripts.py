@@ -164,6 +164,45 @@ def test_no_usable_python_is_said_with_the_versions_that_are(sandbox):
     assert "does not run" in sandbox.setup(PYTHON="/no/such/python").stderr
 
 
+GPU = """#!/bin/sh
+case "$*" in
+*compute_cap*) echo 8.0; echo "$CAPABILITY" ;;
+*) echo "GPU 0: a stand-in" ;;
+esac
+"""
+
+
+def setup_with_gpu(sandbox, **environment):
+    sandbox.program("nvidia-smi", GPU)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        environment.setdefault(name, "")
+    return sandbox.setup(**{"CAPABILITY": "8.9", **environment})
+
+
+@pytest.mark.parametrize("capability", ["9.0", "10.0", "12.0"])
+def test_a_gpu_that_the_default_paddle_has_no_code_for_is_said_first(sandbox, capability):
+    result = setup_with_gpu(sandbox, CAPABILITY=capability)
+    assert result.returncode == 2 and not sandbox.calls("-m pip")
+    assert f"no code for a GPU of compute capability {capability}" in result.stderr
+    assert "PIP_EXTRA_INDEX_URL=https://www.paddlepaddle.org.cn/packages/" in result.stderr
+    other = setup_with_gpu(sandbox, CAPABILITY=capability, PIP_EXTRA_INDEX_URL="https://paddle")
+    assert other.returncode == 0 and sandbox.calls("-m pip")[0].endswith("-r requirements.txt")
+
+
+def test_python_313_with_a_gpu_needs_another_index(sandbox):
+    for name in PYTHONS:  # the stand-ins get the limit as a word of the code they shall run
+        sandbox.program(
+            name, STAND_IN.replace("*version_info*)", "*'<= (3, 12)'* | *'> (3, 12)'*)")
+        )
+    result = setup_with_gpu(sandbox, VERSION="bad")
+    assert result.returncode == 2 and "needs Python 3.9 to 3.12" in result.stderr
+    mine = str(sandbox.bin / "python3.13")
+    result = setup_with_gpu(sandbox, VERSION="bad", PYTHON=mine, HAVE="no")
+    assert result.returncode == 2 and "for this Python (up to 3.12)" in result.stderr
+    result = setup_with_gpu(sandbox, VERSION="bad", PIP_EXTRA_INDEX_URL="https://paddle")
+    assert result.returncode == 0, result.stderr
+
+
 # ----------------------------------------------------------------- run_tests.sh, run_demo.sh
 def test_the_options_of_run_tests_go_and_those_of_pytest_stay(sandbox):
     def pytest_line(*arguments):
