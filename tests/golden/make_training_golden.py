@@ -1,0 +1,113 @@
+"""Makes training_timm.npz: 60 steps of a small ResMLP of timm's under DeiT's recipe, recorded.
+
+It holds the first weights, the batches after timm's whole augmentation (crop, flip, RandAugment,
+erasing, mixup or CutMix, smoothed targets), the masks of drop path, the rates, and the losses of
+timm's LAMB in float32. Pixels are rounded to 1/32, for the size of the file.
+
+Needs torch and timm: python tests/golden/make_training_golden.py
+"""
+
+import random
+import sys
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import Mixup, create_transform
+from timm.layers import DropPath
+from timm.loss import SoftTargetCrossEntropy
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from timm.optim import create_optimizer_v2
+
+STEPS, BATCH, SIZE, CLASSES, DEPTH, KEEP = 60, 4, 16, 10, 2, 0.9
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def posterize(image, bits, original=ImageOps.posterize):
+    """Recent versions of Pillow refuse to keep no bit, which timm's policy may draw."""
+    return original(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+def recorded_batches():
+    """Images ``[STEPS, BATCH, 3, SIZE, SIZE]`` and targets ``[STEPS, BATCH, CLASSES]``."""
+    sys.path.insert(0, str(ROOT))
+    from demo.fashion_mnist import read
+    from demo.make_subset import ARCHIVE
+
+    split = read(ARCHIVE)["train"]
+    transform = create_transform(
+        SIZE,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+    )
+    mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)
+    images, targets = [], []
+    for first in range(0, STEPS * BATCH, BATCH):
+        one = slice(first, first + BATCH)
+        pictures = [Image.fromarray(pixels).convert("RGB") for pixels in split.images[one]]
+        labels = torch.from_numpy(split.labels[one].astype("int64"))
+        mixed = mixup(torch.stack([transform(picture) for picture in pictures]), labels)
+        images.append(mixed[0].numpy())
+        targets.append(mixed[1].numpy())
+    return np.stack(images), np.stack(targets)
+
+
+def main():
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    with patch.object(ImageOps, "posterize", posterize):
+        images, targets = recorded_batches()
+    images = np.clip(np.rint(images * 32), -128, 127).astype("int8")
+    kept = torch.rand(STEPS, 2 * DEPTH, BATCH) < KEEP
+    rates = 0.01 * np.minimum(1.0, np.arange(1, STEPS + 1) / 10)
+
+    model = MlpMixer(
+        img_size=SIZE,
+        patch_size=4,
+        embed_dim=24,
+        num_blocks=DEPTH,
+        num_classes=CLASSES,
+        mlp_ratio=4,
+        block_layer=partial(ResBlock, init_values=0.1),
+        norm_layer=Affine,
+        drop_path_rate=1 - KEEP,
+    )
+    weights = {f"timm/{k}": v.numpy().copy() for k, v in model.state_dict().items()}
+    # Decay on matrices, as DeiT has it; timm's own grouping would take its [1, 1, C] Affines along.
+    decayed = [p for name, p in model.named_parameters() if name.endswith(".weight")]
+    kept_as_is = [p for name, p in model.named_parameters() if not name.endswith(".weight")]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": kept_as_is, "weight_decay": 0.0}]
+    optimizer = create_optimizer_v2(groups, opt="lamb", lr=0.01, weight_decay=0.0, eps=1e-8)
+    criterion, losses = SoftTargetCrossEntropy(), []
+    for step in range(STEPS):
+        masks = iter(kept[step] / KEEP)
+        dropped = lambda self, x: x * next(masks)[:, None, None]  # noqa: B023, E731
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        with patch.object(DropPath, "forward", dropped):
+            x = torch.from_numpy(images[step].astype("float32") / 32)
+            loss = criterion(model(x), torch.from_numpy(targets[step]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    np.savez_compressed(
+        Path(__file__).with_name("training_timm.npz"),
+        images=images,
+        targets=targets,
+        kept=kept.numpy(),
+        rates=rates,
+        losses=np.array(losses),
+        **weights,
+    )
+    print(f"losses: first {losses[0]:.4f}, mean of the last ten {np.mean(losses[-10:]):.4f}")
+
+
+if __name__ == "__main__":
+    main()
