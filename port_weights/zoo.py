@@ -18,14 +18,14 @@ class Shared(NamedTuple):
 
     drive: str  # its id on Google Drive
     baidu: str  # its id on Baidu
-    code: str  # that Baidu asks for
+    code: str  # that Baidu asks for: its link fills it in
 
     @property
     def links(self) -> str:
         """Both places, as Markdown."""
         drive = f"https://drive.google.com/file/d/{self.drive}/view?usp=sharing"
         baidu = f"https://pan.baidu.com/s/{self.baidu}?pwd={self.code}"
-        return f"[google]({drive})/[baidu]({baidu})({self.code})"
+        return f"[google]({drive}) [baidu]({baidu})"
 
 
 class PaddleFile(NamedTuple):

@@ -118,6 +118,24 @@ def test_a_chinese_page_is_in_step_with_its_english_one_and_each_links_the_other
         assert f"]({other.name})" in one.read_text(encoding="utf-8").splitlines()[0]
 
 
+def test_every_page_for_users_has_a_chinese_twin_and_a_way_back():
+    """The pages about how the project is built and was measured are in English alone."""
+    english = {"architecture", "performance", "porting", "reliability", "scaling"}
+    twins = {page.stem.removesuffix("_cn") for page in CHINESE}
+    assert {page.stem for page in PAGES} - twins == english
+    for page in (ROOT / "docs").glob("*.md"):
+        head = page.read_text(encoding="utf-8").splitlines()[:6]
+        readme = "README_cn.md" if page in CHINESE else "README.md"
+        assert any(f"](../{readme})" in line for line in head), page.name
+
+
+def test_the_readme_is_short_and_its_tables_fit_a_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 12 * 1024
+    for row in re.findall(r"^\|.*$", text, re.MULTILINE):  # some 8 pixels a character, of 800
+        assert len(re.sub(r"\]\([^)]*\)|[\[|]", "", row)) <= 100, row
+
+
 def test_python_blocks_are_python():
     for command in COMMANDS:
         if command.language == "python":

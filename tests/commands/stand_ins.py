@@ -40,6 +40,7 @@ def make(folder: Path) -> None:
     rng = np.random.default_rng(0)
     repository = folder / "repository"
     _imagenet(folder / "dataset" / "imagenet", folder / "shared", rng)
+    _photo(repository / "photo.jpg", rng)
     for name in FLOWERS:
         for number in range(3):
             _photo(repository / "photos" / name / f"{number}.jpg", rng)
@@ -77,7 +78,7 @@ def _photo(path: Path, rng: np.random.Generator) -> None:
 
 def _weights(repository: Path) -> None:
     """The published files under their names, with weights as they are before any training."""
-    for name in ("resmlp_12_224", "resmlp_24_224"):
+    for name in ("resmlp_12_224", "resmlp_24_224", "resmlp_24_distilled_224"):
         config = get_config(str(ROOT / "configs" / f"{name}.yaml"))
         config.MODEL.MIXER.DEPTH = tables.DEPTH
         state = {key: value.numpy() for key, value in build_resmlp(config).state_dict().items()}
