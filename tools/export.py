@@ -19,7 +19,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +41,6 @@ from tools.predict import find_class_names, find_images
 from transforms import build_eval_transform
 from utils import Normalize
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
-
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
 VERIFY_IMAGES = 16
 # Percent of images for which int8 must have the eager model's top-1. Trained models kept 99.6 to
@@ -59,12 +53,7 @@ INT8_PACKAGES = (*ONNX_PACKAGES, "ml_dtypes")
 
 
 class WithPreprocessing(nn.Layer):
-    """Normalisation, a model, softmax: uint8 ``[B, H, W, 3]`` -> probabilities ``[B, K]``.
-
-    Args:
-        model: normalised images to logits.
-        mean, std: per channel, for values from 0 to 1.
-    """
+    """Normalisation, a model, softmax: uint8 ``[B, H, W, 3]`` -> probabilities ``[B, K]``."""
 
     def __init__(self, model: nn.Layer, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -111,17 +100,15 @@ def export(
     """Writes a model in one or several formats; each file is verified before it appears.
 
     Args:
-        pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
+        pretrained, cfg, opts: as `tools.common.run_config` takes them.
         output: folder for the files ``model.*``; None: ``exported`` beside the weights.
         formats: of ``paddle`` (for Paddle Inference), ``onnx``, ``onnx_int8`` (see
             `tools.onnx_graph`) and ``safetensors``. The last is to go on from, here or elsewhere:
             the weights alone, unfolded, under their own names.
-        cfg: YAML file; None: ``config.yaml`` beside the weights.
         with_preprocessing: normalisation and softmax inside the model: uint8 ``[B, H, W, 3]`` in,
             probabilities out; else normalised float32 ``[B, 3, H, W]`` in, logits out.
-        images: images to verify on; none: see `verification_images`. int8 needs real ones.
-        class_names: text file, one name a line; None: see `predict.find_class_names`.
-        opts: further config keys, ``KEY, VALUE, ...``.
+        images: to verify on, as `verification_images` takes them. int8 needs real ones.
+        class_names: as `predict.find_class_names` takes it.
 
     Returns:
         The metadata. Its ``largest_difference`` has, for each format, that to the eager model,
@@ -133,7 +120,8 @@ def export(
             something else (int8: that agrees for less than `MIN_AGREEMENT` percent of the images),
             which is not left behind.
     """
-    _check_formats(formats)
+    for name in formats:
+        require(f"-format {name}", _EXPORTERS[name][0])
     config = run_config(pretrained, cfg, opts)
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to export")
@@ -143,8 +131,7 @@ def export(
             f"-format onnx_int8 is verified on real images: DATA.DATA_PATH {config.DATA.DATA_PATH} "
             "is not there; give -opts DATA.DATA_PATH DIR, or -images"
         )
-    batch, described = verification_images(config, images)
-    job = Job(load_model(config), config, with_preprocessing, batch, images)
+    job = Job(config, with_preprocessing, images)
     metadata = {
         "model": config.MODEL.NAME,
         "weights": Path(config.MODEL.PRETRAINED).name,
@@ -157,7 +144,7 @@ def export(
         "mean": list(config.DATA.IMAGENET_MEAN),
         "std": list(config.DATA.IMAGENET_STD),
         "class_names": find_class_names(config, class_names),
-        "verified_on": described,
+        "verified_on": job.verified_on,
     }
     found = {}
     with _staging(output or Path(config.MODEL.PRETRAINED).with_name("exported")) as folder:
@@ -174,13 +161,10 @@ def export(
 def verification_images(
     config, sources: Iterable[str | os.PathLike] = (), limit: int = VERIFY_IMAGES
 ) -> tuple[np.ndarray, str]:
-    """A few images, cropped as in evaluation, and a line that says what they are.
+    """At most ``limit`` images, cropped as in evaluation, and a line that says what they are.
 
-    Args:
-        config: for the crop and the data folder.
-        sources: files, folders, glob patterns; none: the validation data where the config's data
-            folder is there, else smooth random images.
-        limit: images at most, spread over those that there are.
+    They are spread over the sources, as `find_images` takes them; without any over the validation
+    data, where the config's data folder is there; else they are smooth and random.
 
     Returns:
         uint8 ``[n, H, W, 3]``; the line.
@@ -202,25 +186,24 @@ def verification_images(
     return images, f"{len(images)} {described}"
 
 
-@dataclass
 class Job:
-    """A model to export, and images to verify it on."""
+    """A model to export, its config, and what it makes of the images to verify it on."""
 
-    model: nn.Layer
-    config: object
-    with_preprocessing: bool
-    images: np.ndarray  # uint8 [n, H, W, 3]
-    sources: Sequence = ()  # images as the user named them
+    def __init__(self, config, with_preprocessing: bool = False, sources: Sequence = ()):
+        self.model, self.config, self.sources = load_model(config), config, sources
+        self.with_preprocessing = with_preprocessing
+        images, self.verified_on = verification_images(config, sources)
+        self.inputs, self.expected = self.eager(images)
 
     @paddle.no_grad()
-    def __post_init__(self):
+    def eager(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the exported file is to take of images, uint8 ``[B, H, W, 3]``, and to give."""
         data = self.config.DATA
-        normalized = Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)(paddle.to_tensor(self.images))
-        self.expected = self.model(normalized)
-        self.inputs = normalized.numpy()
+        normalized = Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)(paddle.to_tensor(images))
+        logits = self.model(normalized)
         if self.with_preprocessing:
-            self.inputs, self.expected = self.images, F.softmax(self.expected)
-        self.expected = self.expected.numpy()
+            return images, F.softmax(logits).numpy()
+        return normalized.numpy(), logits.numpy()
 
     def deployed(self, model: nn.Layer) -> nn.Layer:
         """The model with the inputs and outputs that were asked for."""
@@ -230,7 +213,15 @@ class Job:
         model.eval()
         return model
 
-    def difference(self, name: str, run: Run) -> float:
+    def save(self, prefix: Path) -> Path:
+        """Saves the folded model for Paddle Inference."""
+        size = self.config.DATA.IMAGE_SIZE
+        spec = InputSpec([None, 3, size, size], "float32", "image")
+        if self.with_preprocessing:
+            spec = InputSpec([None, size, size, 3], "uint8", "image")
+        return save_for_inference(self.deployed(fold(self.model)), prefix, spec)
+
+    def difference(self, name: str, run: Run) -> dict:
         """The largest difference of an exported file, for a batch and for a single image.
 
         Raises:
@@ -244,9 +235,9 @@ class Job:
                 f"-format {name}: the exported model is off by {difference:.1e} of its largest "
                 f"output, more than {TOLERANCE:.0e}; nothing was written"
             )
-        return difference
+        return {"largest_difference": difference}
 
-    def agreement(self, run: Run, images: np.ndarray) -> tuple[float, float]:
+    def agreement(self, run: Run, images: np.ndarray) -> dict:
         """How often a file has the eager model's top-1, percent; the largest relative difference.
 
         Raises:
@@ -254,37 +245,28 @@ class Job:
         """
         same, error, largest = 0, 0.0, 0.0
         for start in range(0, len(images), AGREEMENT_BATCH):
-            part = replace(self, images=images[start : start + AGREEMENT_BATCH])
-            out = run(part.inputs)
-            agrees = out.argmax(1) == part.expected.argmax(1)
-            same += int((agrees & np.isfinite(out).all(1)).sum())
-            error = max(error, float(np.abs(out - part.expected).max()))
-            largest = max(largest, float(np.abs(part.expected).max()))
+            inputs, expected = self.eager(images[start : start + AGREEMENT_BATCH])
+            out = run(inputs)
+            same += int(((out.argmax(1) == expected.argmax(1)) & np.isfinite(out).all(1)).sum())
+            error = max(error, float(np.abs(out - expected).max()))
+            largest = max(largest, float(np.abs(expected).max()))
         agreement = 100 * same / len(images)
         if agreement < MIN_AGREEMENT:
             raise UserError(
                 f"-format onnx_int8: top-1 is as in float32 for {same} of {len(images)} images "
                 f"({agreement:.2f} %), less than {MIN_AGREEMENT} %; nothing was written"
             )
-        return agreement, error / largest
+        return {"top1_agreement": agreement, "largest_difference": error / largest}
 
 
 def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
-    program = _save(job, prefix)
-    found = {"largest_difference": job.difference("paddle", open_paddle(program))}
+    program = job.save(prefix)
+    found = job.difference("paddle", open_paddle(program))
     files = [program, program.with_suffix(".pdiparams")]
     checksums = {file.suffix: file_sha256(file) for file in files}
     text = json.dumps({**metadata, **found, "sha256": checksums}, indent=2, ensure_ascii=False)
     write_file(f"{prefix}.metadata", text + "\n")  # .json would be a part of it for paddle.jit.load
     return found
-
-
-def _save(job: Job, prefix: Path) -> Path:
-    size = job.config.DATA.IMAGE_SIZE
-    spec = InputSpec([None, 3, size, size], "float32", "image")
-    if job.with_preprocessing:
-        spec = InputSpec([None, size, size, 3], "uint8", "image")
-    return save_for_inference(job.deployed(fold(job.model)), prefix, spec)
 
 
 def save_for_inference(layer: nn.Layer, prefix: Path, spec: InputSpec) -> Path:
@@ -297,40 +279,35 @@ def save_for_inference(layer: nn.Layer, prefix: Path, spec: InputSpec) -> Path:
 def _export_onnx(job: Job, prefix: Path, metadata: dict) -> dict:
     import onnx
 
-    file, model = f"{prefix}.onnx", _onnx_model(job)
-    onnx.save(model, file)
-    found = {"largest_difference": job.difference("onnx", open_onnx(file)[0])}
-    onnx.helper.set_model_props(model, _texts({**metadata, **found}))
-    onnx.save(model, file)
-    return found
+    onnx.save(_onnx_model(job), f"{prefix}.onnx")
+    found = job.difference("onnx", open_onnx(f"{prefix}.onnx")[0])
+    return _with_metadata(f"{prefix}.onnx", metadata, found)
 
 
 def _export_onnx_int8(job: Job, prefix: Path, metadata: dict) -> dict:
-    import onnx
-
     from tools.onnx_graph import quantize
 
     file = f"{prefix}.int8.onnx"
     layers = quantize(_onnx_model(job), len(job.model.mixer_layers), file)
     images, described = verification_images(job.config, job.sources, AGREEMENT_IMAGES)
-    agreement, difference = job.agreement(open_onnx(file)[0], images)
-    found = {
-        "largest_difference": difference,
-        "int8_layers": layers,
-        "top1_agreement": agreement,
-        "verified_on": described,
-    }
-    model = onnx.load(file)
-    onnx.helper.set_model_props(model, _texts({**metadata, **found}))
-    onnx.save(model, file)
-    return found
+    found = {"int8_layers": layers, "verified_on": described}
+    return _with_metadata(file, metadata, {**found, **job.agreement(open_onnx(file)[0], images)})
 
 
 def _onnx_model(job: Job):
     from tools.onnx_graph import convert
 
     with tempfile.TemporaryDirectory() as folder:
-        return convert(_save(job, Path(folder) / "model"))
+        return convert(job.save(Path(folder) / "model"))
+
+
+def _with_metadata(file: str, metadata: dict, found: dict) -> dict:
+    import onnx
+
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, _texts({**metadata, **found}))
+    onnx.save(model, file)
+    return found
 
 
 def _export_safetensors(job: Job, prefix: Path, metadata: dict) -> dict:
@@ -343,8 +320,7 @@ def _export_safetensors(job: Job, prefix: Path, metadata: dict) -> dict:
     load_state(again, read_weights(file).state)
     again = job.deployed(again)
     with paddle.no_grad():
-        difference = job.difference("safetensors", lambda x: again(paddle.to_tensor(x)).numpy())
-    found = {"largest_difference": difference}
+        found = job.difference("safetensors", lambda x: again(paddle.to_tensor(x)).numpy())
     write_file(file, save(state, metadata=_texts({**metadata, **found})))
     return found
 
@@ -362,54 +338,40 @@ _EXPORTERS = {  # format -> what needs to be installed, what writes and verifies
 }
 
 
-def _check_formats(formats: Sequence[str]) -> None:
-    for name in formats:
-        if name not in _EXPORTERS:
-            raise UserError(f"-format is {name!r}; choose from {', '.join(_EXPORTERS)}")
-        require(f"-format {name}", _EXPORTERS[name][0])
-
-
 @contextlib.contextmanager
 def _staging(output: str | os.PathLike) -> Iterator[Path]:
     """A folder whose files move to ``output`` at the end, all of them, or none after an error."""
-    output = Path(output)
+    output, folder = Path(output), Path(output, ".unverified")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for leftover in output.glob(".unverified-*") if fcntl else ():
-            with contextlib.suppress(OSError), open(leftover / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its export is alive
-                shutil.rmtree(leftover)
-        with (
-            tempfile.TemporaryDirectory(dir=output, prefix=".unverified-") as folder,
-            open(Path(folder, ".lock"), "w") as lock,
-        ):
-            with contextlib.suppress(OSError):
-                if fcntl is not None:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield Path(folder)
-            for file in Path(folder).glob("[!.]*"):
-                os.replace(file, output / file.name)
-                if file.suffix == ".metadata":  # what it was called once must not stay beside it
-                    (output / f"{file.name}.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+        folder.mkdir(parents=True)
+        yield folder
+        for file in folder.iterdir():
+            os.replace(file, output / file.name)
+            if file.suffix == ".metadata":  # its earlier name must not stay beside it
+                (output / f"{file.name}.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"-output {output}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
     parser = Parser("Exports a trained model, and verifies what it wrote.")
     parser.model_flags()
     parser.flag("output", "folder (default: `exported` beside the weights)", metavar="DIR")
-    parser.flag("format", " ".join(_EXPORTERS), nargs="+", default=["paddle"], metavar="NAME")
     parser.flag(
-        "with_preprocessing", "uint8 [B, H, W, 3] in, probabilities out", action="store_true"
-    )
-    parser.flag(
-        "images",
-        "images to verify on (default: validation data)",
+        "format",
+        " ".join(_EXPORTERS),
         nargs="+",
-        default=(),
-        metavar="FILE",
+        default=["paddle"],
+        choices=_EXPORTERS,
+        metavar="NAME",
     )
+    bytes_in = "uint8 [B, H, W, 3] in, probabilities out"
+    parser.flag("with_preprocessing", bytes_in, action="store_true")
+    verify_on = "images to verify on (default: validation data)"
+    parser.flag("images", verify_on, nargs="+", default=(), metavar="FILE")
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
     args = vars(parser.parse_args())
     formats = args["formats"] = args.pop("format")
