@@ -1,6 +1,5 @@
 """tools/imagenet.py: ImageNet as it is downloaded, in stand-ins of a few images."""
 
-import csv
 import gzip
 import io
 import os
@@ -79,15 +78,11 @@ def as_class_tars_and_a_flat_folder(root):
     write(root / DEVKIT, b"490\n361\n")
 
 
-def as_kaggle(root, solution=True, prefix="ILSVRC/Data/CLS-LOC"):
+def as_kaggle(root, prefix="ILSVRC/Data/CLS-LOC"):
     for path in TRAIN:
         write(root / prefix / "train" / path, picture(path))
     for name in VAL:
         write(root / prefix / "val" / name, picture(name))
-    if solution:
-        with open(root / "LOC_val_solution.csv", "w", newline="") as file:
-            rows = [[name[:-5], f"{IDS[label]} 1 2 3 4 "] for name, label in VAL.items()]
-            csv.writer(file).writerows([["ImageId", "PredictionString"], *rows])
 
 
 def as_kaggles_zip(root):
@@ -100,7 +95,6 @@ def as_kaggles_zip(root):
 
 def as_kaggles_tar(root):
     as_kaggle(root / "unpacked")
-    (root / "unpacked" / "LOC_val_solution.csv").rename(root / "LOC_val_solution.csv")
     with tarfile.open(root / "imagenet_object_localization_patched2019.tar", "w") as tar:
         tar.add(root / "unpacked" / "ILSVRC", "ILSVRC")
 
@@ -113,7 +107,7 @@ def as_unpacked_where_the_archives_lay(root):
 
 
 def as_class_folders_with_a_flat_val(root):
-    as_kaggle(root, solution=False, prefix="")
+    as_kaggle(root, prefix="")
 
 
 def test_the_first_labels_are_the_ones_that_everybody_knows():
@@ -163,10 +157,8 @@ def test_every_layout_gives_the_labels_of_the_weights(lay_out, tmp_path):
 
 def test_the_folder_of_kaggles_images_is_enough(tmp_path):
     as_kaggle(tmp_path)
-    lines = []
-    make_lists(str(tmp_path / "ILSVRC"), log=lines.append)
+    make_lists(str(tmp_path / "ILSVRC"), log=print)
     assert listed(tmp_path / "ILSVRC", "val") == VAL
-    assert any("LOC_val_solution.csv: labels of 4 images" in line for line in lines)
 
 
 def test_the_validation_images_alone_are_enough_to_evaluate(tmp_path):
@@ -181,19 +173,6 @@ def test_the_validation_images_alone_are_enough_to_evaluate(tmp_path):
     assert lines[-1] == "all 4 images can be decoded"
 
 
-def test_other_labels_in_kaggles_file_are_said(tmp_path):
-    as_kaggle(tmp_path)
-    path = tmp_path / "LOC_val_solution.csv"
-    path.write_text(path.read_text().replace(IDS[VAL["ILSVRC2012_val_00000293.JPEG"]], IDS[5]))
-    lines = []
-    make_lists(str(tmp_path), log=lines.append)
-    assert listed(tmp_path, "val") == {**VAL, "ILSVRC2012_val_00000293.JPEG": 5}
-    assert any("1 of them are not the known ones" in line for line in lines)
-    path.write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,cat 1 2 3 4\n")
-    with pytest.raises(DataError, match=r"solution\.csv:2: 'cat' is no ImageNet class"):
-        make_lists(str(tmp_path), force=True, log=lines.append)
-
-
 @pytest.mark.parametrize(
     "path, message",
     [
@@ -201,7 +180,7 @@ def test_other_labels_in_kaggles_file_are_said(tmp_path):
         ("val/cat.JPEG", "not the name of an ImageNet validation image"),
         (f"val/{IDS[3]}/ILSVRC2012_val_00000007.JPEG", f"lies in the folder of {IDS[3]}"),
         ("val/again/ILSVRC2012_val_00000001.JPEG", "both are image 1"),
-        ("train/cats/1.JPEG", "'cats' is not the WordNet id of an ImageNet class"),
+        ("train/cats/1.JPEG", "'cats' is no WordNet id of an ImageNet class"),
     ],
 )
 def test_images_that_cannot_be_imagenets_are_named(path, message, tmp_path):

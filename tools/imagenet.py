@@ -3,24 +3,21 @@
     ILSVRC2012_img_train.tar    a tar of 1,000 tars, or unpacked once (n01440764.tar ...) or twice
     ILSVRC2012_img_val.tar      50,000 images without a folder per class, or unpacked
     n01440764.tar ..., ILSVRC2012_val_00000001.JPEG ...          unpacked where the archives lay
-    ILSVRC/Data/CLS-LOC/{train,val}, LOC_val_solution.csv        Kaggle's, also in its zip or a tar
+    ILSVRC/Data/CLS-LOC/{train,val}                              Kaggle's, also in its zip or a tar
 
 The labels of the validation images go by the numbers in their names, see `validation_labels`.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Callable
-from functools import cache
 
 from cli.errors import DataError
 from loading import archives
 from loading.files import list_images, split_folder
 from loading.imagenet import val_number, validation_labels, wordnet_ids
-from loading.images import regular_size
 from storage.files import printable, shorten
 
 COUNTS = {"train": 1_281_167, "val": 50_000}
@@ -28,7 +25,6 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _OFFICIAL = {"train": "ILSVRC2012_img_train", "val": "ILSVRC2012_img_val"}
 ARCHIVES = tuple(f"{name}.tar" for name in _OFFICIAL.values())
 _KAGGLE = "ILSVRC/Data/CLS-LOC"
-_KAGGLE_LABELS = "LOC_val_solution.csv"
 _CLASS_TAR = re.compile(r"n[0-9]{8}\.tar")
 
 Entry = tuple[str, str]  # (path relative to the data folder, WordNet id)
@@ -49,23 +45,24 @@ def find_imagenet(root: str, log: Callable[[str], None]) -> tuple[list[Entry], l
         if os.path.isfile(path):
             log(explain_ground_truth(path))
     places = {side: _place(root, side) for side in COUNTS}
-    images = {side: _images(root, side, place) for side, place in places.items()}
-    flat = [path for path in images["val"] if os.path.dirname(path) == places["val"]]
-    tars = _class_tars(places["train"]) if places["train"] else []
-    named = any(
-        os.path.basename(place or "").startswith("ILSVRC2012_") for place in places.values()
-    )
-    if not (named or tars or root in places.values() or any(map(val_number, flat))):
+    train, val = places.values()
+    tars = _names(train, _CLASS_TAR.fullmatch)
+    val_images = [] if val in (None, root) else list_images(val)
+    val_images += _names(root, val_number) if val == root else []
+    official = any(os.path.basename(p or "").startswith("ILSVRC2012_") for p in (train, val))
+    flat = any(val_number(path) and os.path.dirname(path) == val for path in val_images)
+    if not (official or tars or flat):
         return None
-    images["train"] += [image for tar in tars for image in list_images(tar)]
-    train = [_train_entry(root, places["train"], path) for path in images["train"]]
-    val = _val_entries(root, images["val"], log) if places["val"] else []
-    for side, entries in (("train", train), ("val", val)):
-        if places[side]:
-            log(f"ImageNet, {side}: {describe(side, entries)}, in {printable(places[side])}")
-        else:
-            log(f"ImageNet, {side}: not found in {printable(root)}")
-    return train, val
+    train_images = [] if train in (None, root) else list_images(train)
+    train_images += [image for tar in tars for image in list_images(tar)]
+    sides = (
+        _train_entries(root, train, train_images),
+        _val_entries(root, val_images, log) if val else [],
+    )
+    for (side, place), entries in zip(places.items(), sides):
+        found = f"{describe(side, entries)}, in" if place else "not found in"
+        log(f"ImageNet, {side}: {found} {printable(place or root)}")
+    return sides
 
 
 def describe(side: str, entries: list[Entry]) -> str:
@@ -96,102 +93,50 @@ def _place(root: str, side: str) -> str | None:
         if name.lower().endswith(archives.ENDINGS) and "imagenet" in name.lower():
             bases.append(f"{root}/{name}/{_KAGGLE}")
     for base in bases:
-        for name in (f"{_OFFICIAL[side]}.tar", _OFFICIAL[side], None):
-            place = split_folder(base, side) if name is None else f"{base}/{name}"
+        official = f"{base}/{_OFFICIAL[side]}"
+        for place in (f"{official}.tar", official, split_folder(base, side)):
             if archives.is_folder(place):
                 return place
-    is_loose = val_number if side == "val" else _CLASS_TAR.fullmatch
-    return root if any(map(is_loose, os.listdir(root))) else None
+    return root if _names(root, val_number if side == "val" else _CLASS_TAR.fullmatch) else None
 
 
-def _images(root: str, side: str, place: str | None) -> list[str]:
-    if place is None or (place == root and side == "train"):
-        return []  # class tars are looked for separately
-    if place == root:
-        return [os.path.join(root, name) for name in sorted(os.listdir(root)) if val_number(name)]
-    return list_images(place)
-
-
-def _class_tars(folder: str) -> list[str]:
-    if not os.path.isdir(folder):
-        return []  # tars in a tar are folders of its index
-    names = sorted(filter(_CLASS_TAR.fullmatch, os.listdir(folder)))
+def _names(folder: str | None, is_wanted: Callable) -> list[str]:
+    """Paths of what lies directly in a folder of the disk. (Tars in a tar are folders there.)"""
+    names = sorted(filter(is_wanted, os.listdir(folder))) if os.path.isdir(folder or "") else []
     return [os.path.join(folder, name) for name in names]
 
 
-@cache
-def _known() -> frozenset[str]:
-    return frozenset(wordnet_ids())
-
-
-def _train_entry(root: str, place: str, path: str) -> Entry:
-    name = os.path.relpath(path, place).split(os.sep)[0].removesuffix(".tar")
-    if name not in _known():
-        raise DataError(f"{printable(path)}: {name!r} is not the WordNet id of an ImageNet class")
-    return os.path.relpath(path, root), name
-
-
-def _val_entries(root: str, paths: list[str], log) -> list[Entry]:
-    labels = validation_labels()
-    known = {number: wordnet_ids()[label] for number, label in enumerate(labels, 1)}
-    numbers: dict[int, str] = {}
+def _train_entries(root: str, place: str, paths: list[str]) -> list[Entry]:
+    entries, known = [], set(wordnet_ids())
     for path in paths:
-        number = val_number(path)
+        name = os.path.relpath(path, place).split(os.sep)[0].removesuffix(".tar")
+        if name not in known:
+            raise DataError(f"{printable(path)}: {name!r} is no WordNet id of an ImageNet class")
+        entries.append((os.path.relpath(path, root), name))
+    return entries
+
+
+def _val_entries(root: str, paths: list[str], log: Callable[[str], None]) -> list[Entry]:
+    ids, labels, found = wordnet_ids(), validation_labels(), {}
+    known = set(ids)
+    for path in paths:
+        number, folder = val_number(path), os.path.basename(os.path.dirname(path))
         if not number or number > len(labels):
             raise DataError(
                 f"{printable(path)}: not the name of an ImageNet validation image "
                 "(ILSVRC2012_val_00000001.JPEG to 00050000), so that its label is not known"
             )
-        if number in numbers:
+        name = ids[labels[number - 1]]
+        if folder in known and folder != name:
             raise DataError(
-                f"{printable(path)} and {printable(numbers[number])}: both are image {number}"
+                f"{printable(path)}: this image is of class {name}, but lies in the folder of "
+                f"{folder}"
             )
-        numbers[number] = path
-    _check_folders(numbers, known)
-    missing = [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in numbers]
+        entry = os.path.relpath(path, root), name
+        if found.setdefault(number, entry) is not entry:
+            both = f"{printable(path)} and {printable(os.path.join(root, found[number][0]))}"
+            raise DataError(f"{both}: both are image {number}")
+    missing = [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in found]
     if missing:
         log(f"warning: {len(missing):,} validation images are missing: {shorten(missing, 5)}")
-    near = [os.path.normpath(os.path.join(root, *[".."] * up)) for up in range(4)]
-    for path in (os.path.join(folder, _KAGGLE_LABELS) for folder in near):
-        if os.path.isfile(path):
-            known = _with_kaggles(known, path, log)
-            break
-    return [
-        (os.path.relpath(path, root), known[number]) for number, path in sorted(numbers.items())
-    ]
-
-
-def _check_folders(numbers: dict[int, str], known: dict[int, str]) -> None:
-    """Where the images lie in a folder per class after all, it has to be their class."""
-    for number, path in numbers.items():
-        folder = os.path.basename(os.path.dirname(path))
-        if folder in _known() and folder != known[number]:
-            raise DataError(
-                f"{printable(path)}: this image is of class {known[number]}, but lies in the "
-                f"folder of {folder}"
-            )
-
-
-def _with_kaggles(known: dict[int, str], path: str, log) -> dict[int, str]:
-    """The labels of Kaggle's ``ImageId,PredictionString`` lines, which should be the known ones."""
-    found = {}
-    try:
-        regular_size(path)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for line, row in enumerate(csv.reader(file), 1):
-                number = val_number(f"{row[0]}.JPEG") if len(row) > 1 else None
-                if number in known:
-                    found[number] = row[1].split(" ")[0]
-                    if found[number] not in _known():
-                        raise DataError(f"{path}:{line}: {found[number]!r} is no ImageNet class")
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    other = [number for number, name in found.items() if name != known[number]]
-    log(f"{path}: labels of {len(found):,} images")
-    if other:
-        log(
-            f"warning: {len(other):,} of them are not the known ones, such as "
-            f"{found[other[0]]} for ILSVRC2012_val_{other[0]:08d} ({known[other[0]]}); "
-            "the file's are taken"
-        )
-    return {**known, **found}
+    return [found[number] for number in sorted(found)]

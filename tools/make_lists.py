@@ -8,10 +8,10 @@ Tar and zip archives may stand for folders. ImageNet is known in the layouts in 
 downloaded (see imagenet.py): the official tars, unpacked or not, and Kaggle's.
 
 The lists lie in the folder itself (a CSV's: the one it lies in), so that the mains take it with
-`-dataset imagenet2012 -data_path FOLDER`; -output writes them elsewhere. Labels count the classes
-in the order of their names, whole numbers by value. Where there are train/ and val/ (or Training/,
-valid/, Validation/), they are the split. Else the classes (those in train/, if it is there alone)
-are split each by its share, with a seed, and identical files stay on one side.
+`-data_path FOLDER`; -output writes them elsewhere. Labels count the classes in the order of their
+names, whole numbers by value. Where there are train/ and val/ (or Training/, valid/, Validation/),
+they are the split. Else each image (of train/, if it is there alone) is drawn by its own content
+and a seed, so that it stays where it is when others are added, renamed or removed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ import csv
 import hashlib
 import io
 import os
+import re
 import shlex
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import numpy as np
-
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
-from cpu.setup import physical_cores
 from loading import archives
 from loading.files import (
     SPLIT_NAMES,
@@ -50,12 +48,16 @@ from loading.files import (
     sort_classes,
     split_folder,
 )
-from loading.imagenet import wordnet_ids
+from loading.imagenet import val_number, wordnet_ids
 from loading.images import EXTENSIONS, BadImage, read_image, regular_size
 from storage.files import atomic, printable, shorten
 from tools import imagenet
+from tools.processes import map_in_processes
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
+_REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_SAMPLE = 4096  # bytes at three places of a file by which it is drawn
+_MISSING = ("nan", "null", "none", "na", "n/a", "#n/a", "?")  # labels that tables mean as no label
 
 Entry = tuple[str, str]  # (path relative to the data folder, class name)
 
@@ -84,7 +86,7 @@ def make_lists(
 
     Args:
         source: a folder with a folder per class, or with train/ and val/ of such; or a CSV file.
-        val_fraction: share of each class's images to validate on, where there is no val/.
+        val_fraction: share of the images to validate on, where there is no val/.
         seed: of that split.
         verify: first decode every image. Where the lists are there already, check those, and
             write nothing.
@@ -100,8 +102,6 @@ def make_lists(
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
-    if seed < 0:
-        raise DataError(f"-seed is {seed}; give a number from 0 up")
     if workers is not None and workers < 1:
         raise DataError(f"-workers is {workers}; give a number from 1 up")
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
@@ -111,15 +111,26 @@ def make_lists(
     there = [path for name in FILES if os.path.exists(path := os.path.join(folder, name))]
     if there and not force and not verify:
         raise DataError(f"{there[0]} is there already; -force replaces it, -verify checks it")
+    before: dict[str, list[Entry]] = {}  # what the lists that are there say
+    if there:
+        try:
+            before = _read_lists(folder, root)
+        except DataError:
+            if not force:
+                raise
     only_check = bool(there) and not force
-    split = (
-        _read_lists(folder, root)
-        if only_check
-        else _find_split(source, root, val_fraction, seed, log)
-    )
+    classes, sides = ([], before) if only_check else _find(source, root, log)
+    paths = list(dict.fromkeys(path for entries in sides.values() for path, _ in entries))
     if verify:
-        paths = [os.path.join(root, path) for path, _ in split.train + split.val]
-        check_images(paths, workers, log)
+        check_images([os.path.join(root, path) for path in paths], workers, log)
+    if any(val_number(path) for path, _ in sides.get("val", ())[:1]):
+        content = {path: os.fsencode(path) for path in paths}  # ImageNet's halves are as published
+    else:
+        content = contents(root, paths)
+    _check_repeats(root, sides, content, log)
+    if "drawn" in sides:
+        sides = _draw(sides["drawn"], content, val_fraction, seed, before)
+    split = Split(root, classes, sides.get("train", []), sides.get("val", []))
     if only_check:
         return split
     _write_lists(split, folder)
@@ -128,50 +139,23 @@ def make_lists(
     for side, name in ((split.train, TRAIN_LIST), (split.val, VAL_LIST)):
         if not side:
             log(f"warning: {name} is not written: no images for it (training needs some)")
-    keys = f"MODEL.NUM_CLASSES {len(split.classes)}"
-    if output is not None:
-        for key, name in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES):
-            keys += f" DATA.{key} {shlex.quote(os.path.join(folder, name))}"
-    log(f"use them with: -dataset imagenet2012 -data_path {root} -opts {keys}")
+    _warn_of_moves(before, split, log)
+    log(f"use them with: {_next_command(split, None if output is None else folder)}")
     return split
 
 
 # --------------------------------------------------------------------------- what is there
-def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> Split:
-    sides, others = None, []
+def _find(source: str, root: str, log) -> tuple[list[str], dict[str, list[Entry]]]:
+    """The classes of a source, and its images: of "train" and "val", or those to be "drawn"."""
     if os.path.basename(source) == imagenet.GROUND_TRUTH:
         raise DataError(imagenet.explain_ground_truth(source))
     if os.path.isdir(source) and (found := imagenet.find_imagenet(source, log)):
-        return Split(root, list(wordnet_ids()), *found)
-    if not archives.is_folder(source):
-        entries = _read_csv(source, root)
-        classes = sort_classes({name for _, name in entries}, source)
+        return list(wordnet_ids()), dict(zip(SPLIT_NAMES, found))
+    if archives.is_folder(source):
+        classes, sides = _find_folders(source, root, log)
     else:
-        folders = {side: split_folder(source, side) for side in SPLIT_NAMES}
-        there = [side for side, folder in folders.items() if archives.is_folder(folder)]
-        if there == ["val"]:
-            raise DataError(f"{folders['val']}: there is no train/ beside it to train on")
-        besides = [name for name in class_folders(source) if not is_split_name(name)]
-        if there == ["train"] and len(besides) > 1 and not class_folders(folders["train"]):
-            there = []  # trains among buses and cars
-        classes = find_classes(source) if there else class_folders(source)
-        scanned = [folders[side] for side in there] or [source]
-        scans = [_scan(root, folder, others) for folder in scanned]
-        entries = sum(scans, [])
-        if len(there) == 2:
-            sides = scans
-            unknown = sorted({name for _, name in sides[1]} - set(classes))
-            if unknown:
-                raise DataError(
-                    f"{folders['val']}: class {unknown[0]!r} is not among the folders of train"
-                )
-        for line in describe_others(source, others) + passed_over(source):
-            log(line)
-        if there and classes and set(classes) <= set(wordnet_ids()):
-            for side, scan in zip(there, scans):
-                log(f"ImageNet, {side}: {imagenet.describe(side, scan)}")
-            if len(classes) < len(wordnet_ids()):
-                log(f"warning: the labels count these {len(classes)} classes, not ImageNet's 1,000")
+        sides = {"drawn": _read_csv(source, root, log)}
+        classes = sort_classes({name for _, name in sides["drawn"]}, source)
     if len(classes) < 2:
         for name in os.listdir(root) if os.path.isdir(source) else ():
             archives.is_folder(os.path.join(root, name))  # says why a compressed tar is not read
@@ -179,71 +163,114 @@ def _find_split(source: str, root: str, val_fraction: float, seed: int, log) -> 
             f"{source}: found {len(classes)} classes; expected <class>/<image>, or train/<class>/"
             "<image> and val/<class>/<image>, or a CSV file of path,label"
         )
+    entries = sum(sides.values(), [])
     if not entries:
         raise DataError(f"{source}: no images ({' '.join(EXTENSIONS)})")
     for path, name in entries:
         _check_names(path, name)
-    empty = [name for name in classes if name not in {name for _, name in entries}]
-    if empty:
+    used = {name for _, name in entries}
+    if empty := [name for name in classes if name not in used]:
         log(f"warning: {len(empty)} of {len(classes)} classes have no image: {shorten(empty, 5)}")
-    twins = find_identical(root, [path for path, _ in entries])
-    label = dict(entries)
-    contradictions = [group for group in twins if len({label[path] for path in group}) > 1]
-    if twins and sides is None:
-        first = twins[0]
-        log(
-            f"{len(twins)} groups of identical files (such as {printable(first[0])} and "
-            f"{printable(first[1])}): each stays on one side; "
-            f"{len(contradictions)} of them under several labels"
-        )
-    for group in contradictions:  # at most one of the labels is right
-        places = ", ".join(f"{printable(path)} ({label[path]})" for path in group)
-        log(f"warning: one picture under several labels: {places}")
-    if sides is not None:
-        _refuse_leaks(root, twins, {path for path, _ in sides[1]}, log)
-        return Split(root, classes, *sides)
-    return Split(root, classes, *_divide(entries, twins, val_fraction, seed))
+    alike = defaultdict(list)
+    for name in classes:
+        alike[" ".join(unicodedata.normalize("NFC", name).casefold().split())].append(ascii(name))
+    for names in alike.values():
+        if len(names) > 1:
+            log(f"warning: {len(names)} classes are called almost alike: {', '.join(names)}")
+    return classes, sides
 
 
-def _scan(root: str, folder: str, others: list[str]) -> list[Entry]:
-    """The images of ``folder/<class>/``, relative to `root`; `others` takes what is no image."""
-    return [
-        (os.path.relpath(path, root), name)
-        for name in class_folders(folder)
-        for path in list_images(os.path.join(folder, name), others)
-    ]
+def _find_folders(source: str, root: str, log) -> tuple[list[str], dict[str, list[Entry]]]:
+    folders = {side: split_folder(source, side) for side in SPLIT_NAMES}
+    there = [side for side, folder in folders.items() if archives.is_folder(folder)]
+    if there == ["val"]:
+        raise DataError(f"{folders['val']}: there is no train/ beside it to train on")
+    besides = [name for name in class_folders(source) if not is_split_name(name)]
+    if there == ["train"] and len(besides) > 1 and not class_folders(folders["train"]):
+        there = []  # trains among buses and cars
+    classes = find_classes(source) if there else class_folders(source)
+    if len(there) < 2:
+        folders = {"drawn": folders["train"] if there else source}
+    sides, others = {side: [] for side in folders}, []
+    for side, folder in folders.items():
+        for name in class_folders(folder):
+            for path in list_images(os.path.join(folder, name), others):
+                sides[side].append((os.path.relpath(path, root), name))
+    if unknown := sorted({name for _, name in sides.get("val", ())} - set(classes)):
+        raise DataError(f"{folders['val']}: class {unknown[0]!r} is not among the folders of train")
+    for line in describe_others(source, others) + passed_over(source):
+        log(line)
+    if there and classes and set(classes) <= set(wordnet_ids()):
+        for side, entries in zip(there, sides.values()):
+            log(f"ImageNet, {side}: {imagenet.describe(side, entries)}")
+        if len(classes) < len(wordnet_ids()):
+            log(f"warning: the labels count these {len(classes)} classes, not ImageNet's 1,000")
+    return classes, sides
 
 
-def _read_csv(file: str, root: str) -> list[Entry]:
-    """Lines of ``path,label``; paths are relative to the file's folder. A header is passed over."""
-    entries = []
+def _read_csv(file: str, root: str, log) -> list[Entry]:
+    """Lines of ``path,label``; paths are relative to the file's folder.
+
+    A first line whose path is neither a file nor an image's name is a header.
+    """
     try:
         regular_size(file)
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
             reader = csv.reader(stream)
-            for row in reader:
-                fields = [field.strip() for field in row]
-                if not any(fields) or (not entries and fields[0].lower() in _HEADERS):
-                    continue
-                where = f"{file}:{reader.line_num}"
-                if len(fields) != 2 or not all(fields):
-                    raise DataError(f"{where}: expected path,label, got {','.join(row)!r}")
-                path = os.path.relpath(os.path.join(root, fields[0]), root)
-                if path.split(os.sep)[0] == os.pardir:
-                    raise DataError(f"{where}: {fields[0]!r} is not inside the folder of the file")
-                if not _is_file(os.path.join(root, path)):
-                    raise DataError(f"{where}: {os.path.join(root, path)}: no such file")
-                entries.append((path, fields[1]))
-    except (OSError, csv.Error, ValueError) as error:
+            rows = [(f"{file}:{reader.line_num}", [cell.strip() for cell in r]) for r in reader]
+    except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or f"{error}; expected path,label in UTF-8"
         raise DataError(f"{file}: {reason[0].lower()}{reason[1:]}") from None
-    repeated = [path for path, count in Counter(path for path, _ in entries).items() if count > 1]
-    if repeated:
-        raise DataError(f"{file}: {repeated[0]!r} is listed more than once")
+    lines: dict[str, tuple[str, str]] = {}  # path -> where it is listed, its label
+    for number, (where, cells) in enumerate(rows):
+        if not any(cells):
+            continue
+        is_file = _is_file(os.path.join(root, cells[0]))
+        if not number and not is_file and not cells[0].lower().endswith(EXTENSIONS):
+            log(f"{where}: taken for a header: {printable(','.join(cells))}")
+            continue
+        if len(cells) != 2 or not all(cells):
+            raise DataError(f"{where}: expected path,label, got {','.join(cells)!r}")
+        path = os.path.relpath(os.path.join(root, cells[0]), root)
+        if path.split(os.sep)[0] == os.pardir:
+            raise DataError(f"{where}: {cells[0]!r} is not inside the folder of the file")
+        if not is_file:
+            raise DataError(f"{where}: {printable(os.path.join(root, path))}: no such file")
+        if path in lines:
+            raise DataError(f"{where}: {path!r} is listed more than once")
+        lines[path] = where, cells[1]
+    entries = [(path, label) for path, (_, label) in lines.items()]
+    first_line = {label: where for where, label in reversed(list(lines.values()))}
+    _check_labels(first_line, Counter(label for _, label in entries), log)
     return entries
 
 
-_HEADERS = ("path", "file", "filename", "image", "name")
+def _check_labels(first_line: dict[str, str], counts: Counter, log) -> None:
+    """Refuses labels that are several; a warning for those that may be, or may be none."""
+    parts = {label: re.split(r"[\s,;|+&/]+", label) for label in first_line}
+    uses = Counter(part for found in parts.values() for part in set(found))
+    for label, where in first_line.items():
+        found = parts[label]
+        numbers = re.fullmatch(r"\d+([\s,;|]+\d+)+", label)
+        if len(found) > 1 and (numbers or all(part in first_line for part in found)):
+            raise DataError(
+                f"{where}: {label!r} is several labels of one image; here an image has one: keep "
+                "one, or join them to a name of its own (scab_and_rust)"
+            )
+        if re.search("[,;|]", label) and any(uses[part] > 1 for part in found):
+            log(f"warning: {where}: {printable(label)!r} may be several labels; it is one class")
+        if label.lower() in _MISSING:
+            log(
+                f"warning: {where}: the label {label!r}, of {counts[label]} images, is a class "
+                "like any other"
+            )
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return (regular_size(path) if (size := archives.size(path)) is None else size) >= 0
+    except (OSError, ValueError):
+        return False
 
 
 def _check_names(path: str, name: str) -> None:
@@ -254,57 +281,52 @@ def _check_names(path: str, name: str) -> None:
         raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES} (UTF-8)")
 
 
-def _read_lists(folder: str, root: str) -> Split:
-    sides, there = [[], []], [os.path.exists(os.path.join(folder, name)) for name in FILES[:2]]
-    for side, name, is_there in zip(sides, FILES, there):
-        if any(there) and not is_there:  # there were images for the other alone
-            continue
+def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
+    """What the lists of a folder say, of those that are there; labels in the place of names."""
+    names = {"train": TRAIN_LIST, "val": VAL_LIST}
+    there = {s: n for s, n in names.items() if os.path.exists(os.path.join(folder, n))}
+    sides = {}
+    for side, name in (there or names).items():
         index = read_list(os.path.join(folder, name), root, 10**9, allow_outside=True)
         index.open_archives()  # a damaged one is one error, not that of all its images
-        side += [(os.fsdecode(index.name(i)), "") for i in range(len(index))]
-    return Split(root, [], *sides)
+        paths = [os.path.normpath(os.fsdecode(index.name(i))) for i in range(len(index))]
+        sides[side] = [(path, str(label)) for path, label in zip(paths, index.labels)]
+    return sides
 
 
-# ------------------------------------------------------------------------------- splitting
-def find_identical(root: str, paths: Sequence[str]) -> list[list[str]]:
-    """Groups of files with the same content.
+# ---------------------------------------------------------------------- contents and split
+def contents(root: str, paths: Sequence[str]) -> dict[str, bytes]:
+    """What tells the contents of files apart, by path: equal where, and only where, they are.
 
-    Only files of one size are read, and only those that begin alike are read to their end.
+    The first 16 bytes hang on a file's size and `_SAMPLE` bytes of its start, middle and end; a
+    digest of all follows where these agree.
     """
-    signature: dict[str, tuple] = dict.fromkeys(paths, ())
-    suspects = list(paths)
+    found: dict[str, bytes] = {}
+
+    def look(function: Callable, some: Sequence[str]) -> None:
+        try:
+            values = pool.map(function, [os.path.join(root, path) for path in some])
+            for path, value in zip(some, values):
+                found[path] = found.get(path, b"") + value
+        except OSError as error:
+            reason = (error.strerror or "").lower()
+            raise DataError(f"{printable(error.filename)}: {reason}") from None
+
     with ThreadPoolExecutor() as pool:
-        for look in (_size, _digest_head, _digest):
-            try:
-                values = list(pool.map(look, [os.path.join(root, path) for path in suspects]))
-            except OSError as error:
-                reason = (error.strerror or "").lower()
-                raise DataError(f"{printable(error.filename)}: {reason}") from None
-            for path, value in zip(suspects, values):
-                signature[path] += (value,)
-            counts = Counter(signature[path] for path in suspects)
-            suspects = [path for path in suspects if counts[signature[path]] > 1]
-    groups = defaultdict(list)
-    for path in suspects:
-        groups[signature[path]].append(path)
-    return list(groups.values())
+        look(_sample, list(dict.fromkeys(paths)))
+        counts = Counter(found.values())
+        look(_digest, [path for path, value in found.items() if counts[value] > 1])
+    return found
 
 
-def _size(path: str) -> int:
-    size = archives.size(path)
-    return regular_size(path) if size is None else size
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return _size(path) >= 0
-    except OSError:
-        return False
-
-
-def _digest_head(path: str) -> bytes:
+def _sample(path: str) -> bytes:
     with _open(path) as file:
-        return hashlib.blake2b(file.read(4096)).digest()
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        for start in (0, size // 2, max(0, size - _SAMPLE)):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE))
+    return digest.digest()
 
 
 def _digest(path: str) -> bytes:
@@ -317,45 +339,95 @@ def _digest(path: str) -> bytes:
 
 def _open(path: str) -> BinaryIO:
     data = archives.read(path)
-    return open(path, "rb") if data is None else io.BytesIO(data)
+    if data is not None:
+        return io.BytesIO(data)
+    regular_size(path)  # a pipe would block
+    return open(path, "rb")
 
 
-def _refuse_leaks(root: str, twins: list[list[str]], val: set[str], log) -> None:
-    leaks = [group for group in twins if 0 < sum(path in val for path in group) < len(group)]
-    for group in leaks:
-        log(f"in both train and val: {', '.join(map(printable, group))}")
+def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict, log) -> None:
+    """Names pictures that are there several times; refuses those on both sides."""
+    groups = defaultdict(list)
+    for side, entries in sides.items():
+        for path, name in entries:
+            groups[content[path]].append((path, name, side))
+    groups = [group for group in groups.values() if len(group) > 1]
+    alike = [paths for group in groups if len(paths := sorted({path for path, *_ in group})) > 1]
+    if alike:
+        kept = ": each stays on one side" if "drawn" in sides else ""
+        pair = " and ".join(map(printable, alike[0][:2]))
+        log(f"{len(alike)} groups of identical files (such as {pair}){kept}")
+    lines = Counter((path, side) for group in groups for path, _, side in group)
+    if again := [f"{path} in {side}" for (path, side), count in lines.items() if count > 1]:
+        log(f"warning: {len(again)} images are listed more than once: {shorten(again, 3)}")
+    leaks = []
+    for group in groups:
+        if len({name for _, name, _ in group}) > 1:  # at most one of the labels is right
+            places = ", ".join(f"{printable(path)} ({name})" for path, name, _ in group)
+            log(f"warning: one picture under several labels: {places}")
+        where = {side: path for path, _, side in reversed(group)}
+        if len(where) > 1:
+            leaks.append(where)
+            log(f"in both train and val: {', '.join(printable(path) for path, *_ in group)}")
     if leaks:
-        train_path = next(path for path in leaks[0] if path not in val)
-        val_path = next(path for path in leaks[0] if path in val)
+        one, other = (printable(leaks[0][side]) for side in ("train", "val"))
+        first = f"{one} and {other} are the same image" if one != other else f"{one} is in both"
         raise DataError(
-            f"{root}: {printable(train_path)} and {printable(val_path)} are the same image, and "
-            f"{len(leaks) - 1} more are in both train and val: remove one of each"
+            f"{root}: {first}, and {len(leaks) - 1} more are in both train and val: remove one of "
+            "each"
         )
 
 
-def _divide(
-    entries: list[Entry], twins: list[list[str]], val_fraction: float, seed: int
-) -> tuple[list[Entry], list[Entry]]:
-    """Splits every class by `val_fraction`; identical files count as one.
+def _draw(
+    entries: list[Entry],
+    content: dict[str, bytes],
+    val_fraction: float,
+    seed: int,
+    before: dict[str, list[Entry]],
+) -> dict[str, list[Entry]]:
+    """Draws each image by its content; identical files share a side.
 
-    Both sides get at least one of each class that has two.
+    Each class that has two gets one on both sides. What was moved for that in the lists of
+    `before` stays there, whatever images have come.
     """
-    class_of = dict(entries)
-    later = {path for group in twins for path in group[1:]}
-    group_of = {group[0]: group for group in twins}
-    by_class = defaultdict(list)
+    key_of = {path: content[path][:16] for path, _ in entries}
+    listed = [(path, side == "val") for side in before for path, _ in before[side]]
+    was_val = {key_of[path]: is_val for path, is_val in listed if path in key_of}
+    drawn = {key: _number(key, seed) for key in key_of.values()}
+    by_class, is_val = defaultdict(dict), {}
     for path, name in entries:
-        if path not in later:
-            by_class[name].append(group_of.get(path, [path]))
-    chosen: set[str] = set()
-    for number, name in enumerate(sorted(by_class)):
-        groups = by_class[name]
-        count = min(max(round(len(groups) * val_fraction), 1), len(groups) - 1)
-        order = np.random.default_rng((seed, number)).permutation(len(groups))
-        chosen.update(path for i in order[:count] for path in groups[i])
-    train = [(path, name) for path, name in class_of.items() if path not in chosen]
-    val = [(path, name) for path, name in class_of.items() if path in chosen]
-    return train, val
+        by_class[name][key_of[path]] = None
+    for _, keys in sorted(by_class.items()):
+        val = {key: is_val.get(key, drawn[key] < val_fraction) for key in keys}
+        old = [key for key in keys if key in was_val]
+        if len({val[key] for key in old}) == 1:  # then one of them was moved
+            val.update((key, was_val[key]) for key in old)
+        for wanted, enough in ((False, 1), (True, 2)):
+            if len(keys) >= enough and wanted not in val.values():
+                free = [key for key in keys if key not in was_val] or keys
+                val[(min if wanted else max)(free, key=drawn.get)] = wanted
+        is_val.update(val)
+    return {
+        "train": [entry for entry in entries if not is_val[key_of[entry[0]]]],
+        "val": [entry for entry in entries if is_val[key_of[entry[0]]]],
+    }
+
+
+def _number(key: bytes, seed: int) -> float:
+    """A number from 0 to 1 that hangs on the content and the seed alone."""
+    digest = hashlib.blake2b(key, digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _warn_of_moves(before: dict[str, list[Entry]], split: Split, log) -> None:
+    was = {path: side for side, entries in before.items() for path, _ in entries}
+    now = {**{path: "train" for path, _ in split.train}, **{path: "val" for path, _ in split.val}}
+    moved = [path for path, side in now.items() if was.get(path, side) != side]
+    if moved:
+        log(
+            f"warning: {len(moved)} images were on the other side in the lists before, such as "
+            f"{printable(moved[0])}: earlier weights may have learned what is validated on now"
+        )
 
 
 # -------------------------------------------------------------------- checking and writing
@@ -364,18 +436,16 @@ def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str],
 
     Raises:
         DataError: some cannot be decoded; each was logged.
+        UserError: as `map_in_processes`.
     """
     from utils import ProgressLine  # imports Paddle, which nothing else here needs
 
     progress, bad = ProgressLine("verify"), []
     try:
-        with ProcessPoolExecutor(workers or physical_cores()) as pool:
-            for done, reason in enumerate(pool.map(_problem, paths, chunksize=16), 1):
-                if reason:
-                    bad.append(reason)
-                progress(done, len(paths))
-    except BrokenProcessPool:
-        raise DataError("a process that decoded images died; out of memory?") from None
+        for done, reason in enumerate(map_in_processes(_problem, paths, workers), 1):
+            if reason:
+                bad.append(reason)
+            progress(done, len(paths))
     finally:
         progress.end()
     for line in bad:
@@ -415,6 +485,36 @@ def _listed(path: str) -> str:
     return os.path.join(".", path) if path.startswith("#") else path
 
 
+def _next_command(split: Split, lists: str | None) -> str:
+    """Fine-tuning on the lists; of ImageNet, its training, or its evaluation without images for it.
+
+    Args:
+        lists: their folder where it is not that of the images.
+    """
+    config, flags = "resmlp_finetune", ["-pretrained=resmlp_12_224"]
+    if split.classes == list(wordnet_ids()):
+        config, flags = "resmlp_12_224", [] if split.train else ["-eval", *flags]
+    opts = [f"MODEL.NUM_CLASSES {len(split.classes)}"]
+    for key, name in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES if lists else ()):
+        opts.append(f"DATA.{key} {shlex.quote(os.path.join(lists, name))}")
+    here = os.path.relpath(_REPOSITORY)
+    here = _REPOSITORY if here.startswith(os.pardir) else here
+    main, cfg = (
+        os.path.normpath(os.path.join(here, path))
+        for path in ("main_single_gpu.py", f"configs/{config}.yaml")
+    )
+    name = os.path.basename(os.path.abspath(split.root))
+    words = [
+        "python",
+        main,
+        f"-cfg={cfg}",
+        f"-data_path={split.root}",
+        *flags,
+        f"-output=output/{name}",
+    ]
+    return " ".join([*map(shlex.quote, words), "-opts", *opts])
+
+
 def main() -> None:
     parser = Parser("Makes train_list.txt, val_list.txt and classes.txt for a folder of images.")
     parser.paths(
@@ -422,19 +522,11 @@ def main() -> None:
         "a folder with a folder per class, or with train/ and val/ of such; ImageNet as it is "
         "downloaded; or a CSV file of path,label",
     )
-    parser.flag(
-        "val_fraction",
-        "share of each class to validate on, where there is no val/ (default: 0.1)",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-    )
+    share = "share of the images to validate on, where there is no val/ (default: 0.1)"
+    parser.flag("val_fraction", share, type=float, default=0.1, metavar="SHARE")
     parser.flag("seed", "of the split (default: 0)", type=int, default=0, metavar="N")
-    parser.flag(
-        "verify",
-        "decode every image and list the bad ones; checks lists that are there already",
-        action="store_true",
-    )
+    check = "decode every image and list the bad ones; checks lists that are there already"
+    parser.flag("verify", check, action="store_true")
     parser.flag("force", "replace lists that are there already", action="store_true")
     parser.flag("output", "folder for the lists (default: beside the images)", metavar="FOLDER")
     parser.flag("workers", "processes for -verify (default: one a core)", type=int, metavar="N")

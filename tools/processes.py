@@ -1,0 +1,81 @@
+"""Work for many processes at once; none of them outlives this one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+
+from cli.errors import UserError
+from cpu.setup import usable_cores
+
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_MOST = 4  # processes a core that may be asked for: more help with slow storage
+
+
+def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None) -> Iterator:
+    """Yields ``work(task)`` of each task, in order.
+
+    Processes are forked, so that `work` and `tasks` may hold much: only results are copied.
+
+    Args:
+        workers: processes; None, or more than four a core: one a core. No more than tasks.
+
+    Raises:
+        UserError: the system starts no more processes, one of them died, or `work` raised it.
+    """
+    cores = usable_cores()
+    count = min(cores if workers is None or workers > _MOST * cores else workers, len(tasks))
+    if count < 2 or not hasattr(os, "fork"):
+        yield from map(work, tasks)
+        return
+    fork, started = multiprocessing.get_context("fork"), []
+    try:
+        for first in range(count):
+            receiver, sender = fork.Pipe(duplex=False)
+            args = (work, tasks[first::count], sender, os.getpid())
+            process = fork.Process(target=_serve, args=args, daemon=True)
+            try:
+                process.start()
+            except OSError as error:
+                raise UserError(
+                    f"process {first + 1} of {count} cannot be started: {error.strerror}; the "
+                    "system or container limits their number: -workers 1 needs one only"
+                ) from None
+            started.append((process, receiver))
+            sender.close()
+        for number in range(len(tasks)):
+            process, receiver = started[number % count]
+            try:
+                result = receiver.recv()
+            except EOFError:
+                process.join()
+                raise UserError(
+                    f"a process that helped ended with exit code {process.exitcode}"
+                    + ("; out of memory?" if process.exitcode == -signal.SIGKILL else "")
+                ) from None
+            if isinstance(result, UserError):
+                raise result
+            yield result
+    finally:
+        for process, receiver in started:
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def _serve(work: Callable, tasks: Sequence, sender, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent too, which ends this
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for task in tasks:
+        if os.getppid() != parent:
+            os._exit(1)
+        try:
+            result = work(task)
+        except UserError as error:  # its subclasses need more than a message
+            result = UserError(str(error))
+        sender.send(result)
