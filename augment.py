@@ -19,17 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from cli.errors import ConfigError
-from cpu.pixels import Picture, size_of
-from cpu.resample import (
-    affine,
-    extremes,
-    histogram,
-    look_up,
-    mean_gray,
-    saturate,
-    sharpen,
-    to_image,
-)
+from cpu.resample import from_image, operations, to_image
 
 MAX_LEVEL = 10.0
 RESAMPLE = Image.Resampling  # an operation that moves pixels interpolates with one of these
@@ -50,16 +40,21 @@ _VALUES = np.arange(256)
 
 
 def _by_value(tables_of):
-    """The pixel function of what sees one value at a time: `tables_of(image, argument)` gives 256
-    output values, or 256 for each channel."""
-    return lambda image, argument, *_: look_up(image, tables_of(image, argument))
+    """The pixel function of what sees one value at a time: `tables_of(pixels, argument)` gives 256
+    output values, or 256 for each channel; fractions are cut off."""
+
+    def function(pixels, argument, *_):
+        tables = np.broadcast_to(tables_of(pixels, argument), (3, 256))
+        return operations().look_up(pixels, np.array(tables, np.uint8, order="C"))
+
+    return function
 
 
 @_by_value
-def _auto_contrast(image, _):
+def _auto_contrast(pixels, _):
     """From the darkest to the brightest value of each channel, as ImageOps.autocontrast."""
     tables = np.tile(_VALUES, (3, 1))
-    for i, (low, high) in enumerate(extremes(image)):
+    for i, (low, high) in enumerate(operations().extremes(pixels)):
         if low < high:
             scale = 255.0 / (high - low)
             tables[i] = (_VALUES * scale - low * scale).clip(0, 255)
@@ -67,10 +62,10 @@ def _auto_contrast(image, _):
 
 
 @_by_value
-def _equalize(image, _):
+def _equalize(pixels, _):
     """Flattens the histogram of each channel, as ImageOps.equalize."""
     tables = np.tile(_VALUES, (3, 1))
-    for i, counts in enumerate(histogram(image)):
+    for i, counts in enumerate(operations().histogram(pixels)):
         step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
         if step:
             tables[i] = ((step // 2 + counts.cumsum() - counts) // step).clip(max=255)
@@ -105,24 +100,24 @@ def _brightness(_, factor):
 
 
 @_by_value
-def _contrast(image, factor):
+def _contrast(pixels, factor):
     """About the mean brightness, as ImageEnhance.Contrast."""
-    return _blend(int(mean_gray(image) + 0.5), factor)
+    return _blend(int(operations().mean_gray(pixels) + 0.5), factor)
 
 
-def _color(image, factor, _resample, _fill):
-    return saturate(image, factor)
+def _color(pixels, factor, *_):
+    return operations().saturate(pixels, factor)
 
 
-def _sharpness(image, factor, _resample, _fill):
-    return sharpen(image, factor)
+def _sharpness(pixels, factor, *_):
+    return operations().sharpen(pixels, factor)
 
 
 def _affine(matrix_of):
     """The pixel function of a map; `matrix_of(argument, width, height)` takes output to input."""
 
-    return lambda image, argument, resample, fill: affine(
-        image, matrix_of(argument, *size_of(image)), resample, fill
+    return lambda pixels, argument, resample, fill: operations().affine(
+        pixels, matrix_of(argument, *pixels.shape[::-1]), resample, fill
     )
 
 
@@ -134,15 +129,15 @@ def _rotation(degrees, width, height):
     return cos, -sin, cos * -x + -sin * -y + x, sin, cos, sin * -x + cos * -y + y
 
 
-def _blur(image, radius, _resample, _fill):
-    return to_image(image).filter(ImageFilter.GaussianBlur(radius))
+def _blur(pixels, radius, *_):
+    return from_image(to_image(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
 # ---- level -> argument -------------------------------------------------------------------------
 
 
 class _Op(NamedTuple):
-    pixels: Callable  # (image, argument, resample, fill) -> image
+    pixels: Callable  # (pixels, argument, resample, fill) -> pixels
     argument: Callable | None = None  # (level / 10, sign) -> argument
     signed: bool = False  # half of the draws go the other way
     moves: bool = False  # interpolates between pixels
@@ -197,7 +192,7 @@ OPS = {
     # Translations are a part of the width or height, not a number of pixels.
     "TranslateXRel": _Op(_affine(lambda x, w, h: (1, 0, x * w, 0, 1, 0)), _signed(0.45), **_MOVES),
     "TranslateYRel": _Op(_affine(lambda y, w, h: (1, 0, 0, 0, 1, y * h)), _signed(0.45), **_MOVES),
-    "Grayscale": _Op(lambda image, *_: saturate(image, 0)),
+    "Grayscale": _Op(lambda pixels, *_: _color(pixels, 0)),
     "GaussianBlur": _Op(_blur, spread=(0.1, 2.0)),
 }
 
@@ -231,21 +226,21 @@ def op_argument(name: str, level: float, sign: int = 1) -> float | None:
 
 def apply_op(
     name: str,
-    image: Picture,
+    pixels: np.ndarray,
     argument: float | None = None,
     resample: int = RESAMPLE.BICUBIC,
     fill: tuple[int, int, int] = (128, 128, 128),
-) -> Picture:
-    """One operation on an RGB image, pixel by pixel as timm's.
+) -> np.ndarray:
+    """One operation on an image, pixel by pixel as timm's.
 
     Args:
         name: A key of `OPS`.
-        image: RGB, any size; an image of Pillow's or an array of its pixels.
+        pixels: ``uint32 [H, W]``, see `cpu.resample`.
         argument: As `op_argument` returns it.
         resample: Interpolation of an operation that moves pixels.
         fill: Colour of what comes into view from outside.
     """
-    return OPS[name].pixels(image, argument, resample, fill)
+    return OPS[name].pixels(pixels, argument, resample, fill)
 
 
 # ---- decisions ---------------------------------------------------------------------------------
@@ -303,10 +298,10 @@ class Policy:
         sign = -1 if op.signed and rng.random() < 0.5 else 1
         return DrawnOp(name, op_argument(name, level, sign), resample)
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for name, argument, resample in self.draw(rng):
-            image = apply_op(name, image, argument, resample, self.fill)
-        return image
+            pixels = apply_op(name, pixels, argument, resample, self.fill)
+        return pixels
 
 
 def rand_augment(

@@ -18,11 +18,10 @@ import numpy as np
 
 from cli.errors import DataError
 from cpu import resample, setup
-from cpu.pixels import Picture
 from loading import archives
 from loading.classes import class_names, folder_classes, with_num_classes
 from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder, sort_classes
-from loading.images import BadImage, read_image, read_pixels, simplejpeg_is_right
+from loading.images import BadImage, read_pixels, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from storage.files import shorten, unreachable
@@ -40,7 +39,7 @@ class ImageDataset:
 
     Args:
         files: paths and labels.
-        transform: ``(image, rng) -> uint8 [H, W, 3]``; the rng hangs on the key alone.
+        transform: ``(pixels, rng) -> uint8 [H, W, 3]``; the rng hangs on the key alone.
         seed: the run's seed.
         replace_limit: how many unreadable images in a row to replace by the next one; 0: none.
         hint: what to do about an unreadable image that ends the run.
@@ -54,7 +53,7 @@ class ImageDataset:
     replace_limit: int = 0
     hint: str = VERIFY_HINT
     keep_last: bool = False
-    _last: tuple[int, Picture] | None = None
+    _last: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -81,11 +80,10 @@ class ImageDataset:
     def _load(self, index: int, rng: np.random.Generator) -> np.ndarray:
         if self._last is not None and self._last[0] == index:
             return self.transform(self._last[1], rng)
-        read = read_image if self.files.exif_orientation else read_pixels
-        image = read(self.files.path(index))
+        pixels = read_pixels(self.files.path(index), self.files.exif_orientation)
         if self.keep_last:
-            self._last = index, image
-        return self.transform(image, rng)
+            self._last = index, pixels
+        return self.transform(pixels, rng)
 
 
 def _no_sample(error: str) -> Sample:

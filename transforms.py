@@ -1,12 +1,9 @@
-"""Image pipelines: a PIL image in, a uint8 array ``[H, W, 3]`` out.
+"""Image pipelines: pixels ``uint32 [H, W]`` (`read_pixels`) in, a uint8 array ``[H, W, 3]`` out.
 
-Normalising, random erasing and mixing happen later, in batches, on the device. Everything random
-comes from the `numpy.random.Generator` that the caller passes, and what is drawn (`draw_crop`,
-`draw_jitter`, `Policy.draw`) is separate from what is done to the pixels. Imports no Paddle, so
-that loader workers start quickly and stay small.
-
-Images may be passed unread (as `PIL.Image.open` returns them) and in any mode, or as an array of
-their pixels (`Picture`).
+An image of Pillow's, read or not and in any mode, is made pixels first. Normalising, random erasing
+and mixing happen later, in batches, on the device. Everything random comes from the
+`numpy.random.Generator` that the caller passes, and what is drawn (`draw_crop`, `ColorJitter.draw`,
+`Policy.draw`) is separate from what is done to the pixels. (No Paddle.)
 """
 
 from __future__ import annotations
@@ -20,9 +17,8 @@ import numpy as np
 from PIL import Image
 
 from augment import Policy, apply_op, build_policy, rand_augment
-from cpu.pixels import Picture, size_of
-from cpu.resample import flip, resize_pixels, to_array
-from loading.images import BadImage, to_rgb, upright
+from cpu.resample import operations
+from loading.images import BadImage, to_pixels
 
 _RESAMPLE = {
     name: Image.Resampling[name.upper()]
@@ -98,20 +94,19 @@ class EvalTransform:
         name = Image.Resampling(self.resample).name.lower()
         return f"EvalTransform(resize {self.short} {name}, center crop {self.size})"
 
-    def __call__(self, image: Picture) -> np.ndarray:
-        name = getattr(image, "filename", "image")
-        image = upright(image) if self.exif_orientation else image
-        width, height = size_of(image)
+    def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        pixels = to_pixels(image, self.exif_orientation)
+        height, width = pixels.shape
         size = resized_size(width, height, self.short)
         if max(size) > _LONGEST * self.size:
             raise BadImage(
-                name,
+                getattr(image, "filename", "image"),
                 f"{width} x {height} pixels, too narrow: resized to {size[0]} x "
                 f"{size[1]}, longer than {_LONGEST} crops of {self.size}; cut it or leave it out",
             )
         # Outside of the image, torchvision's crop is black too.
         crop = center_box(*size, self.size)
-        return to_array(resize_pixels(to_rgb(image), size, self.resample, crop))
+        return operations().to_rgb(operations().resize(pixels, size, self.resample, crop))
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -176,10 +171,10 @@ class ColorJitter:
         factors = rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, len(self.OPS))
         return [(int(op), float(factor)) for op, factor in zip(order, factors)]
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for op, factor in self.draw(rng):
-            image = apply_op(self.OPS[op], image, factor)
-        return image
+            pixels = apply_op(self.OPS[op], pixels, factor)
+        return pixels
 
 
 @dataclass(eq=False, repr=False)
@@ -191,7 +186,7 @@ class TrainTransform:
         scale, ratio: See `draw_crop`.
         hflip, vflip: Probability of each flip.
         resamples: The interpolations that the crop draws from.
-        augmentations: Called one after the other with an RGB image and the generator.
+        augmentations: Called one after the other with the pixels and the generator.
         exif_orientation: Turn the image upright first, as its EXIF says.
     """
 
@@ -211,25 +206,26 @@ class TrainTransform:
             f"hflip={self.hflip:g}, vflip={self.vflip:g}, {list(self.augmentations)})"
         )
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
-        image = upright(image) if self.exif_orientation else image
-        box = draw_crop(*size_of(image), self.scale, self.ratio, rng)
+    def __call__(self, image: np.ndarray | Image.Image, rng: np.random.Generator) -> np.ndarray:
+        pixels = to_pixels(image, self.exif_orientation)
+        box = draw_crop(*pixels.shape[::-1], self.scale, self.ratio, rng)
         resample = self.resamples[rng.integers(len(self.resamples))]
-        image = resize_pixels(to_rgb(image), (self.size, self.size), resample, box=box)
+        pixels = operations().resize(pixels, (self.size, self.size), resample, box=box)
         if rng.random() < self.hflip:
-            image = flip(image, Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = pixels[:, ::-1]
         if rng.random() < self.vflip:
-            image = flip(image, Image.Transpose.FLIP_TOP_BOTTOM)
+            pixels = pixels[::-1]
+        pixels = np.ascontiguousarray(pixels)
         for augment in self.augmentations:
-            image = augment(image, rng)
-        return to_array(image)
+            pixels = augment(pixels, rng)
+        return operations().to_rgb(pixels)
 
 
 # ---- from the config ---------------------------------------------------------------------------
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """The evaluation pipeline: `PIL.Image -> uint8 [H, W, 3]`.
+    """The evaluation pipeline: `image -> uint8 [H, W, 3]`.
 
     Args:
         config: Uses DATA.IMAGE_SIZE, DATA.CROP_PCT, DATA.INTERPOLATION, DATA.EXIF_ORIENTATION.
@@ -280,7 +276,7 @@ def build_augmentations(config) -> list[Policy | ColorJitter]:
 
 
 def build_train_transform(config) -> TrainTransform:
-    """The training pipeline: `(PIL.Image, np.random.Generator) -> uint8 [H, W, 3]`.
+    """The training pipeline: `(image, np.random.Generator) -> uint8 [H, W, 3]`.
 
     Args:
         config: Uses DATA.IMAGE_SIZE, DATA.TRAIN_INTERPOLATION, DATA.EXIF_ORIENTATION,

@@ -29,7 +29,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from cli.errors import DataError, WeightsError
+from cli.errors import DataError, UserError
 from storage.files import cache_folder, write_atomically
 
 ENDINGS = (".tar", ".zip")
@@ -283,7 +283,7 @@ def _save_index(path: str, stamp: list[int], index: dict[str, np.ndarray]) -> No
     buffer = io.BytesIO()
     np.savez(buffer, stamp=np.array(stamp, "int64"), **index)
     for file in _index_files(path):
-        with suppress(WeightsError):
+        with suppress(UserError):
             write_atomically(buffer.getvalue(), file)
             return
 

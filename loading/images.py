@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import io
-import math
+import logging
 import os
+import re
 import stat
 import warnings
+from contextlib import suppress
 from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from cli.errors import DataError
-from cpu.pixels import Picture, shown
+from cpu.resample import from_image, to_image
 from loading import archives
 from storage.files import printable
 
@@ -41,14 +43,16 @@ except ImportError:
 _JPEG = b"\xff\xd8\xff"  # how one begins
 _ORIENTATION = 0x112  # EXIF's tag: how the camera was held
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.T,
+    6: lambda pixels: pixels[::-1].T,
+    7: lambda pixels: pixels[::-1, ::-1].T,
+    8: lambda pixels: pixels[:, ::-1].T,
 }
+# Brands of files that begin with the box "ftyp": what phones write, at times under another name.
+_HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 # Pillow warns above its limit and raises above twice the limit; `open_image` raises above it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -80,54 +84,86 @@ def open_image(path: str) -> Image.Image:
     """Opens an image file, to be used in ``with``; its pixels are decoded when they are asked for.
 
     Raises:
-        BadImage: missing, unreadable, empty, not an image, larger than Pillow's limit.
+        BadImage: missing, unreadable, empty, not an image, larger than the limit.
         DataError: the archive that it is in cannot be used.
     """
     try:
-        data = archives.read(path)
-        size = regular_size(path) if data is None else len(data)
-        if size == 0:
-            raise BadImage(path, "the file is empty")
-        image = Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS)
-        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-        if 0 < pixels <= (limit or pixels):
-            return image
-        image.close()
-        if pixels:
-            raise BadImage(path, f"{pixels:,} pixels, more than Pillow's limit of {limit:,}")
-        raise BadImage(path, f"{image.width} x {image.height} pixels")
+        return _open(path, _read(path))
     except Exception as error:
         raise _bad_image(path, error) from None
 
 
-def to_rgb(image: Picture) -> Picture:
-    """The image in RGB, read: as ``convert("RGB")``, without a copy of what is RGB already.
+def _read(path: str) -> bytes:
+    data = archives.read(path)
+    if data is None:
+        regular_size(path)
+        with open(path, "rb") as file:
+            data = file.read()
+    if not data:
+        raise BadImage(path, "the file is empty")
+    return data
+
+
+def _open(path: str, data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image.filename = path  # as for one that is opened by its name
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if 0 < pixels <= (limit or pixels):
+        return image
+    image.close()
+    if pixels:
+        raise BadImage(path, f"{pixels:,} pixels, more than the limit of {limit:,}")
+    raise BadImage(path, f"{image.width} x {image.height} pixels")
+
+
+def to_pixels(image: Image.Image | np.ndarray, exif_orientation: bool = False) -> np.ndarray:
+    """The pixels of an image, those of ``convert("RGB")``; an array, which is pixels, as it is.
 
     Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead,
     with the upper 8 bits, as OpenCV does. Numbers without a known range are refused.
+
+    Args:
+        image: in any mode, read or not.
+        exif_orientation: turn it upright, as its EXIF says the camera was held.
+
+    Returns:
+        ``uint32 [H, W]``, see `cpu.resample`.
 
     Raises:
         BadImage: 32-bit integers or floating point.
     """
     if isinstance(image, np.ndarray):
         return image
-    decoded = _decoded(image)
-    if decoded is not None:
-        return decoded
+    pixels = None
+    if image.format == "JPEG" and image.mode == "RGB" and image.tile:  # not read yet
+        with suppress(ValueError):  # what simplejpeg finds damaged is for Pillow
+            image.fp.seek(0)
+            pixels = _decode_jpeg(image.fp.read())
+    if pixels is None:
+        pixels = from_image(_to_rgb(image))
+    if exif_orientation:  # asked for last: Pillow turns a TIFF by itself
+        with suppress(Exception):  # no such entry; or broken EXIF data, on which it raises anything
+            pixels = _TURNS[image.getexif()[_ORIENTATION]](pixels)
+    return np.ascontiguousarray(pixels)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})
+    # BitsPerSample of a TIFF: 12 of a microscope or scanner
+    bits = tags.get(258, (16,))[0] if tags else _significant_bits(image)
     image.load()
-    if image.mode == "RGB":
-        return image
-    sixteen = image.mode.startswith("I;16")
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        sixteen = True  # what older Pillow makes of 16 bits
-    if sixteen:
-        tags = getattr(image, "tag_v2", {})
-        bits = tags.get(258, (16,))[0]  # BitsPerSample of a TIFF: 12 of a microscope or scanner
-        grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    # What older Pillow makes of 16 bits is "I" too.
+    integers = image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode.startswith("I;16") or integers:
+        values = np.asarray(image).astype(np.int32)
+        if values.max() >> bits:
+            bits = 16  # as PNG asks for: the range is all 16 bits, whatever is significant in them
+        elif bits == 16 and 0 < values.max() < 4096:
+            _warn_of_dark_grey(getattr(image, "filename", "an image"))
+        grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
         inverted = tags.get(262) == 0  # WhiteIsZero, which Pillow heeds in 8 bits alone
-        info, image = image.info, Image.fromarray(255 - grey if inverted else grey)
-        image.info = info
-    elif image.mode in ("I", "F"):
+        return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+    if image.mode in ("I", "F"):
         raise BadImage(
             getattr(image, "filename", "image"),
             f"{'floating point' if image.mode == 'F' else '32-bit integers'}, whose black and "
@@ -136,34 +172,47 @@ def to_rgb(image: Picture) -> Picture:
     return image.convert("RGB")
 
 
-def _decoded(image: Image.Image) -> Image.Image | None:
-    """The pixels of an unread JPEG, straight into Pillow's memory; None: it is for Pillow.
-
-    What simplejpeg finds damaged, Pillow decodes, or says what is wrong.
-    """
-    if image.format != "JPEG" or image.mode != "RGB" or not image.tile:
-        return None
-    return _by_simplejpeg(image) if simplejpeg_is_right() else None
-
-
-def _by_simplejpeg(image: Image.Image) -> Image.Image | None:
-    rgb = Image.new("RGB", image.size)
-    try:
-        image.fp.seek(0)
-        whole = _decode(image.fp.read(), shown(rgb, writable=True))
-    except (AttributeError, OSError, ValueError):
-        return None
-    rgb.info = image.info
-    return rgb if whole else None
+def _significant_bits(image: Image.Image) -> int:
+    """Of 16-bit grey: what the chunk sBIT of a PNG says, which Pillow passes over; else 16."""
+    if image.format != "PNG" or not image.tile or not image.mode.startswith("I"):
+        return 16
+    end = image.fp.tell()  # of the chunks before the pixels
+    image.fp.seek(0)
+    found = re.search(rb"\0\0\0\x01sBIT([\x08-\x10])", image.fp.read(end))
+    image.fp.seek(end)
+    return found[1][0] if found else 16
 
 
-def _decode(data: bytes, pixels: np.ndarray) -> bool:
-    """Fills ``uint32 [H, W]`` with a JPEG; whether it is of that size.
+dark_grey: list[str] = []  # workers are forked with what was said before
+
+
+def _warn_of_dark_grey(path: str) -> None:
+    if not dark_grey:
+        dark_grey.append(path)
+        logging.getLogger("resmlp").warning(
+            f"warning: {printable(path)}: 16 bits of which at most 12 are used: it is nearly black "
+            "(others may be too; this is said once); save such images with 8 bits, or scaled to 16"
+        )
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """The pixels of an ordinary JPEG; None: it is for Pillow.
 
     Raises:
         ValueError: damaged.
     """
-    return simplejpeg.decode_jpeg(data, "RGBA", buffer=pixels.view("u1")).shape[:2] == pixels.shape
+    if not data.startswith(_JPEG) or not simplejpeg_is_right():
+        return None
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    if colors != "YCbCr" or width * height > (Image.MAX_IMAGE_PIXELS or width * height):
+        return None
+    return _by_simplejpeg(data, height, width)
+
+
+def _by_simplejpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
+    pixels = np.empty((height, width), np.uint32)
+    decoded = simplejpeg.decode_jpeg(data, "RGBA", buffer=pixels.view("u1"))
+    return pixels if decoded.shape[:2] == pixels.shape else None
 
 
 @cache
@@ -172,62 +221,49 @@ def simplejpeg_is_right() -> bool:
     rng, file = np.random.default_rng(0), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, [9, 13, 3], dtype=np.uint8)).save(file, "JPEG")
     with Image.open(file, formats=["JPEG"]) as image:
-        rgb = simplejpeg and _by_simplejpeg(image)
-        return bool(rgb) and rgb.tobytes() == image.tobytes()
+        expected = image.tobytes()
+    if simplejpeg is None:
+        return False
+    return to_image(_by_simplejpeg(file.getvalue(), 9, 13)).tobytes() == expected
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image in RGB (`to_rgb`), turned as its EXIF orientation says; with none, as it is."""
-    rgb = to_rgb(image)  # read first: Pillow turns a TIFF by itself
+def read_pixels(path: str, exif_orientation: bool = False) -> np.ndarray:
+    """Decodes an image file as timm does, by `to_pixels`. Pillow need not look at the header of an
+    ordinary JPEG.
+
+    Raises:
+        BadImage: as `open_image` and `to_pixels`; also truncated or broken files.
+    """
     try:
-        return rgb.transpose(_TURNS[image.getexif()[_ORIENTATION]])
-    except Exception:  # no such entry; or broken EXIF data, on which Pillow raises anything
-        return rgb
+        data = _read(path)
+        with suppress(ValueError):  # damaged: Pillow decodes it, or says what is wrong
+            pixels = None if exif_orientation else _decode_jpeg(data)
+            if pixels is not None:
+                return pixels
+        with _open(path, data) as image:
+            return to_pixels(image, exif_orientation)
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise _bad_image(path, error) from None
 
 
 def read_image(path: str) -> Image.Image:
-    """Decodes an image file to RGB as timm reads it (EXIF rotation ignored), by `to_rgb`.
+    """An image file as Pillow's RGB image, with its EXIF: to show it, to save it; see `upright`.
 
     Raises:
-        BadImage: as `open_image`; also truncated or broken files.
+        BadImage: as `read_pixels`.
     """
     try:
         with open_image(path) as image:
-            rgb = to_rgb(image)
-    except Exception as error:  # decoders raise whatever a broken file leads them to
+            rgb = to_image(to_pixels(image))
+            rgb.info, rgb.filename = image.info, path
+            return rgb
+    except Exception as error:
         raise _bad_image(path, error) from None
-    rgb.filename = path  # as `Image.open` sets it; a transform names it
-    return rgb
 
 
-def read_pixels(path: str) -> Picture:
-    """`read_image` where nothing but the pixels is wanted: an array of an ordinary JPEG, for which
-    Pillow need not look at the header; of any other file Pillow's image.
-
-    Raises:
-        BadImage: as `read_image`.
-    """
-    try:
-        pixels = _ordinary_jpeg(path)
-    except Exception:  # whatever is wrong with the file, the other way tells
-        pixels = None
-    return read_image(path) if pixels is None else pixels
-
-
-def _ordinary_jpeg(path: str) -> np.ndarray | None:
-    data = archives.read(path)
-    if data is None:
-        regular_size(path)
-        with open(path, "rb") as file:
-            data = file.read(len(_JPEG))
-            data += file.read() if data == _JPEG else b""
-    if not data.startswith(_JPEG) or not simplejpeg_is_right():
-        return None
-    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    if colors != "YCbCr" or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        return None
-    pixels = np.empty((height, width), np.uint32)
-    return pixels if _decode(data, pixels) else None
+def upright(image: Image.Image) -> Image.Image:
+    """The image in RGB, turned as its EXIF orientation says; with none, as it is."""
+    return to_image(to_pixels(image, exif_orientation=True))
 
 
 def _bad_image(path: str, error: Exception) -> DataError:
@@ -238,6 +274,9 @@ def _bad_image(path: str, error: Exception) -> DataError:
     if isinstance(error, OSError) and error.strerror:  # the system's, not a decoder's
         return BadImage(path, reason_of(error))
     if isinstance(error, Image.UnidentifiedImageError):
+        head = _read(path)[:12]
+        if head[4:8] == b"ftyp" and head[8:] in _HEIC:
+            return BadImage(path, "a HEIC picture, whatever its name; convert it to JPEG or PNG")
         return BadImage(path, "not an image of a known format")
     return BadImage(path, f"cannot be decoded ({type(error).__name__}: {error})")
 

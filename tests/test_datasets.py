@@ -12,6 +12,7 @@ from PIL import Image
 import datasets
 from cli.errors import DataError
 from config import get_config
+from cpu.resample import to_image
 from datasets import build_dataset, build_loader
 from loading import images
 from transforms import EvalTransform
@@ -22,14 +23,18 @@ NUM_IMAGES, NUM_CLASSES, SIZE = 23, 5, 8
 def random_transform(image, rng):
     """Keeps the image's colour in one pixel; the others are random."""
     array = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    array[0, 0] = np.asarray(image)[0, 0]
+    array[0, 0] = plain_transform(image)[0, 0]
     return array
+
+
+def plain_transform(image):
+    return np.array(to_image(image))
 
 
 @pytest.fixture(autouse=True)
 def plain_transforms(monkeypatch):
     monkeypatch.setattr(datasets, "build_train_transform", lambda config: random_transform)
-    monkeypatch.setattr(datasets, "build_eval_transform", lambda config: np.array)
+    monkeypatch.setattr(datasets, "build_eval_transform", lambda config: plain_transform)
 
 
 @pytest.fixture
@@ -145,7 +150,7 @@ def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(config, workers, repea
 def test_resuming_does_not_decode_what_was_seen(config, monkeypatch):
     paths = []
     read = datasets.read_pixels
-    monkeypatch.setattr(datasets, "read_pixels", lambda path: paths.append(path) or read(path))
+    monkeypatch.setattr(datasets, "read_pixels", lambda *args: paths.append(args) or read(*args))
     passes(config, start=12)
     assert len(paths) == (NUM_IMAGES // 4 - 3) * 4
 
@@ -171,9 +176,9 @@ def test_the_copies_of_repeated_augmentation_differ(config):
 def test_repeated_augmentation_decodes_an_image_once(config, monkeypatch):
     decoded, read = [], datasets.read_pixels
 
-    def count(path):
-        decoded.append(path)
-        return read(path)
+    def count(*args):
+        decoded.append(args)
+        return read(*args)
 
     monkeypatch.setattr(datasets, "read_pixels", count)
     config.TRAIN.REPEATED_AUG, config.DATA.BATCH_SIZE = 3, 12

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from config import get_config
 from datasets import build_dataset, build_loader
-from loading.images import read_image, to_rgb, upright
+from loading.images import read_image, upright
 from tools import infer_exported
 from tools.export import export
 from tools.predict import predict
@@ -41,7 +41,7 @@ def expected_of(path):
     """The upright image, by Pillow."""
     with Image.open(path) as image:
         image.load()
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 @pytest.mark.parametrize("ending", SAVE)

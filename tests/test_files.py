@@ -8,11 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cli.errors import DataError
-from cpu.pixels import size_of
-from cpu.resample import to_array
+from cpu.resample import to_image
 from datasets import build_dataset
 from loading import images
 from loading.classes import class_names, folder_classes, read_class_names, with_num_classes
@@ -400,6 +399,24 @@ def test_sixteen_bit_grey_in_the_portable_format_is_scaled_too(tmp_path):
     assert np.asarray(read_image(str(tmp_path / "x.pgm")))[0, :, 0].tolist() == [0, 156, 255]
 
 
+@pytest.mark.parametrize("bits, scaled", [(None, 0), (12, 4), (10, 0)])
+def test_twelve_bits_in_sixteen_are_scaled_by_what_a_png_says_or_warned_of(
+    tmp_path, bits, scaled, caplog, monkeypatch
+):
+    monkeypatch.setattr(images, "dark_grey", [])
+    values = np.array([[0, 2048, 4095]], np.uint16)
+    more = PngImagePlugin.PngInfo()
+    if bits:
+        more.add(b"sBIT", bytes([bits]))
+    path = str(tmp_path / "x.png")
+    Image.fromarray(values).save(path, pnginfo=more)
+    assert np.asarray(read_image(path))[0, :, 0].tolist() == [v >> 8 - scaled for v in (values[0])]
+    read_image(path)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (bits is None)  # once; of 10 bits, some use more: the range is all 16
+    assert not warned or f"{path}: 16 bits of which at most 12 are used" in warned[0]
+
+
 @pytest.mark.parametrize("dtype,reason", [("float32", "floating point"), ("int32", "32-bit")])
 def test_grey_whose_range_is_not_known_is_refused(tmp_path, dtype, reason):
     Image.fromarray(np.zeros((2, 2), dtype)).save(tmp_path / "x.tif")
@@ -541,8 +558,7 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(tmp_path, mode, size, layout, d
     found, expected = read_image(str(tmp_path / "a.jpg")), Image.open(tmp_path / "a.jpg")
     assert found.tobytes() == expected.convert("RGB").tobytes()
     assert found.info == expected.info
-    pixels = read_pixels(str(tmp_path / "a.jpg"))
-    assert np.array_equal(to_array(pixels), np.asarray(expected.convert("RGB")))
+    assert to_image(read_pixels(str(tmp_path / "a.jpg"))).tobytes() == found.tobytes()
 
 
 @pytest.mark.parametrize("change", ["bytes behind", "bytes between", "none"])
@@ -570,9 +586,7 @@ def test_a_damaged_or_turned_jpeg_is_what_pillow_makes_of_it(tmp_path, change):
 
 
 def test_photographs_are_decoded_by_simplejpeg(tmp_path, monkeypatch):
-    """Everything else would pass without it, or without Pillow's memory."""
-    if not hasattr(Image.Image, "__arrow_c_array__"):
-        pytest.skip("needs Pillow 11.2")
+    """Everything else would pass without it."""
     calls, original = [], images.simplejpeg.decode_jpeg
     monkeypatch.setattr(
         images.simplejpeg, "decode_jpeg", lambda *a, **k: calls.append(1) or original(*a, **k)
@@ -614,6 +628,7 @@ def bad_files(folder):
         "text.jpg": (b"not an image at all", "not an image"),
         "broken.png": (bytes(broken), "cannot be decoded|not an image"),
         "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC picture, whatever its name"),
         "zero.ppm": (b"P6\n0 4\n255\n", "0 x 4 pixels|cannot be decoded|not an image"),
     }
     for name, (data, _) in contents.items():
@@ -638,20 +653,20 @@ def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-@pytest.mark.parametrize("read", [read_image, read_pixels])
+@pytest.mark.parametrize("read", [read_image, lambda path: to_image(read_pixels(path))])
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_images_above_pillows_limit_are_refused_before_they_are_decoded(
     tmp_path, monkeypatch, ending, read
 ):
     path = save(tmp_path / f"large.{ending}", size=(11, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 110)
-    assert size_of(read(path)) == (11, 10)
+    assert read(path).size == (11, 10)
     for limit in (109, 50):  # Pillow would warn for the first, raise for the second
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(BadImage, match="110 pixels|cannot be decoded.*limit"):
             read(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert size_of(read(path)) == (11, 10)
+    assert read(path).size == (11, 10)
 
 
 def test_a_file_that_may_not_be_read_says_permission_denied(tmp_path, monkeypatch):
@@ -660,7 +675,7 @@ def test_a_file_that_may_not_be_read_says_permission_denied(tmp_path, monkeypatc
     def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(BadImage, match="permission denied"):
         read_image(path)
 
@@ -684,7 +699,8 @@ def test_mutated_images_are_decoded_or_refused_but_never_crash(tmp_path):
 
 def outcome(read, path):
     try:
-        return to_array(read(path)).tobytes()
+        pixels = read(path)
+        return (to_image(pixels) if isinstance(pixels, np.ndarray) else pixels).tobytes()
     except BadImage as bad:
         return bad.reason
 

@@ -15,7 +15,8 @@ import augment
 from augment import OPS, POLICIES, Policy, apply_op, build_policy, op_argument, rand_augment
 from cli.errors import ConfigError
 from config import get_config
-from loading.images import BadImage, open_image, read_image
+from cpu.resample import from_image, to_image
+from loading.images import BadImage, open_image, read_image, to_pixels
 from transforms import (
     ColorJitter,
     build_augmentations,
@@ -24,7 +25,6 @@ from transforms import (
     center_box,
     draw_crop,
     resized_size,
-    to_rgb,
 )
 
 
@@ -50,6 +50,11 @@ def as_jpeg(image):
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
     return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+def changed(name, image, *arguments):
+    """`apply_op` for an image of Pillow's."""
+    return to_image(apply_op(name, from_image(image), *arguments))
 
 
 SIZES = [(50, 40), (40, 50), (32, 32), (33, 97), (300, 20), (7, 5), (1, 1), (1, 60), (60, 1)]
@@ -108,7 +113,7 @@ def test_an_image_too_narrow_to_be_evaluated_is_named_before_it_is_resized(confi
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA", "YCbCr"])
 def test_every_mode_is_read_as_pil_converts_it_to_rgb(mode):
     image = photo(8, 8).convert(mode)
-    assert np.array_equal(to_rgb(image), image.convert("RGB"))
+    assert to_image(to_pixels(image)) == image.convert("RGB")
 
 
 # ---- random crops and flips --------------------------------------------------------------------
@@ -215,7 +220,7 @@ def test_a_large_crop_of_an_unread_jpeg_has_the_pixels_of_the_whole_decode(confi
 def test_an_array_of_the_pixels_is_transformed_as_the_image(config, interpolation):
     config.DATA.TRAIN_INTERPOLATION, config.TRAIN.VFLIP = interpolation, 0.5
     image = photo(60, 50)
-    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(50, 60)
+    pixels = from_image(image)
     for policy in ({"RAND_AUGMENT": True}, {"AUTO_AUGMENT": True}, {"THREE_AUGMENT": True}):
         for key, value in policy.items():
             config.TRAIN[key] = value
@@ -237,16 +242,15 @@ def test_every_operation_keeps_size_and_mode_at_every_level(name):
     for level in (0, 3, 5, 9.3, 10):
         for sign in (1, -1):
             argument = 1.0 if OPS[name].spread else op_argument(name, level, sign)
-            out = apply_op(name, image, argument)
-            assert (out.size, out.mode) == (image.size, "RGB")
+            assert changed(name, image, argument).size == image.size
 
 
 def test_posterizing_and_solarizing_equal_pils_operations():
     image = photo()
     for bits in range(1, 9):
-        assert np.array_equal(apply_op("Posterize", image, bits), ImageOps.posterize(image, bits))
+        assert np.array_equal(changed("Posterize", image, bits), ImageOps.posterize(image, bits))
     for start in range(257):
-        assert np.array_equal(apply_op("Solarize", image, start), ImageOps.solarize(image, start))
+        assert np.array_equal(changed("Solarize", image, start), ImageOps.solarize(image, start))
 
 
 def test_histograms_are_stretched_and_flattened_as_by_pil():
@@ -256,8 +260,8 @@ def test_histograms_are_stretched_and_flattened_as_by_pil():
         shape = *rng.integers(1, 60, 2), 3
         values = rng.integers(low, high + 1, shape) ** rng.uniform(0.5, 1)  # darker, with gaps
         image = Image.fromarray(values.astype(np.uint8))
-        assert np.array_equal(apply_op("AutoContrast", image), ImageOps.autocontrast(image))
-        assert np.array_equal(apply_op("Equalize", image), ImageOps.equalize(image))
+        assert np.array_equal(changed("AutoContrast", image), ImageOps.autocontrast(image))
+        assert np.array_equal(changed("Equalize", image), ImageOps.equalize(image))
 
 
 @pytest.mark.parametrize("name", ["Brightness", "Contrast", "Color", "Sharpness"])
@@ -267,7 +271,7 @@ def test_enhancing_equals_pils_for_every_value_and_factor(name):
     for factor in (*np.random.default_rng(0).uniform(0, 2.5, 200), 0.0, 0.5, 1.0, 1.5, 2.0, 10.0):
         for image in images:
             expected = getattr(ImageEnhance, name)(image).enhance(factor)
-            assert np.array_equal(apply_op(name, image, factor), expected), factor
+            assert np.array_equal(changed(name, image, factor), expected), factor
 
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
@@ -275,11 +279,11 @@ def test_enhancing_equals_pils_for_every_value_and_factor(name):
 def test_rotating_gives_pillows_pixels(degrees, resample):
     image = photo()
     expected = image.rotate(degrees, resample=resample, fillcolor=(1, 2, 3))
-    assert np.array_equal(apply_op("Rotate", image, degrees, resample, (1, 2, 3)), expected)
+    assert np.array_equal(changed("Rotate", image, degrees, resample, (1, 2, 3)), expected)
 
 
 def test_posterizing_to_no_bits_is_black():
-    assert not np.asarray(apply_op("PosterizeIncreasing", photo(), 0)).any()
+    assert not np.asarray(changed("PosterizeIncreasing", photo(), 0)).any()
 
 
 def test_opposite_signs_move_in_opposite_directions():
@@ -287,7 +291,7 @@ def test_opposite_signs_move_in_opposite_directions():
     arguments = [op_argument("TranslateXRel", 10 / 4.5, sign) for sign in (1, -1)]
     assert arguments == pytest.approx([0.1, -0.1])
     left, right = (
-        np.asarray(apply_op("TranslateXRel", image, part, Image.Resampling.NEAREST, (1, 2, 3)))
+        np.asarray(changed("TranslateXRel", image, part, Image.Resampling.NEAREST, (1, 2, 3)))
         for part in (0.1, -0.1)
     )
     assert np.array_equal(left[:, :18], np.asarray(image)[:, 2:])
@@ -299,7 +303,7 @@ def test_increasing_operations_change_more_at_higher_levels():
     image = photo()
 
     def change(name, level):
-        out = apply_op(name, image, op_argument(name, level))
+        out = changed(name, image, op_argument(name, level))
         return np.abs(np.asarray(out, int) - np.asarray(image)).mean()
 
     for name in augment.RAND_INCREASING_OPS:

@@ -44,7 +44,7 @@ from cli.parser import Parser
 from config import get_config, update_config
 from cpu import onednn, ops
 from datasets import build_loader
-from loading.images import read_image, read_pixels
+from loading.images import read_pixels
 from parallel.process import Process
 from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
@@ -246,11 +246,11 @@ def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
 def _data_step(job: Job, files: Sequence[str]) -> Step:
     """Decoding and augmentation of a batch as a loader worker does it."""
     transform, rng = build_train_transform(job.config), np.random.default_rng(0)
-    read = read_image if job.config.DATA.EXIF_ORIENTATION else read_pixels
+    orientation = job.config.DATA.EXIF_ORIENTATION
 
     def step():
         for number in range(job.batch_size):
-            transform(read(files[number % len(files)]), rng)
+            transform(read_pixels(files[number % len(files)], orientation), rng)
 
     return step
 

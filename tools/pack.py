@@ -31,7 +31,7 @@ from PIL import Image
 
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
-from cpu.resample import resize
+from cpu.resample import from_image, operations, to_image
 from cpu.setup import default_threads
 from loading import archives
 from loading.files import ImageIndex, find_classes, read_list, scan_folder
@@ -205,7 +205,8 @@ def _encoded(path: str, settings: Settings, index: int, psnr: list[float]) -> tu
     original = regular_size(path) if data is None else len(data)
     if small:
         return original, Path(path).read_bytes() if data is None else data
-    image = resize(image, resized_size(*image.size, settings.short_side), Image.Resampling.BICUBIC)
+    size, bicubic = resized_size(*image.size, settings.short_side), Image.Resampling.BICUBIC
+    image = to_image(operations().resize(from_image(image), size, bicubic))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=settings.quality, exif=exif)
     if index % _MEASURED == 0:
