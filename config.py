@@ -103,7 +103,7 @@ data.WORKER_TIMEOUT = key(300.0, real(0.0, 1e6, open_low=True), "seconds without
 model = _C.MODEL = CN()
 model.NAME = key("resmlp", text, "of the model, for logs")
 model.RESUME = key(None, path, "a training checkpoint; auto: the run's newest whole one")
-model.PRETRAINED = key(None, path, "weight file, or the https address of one")
+model.PRETRAINED = key(None, path, "weight file, a name of the zoo, or a published file's address")
 model.PRETRAINED_KEY = key(
     "auto", choice("auto", "model", "model_ema"), "of a checkpoint; auto: EMA if there"
 )

@@ -67,7 +67,7 @@ class Trainer:
         self.val_loader = build_loader(config, "val", process.rank, process.world, _log.info)
         self.schedule = Schedule(config, len(self.train_loader), process.world)
         seed_everything(config.SEED)
-        model, labels = first_model(config, saved), self.train_loader.dataset.files.labels
+        model, labels = first_model(config, saved, process), self.train_loader.dataset.files.labels
         self.learner = Learner(config, process, model, saved, labels)
         done = saved["epoch"] if saved else config.TRAIN.LAST_EPOCH
         self.progress = Progress(epoch=done, step=done * self.schedule.steps_per_epoch)

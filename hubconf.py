@@ -1,6 +1,6 @@
 """The zoo's models for ``paddle.hub``:
 
-paddle.hub.load(".", "resmlp_24_224", source="local", pretrained="resmlp_24_224.pdparams")
+paddle.hub.load(".", "resmlp_24_224", source="local", pretrained="resmlp_24_224")
 
 ``paddle.hub.help`` says where each model's file was published.
 """
@@ -12,7 +12,6 @@ from pathlib import Path as _Path
 
 from config import get_config as _get_config
 from config import update_config as _update_config
-from port_weights.download import local_weights as _local_weights
 from port_weights.zoo import ZOO as _ZOO
 from resmlp import build_resmlp as _build_resmlp
 from resmlp import load_pretrained as _load_pretrained
@@ -34,11 +33,11 @@ def _entry_point(name: str):
     def build(pretrained=None, new_head=False, opts=()):
         config = _get_config(path)
         opts = [str(opt) for opt in opts]
-        pretrained = pretrained and _local_weights(pretrained)
         _update_config(config, _argparse.Namespace(pretrained=pretrained, opts=opts))
         model = _build_resmlp(config)
         if pretrained:
             _load_pretrained(model, config, new_head)
+        model.eval()
         return model
 
     build.__name__ = build.__qualname__ = name
@@ -47,13 +46,13 @@ def _entry_point(name: str):
     {_published(name)}
 
     Args:
-        pretrained: weight file, with or without its suffix, or the https address of a published
-            one (it is downloaded once); None leaves the initialisation.
+        pretrained: weight file, with or without its suffix; or a name of the zoo or the https
+            address of a published file (downloaded once); None leaves the initialisation.
         new_head: accept weights for another number of classes, and initialise the head.
         opts: config keys and values: ``["MODEL.NUM_CLASSES", 10, "DATA.IMAGE_SIZE", 160]``.
 
     Returns:
-        A `ResMLP`, in training mode as Paddle builds it.
+        A `ResMLP` in evaluation mode; call its ``train()`` to train it.
 
     Raises:
         WeightsError: the file cannot be read, or does not fit.

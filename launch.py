@@ -31,7 +31,6 @@ from parallel.process import (
     launched_ranks,
     stop_signals,
 )
-from port_weights.download import is_address, local_weights
 from storage.checkpoints import LAST, is_writing
 from storage.files import write_atomically
 from storage.run_folder import choose_folder
@@ -72,11 +71,6 @@ def run_here(config) -> int:
 def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
     """The exit code of this process's part of a run, and what there is to say about it."""
     try:
-        if is_address(config.MODEL.PRETRAINED):
-            config = config.clone()
-            config.defrost()
-            config.MODEL.PRETRAINED = local_weights(config.MODEL.PRETRAINED)
-            config.freeze()
         result = run(config, on_step)
         if result["rank"] == 0 and not config.EVAL:
             _plot(result["folder"])

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def model_flags(self) -> None:
         """Adds the flags that name a trained model: ``-pretrained``, ``-cfg``, ``-opts``."""
-        self.flag("pretrained", "weight file or checkpoint", metavar="FILE")
+        self.flag("pretrained", "weight file or checkpoint, or a name of the zoo", metavar="FILE")
         self.flag("cfg", "YAML config (default: config.yaml beside the weights)", metavar="FILE")
         self.opts_flag("config keys: -opts DATA.CROP_PCT 0.9 ...")
 

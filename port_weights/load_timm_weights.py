@@ -9,44 +9,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.errors import UserError, WeightsError, run_as_script
+from cli.errors import UserError, run_as_script
 from cli.parser import Parser
-from port_weights import verify
-from port_weights.download import download, is_address
+from port_weights.download import download
 from port_weights.port import port
 from port_weights.torch_files import read_torch_weights
-from port_weights.zoo import ZOO
-from storage.weights import check_state
-
-
-def _download(tag: str) -> dict[str, np.ndarray]:
-    """The weights that timm publishes under a tag."""
-    if not verify.have_timm():
-        raise WeightsError(
-            "-model needs torch and timm (`pip install -r port_weights/requirements.txt`); "
-            "or download the file yourself and give it with -checkpoint"
-        )
-    import timm
-
-    try:
-        model = timm.create_model(tag, pretrained=True)
-    except Exception as error:  # network, hub, cache: whatever the download runs into
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{tag}: timm could not fetch it ({reason}); download the file yourself and give it "
-            f"with -checkpoint"
-        ) from None
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return check_state(state, tag)
+from port_weights.zoo import ZOO, find
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Port ResMLP weights from PyTorch to Paddle, with a proof.")
-    parser.flag("model", "timm's name with tag: it is downloaded", metavar="NAME.TAG")
+    parser.flag("model", "a name of the zoo, ours or timm's: it is downloaded", metavar="NAME")
     parser.flag("checkpoint", "a file or address instead: .pth, .bin, .safetensors", metavar="FILE")
     parser.flag("cfg", "YAML config that the weights must fit", metavar="FILE")
     parser.flag("output", "Paddle file to write (default: named after the model)", metavar="FILE")
@@ -57,20 +32,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if bool(args.model) == bool(args.checkpoint):
-        raise UserError("give one of -model NAME.TAG and -checkpoint FILE")
-    if args.model:
-        known = {weights.timm: weights for weights in ZOO}
-        if args.model not in known:
-            raise UserError(f"-model {args.model}: unknown; choose one of {', '.join(known)}")
-        entry, state = known[args.model], _download(args.model)
-    else:
-        if is_address(args.checkpoint):
-            args.checkpoint = str(download(args.checkpoint))
-        by_file = {weights.file: weights for weights in ZOO}
-        entry = by_file.get(Path(args.checkpoint).name)
-        state, taken = read_torch_weights(args.checkpoint, args.key)
-        print(f"read {f'{taken} of ' if taken else ''}{args.checkpoint}")
-    name = entry.name if entry else Path(args.checkpoint).stem
+        raise UserError("give one of -model NAME and -checkpoint FILE")
+    source = args.model or args.checkpoint
+    entry = find(source) or find(Path(source).name)
+    if args.model and entry is None:
+        known = ", ".join(weights.timm for weights in ZOO)
+        raise UserError(f"-model {args.model}: unknown; choose one of {known}")
+    if args.model or "://" in source:
+        source = str(download(entry.hub_url if args.model else source))
+    state, taken = read_torch_weights(source, args.key)
+    print(f"read {f'{taken} of ' if taken else ''}{source}")
+    name = entry.name if entry else Path(source).stem
     port(state, args.output or f"{name}.pdparams", args.cfg, args.proof)
 
 

@@ -66,23 +66,10 @@ def translate(name: str, source: str, target: str) -> str | None:
     return None
 
 
-def detect_format(names: Any) -> str:
-    """Tells timm's names from facebookresearch/deit's.
-
-    Raises:
-        WeightsError: they are neither.
-    """
-    names = set(names)
-    if "stem.proj.weight" in names:
-        return "timm"
-    if "patch_embed.proj.weight" in names:
-        return "facebook"
-    if "patch_embed.patch_embed.weight" in names:
-        raise WeightsError("the names are Paddle's already: use the file with -pretrained")
-    raise WeightsError(
-        "neither timm's names (stem.proj.weight, ...) nor facebookresearch/deit's "
-        f"(patch_embed.proj.weight, ...): found {shorten(sorted(map(str, names)), 3)}"
-    )
+def torch_format(names: Any) -> str:
+    """``timm`` or ``facebook``, by names of parameters; empty: they are of neither."""
+    stems = {"stem.proj.weight": "timm", "patch_embed.proj.weight": "facebook"}
+    return next((style for name, style in stems.items() if name in names), "")
 
 
 def to_paddle(

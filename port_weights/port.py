@@ -12,6 +12,7 @@ from port_weights import names, verify
 from port_weights.architecture import Architecture, infer
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, load_state
+from storage.files import shorten
 from storage.weights import read_weights, write_weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -41,7 +42,14 @@ def port(
         WeightsError: the state dict is not a whole ResMLP, does not fit ``cfg``, or the ported
             model differs from timm's. Nothing is written then.
     """
-    source = names.detect_format(state)
+    source = names.torch_format(state)
+    if "patch_embed.patch_embed.weight" in state:
+        raise WeightsError("the names are Paddle's already: use the file with -pretrained")
+    if not source:
+        raise WeightsError(
+            "neither timm's names (stem.proj.weight, ...) nor facebookresearch/deit's "
+            f"(patch_embed.proj.weight, ...): found {shorten(sorted(map(str, state)), 3)}"
+        )
     ported, rows = names.to_paddle(state, source)
     architecture = infer(ported)
     log(f"{source} names, {len(state)} tensors: {_describe(architecture)}")

@@ -26,6 +26,8 @@ from storage.weights import (
     write_weights,
 )
 
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+
 
 def read_torch_weights(path: str, key: str = "auto") -> tuple[dict[str, np.ndarray], str]:
     """Reads a state dict with PyTorch's names.

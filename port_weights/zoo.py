@@ -7,10 +7,13 @@ no trained head: theirs is the k-NN accuracy that facebookresearch/deit gives in
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
-DOWNLOADS = "https://dl.fbaipublicfiles.com/deit/"
-HOSTS = ("https://dl.fbaipublicfiles.com/", "https://huggingface.co/")  # Facebook's, timm's
+# Where files are fetched from: facebookresearch/deit's, and timm's or a mirror of it.
+_HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+HOSTS = ("https://dl.fbaipublicfiles.com/", f"{_HUB}/")
 
 
 class Shared(NamedTuple):
@@ -42,7 +45,7 @@ class Weights(NamedTuple):
     name: str  # of the Paddle file that porting writes, without its suffix
     config: str  # the YAML in configs/, without its suffix
     timm: str  # timm's model and tag
-    file: str  # facebookresearch/deit's file, below DOWNLOADS
+    file: str  # facebookresearch/deit's file
     top1: float
     top5: float | None  # None: nobody published it
     training: str
@@ -50,7 +53,12 @@ class Weights(NamedTuple):
     @property
     def url(self) -> str:
         """Where facebookresearch/deit's file is."""
-        return DOWNLOADS + self.file
+        return f"{HOSTS[0]}deit/{self.file}"
+
+    @property
+    def hub_url(self) -> str:
+        """Where timm's file of the same values is; its host says its sha256."""
+        return f"{HOSTS[1]}timm/{self.timm}/resolve/main/model.safetensors"
 
     def published(self, measure: str) -> float | None:
         """What `MEASURES` names, in percent; None: nobody published it."""
@@ -159,3 +167,9 @@ ZOO = (
             "resmlp_24_224.fb_dino", "resmlp_24_dino.pth", 69.4, None, _DINO),
 )
 # fmt: on
+
+
+def find(name: str | os.PathLike) -> Weights | None:
+    """The weights of a name: ours, perhaps with ``.pdparams``, timm's, a file's or an address."""
+    names = {str(name), str(Path(name)).removesuffix(".pdparams")}  # ./x is x
+    return next((w for w in ZOO if names & {w.name, w.timm, w.file, w.url, w.hub_url}), None)

@@ -3,34 +3,70 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from paddle import nn
 
 from cli.errors import WeightsError
+from parallel.process import Process, main_first
+from port_weights.download import published_file
+from port_weights.names import to_paddle, torch_format
+from port_weights.torch_files import TORCH_SUFFIXES, read_torch_weights
 from storage.files import shorten
-from storage.weights import naming, read_weights
+from storage.weights import WeightFile, find_file, naming, read_weights
 
 
-def load_pretrained(model: nn.Layer, config, new_head: bool = False) -> list[str]:
-    """Loads the weight file that a config names, as its ``MODEL`` section says.
+def load_pretrained(
+    model: nn.Layer, config, new_head: bool = False, process: Process | None = None
+) -> list[str]:
+    """Loads the weights that a config names, as its ``MODEL`` section says.
 
     Args:
         model: receives the weights.
         config: PRETRAINED, PRETRAINED_KEY and RESIZE_TOKENS of its ``MODEL`` are used.
         new_head: see `load_state`: for training on other classes.
+        process: see `read_pretrained`.
 
     Returns:
         Lines for the log: what was read, and each adaptation that was made.
 
     Raises:
-        WeightsError: the file cannot be read, or does not fit the model.
+        WeightsError: the weights cannot be had or read, or do not fit the model.
     """
-    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    file = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY, process)
     with naming(file.path):
         notes = load_state(model, file.state, new_head, config.MODEL.RESIZE_TOKENS)
     return [f"weights: {file}", *notes]
+
+
+def read_pretrained(
+    name: str | os.PathLike, key: str = "auto", process: Process | None = None
+) -> WeightFile:
+    """Reads a weight file, or published weights; PyTorch's get our names and layout.
+
+    Args:
+        name: a file, with or without its suffix; where there is none of that name, a name of the
+            zoo (`port_weights.zoo.find`); or the https address of a published file.
+        key: which weights of a checkpoint, as in `weights.read_weights`.
+        process: of a job of several, in which rank 0 downloads and the others wait.
+
+    Raises:
+        WeightsError: no such weights, or they cannot be read.
+    """
+    with main_first(process or Process()) as main:
+        path = published_file(name) if main else None
+    path = path or (None if main else published_file(name)) or find_file(name)
+    if path.suffix in TORCH_SUFFIXES:
+        state, taken = read_torch_weights(str(path), key)
+        file = WeightFile(state, taken, str(path))
+    else:
+        file = read_weights(path, key)
+    if theirs := torch_format(file.state):
+        file = replace(file, state=to_paddle(file.state, theirs)[0])
+    return file
 
 
 def load_state(

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import os
 import subprocess
 import sys
 import threading
@@ -12,10 +11,11 @@ import pytest
 from safetensors.numpy import save
 
 from cli.errors import WeightsError
-from port_weights.download import cache_file, download, local_weights
+from port_weights import zoo
+from port_weights.download import cache_file, download
 from port_weights.names import from_paddle
-from port_weights.zoo import HOSTS
 from resmlp import build_resmlp
+from storage.adapt import read_pretrained
 from storage.weights import read_weights
 
 from .helpers.runs import ROOT, command, error_line, run
@@ -37,7 +37,8 @@ class Host(http.server.BaseHTTPRequestHandler):
         self.send_response(404 if data is None else 302 if "Location" in headers else 200)
         headers = {"Content-Length": len(data or b""), **headers}
         for name, value in headers.items():
-            self.send_header(name, str(value))
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data or b"")
 
@@ -46,13 +47,19 @@ class Host(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def host(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def host(cache, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Host.files, Host.asked = {}, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
+    address = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(zoo, "HOSTS", (address, address))
+    yield address
     server.shutdown()
     server.server_close()
 
@@ -72,28 +79,28 @@ def test_a_file_is_fetched_once_and_compared_with_the_hosts_md5(host, tmp_path, 
     folder = cache_file(f"{host}deit/a.pth").parent
     folder.mkdir(parents=True)
     (folder / ".a.pth.1-2.tmp").write_bytes(b"left by a download that was killed")
-    path = download(f"{host}deit/a.pth", (host,))
+    path = download(f"{host}deit/a.pth")
     assert path.read_bytes() == DATA and path.is_relative_to(tmp_path / "cache")
     said = capsys.readouterr().err
     assert f"MD5 {hashlib.md5(DATA).hexdigest()}, as the host says; kept as {path}" in said
-    assert download(f"{host}deit/a.pth", (host,)) == path
+    assert download(f"{host}deit/a.pth") == path
     assert Host.asked == ["/deit/a.pth"] and kept(tmp_path) == ["a.pth"]
 
 
 def test_the_sha256_of_the_first_answer_counts_behind_a_redirect(host, tmp_path):
     linked = {"X-Linked-Etag": etag(DATA, "sha256"), "Location": f"{host}far"}
     Host.files = {"/timm/x": (b"", linked), "/far": (DATA, {"ETag": etag(b"of a part") + "-2"})}
-    assert download(f"{host}timm/x", (host,)).read_bytes() == DATA
+    assert download(f"{host}timm/x").read_bytes() == DATA
     Host.files["/timm/y"] = b"", {**linked, "X-Linked-Etag": etag(b"other", "sha256")}
     with pytest.raises(WeightsError, match="its sha256 is .*, not .* as the host says"):
-        download(f"{host}timm/y", (host,))
+        download(f"{host}timm/y")
     assert kept(tmp_path) == ["x"]
 
 
 @pytest.mark.parametrize("tag", [etag(DATA) + "-2", 'W/"abc"', etag(b"git", "sha1")])
 def test_a_tag_that_is_no_checksum_is_not_taken_for_one(host, tag, capsys):
     Host.files["/a.pth"] = DATA, {"ETag": tag}
-    download(f"{host}a.pth", (host,))
+    download(f"{host}a.pth")
     digest = hashlib.sha256(DATA).hexdigest()
     assert f"sha256 {digest}, of which the host says nothing" in capsys.readouterr().err
 
@@ -101,13 +108,13 @@ def test_a_tag_that_is_no_checksum_is_not_taken_for_one(host, tag, capsys):
 def test_the_sum_in_the_address_is_what_counts(host, tmp_path):
     Host.files["/a.pth"] = DATA, {"ETag": etag(b"of an encrypted object")}
     with pytest.raises(WeightsError, match="its MD5 is"):
-        download(f"{host}a.pth", (host,))
+        download(f"{host}a.pth")
     digest = hashlib.sha256(DATA).hexdigest()
-    download(f"{host}a.pth#sha256={digest}", (host,))
+    download(f"{host}a.pth#sha256={digest}")
     with pytest.raises(WeightsError, match=f"its sha256 is {digest}, not 0000"):
-        download(f"{host}a.pth#sha256={'0' * 64}", (host,))
+        download(f"{host}a.pth#sha256={'0' * 64}")
     with pytest.raises(WeightsError, match="64 hexadecimal digits"):
-        download(f"{host}a.pth#sha256=12", (host,))
+        download(f"{host}a.pth#sha256=12")
     assert kept(tmp_path) == ["a.pth"]  # the one that was right is still there
 
 
@@ -116,6 +123,7 @@ def test_the_sum_in_the_address_is_what_counts(host, tmp_path):
     [
         (DATA[:-9], {"Content-Length": len(DATA)}, "cannot be downloaded to .*: .*9 more expected"),
         (b"<html>log in</html>", {}, "a web page"),
+        (DATA[:-9], {"Content-Length": None}, "neither a length nor a checksum"),
         (b"version https://git-lfs", {}, "a git-lfs pointer"),
         (None, {}, "cannot be downloaded to .*: Not Found; a file from elsewhere can be given"),
         (b"", {"Location": "https://127.0.0.1/"}, "sent elsewhere"),
@@ -124,25 +132,25 @@ def test_the_sum_in_the_address_is_what_counts(host, tmp_path):
 def test_what_is_not_the_file_is_not_kept(host, tmp_path, data, headers, message):
     Host.files["/a.pth"] = data, headers
     with pytest.raises(WeightsError, match=message):
-        download(f"{host}a.pth", (host,))
+        download(f"{host}a.pth")
     assert kept(tmp_path) == []
 
 
 def test_a_damaged_file_of_the_cache_is_fetched_anew(host, capsys):
     Host.files["/a.pth"] = DATA, {}
-    path = download(f"{host}a.pth", (host,))
+    path = download(f"{host}a.pth")
     path.write_bytes(DATA[:-1])
-    assert download(f"{host}a.pth", (host,)).read_bytes() == DATA
+    assert download(f"{host}a.pth").read_bytes() == DATA
     assert "damaged in the cache" in capsys.readouterr().err
 
 
-def test_other_hosts_and_ways_out_of_the_cache_are_refused(host):
+def test_other_hosts_and_ways_out_of_the_cache_are_refused():
     for address in (
         "https://example.org/a.pth",
         "http://huggingface.co/timm/a.pth",
         "https://huggingface.co@example.org/a.pth",
-        f"{HOSTS[0]}deit/../../../a.pth",
-        f"{HOSTS[0]}deit/%2e%2e/%2e%2e/a.pth",
+        f"{zoo.HOSTS[0]}deit/../../../a.pth",
+        f"{zoo.HOSTS[0]}deit/%2e%2e/%2e%2e/a.pth",
     ):
         with pytest.raises(WeightsError, match="files are fetched from https://dl.fbaipublic"):
             download(address)
@@ -165,23 +173,39 @@ def timms(state):
     return save(from_paddle(state, "timm")[0])
 
 
-def test_pytorchs_file_is_ported_once(host, tmp_path):
+def test_an_address_is_read_whosever_names_its_file_has(host, tmp_path):
     weights = make_run(tmp_path / "run")
-    Host.files["/timm/model.safetensors"] = timms(read_weights(weights).state), {}
-    found = local_weights(f"{host}timm/model.safetensors", (host,))
-    for name, value in read_weights(weights).state.items():
-        np.testing.assert_array_equal(read_weights(found).state[name], value)
-    before = os.stat(found)
-    assert local_weights(f"{host}timm/model.safetensors", (host,)) == found
-    assert os.stat(found) == before and Host.asked == ["/timm/model.safetensors"]
-
-
-def test_paths_and_paddles_files_stay_as_they_are(host, tmp_path):
-    weights = make_run(tmp_path / "run")
-    assert local_weights(weights) == str(weights)
+    state = read_weights(weights).state
+    Host.files["/timm/model.safetensors"] = timms(state), {}
     Host.files["/a/best.pdparams"] = weights.read_bytes(), {}
-    found = local_weights(f"{host}a/best.pdparams", (host,))
-    assert found.endswith("best.pdparams") and read_weights(found).state.keys()
+    for address in (f"{host}timm/model.safetensors", f"{host}a/best.pdparams"):
+        for _ in range(2):  # fetched once
+            found = read_pretrained(address).state
+            assert found.keys() == state.keys()
+            for name, value in state.items():
+                np.testing.assert_array_equal(found[name], value)
+    assert Host.asked == ["/timm/model.safetensors", "/a/best.pdparams"]
+
+
+def test_a_name_of_the_zoo_is_a_file_here_or_what_the_first_host_that_answers_has(
+    host, tmp_path, monkeypatch, capsys
+):
+    weights, entry = make_run(tmp_path / "run"), zoo.find("resmlp_12_224")
+    state = read_weights(weights).state
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError) as offline:
+        read_pretrained("resmlp_12_224")
+    for part in (entry.url, "-checkpoint resmlp_12_no_dist.pth`", "makes resmlp_12_224.pdparams"):
+        assert part in str(offline.value)
+    hub, facebook = (url.replace(host, "/") for url in (entry.hub_url, entry.url))
+    Host.files[facebook] = save(from_paddle(state, "facebook")[0]), {}
+    Host.files[hub] = timms({**state, "norm.beta": state["norm.beta"] + 1}), {}
+    for name in ("./resmlp_12_224", "resmlp_12_224.pdparams", "resmlp_12_224.fb_in1k"):
+        assert "/timm/" in read_pretrained(name).path
+    (tmp_path / "resmlp_12_224.pdparams").write_bytes(weights.read_bytes())
+    for name in ("resmlp_12_224", "resmlp_12_224.pdparams"):
+        assert read_pretrained(name).path == "resmlp_12_224.pdparams"
+    assert Host.asked == [hub, facebook, hub]
 
 
 def put_into_cache(url, data):
@@ -191,30 +215,33 @@ def put_into_cache(url, data):
     path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(data).hexdigest())
 
 
-URL = f"{HOSTS[1]}timm/tiny/resolve/main/model.safetensors"
+URL = f"{zoo.HOSTS[1]}timm/tiny/resolve/main/model.safetensors"
 
 
-def test_predict_takes_an_address(host, tmp_path):
+@pytest.mark.parametrize("name", [URL, "resmlp_12_224"])
+def test_predict_takes_published_weights(cache, tmp_path, name):
     weights = make_run(tmp_path / "run")
-    put_into_cache(URL, timms(read_weights(weights).state))
+    put_into_cache(getattr(zoo.find(name), "hub_url", URL), timms(read_weights(weights).state))
     weights.with_name("classes.txt").unlink()
     images, cfg = make_images(tmp_path, 2), weights.with_name("config.yaml")
     by_path = run_tool("predict", *images, "-pretrained", weights, "-cfg", cfg, cwd=tmp_path)
-    by_url = run_tool("predict", *images, "-pretrained", URL, "-cfg", cfg, cwd=tmp_path)
-    assert by_url.returncode == 0 and by_url.stdout.split() == by_path.stdout.split()
+    by_name = run_tool("predict", *images, "-pretrained", name, "-cfg", cfg, cwd=tmp_path)
+    assert by_name.returncode == 0 and by_name.stdout.split() == by_path.stdout.split()
 
 
-def test_evaluation_takes_an_address(host, tmp_path):
+def test_evaluation_in_two_processes_takes_a_name_of_the_zoo(cache, tmp_path):
     data = make_data(tmp_path / "data")
     state = build_resmlp(make_config(tmp_path, data)).state_dict()
-    put_into_cache(URL, timms({name: value.numpy() for name, value in state.items()}))
-    code, output = run([*command(data, tmp_path / "out"), "-eval", f"-pretrained={URL}"])
+    state = timms({name: value.numpy() for name, value in state.items()})
+    put_into_cache(zoo.find("resmlp_12_224").hub_url, state)
+    words = command(data, tmp_path / "out", main="main_multi_gpu.py", nprocs=2)
+    code, output = run([*words, "-eval", "-pretrained=resmlp_12_224"])
     assert code == 0 and "evaluation of tiny: loss" in output
 
 
-def test_without_a_network_there_is_one_line(host, tmp_path):
+def test_without_a_network_there_is_one_line(cache, tmp_path):
     words = command(make_data(tmp_path / "data"), tmp_path / "out")
-    weights = f"-pretrained={HOSTS[0]}deit/resmlp_12_no_dist.pth"
+    weights = f"-pretrained={zoo.find('resmlp_12_224').url}"
     code, output = run([*words, "-eval", weights], https_proxy="http://127.0.0.1:9")
     assert code == 2
     assert "resmlp_12_no_dist.pth: cannot be downloaded to " in error_line(output)

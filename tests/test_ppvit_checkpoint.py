@@ -113,7 +113,8 @@ def config_for(folder, data, path, *opts):
 
 def next_step(config, saved):
     """The model and its average after one step of ours with the gradients of step 4."""
-    learner = Learner(config, prepare_process(), first_model(config, saved), saved)
+    process = prepare_process()
+    learner = Learner(config, process, first_model(config, saved, process), saved)
     for name, parameter in learner.model.named_parameters():
         (parameter * paddle.to_tensor(gradient(name, parameter.shape, 4))).sum().backward()
     learner.apply(0.02, 3, paddle.ones([]))

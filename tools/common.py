@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cli.errors import UserError
+from cli.errors import UserError, WeightsError
 from config import get_config, update_config
 from loading.classes import with_num_classes
-from port_weights.download import local_weights
+from port_weights.zoo import find
 from storage.files import write_atomically
 from storage.weights import find_file
 
+ROOT = Path(__file__).resolve().parent.parent
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
 
@@ -26,38 +27,59 @@ def run_config(
     cfg: str | os.PathLike | None = None,
     opts: Iterable[str] = (),
 ):
-    """The config of a trained model, with MODEL.PRETRAINED set to its weight file.
+    """The frozen config of a trained model, with MODEL.PRETRAINED set to its weights.
 
     Args:
-        pretrained: weight file, its address, or checkpoint; None: the config's MODEL.PRETRAINED.
-        cfg: YAML file; None: ``config.yaml`` beside the weights, which a run leaves there.
+        pretrained: as `storage.adapt.read_pretrained`; None: the config's MODEL.PRETRAINED.
+        cfg: YAML file; None: ``config.yaml`` beside the weights, which a run leaves there, or that
+            of the zoo.
         opts: ``KEY, VALUE, ...`` on top, as in ``-opts``.
-
-    Returns:
-        A frozen config node.
 
     Raises:
         UserError: no weights, no config, or either cannot be used.
     """
-    weights = None if pretrained is None else find_file(local_weights(pretrained))
-    if cfg is None:
-        beside = weights.with_name("config.yaml") if weights else None
-        if beside is None or not beside.is_file():
-            raise UserError(
-                "give the model's config with -cfg"
-                + (f" (there is none beside the weights: {beside})" if beside else "")
-                + ("" if weights else " and its weights with -pretrained")
-            )
-        cfg = beside
-    arguments = argparse.Namespace(cfg=str(cfg), opts=[str(opt) for opt in opts or ()])
+    if pretrained is None and cfg is None:
+        raise UserError("give the model's config with -cfg and its weights with -pretrained")
+    weights = None if pretrained is None else _weights_file(pretrained)
+    cfg = cfg or _config_of(pretrained, weights)
+    opts = [str(opt) for opt in opts or ()]
+    arguments = argparse.Namespace(cfg=str(cfg), pretrained=weights or pretrained, opts=opts)
     config = update_config(get_config(), arguments)
-    if weights is None:
-        if not config.MODEL.PRETRAINED:
-            raise UserError("give the model's weights with -pretrained")
-        weights = find_file(local_weights(config.MODEL.PRETRAINED))
-    config.MODEL.PRETRAINED = str(weights)
+    if not config.MODEL.PRETRAINED:
+        raise UserError("give the model's weights with -pretrained")
+    config.MODEL.PRETRAINED = _weights_file(config.MODEL.PRETRAINED) or config.MODEL.PRETRAINED
     config.freeze()
     return with_num_classes(config)
+
+
+def _weights_file(name: str | os.PathLike) -> str | None:
+    """The weight file of a name, with its suffix; None: the published one is meant."""
+    try:
+        return str(find_file(name))
+    except WeightsError:
+        if find(name) is None and "://" not in str(name):
+            raise
+        return None
+
+
+def _config_of(pretrained: str | os.PathLike, weights: str | None) -> Path:
+    """The config of weights that were given without one: of a run, or of the zoo."""
+    beside = weights and Path(weights).with_name("config.yaml")
+    if beside and beside.is_file():
+        return beside
+    entry = find(pretrained)
+    if entry is None:
+        raise UserError(
+            "give the model's config with -cfg"
+            + (f" (there is none beside the weights: {beside})" if beside else "")
+        )
+    return ROOT / "configs" / f"{entry.config}.yaml"
+
+
+def beside_weights(config, name: str) -> Path:
+    """A folder beside the weights of a config; of published ones, in the current folder."""
+    weights = config.MODEL.PRETRAINED
+    return Path(weights).with_name(name) if "://" not in weights else Path(name)
 
 
 def load_model(config):

@@ -34,7 +34,7 @@ from loading.images import read_image
 from resmlp import build_resmlp, load_state
 from storage.files import file_sha256
 from storage.weights import read_weights
-from tools.common import load_model, require, run_config, write_file
+from tools.common import beside_weights, load_model, require, run_config, write_file
 from tools.folding import fold
 from tools.infer_exported import ModelError, Run, open_onnx, open_paddle
 from tools.predict import find_class_names, find_images
@@ -147,7 +147,7 @@ def export(
         "verified_on": job.verified_on,
     }
     found = {}
-    with _staging(output or Path(config.MODEL.PRETRAINED).with_name("exported")) as folder:
+    with _staging(output or beside_weights(config, "exported")) as folder:
         for name in formats:
             try:
                 found[name] = _EXPORTERS[name][1](job, folder / "model", metadata)

@@ -28,7 +28,14 @@ from datasets import build_loader
 from loading.images import read_image
 from mixup import smooth_one_hot
 from resmlp import ResMLP
-from tools.common import html_image, html_page, load_model, run_config, write_file
+from tools.common import (
+    beside_weights,
+    html_image,
+    html_page,
+    load_model,
+    run_config,
+    write_file,
+)
 from tools.predict import find_class_names, find_images
 from training.pictures import new_figure, render
 from transforms import build_eval_transform
@@ -295,7 +302,7 @@ def visualize(
     if os.path.isdir(config.DATA.DATA_PATH):
         figures["batch"] = draw_batch(*training_batch(config), names)
 
-    output = Path(output or Path(config.MODEL.PRETRAINED).with_name("pictures"))
+    output = Path(output or beside_weights(config, "pictures"))
     files, sections = [], []
     for name, figure in figures.items():
         files.append(output / f"{name}.png")

@@ -29,7 +29,7 @@ def run_evaluation(config, process: Process, folder: RunFolder) -> Result:
     model = build_resmlp(config)
     if not config.MODEL.PRETRAINED:
         raise ConfigError("-eval needs weights: give them with -pretrained FILE")
-    for note in load_pretrained(model, config):
+    for note in load_pretrained(model, config, process=process):
         _log.info(note)
     model.eval()
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)

@@ -174,7 +174,7 @@ class Checkpoints:
         raise Preempted(from_main(f"{what}; {where}", self.process))
 
 
-def first_model(config, saved: dict | None):
+def first_model(config, saved: dict | None, process: Process):
     """The model with the weights that the run begins with: a checkpoint's, pretrained, or new."""
     model = build_resmlp(config)
     if saved:
@@ -183,7 +183,7 @@ def first_model(config, saved: dict | None):
         except WeightsError as error:
             raise CheckpointError(f"-resume {config.MODEL.RESUME}: another model: {error}")
     elif config.MODEL.PRETRAINED:
-        for note in load_pretrained(model, config, new_head=True):
+        for note in load_pretrained(model, config, True, process):
             _log.info(note)
     elif config.TRAIN.FREEZE:
         raise ConfigError(
