@@ -92,6 +92,7 @@ def in_step(page):
     """What a page in another language has to have in common with it, by kind, in any order."""
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"(\d+) 万", lambda match: f"{int(match[1]) / 100:g}", prose)  # ten thousands
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     words = re.sub(r"`[^`]+`|\]\([^)]*\)|https?:\S+", " ", prose)
     number = r"(?<![\w.-])\d[\d,.]*(?:e-\d+)?(?<![,.])"
