@@ -41,9 +41,10 @@ _COMPRESSED = {  # how a file begins, and what unpacks it
 }
 # Compressed tars are found too, to be refused.
 _CUT = re.compile(r"\.(?:tar|zip|tgz|tar\.(?:gz|bz2|xz|zst))(?=/|$)", re.IGNORECASE)
-_VERSION = 1  # of the index files
+_VERSION = 2  # of the index files
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _TAR_BLOCK = 512  # bytes; a tar ends with blocks of zeros
+_UTF8 = 0x800  # flag of a zip's member: so is its name
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member: lengths of its name and extra field
 _opened: set[str] = set()  # archives that `split` need not look for on the disk
 
@@ -51,11 +52,11 @@ _opened: set[str] = set()  # archives that `split` need not look for on the disk
 class Member(NamedTuple):
     """Where a member lies: ``size`` bytes at ``start``; ``length`` is what a zip makes of them."""
 
-    start: int
-    size: int
-    length: int
-    method: int
-    crc: int
+    start: int = 0
+    size: int = 0
+    length: int = 0
+    method: int = -1  # a zip's
+    crc: int = 0
 
 
 def split(path: str) -> tuple[str, str] | None:
@@ -71,21 +72,30 @@ def split(path: str) -> tuple[str, str] | None:
     return None
 
 
+def inside(path: str) -> tuple[Archive, str] | None:
+    """The archive that a path leads into, and the name in there; None if there is none.
+
+    Raises:
+        DataError: the archive cannot be used.
+    """
+    found = split(path)
+    return (open_archive(found[0]), found[1]) if found else None
+
+
 def is_folder(path: str) -> bool:
     """Whether a path is a folder, on the disk or in an archive; an archive is one itself."""
     if os.path.isdir(path):
         return True
-    found = split(path)
-    return found is not None and open_archive(found[0]).has_folder(found[1])
+    found = inside(path)
+    return found is not None and found[0].has_folder(found[1])
 
 
 def exists(path: str) -> bool:
     """Whether a file or folder is there, on the disk or in an archive."""
-    found = split(path)
-    if found is None or not found[1]:
-        return os.path.lexists(path)
-    archive = open_archive(found[0])
-    return archive.find(found[1]) is not None or archive.has_folder(found[1])
+    if os.path.lexists(path):
+        return True
+    found = inside(path)
+    return found is not None and (found[0].find(found[1]) is not None or is_folder(path))
 
 
 def read(path: str) -> bytes | None:
@@ -95,26 +105,14 @@ def read(path: str) -> bytes | None:
         OSError: no such member, or a damaged one.
         DataError: the archive cannot be used, or has changed since it was indexed.
     """
-    found = split(path)
-    if found is None or not found[1]:
-        return None
-    return open_archive(found[0]).read(found[1])
+    found = inside(path)
+    return found[0].read(found[1]) if found and found[1] else None
 
 
 def size(path: str) -> int | None:
-    """The bytes of an archive's member; None where the path leads into no archive.
-
-    Raises:
-        FileNotFoundError: no such member.
-        DataError: the archive cannot be read.
-    """
-    found = split(path)
-    if found is None or not found[1]:
-        return None
-    member = open_archive(found[0]).find(found[1])
-    if member is None:
-        raise FileNotFoundError(2, "No such member", path)
-    return member.length
+    """The bytes of an archive's member, as `read`."""
+    found = inside(path)
+    return found[0].member(found[1]).length if found and found[1] else None
 
 
 @cache
@@ -142,7 +140,8 @@ def _allow_open_files() -> None:
 class Archive:
     """The members of one archive: names in order, and where each lies.
 
-    1.28 million members take about 100 MB, in arrays that forked workers share.
+    1.28 million members take about 100 MB, in arrays that forked workers share. An empty folder is
+    a member too, whose name ends with a slash.
 
     Args:
         path: a ``.tar`` (also of tars) or ``.zip`` file.
@@ -155,13 +154,10 @@ class Archive:
         self.path = path
         try:
             self._file = open(path, "rb")  # noqa: SIM115  (for as long as the process reads)
-            self._stamp = _stamp(path)
+            self._state = _state(path)
         except OSError as error:
             raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-        index = _load_index(path, self._stamp)
-        if index is None:
-            index = _build_index(path)
-            _save_index(path, self._stamp, index)
+        index = _load_index(path)
         # Not as arrays, of which a search would make an object at every step.
         self._names, self._where = index["names"].tobytes(), index["where"]
         self._ends = memoryview(np.insert(index["ends"], 0, 0))
@@ -171,8 +167,6 @@ class Archive:
 
     def __getitem__(self, number: int) -> bytes:
         """The name at a place of the sorted index."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
         return self._names[self._ends[number] : self._ends[number + 1]]
 
     def _search(self, wanted: bytes) -> int:
@@ -194,8 +188,17 @@ class Archive:
             return Member(*self._where[number].tolist())
         return None
 
+    def member(self, name: str) -> Member:
+        """As `find`; FileNotFoundError if there is none."""
+        if found := self.find(name):
+            return found
+        raise FileNotFoundError(errno.ENOENT, "No such member", f"{self.path}/{name}")
+
     def under(self, folder: str) -> Iterator[str]:
         """The names of the members in a folder, at any depth, sorted; ``""`` is the whole."""
+        return (name for name in self._under(folder) if not name.endswith("/"))
+
+    def _under(self, folder: str) -> Iterator[str]:
         prefix = os.fsencode(f"{folder}/" if folder else "")
         for number in range(self._search(prefix), len(self)):
             if not self[number].startswith(prefix):
@@ -203,13 +206,12 @@ class Archive:
             yield os.fsdecode(self[number])
 
     def has_folder(self, folder: str) -> bool:
-        """Whether a folder is there: an archive keeps only those that hold something."""
-        return next(self.under(folder), None) is not None
+        return not folder or next(self._under(folder), None) is not None
 
     def folders(self, folder: str) -> list[str]:
         """The names of the folders directly in a folder, sorted."""
         start = len(folder) + 1 if folder else 0
-        names = (name[start:] for name in self.under(folder))
+        names = (name[start:] for name in self._under(folder))
         return sorted({name.partition("/")[0] for name in names if "/" in name})
 
     def read(self, name: str) -> bytes:
@@ -219,14 +221,10 @@ class Archive:
             OSError: there is none of that name, or it is damaged.
             DataError: the archive has changed since it was indexed.
         """
-        member = self.find(name)
-        if member is None:
-            raise FileNotFoundError(2, "No such member", f"{self.path}/{name}")
-        try:
-            unchanged = _stamp(self.path) == self._stamp
-        except OSError:  # it is gone
-            unchanged = False
-        if not unchanged:
+        member, state = self.member(name), None
+        with suppress(OSError):  # it is gone
+            state = _state(self.path)
+        if state != self._state:
             raise DataError(
                 f"{self.path}/{name}: the archive was changed while it was in use; start again"
             )
@@ -252,40 +250,39 @@ class Archive:
             return file.read(size)
 
 
-# ----------------------------------------------------------------------------------- the index
-def _stamp(path: str) -> list[int]:
-    """What tells that an archive is the one that was indexed."""
+def _state(path: str) -> list[int]:
+    """What changes when somebody writes or replaces an archive that is in use."""
     status = os.stat(path)
-    return [_VERSION, status.st_size, status.st_mtime_ns]
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
-def _index_files(path: str) -> list[str]:
-    """Where an index may lie: beside the archive, else in the cache folder."""
-    folder, name = os.path.split(os.path.abspath(path))
+# ----------------------------------------------------------------------------------- the index
+def _load_index(path: str) -> dict[str, np.ndarray]:
+    """The index that is kept for an archive, else a new one, which is then kept where it can be.
+
+    Raises:
+        DataError: as `Archive`.
+    """
+    (folder, name), status = os.path.split(os.path.abspath(path)), os.stat(path)
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
-    return [
+    files = [
         os.path.join(folder, f".{name}.index.npz"),
         str(cache_folder() / f"{name}.{digest}.index.npz"),
     ]
-
-
-def _load_index(path: str, stamp: list[int]) -> dict[str, np.ndarray] | None:
-    for file in _index_files(path):
+    # The last is set by the system: whoever replaces a file can give it the old one's other time.
+    stamp = [_VERSION, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    for file in files:
         broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
         with suppress(*broken), np.load(file, allow_pickle=False) as stored:
             if stored["stamp"].tolist() == stamp:
                 return {key: stored[key] for key in ("names", "ends", "where")}
-    return None
-
-
-def _save_index(path: str, stamp: list[int], index: dict[str, np.ndarray]) -> None:
-    """Keeps an index for the next time, where there is room for it."""
-    buffer = io.BytesIO()
+    index, buffer = _build_index(path), io.BytesIO()
     np.savez(buffer, stamp=np.array(stamp, "int64"), **index)
-    for file in _index_files(path):
+    for file in files:
         with suppress(UserError):
             write_atomically(buffer.getvalue(), file)
-            return
+            break
+    return index
 
 
 def _build_index(path: str) -> dict[str, np.ndarray]:
@@ -294,17 +291,22 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
     Raises:
         DataError: as `Archive`.
     """
-    members: dict[bytes, Member] = {}
-    found = _tar_members if path.lower().endswith(".tar") else _zip_members
-    shown, name = sys.stderr.isatty(), ""
-    if tool := _compression(path):
+    with open(path, "rb") as file:
+        head = file.read(6)
+    if tool := next((tool for magic, tool in _COMPRESSED.items() if head.startswith(magic)), None):
         raise DataError(
             f"{path}: is compressed; images are read in place from uncompressed archives only: "
             f"{tool} -dc {shlex.quote(path)} > NEW.tar"
         )
+    members: dict[bytes, Member] = {}
+    is_tar = path.lower().endswith(".tar")
+    shown, name = sys.stderr.isatty(), ""
     try:
-        for name, member in found(path, members):
+        for name, member in _tar_members(path, members) if is_tar else _zip_members(path):
             key = os.fsencode(_checked_name(path, name))
+            if name.endswith("/"):
+                members[key + b"/"] = member
+                continue
             if key in members:
                 _refuse(path, name, "is there twice; make the archive anew from a folder")
             members[key] = member
@@ -314,12 +316,15 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
             print(file=sys.stderr)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         place = f", behind the member {name!r}" if name else ""
-        if found is _zip_members:  # of what is missing, it can name nothing
+        if not is_tar:  # of what is missing, it can name nothing
             place = f" (its members are listed at its end; unzip -t {shlex.quote(path)} checks it)"
         raise DataError(
             f"{path}: cannot be read as an archive: {error}{place}; is it whole?"
         ) from None
+    members.pop(b"/", None)
     order = sorted(members)
+    # Of folders only the empty ones: another is known by the name that follows it.
+    order = [a for a, b in zip(order, [*order[1:], b""]) if a[-1:] != b"/" or not b.startswith(a)]
     return {
         "names": np.frombuffer(b"".join(order), np.uint8),
         "ends": np.cumsum([len(name) for name in order], dtype=np.int64),
@@ -327,17 +332,11 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
     }
 
 
-def _compression(path: str) -> str | None:
-    """The program that a file is compressed with as a whole, if it is."""
-    with open(path, "rb") as file:
-        head = file.read(6)
-    return next((tool for magic, tool in _COMPRESSED.items() if head.startswith(magic)), None)
-
-
 def _checked_name(path: str, name: str) -> str:
     """A member's name without ``./``; refuses one that leads out of the archive."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or not parts or "\n" in name:
+    is_root = name in ("./", "/")  # of what was packed
+    if not is_root and (name.startswith("/") or ".." in parts or not parts or "\n" in name):
         _refuse(path, name, "is no path inside of the archive")
     return "/".join(parts)
 
@@ -349,12 +348,13 @@ def _refuse(path: str, name: str, reason: str) -> NoReturn:
 def _tar_members(
     path: str, known: dict[bytes, Member], file=None, base: int = 0, prefix: str = ""
 ) -> Iterator[tuple[str, Member]]:
-    """Names and places of a tar's files, and of those in tars inside of it."""
+    """Names and places of a tar's files and folders, and of those in tars inside of it."""
     with tarfile.open(path, "r:", fileobj=file) as tar:
         for info in tar:
             tar.members.clear()  # or it keeps an object for each of a million
             name = prefix + info.name
             if info.isdir():
+                yield f"{name}/", Member()
                 continue
             if info.islnk():  # a second name of a file that came before
                 target = known.get(os.fsencode(_checked_name(path, prefix + info.linkname)))
@@ -367,28 +367,53 @@ def _tar_members(
                 _refuse(path, name, f"is {kind}; make the archive anew with tar -h, without -S")
             start = base + info.offset_data
             if name.lower().endswith(".tar"):
+                yield f"{name}/", Member()
                 yield from _tar_members(path, known, tar.extractfile(info), start, f"{name}/")
             else:
-                yield name, Member(start, info.size, info.size, -1, 0)
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):  # tarfile says nothing of it
-            raise tarfile.ReadError(f"{prefix or 'it'} ends in the middle")
+                yield name, Member(start, info.size, info.size)
+        _check_end(tar, prefix or "it")
 
 
-def _zip_members(path: str, known: dict[bytes, Member]) -> Iterator[tuple[str, Member]]:
+def _check_end(tar: tarfile.TarFile, name: str) -> None:
+    """Refuses what tarfile takes for a whole archive: one that ends in the middle, and one with
+    more behind its end, where it was damaged or where another was put into the same file.
+    """
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+        raise tarfile.ReadError(f"{name} ends in the middle")
+    while block := tar.fileobj.read(2**20):
+        if block.count(0) != len(block):
+            raise tarfile.ReadError(
+                f"{name} goes on behind its end, at byte {tar.offset} (a damaged place, or two "
+                "archives in one file, which `tar -ixf` unpacks)"
+            )
+
+
+def _zip_members(path: str) -> Iterator[tuple[str, Member]]:
     with zipfile.ZipFile(path) as archive:
+        encoding = _encoding_of_names(archive.infolist())
         for info in archive.infolist():
+            name = info.filename if info.flag_bits & _UTF8 else _bare_name(info).decode(encoding)
             if info.is_dir():
+                yield name, Member()
                 continue
             if info.flag_bits & 1 or info.compress_type not in (_STORED, _DEFLATED):
-                _refuse(path, info.filename, "is encrypted or compressed in an unknown way")
-            yield (
-                info.filename,
-                Member(
-                    info.header_offset,
-                    info.compress_size,
-                    info.file_size,
-                    info.compress_type,
-                    info.CRC,
-                ),
-            )
+                _refuse(path, name, "is encrypted or compressed in an unknown way")
+            sizes = info.compress_size, info.file_size
+            yield name, Member(info.header_offset, *sizes, info.compress_type, info.CRC)
+
+
+def _bare_name(info: zipfile.ZipInfo) -> bytes:
+    return info.orig_filename.encode("cp437")  # with which zipfile has read it
+
+
+def _encoding_of_names(members: list[zipfile.ZipInfo]) -> str:
+    """Of names that are not marked as UTF-8, which Info-ZIP writes all the same, and Windows in
+    China GB 2312; others are read as zipfile reads them, in the code page of DOS.
+    """
+    names = [_bare_name(info) for info in members if not info.flag_bits & _UTF8]
+    for encoding in ("utf-8", "gb2312"):
+        with suppress(UnicodeDecodeError):
+            b"\n".join(names).decode(encoding)
+            return encoding
+    return "cp437"

@@ -14,6 +14,7 @@ import pytest
 from cli.errors import DataError
 from datasets import build_dataset
 from loading import archives
+from loading.files import find_classes, scan_folder
 from loading.images import BadImage, read_image
 
 from .helpers.tiny_data import make_config, make_data
@@ -128,6 +129,17 @@ def test_an_index_is_kept_until_the_archive_changes(tmp_path):
     assert archives.read(f"{path}/other.jpg") == b"new"
 
 
+def test_an_index_is_made_anew_for_another_archive_of_the_same_size_and_time(tmp_path):
+    path = tar_of(tmp_path / "a.tar", {"a.jpg": b"one"})
+    before = os.stat(path)
+    archives.open_archive(path)
+    tar_of(path, {"b.jpg": b"two"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    archives.open_archive.cache_clear()
+    assert os.stat(path).st_size == before.st_size
+    assert list(archives.open_archive(path).under("")) == ["b.jpg"]
+
+
 def test_a_damaged_index_is_made_anew(tmp_path):
     path = tar_of(tmp_path / "a.tar")
     archives.open_archive(path)
@@ -165,6 +177,64 @@ def test_a_truncated_tar_is_refused_at_whatever_place(tmp_path, cut, last):
     where = f".*, behind the member '{last}'" if last else ""
     with pytest.raises(DataError, match=f"a.tar: cannot be read as an archive{where}"):
         archives.open_archive(str(path))
+
+
+def _zero_a_header(data):
+    at = 512 * 3  # cat/1.jpg and the beginning of cat/sub/2.jpg stay
+    return data[:at] + bytes(4096) + data[at + 4096 :]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data * 2, _zero_a_header])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_tar_that_goes_on_behind_its_end_is_refused(tmp_path, damage, inner):
+    path = tmp_path / "in.tar"
+    tar_of(path, {f"{number}.jpg": b"x" * 700 for number in range(9)})
+    path.write_bytes(damage(path.read_bytes()))
+    if inner:
+        tar_of(tmp_path / "out.tar", {"in.tar": path.read_bytes()})
+        path = tmp_path / "out.tar"
+    with pytest.raises(DataError, match=f"{path.name}: .* goes on behind its end, at byte"):
+        archives.open_archive(str(path))
+
+
+def test_a_tar_may_end_in_many_zeros(tmp_path):
+    path = tar_of(tmp_path / "a.tar")
+    with open(path, "ab") as file:
+        file.write(bytes(2**21))
+    assert len(archives.open_archive(path)) == len(FILES)
+
+
+@pytest.mark.parametrize(
+    "encoding, names",
+    [
+        ("utf-8", ["猫/一.jpg", "Käse/1.jpg"]),  # as Info-ZIP writes them
+        ("gb2312", ["老虎/一.jpg", "dog/1.jpg"]),  # as Windows does in China
+        ("cp437", ["Größe/1.jpg", "año/é.jpg"]),
+    ],
+)
+def test_names_of_a_zip_that_are_not_marked_as_utf8_are_read(tmp_path, encoding, names):
+    path, raw = tmp_path / "a.zip", [name.encode(encoding) for name in names]
+    places = [bytes([65 + i]) * len(name) for i, name in enumerate(raw)]
+    with zipfile.ZipFile(path, "w") as archive:
+        for place in places:
+            archive.writestr(place.decode(), b"data")
+    data = path.read_bytes()
+    for place, name in zip(places, raw):
+        data = data.replace(place, name)
+    path.write_bytes(data)
+    assert sorted(archives.open_archive(str(path)).under("")) == sorted(names)
+    assert archives.read(f"{path}/{names[0]}") == b"data"
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+def test_a_class_folder_without_images_is_a_class_as_on_the_disk(tmp_path, ending):
+    make_data(tmp_path / "data")
+    (tmp_path / "data/train/class_1a/empty").mkdir(parents=True)
+    expected = find_classes(str(tmp_path / "data"))
+    shutil.make_archive(str(tmp_path / "packed/train"), ending, tmp_path / "data/train")
+    assert find_classes(str(tmp_path / "packed")) == expected and "class_1a" in expected
+    index = scan_folder(str(tmp_path / "packed"), "train", 4)
+    assert index.labels == scan_folder(str(tmp_path / "data"), "train", 4).labels
 
 
 def test_a_truncated_zip_is_refused(tmp_path):
