@@ -37,7 +37,7 @@ def config(monkeypatch):
     return config
 
 
-@pytest.mark.parametrize("backend", tool.BACKENDS)
+@pytest.mark.parametrize("backend", tool.DTYPES)
 def test_every_backend_gives_every_figure(config, backend):
     require(backend)
     (result,) = benchmark(Job(config, "infer", batch_size=2, backend=backend), rounds=2)
@@ -49,8 +49,8 @@ def test_every_backend_gives_every_figure(config, backend):
 
 
 def require(backend):
-    if backend == "onnx":
-        for package in tool.ONNX_PACKAGES:
+    if backend in ("onnx", "openvino"):
+        for package in (*tool.ONNX_PACKAGES, *[backend] * (backend == "openvino")):
             pytest.importorskip(package)
 
 
@@ -97,37 +97,78 @@ def test_the_bfloat16_peak_is_that_of_a_bfloat16_product(monkeypatch):
     assert tool.gemm_peak("bfloat16", 1) > 0 and set(types) == {paddle.bfloat16}
 
 
+FORMS = """import json, sys
+form = json.loads(sys.argv[1])
+seconds = {"timm": 1, "timm_compile": 3, "timm_compile_freeze": 5, "openvino": 7}[form["form"]]
+print("ready", flush=True)
+for line in sys.stdin: print(seconds + form["bf16"], flush=True)
+"""
+
+
+@pytest.fixture
+def peers(config, monkeypatch, tmp_path):
+    """Peers whose seconds tell the form that they were given."""
+    (tmp_path / "other.py").write_text(FORMS)
+    monkeypatch.setattr(tool, "PEER_SCRIPT", tmp_path / "other.py")
+
+
 @pytest.mark.parametrize(
     "name, seconds, dtype",
     [
         ("timm", 1.0, "float32"),
         ("timm_bf16", 2.0, "bfloat16"),
         ("timm_compile", 3.0, "float32"),
-        ("timm_compile_bf16", 4.0, "bfloat16"),
+        ("timm_compile_freeze_bf16", 6.0, "bfloat16"),
+        ("openvino", 7.0, "float32"),
     ],
 )
-def test_a_rival_is_told_its_form_and_labelled_with_it(
-    config, monkeypatch, tmp_path, name, seconds, dtype
-):
-    (tmp_path / "other.py").write_text(
-        "import json, sys\nform = json.loads(sys.argv[1])\nprint('ready', flush=True)\n"
-        "for line in sys.stdin: print(1 + 2 * form['compile'] + form['bf16'], flush=True)"
-    )
-    monkeypatch.setattr(tool, "RIVAL_SCRIPT", tmp_path / "other.py")
-    own, other = benchmark(Job(config, "train", 2), rounds=1, compare=[name])
+def test_a_peer_is_told_its_form_and_labelled_with_it(config, peers, name, seconds, dtype):
+    own, other = benchmark(Job(config, "infer", 2), rounds=1, compare=[name])
     assert (own["backend"], own["dtype"]) == ("eager", "float32")
     assert (other["backend"], other["dtype"]) == (name, dtype)
     assert other["ms_per_step"] == 1e3 * seconds
 
 
+@pytest.mark.parametrize(
+    "mode, openvino, expected",
+    [
+        ("infer", True, ["timm", "timm_compile", "timm_compile_freeze", "openvino"]),
+        ("infer", False, ["timm", "timm_compile", "timm_compile_freeze"]),
+        ("train", True, ["timm", "timm_compile"]),
+        ("data", True, ["timm"]),
+        ("step", True, []),
+    ],
+)
+def test_the_best_is_sought_among_all_that_do_the_job(
+    config, monkeypatch, mode, openvino, expected
+):
+    monkeypatch.setattr(tool, "find_spec", lambda name: openvino)
+    assert tool.choose_peers(Job(config, mode), ["best"]) == expected
+
+
+def test_the_ratio_to_the_fastest_peer_is_said(config, peers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "find_spec", lambda name: True)
+    (tmp_path / "tiny.yaml").write_text(config.dump())
+    tool.main(["-cfg", str(tmp_path / "tiny.yaml"), "-rounds", "1", "-compare", "best", "-json"])
+    captured = capsys.readouterr()
+    ratios = [json.loads(line)["speedup"] for line in captured.out.splitlines()]
+    assert len(ratios) == 5
+    assert captured.err.endswith(f"{ratios[1]} times as fast as timm, the fastest peer\n")
+
+
+def test_a_peer_is_refused_where_it_cannot_do_the_job(config):
+    with pytest.raises(UserError, match="-compare openvino is for -mode infer"):
+        benchmark(Job(config, "train"), compare=["openvino"])
+
+
 def test_the_figures_follow_from_the_median_time(config):
     job = Job(config, "train", batch_size=4)
     own = tool.figures(job, ("eager", "float32"), [1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 5.0, 2.0)
-    rival = tool.figures(job, ("timm", "float32"), [8.0, 2.0, 4.0], [1.0, 2.0, 4.0], 7.0, 2.0)
+    peer = tool.figures(job, ("timm", "float32"), [8.0, 2.0, 4.0], [1.0, 2.0, 4.0], 7.0, 2.0)
     assert own["ms_per_step"] == 2000.0 and own["images_per_second"] == 2.0
     assert own["gemm_efficiency"] == round(job.gflops / 2.0 / 2.0, 3)
-    assert rival["ms_per_step"] == 4000.0 and rival["peak_memory_mb"] == 7.0
-    assert rival["speedup"] == statistics.median([8.0 / 1.0, 2.0 / 2.0, 4.0 / 4.0])
+    assert peer["ms_per_step"] == 4000.0 and peer["peak_memory_mb"] == 7.0
+    assert peer["speedup"] == statistics.median([8.0 / 1.0, 2.0 / 2.0, 4.0 / 4.0])
     assert own["speedup"] == 1.0
 
 
@@ -197,16 +238,13 @@ def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        ({"mode": "fly"}, "choose from"),
-        ({"backend": "tensorrt"}, "choose from"),
-        ({"dtype": "int3"}, "choose from"),
         ({"batch_size": 0}, "at least 1"),
         ({"threads": -2}, "-threads is -2; expected 1 to 1024"),
         ({"threads": 100000}, "expected 1 to 1024"),
         ({"mode": "train", "backend": "inference"}, "-mode infer"),
-        ({"dtype": "bfloat16", "backend": "to_static"}, "-backend eager or inference"),
-        ({"dtype": "float16", "backend": "inference"}, "on a CPU"),
-        ({"dtype": "int8"}, "-backend onnx"),
+        ({"dtype": "bfloat16", "backend": "to_static"}, "-backend to_static computes in float32"),
+        ({"dtype": "float16", "backend": "inference"}, "on this CPU"),
+        ({"dtype": "int8"}, "-backend eager computes in float32"),
         ({"dtype": "bfloat16", "backend": "onnx"}, "float32 or int8"),
         ({"mode": "train", "backend": "onnx"}, "-mode infer"),
     ],
@@ -243,8 +281,8 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(config, tmp_path):
 def test_a_peer_runs_on_the_gpu_as_paddle_does_or_says_that_it_cannot(config, monkeypatch):
     pytest.importorskip("timm")
     monkeypatch.setattr(tool, "on_gpu", lambda: True)
-    rival = tool.Rival("timm", Job(config, "infer", 1), [])  # there is no GPU here
-    with pytest.raises(UserError, match="this PyTorch sees no GPU, on which Paddle runs"), rival:
+    peer = tool.Peer("timm", Job(config, "infer", 1), [])  # there is no GPU here
+    with pytest.raises(UserError, match="this PyTorch sees no GPU, on which Paddle runs"), peer:
         pass
 
 
@@ -286,16 +324,16 @@ def test_json_is_one_object_a_line_and_the_table_names_its_columns(config, capsy
     assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]
 
 
-def test_a_rival_that_stops_is_named_with_its_last_words(config, monkeypatch, tmp_path):
+def test_a_peer_that_stops_is_named_with_its_last_words(config, monkeypatch, tmp_path):
     script = "print('ready', flush=True); input(); raise ValueError('no more')"
     (tmp_path / "other.py").write_text(script)
-    monkeypatch.setattr(tool, "RIVAL_SCRIPT", tmp_path / "other.py")
+    monkeypatch.setattr(tool, "PEER_SCRIPT", tmp_path / "other.py")
     with pytest.raises(UserError, match="timm stopped .ValueError: no more"):  # noqa: SIM117
-        with tool.Rival("timm", Job(config), []) as rival:
-            rival.seconds()
+        with tool.Peer("timm", Job(config), []) as peer:
+            peer.seconds()
 
 
-def test_the_rivals_script_has_help_where_torch_is_missing(tmp_path):
+def test_the_peers_script_has_help_where_torch_is_missing(tmp_path):
     script = str(tool.__file__).replace("benchmark.py", "benchmark_timm.py")
     (tmp_path / "torch.py").write_text("raise ImportError\n")
     result = subprocess.run(

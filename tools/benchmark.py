@@ -1,16 +1,17 @@
-"""Measures a model's speed beside the machine's own limit, and beside timm in alternation.
+"""Measures a model's speed beside the machine's own limit, and beside peers in alternation.
 
     python tools/benchmark.py -cfg configs/resmlp_12_224.yaml -mode train -batch_size 32
     python tools/benchmark.py -cfg ... -mode infer -backend inference -dtype bfloat16 -json
     python tools/benchmark.py -cfg ... -mode infer -backend onnx -dtype int8 -compare timm
-    python tools/benchmark.py -cfg ... -mode train -dtype bfloat16 -compare timm_compile_bf16
+    python tools/benchmark.py -cfg ... -mode train -dtype bfloat16 -compare best
     python tools/benchmark.py -cfg ... -mode step -opts DATA.DATA_PATH /dataset/imagenet
 
 Modes: `infer` (forward), `train` (forward, backward, AdamW), `data` (JPEG to augmented uint8, on
-one core), `step` (a training step of the config's recipe, part by part). Times are medians of
-interleaved rounds; the efficiency is model FLOPs over time over the largest matrix product rate
-that this process reaches in the same precision (int8: in float32). docs/performance.md tells how to
-read them.
+one core), `step` (a training step of the config's recipe, part by part). Peers: timm's model as it
+is, compiled, compiled with frozen weights, and in OpenVINO; `best` is all that do the same in the
+same precision. Times are medians of interleaved rounds; the efficiency is model FLOPs over time
+over the largest matrix product rate that this process reaches in the same precision (int8: in
+float32). docs/performance.md tells how to read them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +52,28 @@ from resmlp import build_resmlp
 from tools.benchmark_timm import peak_memory_mb
 from tools.export import INT8_PACKAGES, ONNX_PACKAGES, on_cpu, require, save_for_inference
 from tools.folding import fold
-from tools.infer_exported import open_onnx, open_paddle
+from tools.infer_exported import open_onnx, open_openvino, open_paddle
 from tools.model_info import config_info
 from training.learner import Learner
 from transforms import build_train_transform
 from utils import step_rng
 
 MODES = ("infer", "train", "data", "step")
-BACKENDS = ("eager", "to_static", "inference", "onnx")
-DTYPES = ("float32", "bfloat16", "float16", "int8")
-RIVALS = ("timm", "timm_bf16", "timm_compile", "timm_compile_bf16")
-RIVAL_SCRIPT = Path(__file__).with_name("benchmark_timm.py")
+DTYPES = {  # backend -> what it computes in on a CPU, and on a GPU
+    "eager": (("float32", "bfloat16"), ("float32", "bfloat16", "float16")),
+    "to_static": (("float32",), ("float32", "bfloat16", "float16")),
+    "inference": (("float32", "bfloat16"), ("float32",)),
+    "onnx": (("float32", "int8"), ("float32", "int8")),
+    "openvino": (("float32", "bfloat16", "int8"), ()),
+}
+PEERS = {  # each also with _bf16 -> its modes
+    "timm": ("infer", "train", "data"),
+    "timm_compile": ("infer", "train"),
+    "timm_compile_freeze": ("infer",),
+    "openvino": ("infer",),
+}
+PEER_NAMES = [name + dtype for name in PEERS for dtype in ("", "_bf16")]
+PEER_SCRIPT = Path(__file__).with_name("benchmark_timm.py")
 SETTLE_SECONDS = 0.3  # OpenMP threads spin for 0.2 s after their work, and would disturb the next
 GEMM_SIZE, GEMM_SIZE_GPU, GEMM_ROUNDS = 2048, 8192, 20
 PARTS = ("data", "augment", "forward", "backward", "optimizer", "ema", "logging")
@@ -71,28 +84,19 @@ Step = Callable[[], None]
 
 @dataclass
 class Job:
-    """What is to be measured.
-
-    Attributes:
-        config: the resolved config.
-        mode: one of `MODES`.
-        batch_size: images in a step.
-        threads: CPU threads.
-        dtype: one of `DTYPES`.
-        backend: one of `BACKENDS`; only `infer` knows more than ``eager``.
-    """
+    """What is to be measured: one of `MODES`, in a backend and dtype of `DTYPES`."""
 
     config: object
     mode: str = "infer"
     batch_size: int = 32
     threads: int = 1
     dtype: str = "float32"
-    backend: str = "eager"
+    backend: str = "eager"  # another one only to infer
 
     def __post_init__(self):
-        for name, choices in (("mode", MODES), ("backend", BACKENDS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"-{name} is {getattr(self, name)!r}; choose from {choices}")
+        able = DTYPES[self.backend][on_gpu()]
+        if not (on_gpu() or ops.has_bfloat16()):
+            able = [dtype for dtype in able if dtype != "bfloat16"]
         if self.batch_size < 1:
             raise UserError("-batch_size is at least 1")
         if not 1 <= self.threads <= 1024:
@@ -101,17 +105,12 @@ class Job:
             raise UserError(f"-mode {self.mode} needs classes, but MODEL.NUM_CLASSES is 0")
         if self.mode != "infer" and self.backend != "eager":
             raise UserError(f"-backend {self.backend} is for -mode infer")
-        if self.dtype == "int8" or self.backend == "onnx":
-            if self.backend != "onnx" or self.dtype not in ("float32", "int8"):
-                raise UserError("-dtype int8 is for -backend onnx, which takes float32 or int8")
-        elif self.dtype != "float32" and not on_gpu():
-            if self.dtype == "float16" or self.backend == "to_static" or not ops.has_bfloat16():
-                raise UserError(
-                    f"-dtype {self.dtype}: on a CPU there is bfloat16 only, by oneDNN, with "
-                    "-backend eager or inference"
-                )
-        elif self.dtype != "float32" and self.backend == "inference":
-            raise UserError(f"-dtype {self.dtype} on a GPU is for -backend eager or to_static")
+        if self.dtype not in able:
+            device = "a GPU" if on_gpu() else "this CPU"
+            raise UserError(
+                f"-dtype {self.dtype}: on {device} -backend {self.backend} computes in "
+                f"{' or '.join(able) or 'nothing'}"
+            )
 
     @property
     def gflops(self) -> float:
@@ -122,13 +121,13 @@ class Job:
         return passes * 2e-9 * config_info(self.config).macs * self.batch_size
 
     def for_timm(self, name: str, files: Sequence[str]) -> dict:
-        """The same work, as `benchmark_timm` takes it, in the form of a name of `RIVALS`."""
+        """The same work, as `benchmark_timm` takes it, in the form of a name of `PEER_NAMES`."""
         mixer = self.config.MODEL.MIXER
         return {
             "mode": self.mode,
             "batch_size": self.batch_size,
             "threads": self.threads,
-            "compile": "compile" in name,
+            "form": name.replace("_bf16", ""),
             "bf16": "bf16" in name,
             "device": "cuda" if on_gpu() and self.mode != "data" else "cpu",
             "files": list(files),
@@ -142,23 +141,36 @@ class Job:
         }
 
 
+def choose_peers(job: Job, compare: Sequence[str]) -> list[str]:
+    """The peers that are meant; ``best``: all that do the job, in its precision, where it runs."""
+    if "best" in compare:
+        suffix = "_bf16" if job.dtype == "bfloat16" else ""
+        compare = [f"{name}{suffix}" for name, modes in PEERS.items() if job.mode in modes]
+        if on_gpu() or not find_spec("openvino"):
+            print("-compare best: without OpenVINO, which is not here", file=sys.stderr)
+            compare = [name for name in compare if not name.startswith("openvino")]
+    for name in compare:
+        modes = PEERS[name.replace("_bf16", "")]
+        if job.mode not in modes:
+            raise UserError(f"-compare {name} is for -mode {' and '.join(modes)}")
+    return list(compare)
+
+
 def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[dict]:
-    """Measures a job, and rivals in alternation with it.
+    """Measures a job, and peers in alternation with it.
 
     Args:
-        job: what to measure.
         rounds: timed steps of each; every step of one is followed by a step of the next.
-        compare: of `RIVALS`; their precision is what they are named after, whatever the job's.
+        compare: of `PEER_NAMES`, whose precision is in their name, or ``best``.
 
     Returns:
-        The `figures` of Paddle, then of each rival; in mode ``step`` also ``parts_ms``.
+        The `figures` of Paddle, then of each peer; in mode ``step`` also ``parts_ms``.
 
     Raises:
-        UserError: a combination that does not exist, or torch or timm is missing.
+        UserError: a peer that does not do that, or a package that is missing.
     """
+    compare = choose_peers(job, compare)
     if job.mode == "step":
-        if compare:
-            raise UserError("-compare is for -mode infer, train and data")
         return [measure_parts(job, rounds)]
     setup.set_threads(job.threads)
     with ExitStack() as stack:
@@ -166,10 +178,10 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
         if job.mode == "data":
             files = sorted(map(str, stack.enter_context(sample_jpegs()).glob("*.jpg")))
         step = stack.enter_context(_paddle_step(job, files))
-        rivals = [stack.enter_context(Rival(name, job, files)) for name in compare]
+        peers = [stack.enter_context(Peer(name, job, files)) for name in compare]
         step()  # warm up: first products, memory, kernel choice
-        times = alternate([lambda: _seconds(step), *(rival.seconds for rival in rivals)], rounds)
-        memory = [_peak_memory_mb(), *(rival.memory() for rival in rivals)]
+        times = alternate([lambda: _seconds(step), *(peer.seconds for peer in peers)], rounds)
+        memory = [_peak_memory_mb(), *(peer.memory() for peer in peers)]
     dtypes = ["bfloat16" if "bf16" in name else "float32" for name in compare]
     labels = [(job.backend, job.dtype), *zip(compare, dtypes)]
     # measured last: it must not warm or fill the memory
@@ -209,7 +221,7 @@ def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
     images = paddle.randn([job.batch_size, job.config.DATA.IMAGE_CHANNELS, size, size])
     if job.mode == "train":
         yield train_step(job, model, images)
-    elif job.backend in ("inference", "onnx"):
+    elif job.backend in ("inference", "onnx", "openvino"):
         array = images.numpy()
         with _deployed(job, model, [None, *images.shape[1:]]) as run:
             yield lambda: run(array)
@@ -227,7 +239,7 @@ def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
 
 
 def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
-    """Forward, backward and AdamW on one batch that stays: the same work as the rival's."""
+    """Forward, backward and AdamW on one batch that stays: the same work as the peers'."""
     labels = paddle.randint(0, job.config.MODEL.NUM_CLASSES, [job.batch_size])
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters())
     model.train()
@@ -258,26 +270,31 @@ def _data_step(job: Job, files: Sequence[str]) -> Step:
 @contextmanager
 def _deployed(job: Job, model: nn.Layer, shape: list) -> Iterator[Callable]:
     """The folded model, as tools/export and tools/infer_exported deploy it."""
+    settings = {"gpu": on_gpu(), "threads": job.threads}
     with tempfile.TemporaryDirectory() as folder:
-        if job.backend == "onnx":
-            require("-backend onnx", INT8_PACKAGES if job.dtype == "int8" else ONNX_PACKAGES)
+        if job.backend != "inference":
+            require(
+                f"-backend {job.backend}", INT8_PACKAGES if job.dtype == "int8" else ONNX_PACKAGES
+            )
         spec = paddle.static.InputSpec(shape, "float32", "x")
         with on_cpu():
             file = save_for_inference(fold(model), Path(folder, "model"), spec)
         if job.backend == "inference":
-            bf16 = job.dtype == "bfloat16"
-            yield open_paddle(file, bf16=bf16, gpu=on_gpu(), threads=job.threads)
+            yield open_paddle(file, bf16=job.dtype == "bfloat16", **settings)
             return
         import onnx
 
         from tools.onnx_graph import convert, quantize
 
-        converted = convert(file)
+        converted, file = convert(file), Path(folder, "model.onnx")
         if job.dtype == "int8":
-            quantize(converted, len(model.mixer_layers), f"{folder}/model.onnx")
+            quantize(converted, len(model.mixer_layers), str(file))
         else:
-            onnx.save(converted, f"{folder}/model.onnx")
-        yield open_onnx(Path(folder, "model.onnx"), gpu=on_gpu(), threads=job.threads)[0]
+            onnx.save(converted, file)
+        if job.backend == "onnx":
+            yield open_onnx(file, **settings)[0]
+        else:
+            yield open_openvino(file, bf16=job.dtype == "bfloat16", **settings)[0]
 
 
 def _autocast(dtype: str):
@@ -357,32 +374,21 @@ def sample_jpegs(count: int = 16) -> Iterator[Path]:
         yield Path(folder)
 
 
-# --------------------------------------------------------------------------------- the rivals
-class Rival:
-    """timm in a child process, which sleeps while Paddle is measured.
-
-    Args:
-        name: of `RIVALS`.
-        job: what it does too.
-        files: JPEG files, in mode ``data``.
-    """
+# ---------------------------------------------------------------------------------- the peers
+class Peer:
+    """One of `PEER_NAMES` in a child process, which sleeps while Paddle is measured."""
 
     def __init__(self, name: str, job: Job, files: Sequence[str]):
-        if name not in RIVALS:
-            raise UserError(f"-compare is {name!r}; choose from {RIVALS}")
-        settings = json.dumps(job.for_timm(name, files))
-        self._process = subprocess.Popen(
-            [sys.executable, str(RIVAL_SCRIPT), settings],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._name, settings = name, json.dumps(job.for_timm(name, files))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, str(PEER_SCRIPT), settings]
+        self._process = subprocess.Popen(command, text=True, **pipes)
 
-    def __enter__(self) -> Rival:
+    def __enter__(self) -> Peer:
         if self._process.stdout.readline().strip() != "ready":
-            why = self._last_words()
-            raise UserError(f"-compare: timm did not start ({why}); pip install torch timm")
+            why = self._reason()
+            packages = "torch timm" + " openvino" * self._name.startswith("openvino")
+            raise UserError(f"-compare: {self._name} did not start ({why}); pip install {packages}")
         return self
 
     def __exit__(self, *_) -> None:
@@ -399,10 +405,10 @@ class Rival:
             print(request, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise UserError(f"-compare: timm stopped ({self._last_words()})")
+            raise UserError(f"-compare: {self._name} stopped ({self._reason()})")
         return float(answer)
 
-    def _last_words(self) -> str:
+    def _reason(self) -> str:
         lines = self._process.communicate()[1].strip().splitlines()
         return lines[-1] if lines else f"exit code {self._process.returncode}"
 
@@ -439,15 +445,10 @@ def _synchronize() -> None:
 def figures(
     job: Job, label: tuple, times: list, own_times: list, memory_mb: float, peak: float
 ) -> dict:
-    """The result of one side.
+    """The result of one side: ``label`` is its backend and dtype, times are seconds a round.
 
-    Args:
-        job: what was measured.
-        label: backend and dtype.
-        times: seconds of each round.
-        own_times: those of Paddle; ``speedup`` is the median ratio to them.
-        memory_mb: peak memory.
-        peak: from `gemm_peak`; 0: no products.
+    ``speedup`` is the median ratio to Paddle's `own_times`; ``peak`` is of `gemm_peak`, 0 where
+    there are no products.
     """
     seconds = statistics.median(times)
     return {
@@ -482,13 +483,16 @@ def as_table(results: Sequence[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("Measures speed and memory of a model beside the machine's limit.")
     parser.flag("cfg", "YAML config of the model", metavar="FILE")
-    parser.flag("mode", ", ".join(MODES), default="infer", metavar="MODE")
+    parser.flag("mode", "what to measure (default: infer)", default="infer", choices=MODES)
     parser.flag("batch_size", "images in a step", type=int, default=32, metavar="N")
     parser.flag("threads", "CPU threads (default: all cores)", type=int, metavar="N")
-    parser.flag("dtype", ", ".join(DTYPES), default="float32")
-    parser.flag("backend", ", ".join(BACKENDS) + " (-mode infer)", default="eager")
+    dtypes = sorted({dtype for able in DTYPES.values() for dtype in sum(able, ())})
+    parser.flag("dtype", "precision", default="float32", choices=dtypes)
+    parser.flag("backend", "what infers", default="eager", choices=DTYPES)
     parser.flag("rounds", "timed steps", type=int, default=10, metavar="N")
-    parser.flag("compare", "run beside it: " + ", ".join(RIVALS), nargs="+", default=())
+    peers = f"run beside it: {', '.join(PEERS)}, each also with _bf16; or best"
+    names = [*PEER_NAMES, "best"]
+    parser.flag("compare", peers, nargs="+", default=(), choices=names, metavar="PEER")
     parser.flag("json", "one JSON object a line", action="store_true")
     parser.opts_flag("config keys: -opts MODEL.DROPPATH 0 ...")
     args = parser.parse_args(argv)
@@ -505,6 +509,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MemoryError:  # Paddle's is pages long
         raise UserError(f"-batch_size {job.batch_size} does not fit into memory") from None
     print("\n".join(map(json.dumps, results)) if args.json else as_table(results))
+    if results[1:]:
+        best = min(results[1:], key=lambda result: result["speedup"])
+        line = f"{best['speedup']} times as fast as {best['backend']}, the fastest peer"
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The PyTorch side of tools/benchmark.py: the same work by timm, in a process of its own.
+"""The peers of tools/benchmark.py: the same work by timm, in a process of its own.
 
 Settings come as JSON in the first argument. After that every line on standard input is a request,
 ``step`` or ``memory``, and its answer is one number on standard output: seconds, or megabytes.
@@ -50,7 +50,7 @@ def build_step(settings: dict) -> Callable[[], None]:
         block_layer=partial(ResBlock, init_values=0.1),
         norm_layer=Affine,
     ).to(device)
-    run = torch.compile(model) if settings["compile"] else model
+    run = torch.compile(model) if "compile" in settings["form"] else model
     precision = partial(torch.autocast, device, torch.bfloat16, settings["bf16"])
     batch, size = settings["batch_size"], settings["image_size"]
     images = torch.randn(batch, 3, size, size, device=device)
@@ -69,14 +69,35 @@ def build_step(settings: dict) -> Callable[[], None]:
 
         return step
     model.eval()
+    if settings["form"] == "openvino":
+        return _openvino_step(model, images, settings)
+    if settings["form"] == "timm_compile_freeze":
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
 
     def step():
-        with torch.inference_mode(), precision():
+        with torch.no_grad(), precision():  # autocast keeps its casts; not in inference_mode
             run(images)
         if device == "cuda":
             torch.cuda.synchronize()
 
     return step
+
+
+def _openvino_step(model, images, settings: dict) -> Callable[[], None]:
+    import openvino
+
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": settings["threads"],
+        "INFERENCE_PRECISION_HINT": "bf16" if settings["bf16"] else "f32",
+    }
+    network = openvino.convert_model(model, example_input=images)
+    run, array = openvino.compile_model(network, "CPU", options), images.numpy()
+    if settings["bf16"] and run.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+        raise SystemExit("OpenVINO has no bfloat16 on this processor")
+    return lambda: run(array)
 
 
 def _data_step(settings: dict) -> Callable[[], None]:
