@@ -19,8 +19,8 @@ import numpy as np
 from cli.errors import DataError
 from cpu import resample, setup
 from loading import archives
-from loading.classes import class_names, folder_classes, with_num_classes
-from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder, sort_classes
+from loading.classes import UNKNOWN, ClassNames, run_classes
+from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder
 from loading.images import BadImage, read_pixels, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
@@ -28,7 +28,6 @@ from storage.files import shorten, unreachable
 from transforms import build_eval_transform, build_train_transform
 
 __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader"]
-__all__ += ["class_names", "with_num_classes"]
 
 _SKIP_HINT = f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such images"
 
@@ -45,6 +44,7 @@ class ImageDataset:
         hint: what to do about an unreadable image that ends the run.
         keep_last: keep the last image decoded, for repeated augmentation, which asks for the same
             one several times in a row.
+        classes: the names of the labels.
     """
 
     files: ImageIndex
@@ -53,6 +53,7 @@ class ImageDataset:
     replace_limit: int = 0
     hint: str = VERIFY_HINT
     keep_last: bool = False
+    classes: ClassNames = UNKNOWN
     _last: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -94,26 +95,26 @@ def _no_sample(error: str) -> Sample:
     return Sample(np.zeros(1, np.uint8), 0, 0, error=error)
 
 
-def build_dataset(config, split: str) -> ImageDataset:
+def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDataset:
     """Reads the list file, or scans the folders, of a split.
 
     Args:
         config: the config node; see DATA.
         split: ``"train"`` (random transforms) or ``"val"`` (the evaluation transform).
+        weights: the classes of the weights; labels become theirs, see `run_classes`.
 
     Raises:
         DataError: a missing data folder, list or first image; a bad line; labels or class folders
-            that do not fit MODEL.NUM_CLASSES.
+            that do not fit MODEL.NUM_CLASSES, or are other classes than the weights'.
     """
     root = config.DATA.DATA_PATH
     if not archives.is_folder(root):
         raise DataError(f"{root}: no such data folder; set it with `-data_path`")
+    classes, labels, line = run_classes(config, weights)
     if config.DATA.DATASET == "imagefolder":
-        classes = folder_classes(config)
         folder = evaluation_folder(root) if config.EVAL else None
-        files = scan_folder(root, split, config.MODEL.NUM_CLASSES, classes, folder)
-        if split == "train" or config.EVAL:
-            files.notes += _other_order(classes, root)
+        folders = list(classes.folders)
+        files = scan_folder(root, split, config.MODEL.NUM_CLASSES, folders, folder)
     else:
         name = config.DATA.TRAIN_LIST if split == "train" else config.DATA.VAL_LIST
         files = read_list(
@@ -122,6 +123,10 @@ def build_dataset(config, split: str) -> ImageDataset:
             config.MODEL.NUM_CLASSES,
             config.DATA.ALLOW_OUTSIDE_PATHS,
         )
+        if labels:
+            files.relabel(labels)
+    if line and (split == "train" or config.EVAL):  # once a run
+        files.notes.append(line)
     files.exif_orientation = config.DATA.EXIF_ORIENTATION
     if not archives.exists(files.path(0)):  # the others are missed when they are read
         slashes = " with forward slashes" if b"\\" in files.name(0) else ""
@@ -135,24 +140,18 @@ def build_dataset(config, split: str) -> ImageDataset:
         limit = config.DATA.BAD_IMAGE_LIMIT if skip else 0
         hint, repeated = VERIFY_HINT if skip else _SKIP_HINT, config.TRAIN.REPEATED_AUG > 1
         transform = build_train_transform(config)
-        return ImageDataset(files, transform, config.SEED, limit, hint, repeated)
+        return ImageDataset(files, transform, config.SEED, limit, hint, repeated, classes)
     evaluate = build_eval_transform(config)
-    return ImageDataset(files, lambda image, rng: evaluate(image))
-
-
-def _other_order(classes: list[str], root: str) -> list[str]:
-    sorted_ones = sort_classes(classes, root)
-    if classes == sorted_ones:
-        return []
-    label = next(i for i, name in enumerate(classes) if name != sorted_ones[i])
-    return [
-        f"warning: {root}: the classes.txt beside the weights has another order than the folders "
-        f"(label {label} is {classes[label]!r}, not {sorted_ones[label]!r}); the weights' is kept"
-    ]
+    return ImageDataset(files, lambda image, rng: evaluate(image), classes=classes)
 
 
 def build_loader(
-    config, split: str, rank: int = 0, world: int = 1, log: Callable[[str], None] = print
+    config,
+    split: str,
+    rank: int = 0,
+    world: int = 1,
+    log: Callable[[str], None] = print,
+    weights: ClassNames = UNKNOWN,
 ) -> Loader:
     """Builds the loader of a split for one process; see `Loader`.
 
@@ -162,18 +161,19 @@ def build_loader(
         rank: this process, ``0 <= rank < world``.
         world: number of processes; `DATA.BATCH_SIZE` is per process.
         log: takes one line of text.
+        weights: see `build_dataset`.
 
     Raises:
         DataError: as `build_dataset`; also a training set smaller than one step.
     """
-    dataset = build_dataset(config, split)
+    dataset = build_dataset(config, split, weights)
     told = split == "train" or config.EVAL  # once a run
     resample.prepare(log if told else lambda line: None)  # before workers are forked
     if not simplejpeg_is_right() and told:
         log("JPEGs are decoded by Pillow, slower: no simplejpeg with the pixels of this Pillow")
     for note in dataset.files.notes:
         log(note)
-    _warn_of_empty_classes(config, split, dataset.files, log)
+    _warn_of_empty_classes(config, split, dataset, log)
     data = config.DATA
     if split == "train":
         sampler = TrainBatchSampler(
@@ -230,11 +230,11 @@ def loader_of(
     )
 
 
-def _warn_of_empty_classes(config, split: str, files: ImageIndex, log) -> None:
+def _warn_of_empty_classes(config, split: str, dataset: ImageDataset, log) -> None:
     """Logs a line where some classes have no image: a folder or a part of a list went missing."""
+    files, names = dataset.files, dataset.classes.names
     expected = (config.EVAL and files.subset) or range(config.MODEL.NUM_CLASSES)
     empty = sorted(set(expected) - set(files.labels))
     if empty:
-        names = class_names(config)
         named = shorten([f"{label} ({names[label]})" if names else label for label in empty], 5)
         log(f"warning: {len(empty)} of {len(expected)} classes have no image in {split}: {named}")

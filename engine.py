@@ -15,17 +15,19 @@ from pathlib import Path
 
 from cli.errors import ConfigError, TrainingError
 from cpu import ops
-from datasets import build_loader, with_num_classes
+from datasets import build_loader
+from loading.classes import UNKNOWN, with_num_classes
 from optimizer import Schedule
 from parallel.process import Preempted, Process, from_main, main_first, prepare_process
 from storage import checkpoints
+from storage.adapt import read_pretrained
 from storage.run_folder import RunFolder, choose_folder
 from training.eval_run import run_evaluation
 from training.evaluation import Metrics, Result, evaluate
 from training.learner import Learner
 from training.progress import Monitor, Progress
 from training.report import Report
-from training.saving import Checkpoints, first_model
+from training.saving import Checkpoints, first_model, first_weights
 from utils import Meter, ProgressLine, seed_everything, step_rng
 
 _log = logging.getLogger("resmlp")
@@ -43,14 +45,19 @@ def run(config, on_step: Callable[[int], None] = lambda step: None) -> Result:
         Preempted: after SIGTERM or Ctrl-C, when everything is saved.
     """
     process = prepare_process()
-    config = with_num_classes(config)
+    weights = None
+    if config.EVAL:
+        if not config.MODEL.PRETRAINED:
+            raise ConfigError("-eval needs weights: give them with -pretrained FILE")
+        weights = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY, process)
+    config = with_num_classes(config, weights.classes if weights else UNKNOWN)
     folder = from_main(str(choose_folder(config)) if process.main else "", process)
     folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
     with contextlib.closing(folder):
         if config.AMP and not process.on_gpu:
             _log.info(ops.choose_precision(config.AMP_DTYPE, config.AMP_LEVEL)[1])
         if config.EVAL:
-            return run_evaluation(config, process, folder)
+            return run_evaluation(config, process, folder, weights)
         if config.MODEL.NUM_CLASSES == 0:
             raise ConfigError("MODEL.NUM_CLASSES is 0 (features only); training needs classes")
         return Trainer(config, process, folder).fit(on_step)
@@ -63,11 +70,15 @@ class Trainer:
         self.config, self.process = config, process
         self.checkpoints = Checkpoints(config, process, folder)
         saved = self.checkpoints.choose()
-        self.train_loader = build_loader(config, "train", process.rank, process.world, _log.info)
-        self.val_loader = build_loader(config, "val", process.rank, process.world, _log.info)
+        weights, known = first_weights(config, saved, process)
+        share = process.rank, process.world, _log.info
+        self.train_loader = build_loader(config, "train", *share, known)
+        self.val_loader = build_loader(config, "val", *share, known)
+        self.checkpoints.describe(self.train_loader.dataset, self.val_loader.dataset)
         self.schedule = Schedule(config, len(self.train_loader), process.world)
         seed_everything(config.SEED)
-        model, labels = first_model(config, saved, process), self.train_loader.dataset.files.labels
+        dataset = self.train_loader.dataset
+        model, labels = first_model(config, saved, weights, dataset.classes), dataset.files.labels
         self.learner = Learner(config, process, model, saved, labels)
         done = saved["epoch"] if saved else config.TRAIN.LAST_EPOCH
         self.progress = Progress(epoch=done, step=done * self.schedule.steps_per_epoch)
@@ -87,8 +98,8 @@ class Trainer:
         """Trains to the last epoch; see `run`."""
         progress, metrics = self.progress, None
         try:
-            images = len(self.train_loader.dataset), len(self.val_loader.dataset)
-            self.report.hello(self.learner, progress, images)
+            datasets = self.train_loader.dataset, self.val_loader.dataset
+            self.report.log_start(self.learner, progress, *datasets)
             teacher = self.learner.objective.teacher
             if teacher is not None and progress.epoch < self.schedule.total_epochs:
                 self.evaluate(teacher, "teacher")

@@ -313,7 +313,7 @@ def build_resmlp(config) -> ResMLP:
     """Builds the model that a config describes (``config.MODEL``, ``config.DATA.IMAGE_SIZE``).
 
     Raises:
-        ConfigError: MODEL.NUM_CLASSES is still ``auto`` (`datasets.with_num_classes`).
+        ConfigError: MODEL.NUM_CLASSES is still ``auto`` (`loading.classes.with_num_classes`).
     """
     if config.MODEL.NUM_CLASSES == "auto":
         raise ConfigError(

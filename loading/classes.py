@@ -1,17 +1,202 @@
-"""The classes of a data set: their number, names and labels. (No Paddle.)"""
+"""The classes of a data set, of weights, of a teacher: their names, and what to do where two meet.
+
+A label is a number only inside one file. `ClassNames` says what the numbers of a file mean:
+
+    data, weights = data_classes(config), read_weights(path).classes
+    labels, line = data.labels_in(weights)  # raises where these are other classes
+
+``labels`` is None where nothing has to be mapped, else ``labels[i]`` is the label that class ``i``
+of the data has in the weights, and ``line`` says so in the log. (No Paddle.)
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cli.errors import DataError
 from loading import archives
-from loading.files import class_folders, evaluation_folder, find_classes, read_list
+from loading.files import class_folders, evaluation_folder, find_classes, one_name, read_list
 from loading.imagenet import wordnet_ids
 from loading.images import reason_of, regular_size
+from storage.files import printable
+
+_TRAINING_ADVICE = "name them as they were; other classes take a new run, with -pretrained"
+_EVALUATION_ADVICE = "evaluate weights of these classes, or call these as the weights do"
 
 
-def read_class_names(path: str, num_classes: int | str) -> list[str]:
+@dataclass(frozen=True)
+class ClassNames:
+    """The names of classes by label; false where nobody knows them.
+
+    Attributes:
+        names: name i is that of label i.
+        source: the file or folder that says so, for messages.
+        folders: the class folders, where the images lie in such. They tell which class it is, even
+            where `names` are others, for people.
+    """
+
+    names: tuple[str, ...] = ()
+    source: str = ""
+    folders: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def labels_in(
+        self, other: ClassNames, advice: str = "", subset: bool = False
+    ) -> tuple[list[int] | None, str]:
+        """Compares two sets where they meet; NFC and NFD are one name.
+
+        Args:
+            other: the set whose labels count, such as the weights'.
+            advice: ends the message of the error.
+            subset: these may be some of the other's classes only.
+
+        Returns:
+            Each label's label in ``other``, and a line for the log; None and an empty line where
+            both are equal, or one is unknown.
+
+        Raises:
+            DataError: other names; it shows the first difference.
+        """
+        if difference := self.difference(other, subset):
+            raise DataError(difference + (advice and f"; {advice}"))
+        mine, theirs = self._comparable(other, subset)
+        if mine == theirs:
+            return None, ""
+        label_of = {name: label for label, name in enumerate(theirs)}
+        labels = [label_of[name] for name in mine]
+        if labels == sorted(labels):  # some of the classes, in the same order
+            return labels, ""
+        label = next(i for i, name in enumerate(mine) if label_of[name] != i)
+        return labels, (
+            f"warning: {self.source}: the classes are in another order than in {other.source} "
+            f"(label {label} is {printable(mine[label])!r}, not {printable(theirs[label])!r}): "
+            "their labels there are used"
+        )
+
+    def difference(self, other: ClassNames, subset: bool = False) -> str:
+        """The first difference from another set, in any order; empty: none, or one is unknown."""
+        mine, theirs = self._comparable(other, subset)
+        if _agree(mine, theirs, subset):
+            return ""
+        here = [(label, name) for label, name in enumerate(mine) if name not in set(theirs)]
+        there = [(label, name) for label, name in enumerate(theirs) if name not in set(mine)]
+        if not here and (subset or not there):
+            (twice, _), *_ = Counter(mine).most_common(1)
+            return f"{self.source}: {printable(twice)!r} is the name of two classes"
+        if not here:
+            label, name = there[0]
+            text = f"{self.source}: {len(there)} classes of {other.source} are missing, such as "
+            return f"{text}{printable(name)!r} (label {label} there)"
+        label, name = here[0]
+        alike = [entry for entry in there if _look_alike(name, entry[1])]
+        at, other_name = (alike or there or [(0, theirs[0])])[0]
+        return (
+            f"{self.source}: {len(here)} of {len(mine)} classes are not among those of "
+            f"{other.source}, such as {printable(name)!r}"
+            + (f" (label {label})" * (not subset))
+            + f"; label {at} there is {printable(other_name)!r}{_look_alike(name, other_name)}"
+        )
+
+    def _comparable(self, other: ClassNames, subset: bool) -> tuple[list[str], list[str]]:
+        """The two lists to compare; two empty ones where there is nothing to."""
+        if not self or not other:
+            return [], []
+        pairs = [(self.folders, other.folders)]
+        if not all(pairs[0]):  # a file of names may have the one or the other
+            mine, theirs = self.names, other.names
+            if len(mine) == len(theirs) and (mine == wordnet_ids()) != (theirs == wordnet_ids()):
+                return [], []  # these ids have many names for people
+            pairs = [(mine, theirs), (self.folders, theirs), (mine, other.folders)]
+        pairs = [tuple([one_name(n) for n in names] for names in pair) for pair in pairs]
+        return next((p for p in pairs if all(p) and _agree(*p, subset)), pairs[0])
+
+    def moved(self, labels: Sequence[int]) -> ClassNames:
+        """This set with the labels that `labels_in` gave."""
+        order = sorted(range(len(labels)), key=labels.__getitem__)
+        names = tuple(self.names[i] for i in order)
+        folders = tuple(self.folders[i] for i in order) if self.folders else ()
+        return ClassNames(names, self.source, folders)
+
+    def text(self) -> str:
+        """The content of a ``classes.txt``."""
+        return "".join(f"{name}\n" for name in self.names)
+
+    def record(self) -> dict:
+        """What a checkpoint, weight file or export keeps, of lists and texts; see `of_record`."""
+        return {"names": list(self.names), "folders": list(self.folders)}
+
+    @classmethod
+    def of_record(cls, record: object, source: str) -> ClassNames:
+        """The set that `record` (or its JSON) is of; unknown where it is anything else."""
+        if isinstance(record, str):
+            try:
+                record = json.loads(record)
+            except (ValueError, RecursionError):
+                return cls()
+        values = [record.get(k, []) for k in ("names", "folders")] if type(record) is dict else []
+        texts = all(type(value) is list and {*map(type, value)} <= {str} for value in values)
+        if not values or not texts or len(values[1]) not in (0, len(values[0])):
+            return cls()
+        return cls(tuple(values[0]), source, tuple(values[1]))
+
+    @classmethod
+    def beside(cls, weights: str | os.PathLike) -> ClassNames:
+        """The ``classes.txt`` beside a weight file, which counts where the file itself says
+        nothing; unknown where there is none, or it cannot be read.
+        """
+        path = os.path.join(os.path.dirname(weights), "classes.txt")
+        try:
+            return cls(tuple(read_class_names(path)), path)
+        except DataError:
+            return cls()
+
+
+UNKNOWN = ClassNames()
+
+
+def _agree(mine: list[str], theirs: list[str], subset: bool) -> bool:
+    """Whether every class of the one is found, once, in the other."""
+    if mine == theirs:
+        return True
+    same = set(mine) <= set(theirs) if subset else set(mine) == set(theirs)
+    return same and len(mine) == len(set(mine)) and (subset or len(mine) == len(theirs))
+
+
+def _look_alike(one: str, other: str) -> str:
+    """The first difference of two names that look alike, by character; else empty."""
+
+    def bare(name: str) -> str:  # without case, width, spaces and marks that show nothing
+        name = unicodedata.normalize("NFKC", name).casefold()
+        return "".join(c for c in name if unicodedata.category(c)[0] not in "CZ")
+
+    def code(name: str, place: int) -> str:
+        if place == len(name):
+            return "the end"
+        return f"U+{ord(name[place]):04X} {unicodedata.name(name[place], '')}".strip()
+
+    def script(character: str) -> str:
+        return unicodedata.name(character, "").split(" ")[0]
+
+    differ = [(a, b) for a, b in zip(one, other) if a != b]
+    foreign = len(one) == len(other) and all(script(a) != script(b) for a, b in differ)
+    if bare(one) != bare(other) and not foreign:
+        return ""
+    place = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
+    place = min(len(one), len(other)) if place is None else place
+    return f" (character {place + 1} is {code(one, place)} here, {code(other, place)} there)"
+
+
+def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
     """Reads a text file of class names, line i the name of label i.
 
     Raises:
@@ -31,24 +216,88 @@ def read_class_names(path: str, num_classes: int | str) -> list[str]:
     return names
 
 
-def class_names(config) -> list[str] | None:
-    """The names of the classes, by label: from DATA.CLASS_NAMES, else ``classes.txt`` in the data
-    folder, else the folder names of an `imagefolder` tree; None where there are none.
+def data_classes(config) -> ClassNames:
+    """The classes of a config's data, by the data's own labels: DATA.CLASS_NAMES, else
+    ``classes.txt`` in the data folder, else the folders of an `imagefolder` tree.
+
+    Raises:
+        DataError: what is there cannot be read, or does not have MODEL.NUM_CLASSES names.
     """
-    imagefolder = config.DATA.DATASET == "imagefolder" and archives.is_folder(config.DATA.DATA_PATH)
-    return _given_names(config) or (folder_classes(config) if imagefolder else None)
+    names, source = _given_names(config)
+    if config.DATA.DATASET != "imagefolder" or not archives.is_folder(config.DATA.DATA_PATH):
+        return ClassNames(names, source)
+    folders = tuple(find_classes(config.DATA.DATA_PATH))
+    return ClassNames(names or folders, config.DATA.DATA_PATH, folders)
 
 
-def _given_names(config) -> list[str] | None:
-    beside = os.path.join(config.DATA.DATA_PATH, "classes.txt")
-    path = config.DATA.CLASS_NAMES or (beside if os.path.isfile(beside) else None)
-    return read_class_names(path, config.MODEL.NUM_CLASSES) if path else None
+def _given_names(config) -> tuple[tuple[str, ...], str]:
+    path = config.DATA.CLASS_NAMES or os.path.join(config.DATA.DATA_PATH, "classes.txt")
+    if not config.DATA.CLASS_NAMES and not os.path.lexists(path):
+        return (), path
+    return tuple(read_class_names(path, config.MODEL.NUM_CLASSES)), path
 
 
-def with_num_classes(config):
-    """The config, frozen, with a number where MODEL.NUM_CLASSES is ``auto``: as many classes as
-    there are `class_names`, else the largest label of the training list (without one: of the
-    validation list) and one more.
+def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list[int] | None, str]:
+    """The classes of a run by the labels of its model, which are those of the weights.
+
+    Args:
+        config: of the run.
+        weights: the classes of the checkpoint or weights that it begins with.
+
+    Returns:
+        The classes, of an `imagefolder` tree with all folders; each label of the data among them
+        and a line for the log, as `ClassNames.labels_in`.
+
+    Raises:
+        DataError: as `data_classes`; the data have other classes than the weights.
+    """
+    if config.EVAL and config.DATA.DATASET == "imagefolder":
+        root = config.DATA.DATA_PATH
+        folder = evaluation_folder(root)
+        if archives.is_folder(folder) and (folders := tuple(class_folders(folder))):
+            found = _evaluated_folders(config, weights, ClassNames(folders, folder, folders))
+            if found is not None:
+                return found
+    own, advice = data_classes(config), _EVALUATION_ADVICE if config.EVAL else _TRAINING_ADVICE
+    labels, line = own.labels_in(weights, advice)
+    return own if labels is None else own.moved(labels), labels, line
+
+
+def _evaluated_folders(config, weights: ClassNames, folders: ClassNames) -> tuple | None:
+    """`run_classes` for class folders to evaluate on, of which there may be some only; None:
+    nobody knows what the weights call theirs.
+
+    1,000 classes of which nothing else is known are ImageNet's, with folders called by their
+    WordNet ids or by their numbers, as in ImageNet-V2.
+    """
+    count, ids = config.MODEL.NUM_CLASSES, wordnet_ids()
+    count = len(weights) if weights and count == "auto" else count
+    known = []
+    if len(weights) == count and weights.names != ids:
+        known = [weights]
+    elif count == len(ids):
+        numbers = list(map(str, range(count)))
+        for name in folders.names:
+            if name.isdecimal() and int(name) < count:
+                numbers[int(name)] = name  # which may be 0007
+        known = [ClassNames(x, "ImageNet", x) for x in (ids, tuple(numbers))]
+    given, _ = _given_names(config)
+    for classes in known:
+        if not folders.difference(classes, subset=True):
+            names = given or classes.names
+            found = ClassNames(names, folders.source, classes.folders or classes.names)
+            return found, *folders.labels_in(classes, subset=True)
+    if not known or (given and not weights.folders and given == weights.names):
+        return None
+    return folders.labels_in(known[0], _EVALUATION_ADVICE, subset=True)  # raises
+
+
+def with_num_classes(config, weights: ClassNames = UNKNOWN):
+    """The config, frozen, with a number where MODEL.NUM_CLASSES is ``auto``.
+
+    That is as many classes as the weights have (``weights``, where these are to stay as they are),
+    else the data, else the largest label of the training list (without one: of the validation
+    list) and one more.
 
     Raises:
         DataError: there is no data folder, or what is in there cannot be read.
@@ -56,82 +305,18 @@ def with_num_classes(config):
     root, data = config.DATA.DATA_PATH, config.DATA
     if config.MODEL.NUM_CLASSES != "auto":
         return config
-    if not archives.is_folder(root):
+    if not weights and not archives.is_folder(root):
         raise DataError(
             f"{root}: no such data folder, and MODEL.NUM_CLASSES auto counts the classes there; "
             "set it with `-data_path` (tools: -opts DATA.DATA_PATH DIR), or set the number"
         )
-    names, config = class_names(config), config.clone()
-    if names is None:
+    count = len(weights) or len(run_classes(config)[0])
+    if not count:
         lists = [os.path.join(root, name) for name in (data.TRAIN_LIST, data.VAL_LIST)]
         path = next(filter(os.path.isfile, lists), lists[0])
-        labels = read_list(path, root, 10**9, data.ALLOW_OUTSIDE_PATHS).labels
+        count = max(read_list(path, root, 10**9, data.ALLOW_OUTSIDE_PATHS).labels) + 1
+    config = config.clone()
     config.defrost()
-    config.MODEL.NUM_CLASSES = max(labels) + 1 if names is None else len(names)
+    config.MODEL.NUM_CLASSES = count
     config.freeze()
     return config
-
-
-def folder_classes(config) -> list[str]:
-    """The class folders of an `imagefolder` tree by label.
-
-    They are those of `find_classes`, unless the weights come from a run whose classes.txt has these
-    very names in another order. (Runs used to sort numbers as texts.) The weights' order is kept
-    then. With EVAL they are the classes of the weights, of which the data may have some only.
-
-    Raises:
-        DataError: as `find_classes`; with EVAL, folders that are no classes of the weights.
-    """
-    root, order = config.DATA.DATA_PATH, _run_classes(config)
-    folder = evaluation_folder(root)
-    if config.EVAL and archives.is_folder(folder) and (folders := class_folders(folder)):
-        known = _known_classes(config, order, folders)
-        for classes in known:
-            if set(folders) <= set(classes):
-                return classes
-        if known:
-            wrong = [name for name in folders if name not in known[0]]
-            whose = "the classes.txt beside the weights" if len(known) == 1 else "ImageNet's ids"
-            raise DataError(
-                f"{folder}: {len(wrong)} of {len(folders)} class folders are not in {whose}, such "
-                f"as {wrong[0]!r} (they have {known[0][0]!r}); weights of other classes need the "
-                "classes.txt of their training beside them, one class folder a line"
-            )
-    classes = find_classes(root)
-    return order if order and sorted(order) == sorted(classes) else classes
-
-
-def _known_classes(config, order: list[str], folders: list[str]) -> list[list[str]]:
-    """What the folders of the weights' classes may be called, by label; empty: nobody knows.
-
-    They are called as in the run's classes.txt, unless that has names for people. ImageNet's, which
-    1,000 classes are where nothing else is known, are called by their WordNet ids or by their
-    numbers, as in ImageNet-V2.
-    """
-    count, imagenet = config.MODEL.NUM_CLASSES, list(wordnet_ids())
-    if order and count == "auto":
-        count = len(order)
-    theirs = len(order) == count and order != imagenet
-    if theirs and (set(folders) <= set(order) or order != _given_names(config)):
-        return [order]
-    if count != len(imagenet):
-        return []
-    numbers = [str(label) for label in range(count)]
-    for name in folders:
-        if name.isdecimal() and int(name) < count:
-            numbers[int(name)] = name  # which may be 0007
-    return [imagenet, numbers]
-
-
-def _run_classes(config) -> list[str]:
-    """The lines of the classes.txt beside the weights that the config names, if there is one."""
-    for weights in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
-        folder = config.SAVE if weights == "auto" else os.path.dirname(weights)
-        path = os.path.join(folder, "classes.txt")
-        if os.path.isfile(path):
-            try:
-                with open(path, encoding="utf-8-sig") as file:
-                    return [line.strip() for line in file.read().rstrip().split("\n")]
-            except (OSError, UnicodeDecodeError):
-                return []
-    return []

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -85,6 +87,14 @@ class ImageIndex:
 
     def path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.name(index)))
+
+    def relabel(self, labels: Sequence[int]) -> None:
+        """Replaces each label ``i`` by ``labels[i]``."""
+        self.labels = array("i", [labels[label] for label in self.labels])
+
+    def fingerprint(self) -> list[int]:
+        """How many images there are, and a CRC-32 of their paths and labels."""
+        return [len(self), zlib.crc32(self.labels, zlib.crc32(self._names))]
 
     def open_archives(self) -> None:
         """Indexes the archives that files are in, so that workers forked later share it all.
@@ -259,17 +269,18 @@ def scan_folder(
     folder = folder or split_folder(root, split)
     if not archives.is_folder(folder):
         raise DataError(f"{folder}: no such folder; expected {split}/<class>/<image>")
-    there = set(class_folders(folder))
-    unknown = sorted(there - set(classes))
+    there = {one_name(name): name for name in class_folders(folder)}
+    unknown = sorted(there.keys() - set(map(one_name, classes)))
     if unknown:
         raise DataError(f"{folder}: class {unknown[0]!r} is not among the folders of train")
     index, others = ImageIndex(root), []
-    for label, name in enumerate(classes):
-        for path in list_images(os.path.join(folder, name), others) if name in there else ():
+    for label, name in enumerate(map(one_name, classes)):
+        found = list_images(os.path.join(folder, there[name]), others) if name in there else []
+        for path in found:
             index.add(os.fsencode(os.path.relpath(path, root)), label)
     index.notes = describe_others(folder, others) + passed_over(root)
     if len(there) < num_classes:
-        index.subset = [label for label, name in enumerate(classes) if name in there]
+        index.subset = [label for label, name in enumerate(map(one_name, classes)) if name in there]
     if not len(index):
         there = f"; {index.notes[0]}" if others else ""
         if loose := len(list_images(folder)):
@@ -368,6 +379,10 @@ def class_folders(folder: str) -> list[str]:
     on_disk = os.path.isdir(folder)
     names = [n for n in _folders(folder) if not (on_disk and is_output(os.path.join(folder, n)))]
     names = sort_classes(names, folder)
+    if twice := [name for name, count in Counter(map(one_name, names)).items() if count > 1]:
+        raise DataError(
+            f"{folder}: two folders are called {twice[0]!r}, in Unicode's NFC and NFD; join them"
+        )
     for name in names:
         if printable(name) != name or not name.strip():
             raise DataError(
@@ -375,6 +390,11 @@ def class_folders(folder: str) -> list[str]:
                 "line breaks and control characters; rename the folder"
             )
     return names
+
+
+def one_name(name: str) -> str:
+    """A class name in Unicode's NFC: macOS and others write accents in two ways."""
+    return unicodedata.normalize("NFC", name)
 
 
 def sort_classes(names: Iterable[str], where: str) -> list[str]:

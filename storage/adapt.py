@@ -20,7 +20,7 @@ from storage.weights import WeightFile, find_file, naming, read_weights
 
 
 def load_pretrained(
-    model: nn.Layer, config, new_head: bool = False, process: Process | None = None
+    model: nn.Layer, config, new_head: bool | str = False, file: WeightFile | None = None
 ) -> list[str]:
     """Loads the weights that a config names, as its ``MODEL`` section says.
 
@@ -28,7 +28,7 @@ def load_pretrained(
         model: receives the weights.
         config: PRETRAINED, PRETRAINED_KEY and RESIZE_TOKENS of its ``MODEL`` are used.
         new_head: see `load_state`: for training on other classes.
-        process: see `read_pretrained`.
+        file: what `read_pretrained` has found there already.
 
     Returns:
         Lines for the log: what was read, and each adaptation that was made.
@@ -36,7 +36,7 @@ def load_pretrained(
     Raises:
         WeightsError: the weights cannot be had or read, or do not fit the model.
     """
-    file = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY, process)
+    file = file or read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
     with naming(file.path):
         notes = load_state(model, file.state, new_head, config.MODEL.RESIZE_TOKENS)
     return [f"weights: {file}", *notes]
@@ -72,7 +72,7 @@ def read_pretrained(
 def load_state(
     model: nn.Layer,
     state: Mapping[str, np.ndarray],
-    new_head: bool = False,
+    new_head: bool | str = False,
     resize_tokens: bool = False,
 ) -> list[str]:
     """Loads a state dict into the model, all of it or (with an error) nothing.
@@ -81,6 +81,7 @@ def load_state(
         model: receives the weights.
         state: parameter name -> array, as `weights.read_weights` returns it.
         new_head: accept weights for another number of classes; the head keeps its initialisation.
+            A text: it does in any case, for that reason.
         resize_tokens: accept weights for another image size; token mixing is resampled.
 
     Returns:
@@ -99,7 +100,7 @@ def load_state(
 def adapt_state_dict(
     state: Mapping[str, np.ndarray],
     model: nn.Layer,
-    new_head: bool = False,
+    new_head: bool | str = False,
     resize_tokens: bool = False,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The state dict as the model needs it; arguments and errors as for `load_state`.
@@ -114,13 +115,14 @@ def adapt_state_dict(
     return state, notes
 
 
-def _adapt_head(state: dict, model: nn.Layer, new_head: bool, notes: list[str]) -> None:
+def _adapt_head(state: dict, model: nn.Layer, new_head: bool | str, notes: list[str]) -> None:
     """Puts the model's own head into the state dict where the file's has other classes."""
     head = state.get("head.weight", np.empty((model.embed_dim, 0)))
     if head.ndim != 2 or head.shape[0] != model.embed_dim:
         return  # not only another number of classes: `_check_match` says what else
     found, wanted = head.shape[1], model.num_classes
-    if found == wanted or (not found and not new_head):
+    other_classes = isinstance(new_head, str) and found == wanted
+    if (found == wanted and not other_classes) or (not found and not new_head):
         return
     if wanted and not new_head:
         raise WeightsError(
@@ -132,7 +134,8 @@ def _adapt_head(state: dict, model: nn.Layer, new_head: bool, notes: list[str]) 
     elif not found:
         notes.append(f"head initialised for {wanted} classes: the file has none")
     else:
-        notes.append(f"head initialised for {wanted} classes: the file's has {found}")
+        reason = new_head if other_classes else f"the file's has {found}"
+        notes.append(f"head initialised for {wanted} classes: {reason}")
     for name in ("head.weight", "head.bias"):
         state.pop(name, None)
     state.update((f"head.{n}", value.numpy()) for n, value in model.head.state_dict().items())

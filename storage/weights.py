@@ -9,6 +9,7 @@ Imports no Paddle. Arrays that are read are read-only.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cli.errors import WeightsError
+from loading.classes import UNKNOWN, ClassNames
 from storage import safe_pickle
 from storage.files import printable, shorten, unreachable, write_atomically
 
@@ -34,7 +36,10 @@ KEYS = ("auto", "model", "model_ema")
 CONTAINERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 # DistributedDataParallel, torch.compile, Paddle's DataParallel.
 _PREFIXES = ("module.", "_orig_mod.", "_layers.")
-NAME_TABLE = "StructuredToParameterName@@"  # what paddle.save adds to a flat state dict
+# Names of parameters, which paddle.save adds to a flat state dict and paddle.load drops. Under its
+# own name, which paddle.load takes for one more of them, our files keep `ClassNames.record`.
+NAME_TABLE = "StructuredToParameterName@@"
+CLASSES = "classes"  # the record in checkpoints, and in the metadata of safetensors
 # A zip archive; before PyTorch 1.6, a pickled number.
 TORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02\x8a\n")
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -49,11 +54,13 @@ class WeightFile:
         key: which of a checkpoint's state dicts was taken (``model``, ``model_ema``); empty for a
             file that is one state dict.
         path: the file that was read.
+        classes: the names of its classes, where it says them.
     """
 
     state: dict[str, np.ndarray]
     key: str
     path: str
+    classes: ClassNames = UNKNOWN
 
     def __str__(self) -> str:
         return f"{self.key} of {self.path}" if self.key else self.path
@@ -98,7 +105,11 @@ def safe_load(path: str | os.PathLike) -> Any:
     Raises:
         WeightsError: no such file; or it is truncated, foreign, or holds more than plain data.
     """
-    path = find_file(path)
+    return _without_name_table(_load(find_file(path)))
+
+
+def _load(path: Path) -> Any:
+    """`safe_load` with the tables of names, which for a safetensors file is its metadata."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -112,7 +123,7 @@ def safe_load(path: str | os.PathLike) -> Any:
             f"{path}: a PyTorch file (or another zip archive); port it first with "
             f"`python port_weights/load_timm_weights.py -checkpoint {path}`"
         )
-    return _without_name_table(safe_pickle.load(path))
+    return safe_pickle.load(path)
 
 
 def refuse_text(head: bytes, path: str | os.PathLike) -> None:
@@ -150,12 +161,17 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     if key not in KEYS:
         raise WeightsError(f"MODEL.PRETRAINED_KEY is {key!r}; choose one of {', '.join(KEYS)}")
     path = find_file(path)
-    content = safe_load(path)
+    content = _load(path)
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    state, taken = _choose(content, key, path)
-    state = without_prefixes(state, path)
-    return WeightFile(check_state(state, str(path)), taken, str(path))
+    table = content.get(NAME_TABLE)
+    classes = content.get(CLASSES) or (table.get(NAME_TABLE) if isinstance(table, dict) else None)
+    state, taken = _choose(_without_name_table(content), key, path)
+    state = check_state(without_prefixes(state, path), str(path))
+    classes = ClassNames.of_record(classes, str(path)) or ClassNames.beside(path)
+    if len(classes) != len(state.get("head.bias", ())):
+        classes = UNKNOWN  # a classes.txt of something else
+    return WeightFile(state, taken, str(path), classes)
 
 
 def check_state(state: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
@@ -187,23 +203,28 @@ def check_state(state: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
     return {name: arrays[id(value)] for name, value in state.items()}
 
 
-def write_weights(state: Mapping[str, Any], path: str | os.PathLike) -> None:
+def write_weights(
+    state: Mapping[str, Any], path: str | os.PathLike, classes: ClassNames = UNKNOWN
+) -> None:
     """Writes a state dict so that the file is either whole or not there.
 
     Args:
         state: parameter name -> NumPy array or Paddle tensor.
         path: ``*.safetensors``, or any other name for the format of ``paddle.save``.
+        classes: kept in the file's metadata, or in the table that ``paddle.load`` drops.
 
     Raises:
         UserError: the file cannot be written.
     """
     arrays = {name: np.ascontiguousarray(_to_numpy(value)) for name, value in state.items()}
+    record = json.dumps(classes.record()) if classes else ""
     if Path(path).suffix == ".safetensors":
         from safetensors.numpy import save
 
-        data = save(arrays, metadata={"format": "np"})
+        data = save(arrays, metadata={"format": "np"} | ({CLASSES: record} if record else {}))
     else:
-        data = pickle.dumps(arrays, protocol=4)
+        table = {NAME_TABLE: {name: name for name in arrays} | {NAME_TABLE: record}}
+        data = pickle.dumps(arrays | table if record else arrays, protocol=4)
     write_atomically(data, path)
 
 
@@ -222,16 +243,17 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise WeightsError(f"{path}: reading it needs `pip install safetensors`") from None
     try:
-        result = {}
-        for name, entry in deserialize(path.read_bytes()):
+        data, result = path.read_bytes(), {}
+        for name, entry in deserialize(data):
             if (kind := entry["dtype"]) not in _SAFETENSORS_TYPES:
                 raise WeightsError(f"{path}: {shorten([name])} is {kind}, not floating point")
-            data = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[kind])
-            result[name] = data.reshape(entry["shape"])
+            values = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[kind])
+            result[name] = values.reshape(entry["shape"])
     except (SafetensorError, MemoryError, ValueError, OverflowError) as error:
         reason = printable(str(error), 200) or type(error).__name__
         raise WeightsError(f"{path}: truncated or damaged ({reason})") from None
-    return result
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {**result, NAME_TABLE: {NAME_TABLE: header.get("__metadata__", {}).get(CLASSES)}}
 
 
 def _without_name_table(content: Any) -> Any:

@@ -12,7 +12,7 @@ from cli.errors import DataError
 from demo import make_subset
 from demo.fashion_mnist import CLASSES, SPLITS, Split, fingerprint, folder_name, read, write_archive
 from demo.prepare import prepare
-from loading.classes import class_names
+from loading.classes import data_classes
 from loading.files import read_list, scan_folder
 from loading.images import read_image
 
@@ -209,4 +209,4 @@ def test_the_class_names_are_found_beside_the_images(splits, tmp_path):
     prepare(splits, tmp_path / "data")
     config = get_config()
     config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path / "data"), 10
-    assert class_names(config) == list(CLASSES)
+    assert data_classes(config).names == tuple(CLASSES)

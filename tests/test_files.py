@@ -12,11 +12,9 @@ from PIL import Image, PngImagePlugin
 
 from cli.errors import DataError
 from cpu.resample import to_image
-from datasets import build_dataset
 from loading import images
-from loading.classes import class_names, folder_classes, read_class_names, with_num_classes
+from loading.classes import read_class_names
 from loading.files import find_classes, list_images, read_list, scan_folder
-from loading.imagenet import wordnet_ids
 from loading.images import BadImage, open_image, read_image, read_pixels, upright
 from storage.files import printable
 
@@ -252,91 +250,6 @@ def test_class_folders_that_are_numbers_are_ordered_by_value(tmp_path):
     make_tree(tmp_path, classes=("02",), count=1)
     with pytest.raises(DataError, match="the labels '02' and '2' are one number"):
         find_classes(str(tmp_path))
-
-
-def test_the_order_of_an_older_runs_classes_is_kept_for_its_weights(tmp_path):
-    make_tree(tmp_path / "data", classes=("2", "10"))
-    config = make_config(tmp_path / "data", DATASET="imagefolder")
-    config.MODEL.PRETRAINED = str(tmp_path / "run/best")
-    assert folder_classes(config) == ["2", "10"]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/classes.txt").write_text("10\n2\n")
-    assert folder_classes(config) == ["10", "2"]
-    assert class_names(config) == ["10", "2"]
-    (tmp_path / "run/classes.txt").write_text("10\n3\n")  # of other data
-    assert folder_classes(config) == ["2", "10"]
-
-
-def evaluation(root, num_classes=1000, **data):
-    config = make_config(root, DATASET="imagefolder", **data)
-    config.EVAL, config.MODEL.NUM_CLASSES = True, num_classes
-    return config
-
-
-@pytest.mark.parametrize("place", ["", "val"])
-@pytest.mark.parametrize("train", [False, True])
-def test_wordnet_ids_of_some_classes_have_the_labels_of_imagenet(tmp_path, place, train):
-    for name in ("n15075141", "n01443537"):
-        save(tmp_path / place / name / "x.png")
-    if train and place:  # somebody's own subset; these weights have all 1,000 classes
-        make_tree(tmp_path, classes=("n01443537", "n15075141"), splits=("train",))
-    files = build_dataset(evaluation(tmp_path), "val").files
-    assert list(files.labels) == files.subset == [1, 999]
-    assert class_names(evaluation(tmp_path))[0] == "n01440764"
-
-
-def test_numbers_are_the_labels_of_weights_of_imagenet_and_may_begin_with_zeros(tmp_path):
-    for name in ("7", "0010", "999"):
-        save(tmp_path / name / "x.png")
-    files = build_dataset(evaluation(tmp_path), "val").files
-    assert list(files.labels) == files.subset == [7, 10, 999]
-
-
-def test_all_folders_of_imagenet_are_no_subset(tmp_path):
-    for name in wordnet_ids():
-        (tmp_path / "val" / name).mkdir(parents=True)
-    save(tmp_path / "val/n01443537/x.png")
-    files = build_dataset(evaluation(tmp_path), "val").files
-    assert list(files.labels) == [1] and files.subset is None
-
-
-@pytest.mark.parametrize("names", [("n01443537", "n99999999"), ("tench", "n01443537"), ("1000",)])
-def test_folders_that_are_no_classes_of_imagenet_are_named(tmp_path, names):
-    make_tree(tmp_path, classes=names, splits=("val",))
-    wrong = [name for name in names if name != "n01443537"][0]
-    with pytest.raises(DataError, match=f"val: 1 of {len(names)} class .* such as {wrong!r}.*"):
-        build_dataset(evaluation(tmp_path), "val")
-
-
-def test_in_training_the_wordnet_ids_of_a_subset_are_classes_of_their_own(tmp_path):
-    make_tree(tmp_path, classes=("n01443537", "n15075141"))
-    config = make_config(tmp_path, DATASET="imagefolder")
-    for split in ("train", "val"):
-        assert set(build_dataset(config, split).files.labels) == {0, 1}
-
-
-def test_folders_are_held_to_the_classes_of_the_weights(tmp_path):
-    make_tree(tmp_path / "data", classes=("10", "ant", "cow"), splits=("val",), count=1)
-    config = evaluation(tmp_path / "data", 4)
-    config.MODEL.PRETRAINED = str(tmp_path / "run/best")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/classes.txt").write_text("cow\nbee\nant\n10\n")
-    files = build_dataset(config, "val").files
-    assert sorted(files.labels) == files.subset == [0, 2, 3]
-    assert [files.name(i) for i in (0, 2)] == [b"val/cow/0.png", b"val/10/0.png"]
-    (tmp_path / "run/classes.txt").write_text("cow\nbee\nant\nelk\n")
-    with pytest.raises(DataError, match="1 of 3 class folders .* beside the weights.*'10'"):
-        build_dataset(config, "val")
-
-
-def test_a_runs_names_for_people_do_not_hinder_its_evaluation(tmp_path):
-    make_tree(tmp_path / "data", count=1)
-    config = evaluation(tmp_path / "data", 2)
-    config.MODEL.PRETRAINED = str(tmp_path / "run/best")
-    for folder in ("run", "data"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "classes.txt").write_text("red ant\nhoney bee\n")
-    assert list(build_dataset(config, "val").files.labels) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -703,69 +616,3 @@ def outcome(read, path):
         return (to_image(pixels) if isinstance(pixels, np.ndarray) else pixels).tobytes()
     except BadImage as bad:
         return bad.reason
-
-
-# ----------------------------------------------------------------------------- class names
-def make_config(root, **data):
-    from config import get_config
-
-    config = get_config()
-    config.MODEL.NUM_CLASSES = 2
-    config.DATA.DATA_PATH = str(root)
-    for key, value in data.items():
-        config.DATA[key] = value
-    return config
-
-
-def test_class_names_come_from_the_key_then_the_file_then_the_folders(tmp_path):
-    make_tree(tmp_path)
-    assert class_names(make_config(tmp_path)) is None
-    assert class_names(make_config(tmp_path, DATASET="imagefolder")) == ["ant", "bee"]
-    (tmp_path / "classes.txt").write_text("red ant\nhoney bee\n")
-    assert class_names(make_config(tmp_path, DATASET="imagefolder")) == ["red ant", "honey bee"]
-    (tmp_path / "mine.txt").write_text("a\r\nb")
-    assert class_names(make_config(tmp_path, CLASS_NAMES=str(tmp_path / "mine.txt"))) == ["a", "b"]
-
-
-def test_no_data_folder_means_no_class_names(tmp_path):
-    assert class_names(make_config(tmp_path / "none", DATASET="imagefolder")) is None
-
-
-@pytest.mark.parametrize("content", [b"one\ntwo\nthree\n", b"\xff\xfe\n", b""])
-def test_a_file_of_class_names_that_does_not_fit_is_refused(tmp_path, content):
-    (tmp_path / "classes.txt").write_bytes(content)
-    with pytest.raises(DataError, match="classes.txt"):
-        class_names(make_config(tmp_path))
-
-
-def test_classes_are_counted_by_names_then_folders_then_labels_of_the_training_list(tmp_path):
-    def count(**data):
-        config = make_config(tmp_path, **data)
-        config.MODEL.NUM_CLASSES = "auto"
-        counted = with_num_classes(config)
-        assert counted.is_frozen() and config.MODEL.NUM_CLASSES == "auto"
-        return counted.MODEL.NUM_CLASSES
-
-    make_tree(tmp_path)
-    assert count(DATASET="imagefolder") == 2
-    (tmp_path / "val_list.txt").write_text("val/a.jpg 6\n")
-    assert count() == 7  # evaluation without a training list
-    (tmp_path / "train_list.txt").write_text("train/a.jpg 0\ntrain/b.jpg 4\n")
-    assert count() == 5
-    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne\nf\n")
-    assert count() == count(DATASET="imagefolder") == 6
-    (tmp_path / "mine.txt").write_text("a\nb\nc")
-    assert count(CLASS_NAMES=str(tmp_path / "mine.txt")) == 3
-    with pytest.raises(DataError, match="no such data folder.*NUM_CLASSES auto"):
-        count(DATA_PATH=str(tmp_path / "none"))
-
-
-def test_a_number_of_classes_that_is_set_stays(tmp_path):
-    config = make_config(tmp_path / "none")
-    assert with_num_classes(config) is config
-
-
-def test_a_line_without_a_class_name_is_named(tmp_path):
-    (tmp_path / "classes.txt").write_text("ant\n\nbee\n")
-    with pytest.raises(DataError, match="classes.txt:2: no name"):
-        read_class_names(str(tmp_path / "classes.txt"), 3)

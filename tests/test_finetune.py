@@ -1,6 +1,8 @@
 """What fine-tuning can do beside the recipe: freezing, early stopping."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import paddle
@@ -10,11 +12,14 @@ from cli.errors import CheckpointError, ConfigError
 from config import get_config, update_config
 from datasets import build_loader
 from engine import Metrics, Trainer, run
+from loading.classes import data_classes
 from model_ema import ModelEma
 from optimizer import build_optimizer, optimizer_state
 from resmlp import ResMLP, build_resmlp
 from storage import checkpoints
+from storage.weights import read_weights, write_weights
 from tools.export import export
+from training.saving import first_model
 
 from .helpers.tiny_data import make_config, make_data
 
@@ -50,6 +55,38 @@ def frozen_names(model, part):
 def gradients(model, images):
     (model(images) ** 2).mean().backward()
     return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------- classes of the weights
+def renamed(data, folder, **names):
+    """A copy of the data with other class folders; returns its path."""
+    shutil.copytree(data, folder)
+    for old, new in names.items():
+        for split in ("train", "val"):
+            (folder / split / old).rename(folder / split / new)
+    return folder
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_head_for_other_classes_is_initialised_and_one_for_the_same_ones_kept(
+    tmp_path, data, pretrained, inside, caplog
+):
+    caplog.set_level("INFO", "resmlp")
+    others = renamed(data, tmp_path / "others", class_1="bus")
+    if not inside:  # as runs of earlier commits left them: beside the weights
+        file = read_weights(pretrained)
+        write_weights(file.state, tmp_path / "weights.pdparams")
+        (tmp_path / "classes.txt").write_text(file.classes.text())
+        pretrained = tmp_path / "weights.pdparams"
+    weights = read_weights(pretrained)
+    head, found = weights.state["head.weight"], []
+    for root in (data, others):
+        config = make_config(tmp_path, root, "MODEL.PRETRAINED", pretrained, "SAVE", root.name)
+        found.append(first_model(config, None, weights, data_classes(config)))
+    assert np.array_equal(found[0].head.weight.numpy(), head)
+    assert not np.array_equal(found[1].head.weight.numpy(), head)
+    (line,) = [r.getMessage() for r in caplog.records if "head initialised" in r.getMessage()]
+    assert re.search("1 of 3 classes .* such as 'bus' .label 0.*'class_1'", line)
 
 
 # ------------------------------------------------------------------------------- freezing

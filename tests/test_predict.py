@@ -16,6 +16,7 @@ import tools.predict as predict_module
 from cli.errors import DataError, UserError
 from config import get_config
 from cpu import onednn
+from loading.classes import ClassNames
 from tools.common import IMAGENET_CLASSES, run_config
 from tools.predict import as_csv, draw_grid, find_class_names, find_images, predict, table_rows
 
@@ -260,7 +261,7 @@ def test_names_of_any_bytes_come_from_standard_input_and_go_out_as_ascii(monkeyp
 def test_names_of_any_bytes_can_be_drawn(weights, monkeypatch):
     pytest.importorskip("matplotlib")
     name = os.fsdecode(b"caf\xe9")
-    monkeypatch.setattr(predict_module, "data_class_names", lambda config: [name])
+    monkeypatch.setattr(predict_module, "data_classes", lambda config: ClassNames((name,)))
     config = get_config()
     config.MODEL.PRETRAINED = "nowhere/weights.pdparams"
     (label,) = find_class_names(config)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from PIL import Image
 
 import datasets
 import engine
-from cli.errors import CheckpointError
+from cli.errors import CheckpointError, DataError
 from cpu.ops import choose_precision
 from engine import Trainer
-from parallel.process import Preempted
+from parallel.process import Preempted, Process
 from storage import checkpoints
+from storage.run_folder import RunFolder
 from training import report
 from training.dashboard import Dashboard
 
@@ -354,3 +356,57 @@ def test_another_optimizer_is_refused(tmp_path, data):
     interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))
     with pytest.raises(CheckpointError, match="TRAIN.OPTIMIZER.NAME"):
         engine.run(config_for(tmp_path, data, *RESUME, "TRAIN.OPTIMIZER.NAME", "sgd"))
+
+
+# ------------------------------------------------------------------------- data that have changed
+@pytest.fixture
+def short(tmp_path):
+    """The config of a run that has ended after an epoch, on data of its own, and the run."""
+    data = make_data(tmp_path / "data", train=9, val=6)
+    opts = ["TRAIN.NUM_EPOCHS", 1, "DATA.BATCH_SIZE", 4]
+    folder = engine.run(make_config(tmp_path, data, *opts))["folder"]
+    return make_config(tmp_path, data, *opts[2:], *RESUME), folder
+
+
+def rename_class(config, old, new):
+    for split in ("train", "val"):
+        Path(config.DATA.DATA_PATH, split, old).rename(Path(config.DATA.DATA_PATH, split, new))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_other_classes_than_the_checkpoints_are_refused(short, inside):
+    config, folder = short
+    if not inside:  # of an earlier commit, beside which the names of the run lie
+        state = checkpoints.load(folder / "last")
+        del state["classes"], state["images"]
+        checkpoints.save(state, folder / "last.pdparams")
+    rename_class(config, "class_0", "other")
+    with pytest.raises(DataError, match="not among .* such as 'other' .label 2.*'class_0'"):
+        engine.run(config)
+
+
+def test_the_order_of_a_checkpoints_classes_is_kept_and_its_file_of_names(short):
+    config, folder = short
+    state = checkpoints.load(folder / "last")
+    state["classes"]["names"] = state["classes"]["folders"] = ["class_2", "class_0", "class_1"]
+    checkpoints.save(state, folder / "last.pdparams")
+    (folder / "classes.txt").write_text("class_2\nclass_0\nclass_1\n")
+    engine.run(config)
+    assert "label 0 is 'class_0', not 'class_2'" in (folder / "log.txt").read_text()
+    assert checkpoints.load(folder / "last")["classes"] == state["classes"]
+    assert (folder / "classes.txt").read_text().startswith("class_2")
+
+
+def test_changed_images_are_said_and_a_best_of_other_validation_images_does_not_count(
+    short, caplog
+):
+    caplog.set_level("INFO", "resmlp")
+    config, folder = short
+    root = Path(config.DATA.DATA_PATH)
+    shutil.copy(root / "train/class_0/0.png", root / "train/class_0/more.png")
+    (root / "val/class_0/0.png").rename(root / "val/class_0/other.png")
+    trainer = Trainer(config, Process(), RunFolder(folder, 0, True, "auto"))
+    lines = caplog.text
+    assert "changed since the checkpoint: train images 9 -> 10" in lines
+    assert "val images 6 -> 6, other paths or labels: the best so far does not count" in lines
+    assert trainer.progress.best_epoch == 0

@@ -26,8 +26,7 @@ import paddle.nn.functional as F
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from cpu.ops import choose_precision
-from loading.classes import class_names as data_class_names
-from loading.classes import read_class_names
+from loading.classes import data_classes, read_class_names
 from loading.files import list_images
 from loading.images import BadImage, read_image
 from parallel.process import Process, gpu_count
@@ -135,8 +134,8 @@ def find_class_names(config, path: str | os.PathLike | None = None) -> list[str]
     if path or beside.is_file():
         names = read_class_names(os.fspath(path or beside), count)
     else:
-        names = data_class_names(config)
-    if names is None and count == 1000:
+        names = data_classes(config).names
+    if not names and count == 1000:
         names = read_class_names(str(IMAGENET_CLASSES), count)
     names = names or [f"class {label}" for label in range(count)]
     return [printable(name) for name in names]  # they may be any bytes

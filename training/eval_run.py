@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 
-from cli.errors import ConfigError, UserError
-from datasets import build_loader, class_names
+from cli.errors import UserError
+from datasets import build_loader
 from loading.real_labels import read_real_labels
 from parallel.process import Process
 from resmlp import build_resmlp, load_pretrained
 from storage.run_folder import RunFolder
+from storage.weights import WeightFile
 from training.evaluation import Result, evaluate, write_report
 from training.learner import autocast
 from utils import Normalize, ProgressLine
@@ -18,18 +19,16 @@ from utils import Normalize, ProgressLine
 _log = logging.getLogger("resmlp")
 
 
-def run_evaluation(config, process: Process, folder: RunFolder) -> Result:
-    """Evaluates MODEL.PRETRAINED on the validation images; eval.json holds what it finds.
+def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightFile) -> Result:
+    """Evaluates weights on the validation images; eval.json holds what it finds.
 
     Raises:
-        ConfigError: no weights.
         UserError: weights, data or labels that do not fit; the report cannot be written.
     """
-    loader = build_loader(config, "val", process.rank, process.world, _log.info)
+    share = process.rank, process.world
+    loader = build_loader(config, "val", *share, _log.info, weights.classes)
     model = build_resmlp(config)
-    if not config.MODEL.PRETRAINED:
-        raise ConfigError("-eval needs weights: give them with -pretrained FILE")
-    for note in load_pretrained(model, config, process=process):
+    for note in load_pretrained(model, config, file=weights):
         _log.info(note)
     model.eval()
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
@@ -59,7 +58,7 @@ def run_evaluation(config, process: Process, folder: RunFolder) -> Result:
         try:
             paths = write_report(
                 metrics,
-                class_names(config),
+                list(loader.dataset.classes.names),
                 folder.path,
                 config.MODEL.NUM_CLASSES,
                 loader.dataset.files,

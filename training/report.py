@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from datasets import class_names
+from datasets import ImageDataset
 from parallel.process import Process
 from storage import checkpoints
 from storage.run_folder import RunFolder
@@ -34,16 +34,18 @@ class Report:
         self.schedule = schedule
         self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
 
-    def hello(self, learner: Learner, progress: Progress, images: tuple[int, int]) -> None:
+    def log_start(
+        self, learner: Learner, progress: Progress, train: ImageDataset, val: ImageDataset
+    ) -> None:
         """Leaves classes and config in the folder, and says what is going to be trained."""
         config, schedule = self.config, self.schedule
-        names = class_names(config)
-        if names:
-            self.folder.write("classes.txt", "".join(f"{name}\n" for name in names))
+        older = self.folder.path / "classes.txt"  # of older checkpoints, which it names
+        if train.classes and not (progress.step and older.exists()):
+            self.folder.write("classes.txt", train.classes.text())
         self.folder.write("config.yaml", config.dump())
         count = sum(int(np.prod(p.shape)) for p in learner.model.parameters())
         _log.info(
-            f"{config.MODEL.NAME}: {count:,} parameters; {images[0]} training and {images[1]} "
+            f"{config.MODEL.NAME}: {count:,} parameters; {len(train)} training and {len(val)} "
             f"validation images; {schedule.steps_per_epoch} steps of {schedule.samples_per_step} "
             f"images an epoch on {self.process.world} process{'es' * (self.process.world > 1)}; "
             f"base learning rate {schedule.base_rate:.3g}; output in {self.folder.path}"

@@ -7,10 +7,14 @@ from dataclasses import asdict, replace
 from typing import NoReturn
 
 from cli.errors import CheckpointError, ConfigError, WeightsError
+from datasets import ImageDataset
+from loading.classes import UNKNOWN, ClassNames, data_classes
 from parallel.process import Preempted, Process, from_main, main_first
 from resmlp import build_resmlp, load_pretrained, load_state
 from storage import checkpoints
+from storage.adapt import read_pretrained
 from storage.run_folder import RunFolder
+from storage.weights import WeightFile
 from training import ppvit_checkpoint
 from training.progress import Progress
 
@@ -32,27 +36,38 @@ class Checkpoints:
     def __init__(self, config, process: Process, folder: RunFolder):
         self.config, self.process, self.folder = config, process, folder
         self.saved: Progress | None = None
+        self._data: dict = {}
         self._writing: Progress | None = None
         self._writer = checkpoints.Writer()
         self._told: set[str] = set()  # failures since the last save that succeeded
 
     # -------------------------------------------------------------------------------- resuming
     def choose(self) -> dict | None:
-        """Reads what ``MODEL.RESUME`` names, on every rank; None to start anew."""
+        """Reads what ``MODEL.RESUME`` names, on every rank; None to start anew.
+
+        Its ``classes`` are `ClassNames`, from the checkpoint or from beside it.
+        """
         resume = self.config.MODEL.RESUME
         if not resume:
             return None
+        state = None
         if resume == "auto":  # rank 0 chooses, so that all take the same
             with main_first(self.process) as main:
-                found = checkpoints.load_newest(self.folder.path) if main else None
-            resume = from_main(str(found[1]) if found else None, self.process)
+                state, path = (main and checkpoints.load_newest(self.folder.path)) or (None, None)
+            resume = from_main(str(path) if path else None, self.process)
             if resume is None:
                 _log.info(f"resume auto: no checkpoint in {self.folder.path} yet, starting anew")
                 self.folder.rewind_metrics(0)
                 return None
-            if found:
-                return found[0]
-        return checkpoints.load(resume, lambda path: ppvit_checkpoint.load(path, self.config))
+        if state is None:
+            state = checkpoints.load(resume, lambda path: ppvit_checkpoint.load(path, self.config))
+        inside = ClassNames.of_record(state.get("classes"), str(resume))
+        return {**state, "classes": inside or ClassNames.beside(resume)}
+
+    def describe(self, train: ImageDataset, val: ImageDataset) -> None:
+        """Notes what the run's checkpoints shall say of its data."""
+        images = {"train": train.files.fingerprint(), "val": val.files.fingerprint()}
+        self._data = {"classes": train.classes.record(), "images": images}
 
     def resume(self, state: dict, start: Progress) -> Progress:
         """Puts the folder back to where a checkpoint stands, says so, and returns where that is.
@@ -79,9 +94,14 @@ class Checkpoints:
         changes = checkpoints.config_changes(state["config"], self.config.dump())
         if state["processes"] != self.process.world:
             changes.append(f"processes {state['processes']} -> {self.process.world}")
+        for split, before in state.get("images", {}).items():
+            if before != (now := self._data["images"][split]):
+                same = ", other paths or labels" * (before[0] == now[0])
+                changes.append(f"{split} images {before[0]} -> {now[0]}{same}")
         for change in changes:
-            if change.startswith("BEST_METRIC ") and "(none)" not in change:
-                progress.take_best(Progress())  # values of two metrics do not compare
+            if change.startswith(("BEST_METRIC ", "val ")) and "(none)" not in change:
+                progress.take_best(Progress())  # values of two metrics or sets do not compare
+                change += ": the best so far does not count any more"
             if not change.startswith(("MODEL.RESUME ", "SAVE ")):
                 _log.info(f"changed since the checkpoint: {change}")
         images = f" and {progress.samples} images" if progress.samples else ""
@@ -122,6 +142,7 @@ class Checkpoints:
             "metrics_lines": self.folder.metrics_lines,
             "config": self.config.dump(),
             "processes": self.process.world,
+            **self._data,
         }
 
     def _write(self, state: dict, names: tuple[str, ...]) -> None:
@@ -174,16 +195,36 @@ class Checkpoints:
         raise Preempted(from_main(f"{what}; {where}", self.process))
 
 
-def first_model(config, saved: dict | None, process: Process):
-    """The model with the weights that the run begins with: a checkpoint's, pretrained, or new."""
+def first_weights(
+    config, saved: dict | None, process: Process
+) -> tuple[WeightFile | None, ClassNames]:
+    """The file of MODEL.PRETRAINED, for a run without a checkpoint, and the classes that the run
+    goes on with: of the checkpoint, or of that file if the data have these.
+    """
+    if saved or not config.MODEL.PRETRAINED:
+        return None, saved["classes"] if saved else UNKNOWN
+    file = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY, process)
+    return file, UNKNOWN if data_classes(config).difference(file.classes) else file.classes
+
+
+def first_model(config, saved: dict | None, weights: WeightFile | None, classes: ClassNames):
+    """The model with the weights that the run begins with: a checkpoint's, pretrained, or new.
+
+    Args:
+        config: of the run.
+        saved: the checkpoint.
+        weights: of MODEL.PRETRAINED. If its classes are others, the model has a new head.
+        classes: of the training images.
+    """
     model = build_resmlp(config)
     if saved:
         try:
             load_state(model, saved["model"])
         except WeightsError as error:
             raise CheckpointError(f"-resume {config.MODEL.RESUME}: another model: {error}")
-    elif config.MODEL.PRETRAINED:
-        for note in load_pretrained(model, config, True, process):
+    elif weights:
+        new_head = classes.difference(weights.classes) or True
+        for note in load_pretrained(model, config, new_head, weights):
             _log.info(note)
     elif config.TRAIN.FREEZE:
         raise ConfigError(
