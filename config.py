@@ -237,15 +237,11 @@ _C.EVAL = key(False, boolean, "evaluate only")
 _C.EVAL_REPORT = key(False, boolean, "tables and pictures per class, of mistakes and confidence")
 _C.EVAL_REAL_LABELS = key(None, path, "ImageNet-ReaL's real.json: -eval measures it too")
 _C.AMP = key(False, boolean, "mixed precision: on a GPU, and on a CPU with fast bfloat16")
-_C.AMP_LEVEL = key(
-    "O1",
-    choice("O1", "O2"),
-    "O1: a list of operations; O2: the whole model, float32 master weights (on a CPU: O1)",
-)
+_C.AMP_LEVEL = key("O1", choice("O1", "O2"), "O1: float32 weights; O2: of earlier versions only")
 _C.AMP_DTYPE = key(
-    "float16",
-    choice("float16", "bfloat16"),
-    "float16 (with a loss scaler; on a CPU: bfloat16 if that is fast) or bfloat16 (without)",
+    "auto",
+    choice("auto", "float16", "bfloat16"),
+    "auto: bfloat16 where the device computes it, else float16 on a GPU, float32 on a CPU",
 )
 _C.DASHBOARD = key(
     "none",

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli.errors import ConfigError, TrainingError
-from cpu import ops
 from datasets import build_loader
 from loading.classes import UNKNOWN, with_num_classes
 from optimizer import Schedule
@@ -25,9 +24,10 @@ from storage.run_folder import RunFolder, choose_folder
 from training.eval_run import run_evaluation
 from training.evaluation import Metrics, Result, evaluate
 from training.learner import Learner
+from training.precision import choose_precision
 from training.progress import Monitor, Progress
 from training.report import Report
-from training.saving import Checkpoints, first_model, first_weights
+from training.saving import Saver, first_model, first_weights
 from utils import Meter, ProgressLine, seed_everything, step_rng
 
 _log = logging.getLogger("resmlp")
@@ -54,8 +54,13 @@ def run(config, on_step: Callable[[int], None] = lambda step: None) -> Result:
     folder = from_main(str(choose_folder(config)) if process.main else "", process)
     folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
     with contextlib.closing(folder):
-        if config.AMP and not process.on_gpu:
-            _log.info(ops.choose_precision(config.AMP_DTYPE, config.AMP_LEVEL)[1])
+        if config.AMP:
+            if config.AMP_LEVEL != "O1":
+                raise ConfigError(
+                    f"AMP_LEVEL is {config.AMP_LEVEL}, whose half-precision weights are no longer "
+                    f"offered: set AMP_LEVEL O1 (float32 weights, products in half precision)"
+                )
+            _log.info(choose_precision(config, process.on_gpu)[1])
         if config.EVAL:
             return run_evaluation(config, process, folder, weights)
         if config.MODEL.NUM_CLASSES == 0:
@@ -68,13 +73,13 @@ class Trainer:
 
     def __init__(self, config, process: Process, folder: RunFolder):
         self.config, self.process = config, process
-        self.checkpoints = Checkpoints(config, process, folder)
-        saved = self.checkpoints.choose()
+        self.saver = Saver(config, process, folder)
+        saved = self.saver.choose()
         weights, known = first_weights(config, saved, process)
         share = process.rank, process.world, _log.info
         self.train_loader = build_loader(config, "train", *share, known)
         self.val_loader = build_loader(config, "val", *share, known)
-        self.checkpoints.describe(self.train_loader.dataset, self.val_loader.dataset)
+        self.saver.describe(self.train_loader.dataset, self.val_loader.dataset)
         self.schedule = Schedule(config, len(self.train_loader), process.world)
         seed_everything(config.SEED)
         dataset = self.train_loader.dataset
@@ -83,7 +88,7 @@ class Trainer:
         done = saved["epoch"] if saved else config.TRAIN.LAST_EPOCH
         self.progress = Progress(epoch=done, step=done * self.schedule.steps_per_epoch)
         if saved:
-            self.progress = self.checkpoints.resume(saved, self.progress)
+            self.progress = self.saver.resume(saved, self.progress)
         self.report = Report(config, process, folder, self.schedule)
         self.monitor = Monitor(
             config,
@@ -106,17 +111,17 @@ class Trainer:
             while not progress.ended(self.schedule.total_epochs, self.config.TRAIN.EARLY_STOP):
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
-            self.checkpoints.finish_or_raise(progress)
+            self.saver.finish_or_raise(progress)
         except Preempted:
             if self.process.world > 1:  # this rank's own signal may come later than another's
                 self.monitor.signal.ignore()
             raise
         except TrainingError:  # of all ranks: a launcher would end rank 0 when another has ended
             with main_first(self.process):
-                self.checkpoints.close()
+                self.saver.close()
             raise
         finally:
-            self.checkpoints.close()
+            self.saver.close()
             self.report.dashboard.close()
             self.monitor.signal.close()
         self.report.done(progress, self.learner.ema is not None)
@@ -151,12 +156,10 @@ class Trainer:
         if progress.samples == 0:
             self.report.images(self.learner, window[0], step_rng(*key), progress.epoch)
         lr = self.schedule.rate(progress.epoch, step)
-        loss, norm = self.learner.backward(window, step_rng(*key))
-        indices = [index for batch in window for index in batch.indices]
-        self.monitor.add(lr, loss, norm, indices)
-        allowed = not self.monitor.before_each_step or self.monitor.count_or_raise()
-        self.learner.apply(lr, progress.step, norm, allowed)
-        meter.images += len(indices)
+        stop = self.monitor.signal.received
+        record = self.learner.step(window, lr, step_rng(*key), progress.step, stop)
+        self.monitor.add(record)
+        meter.images += len(record.indices)
         progress.step += 1
         progress.samples += self.schedule.samples_per_step
         return lr
@@ -171,12 +174,12 @@ class Trainer:
             self.monitor.count_or_raise()
         stop = self.monitor.stop
         if report:
-            self.checkpoints.finish_or_raise(progress, wait=False)
+            self.saver.finish_or_raise(progress, wait=False)
             self.report.step(progress, self.monitor.norm, meter, step, lr)
         if stop or (save and not end):
-            self.checkpoints.save(self.learner, progress)
+            self.saver.save(self.learner, progress)
         if stop:
-            self.checkpoints.stop(progress, f"stopped after step {progress.step}")
+            self.saver.stop(progress, f"stopped after step {progress.step}")
 
     def _finish_epoch(self) -> Metrics | None:
         """Evaluates where that is due, records the epoch and saves."""
@@ -186,12 +189,12 @@ class Trainer:
         raw, ema, names = None, None, []
         if last or epoch % config.VALIDATE_FREQ == 0:
             # an interruption of the evaluation costs no training
-            self.checkpoints.save(learner, progress)
+            self.saver.save(learner, progress)
             learner.model.eval()
             raw = self.evaluate(learner.model, f"epoch {epoch}")
             if learner.ema is not None:
                 ema = self.evaluate(learner.ema.model, f"epoch {epoch}, EMA")
-            self.checkpoints.finish_or_raise(progress)  # takes back a best that was not saved
+            self.saver.finish_or_raise(progress)  # takes back a best that was not saved
             found = ema or raw
             if progress.is_best(found.score(config.BEST_METRIC), found.top1):
                 names.append(checkpoints.BEST)
@@ -199,7 +202,7 @@ class Trainer:
             names.append(checkpoints.epoch_name(epoch))
         self.report.epoch(learner, progress, raw, ema)
         progress.start_next_epoch()
-        self.checkpoints.save(learner, progress, *names)
+        self.saver.save(learner, progress, *names)
         return ema or raw
 
     def evaluate(self, model: Callable, label: str) -> Metrics:
@@ -215,6 +218,6 @@ class Trainer:
         )
         bar.end()
         if metrics is None:
-            self.checkpoints.stop(self.progress, "stopped in evaluation")
+            self.saver.stop(self.progress, "stopped in evaluation")
         _log.info(f"{label}: {metrics}")
         return metrics

@@ -208,15 +208,12 @@ def by_parameter(state: dict, names: dict[str, str]) -> dict:
         CheckpointError: an entry belongs to no parameter.
     """
     result: dict = {}
-    masters = {f"{own}_master_weight": v for own, v in state.get("master_weights", {}).items()}
-    for key, value in {**state, **masters}.items():
+    for key, value in state.items():
         if hasattr(value, "shape"):
             own = max((n for n in names if key.startswith(f"{n}_")), key=len, default=None)
             if own is None:
                 raise CheckpointError(f"the optimizer state {key} belongs to no parameter")
-            slot = key[len(own) + 1 :]
-            slot = slot[len(_MASTER) :] if slot.startswith(_MASTER) else slot
-            result.setdefault(names[own], {})[slot] = value
+            result.setdefault(names[own], {})[key[len(own) + 1 :]] = value
     return result
 
 
@@ -244,14 +241,10 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
                     f"the optimizer state {name}/{slot} has shape {list(np.shape(value))}; "
                     f"the model needs {expected}"
                 )
-            tensor, own = paddle.to_tensor(np.asarray(value)), parameters[name].name
-            if slot == "master_weight":
-                tensor.name = f"{own}_{_MASTER[:-1]}"  # Paddle names the other slots after it
-                own_state.setdefault("master_weights", {})[own] = tensor
-            elif "master_weight" in slots:
-                own_state[f"{own}_{_MASTER}{slot}"] = tensor
+            if slot == "master_weight":  # of AMP O2, which there once was; "model" rounds it
+                parameters[name].set_value(np.asarray(value))
             else:
-                own_state[f"{own}_{slot}"] = tensor
+                own_state[f"{parameters[name].name}_{slot}"] = paddle.to_tensor(np.asarray(value))
     slots = {frozenset(s) - {"master_weight"} for s in state.values()}
     expected = next(names for kind, names in OPTIMIZERS.values() if isinstance(optimizer, kind))
     if slots != {expected}:
@@ -262,6 +255,3 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
             f"with -pretrained"
         )
     optimizer.set_state_dict(own_state)
-
-
-_MASTER = "fp32_master_0_"  # what Paddle puts before the slots of a parameter with a master weight

@@ -51,11 +51,6 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
     )
 
 
-def _in_precision_of(weight, x):
-    """``x`` in the precision of a weight: float16 under AMP O2, whose stream stays float32."""
-    return x if x.dtype == weight.dtype else x.astype(weight.dtype)
-
-
 class Affine(nn.Layer):
     """``alpha * x + beta`` per channel: ResMLP's replacement for LayerNorm (paper, eq. 1).
 
@@ -146,7 +141,6 @@ class Mlp(nn.Layer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        x = _in_precision_of(self.fc1.weight, x)
         x = self.dropout(F.gelu(self.fc1(x)))  # [B, N, C] -> [B, N, H]
         return self.dropout(self.fc2(x))  # -> [B, N, C]
 
@@ -184,7 +178,6 @@ class ResBlock(nn.Layer):
     def mix_tokens(self, x):
         """``W^T x + b`` over the token axis, from the left: no transposed copy of ``x``."""
         weight, bias = self.linear_tokens.weight, self.linear_tokens.bias
-        x = _in_precision_of(weight, x)
         return paddle.matmul(weight, x, transpose_x=True) + bias.unsqueeze(-1)  # [B, N, C]
 
     def forward(self, x):
@@ -194,12 +187,6 @@ class ResBlock(nn.Layer):
             return ops.mix_channels(x, self.norm2, self.mlp_channels, self.ls2, mask(x))
         x = x + self.drop_path(self.ls1 * self.mix_tokens(self.norm1(x)))
         return x + self.drop_path(self.ls2 * self.mlp_channels(self.norm2(x)))
-
-
-# Layers whose own parameters, Affine and LayerScale, stay float32 under AMP O2 (in O1 all do). What
-# they are multiplied with is promoted, so the residual stream is float32 too: a LayerScale of 1e-6
-# times a float16 activation would underflow, and added to a float16 one would be lost.
-FLOAT32_LAYERS = [Affine, ResBlock]
 
 
 class ResMLP(nn.Layer):

@@ -65,20 +65,20 @@ def has_bfloat16() -> bool:
     return onednn.cast(paddle.zeros([1]), paddle.bfloat16) is not None
 
 
-def choose_precision(dtype: str, level: str = "O1") -> tuple[bool, str]:
-    """Whether AMP with an AMP_DTYPE means `bfloat16` here, on a CPU, and a line that says so.
+def choose_precision(dtype: str) -> tuple[str, str]:
+    """What AMP with an AMP_DTYPE computes in on a CPU, and a line that says so.
 
-    float16, which no CPU computes fast, means bfloat16 where that is fast; bfloat16 insists.
+    ``auto``, and float16, which no CPU computes fast, mean bfloat16 where that is fast; bfloat16
+    insists.
     """
     if not has_bfloat16():
-        return False, "AMP: no mixed precision on a CPU without oneDNN, running in float32"
-    level = "; AMP_LEVEL O2 is for GPUs, this is O1" if level == "O2" else ""
+        return "float32", "AMP: no mixed precision on a CPU without oneDNN, running in float32"
     if setup.has_fast_bfloat16():
         meaning = ", which AMP_DTYPE float16 means on a CPU" if dtype == "float16" else ""
-        return True, f"AMP: bfloat16{meaning}{level}"
+        return "bfloat16", f"AMP: bfloat16{meaning}"
     if dtype == "bfloat16":
-        return True, f"AMP: bfloat16 as AMP_DTYPE says, which this processor computes slowly{level}"
-    return False, "AMP: no fast bfloat16 here (AMP_DTYPE bfloat16 insists), running in float32"
+        return "bfloat16", "AMP: bfloat16 as AMP_DTYPE says, which this processor computes slowly"
+    return "float32", "AMP: no fast bfloat16 here (AMP_DTYPE bfloat16 insists), running in float32"
 
 
 def usable(layer) -> bool:

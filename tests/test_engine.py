@@ -213,15 +213,14 @@ def test_a_finished_run_resumes_to_nothing(tmp_path, data):
 
 
 def poison(monkeypatch, at):
-    """Makes the loss of optimizer step ``at`` not a number."""
-    backward, steps = Learner.backward, []
+    """Makes the losses of the optimizer steps ``at`` not a number."""
+    forward, steps = Learner.forward, []
 
-    def poisoned(self, window, rng):
-        loss, norm = backward(self, window, rng)
-        steps.append(window)
-        return (loss * float("nan"), norm) if len(steps) - 1 in at else (loss, norm)
+    def poisoned(self, images, targets):
+        steps.append(images)
+        return forward(self, images, targets) * (float("nan") if len(steps) - 1 in at else 1.0)
 
-    monkeypatch.setattr(Learner, "backward", poisoned)
+    monkeypatch.setattr(Learner, "forward", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(

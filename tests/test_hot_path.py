@@ -7,11 +7,11 @@ import pytest
 from paddle import _C_ops
 
 import engine
-from cpu import ops
 from parallel.process import Process
 from training.evaluation import evaluate
-from training.progress import SYNC_STEPS_GPU, Monitor
+from training.progress import SYNC_STEPS_GPU
 
+from .helpers import gpu
 from .helpers.tiny_data import make_config, make_data
 
 STEPS = 24
@@ -23,10 +23,7 @@ RECIPE += " TRAIN.CUTMIX_ALPHA 0.0 TRAIN.MIXUP_ALPHA 0.8 TRAIN.RANDOM_ERASE_PROB
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The layers instead of `cpu_ops`, and a look at the losses as rarely as on a GPU."""
-    monkeypatch.setattr(ops, "usable", lambda layer: False)
-    monkeypatch.setattr(Monitor, "before_each_step", False)
-    monkeypatch.setattr(Monitor, "due", lambda self: self.progress.step % SYNC_STEPS_GPU == 0)
+    gpu.install(monkeypatch.setattr)
 
 
 def counted(monkeypatch, owner, names, calls):

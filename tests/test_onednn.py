@@ -204,7 +204,7 @@ def expected():
 def test_without_the_library_one_line_says_why_and_no_result_changes(
     why, code, environment, expected
 ):
-    ask = _RUN.format('choose_precision("bfloat16")[0]')
+    ask = _RUN.format('choose_precision("bfloat16")[0] == "bfloat16"')
     found, log = run((_LOAD.format(code) if code else "") + ask, **environment)
     np.testing.assert_allclose(found, expected[[0, 0]], rtol=1e-5)
     assert log.count("Paddle's own operators") == 1 and why in log

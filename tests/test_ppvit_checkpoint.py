@@ -117,7 +117,8 @@ def next_step(config, saved):
     learner = Learner(config, process, first_model(config, saved, process), saved)
     for name, parameter in learner.model.named_parameters():
         (parameter * paddle.to_tensor(gradient(name, parameter.shape, 4))).sum().backward()
-    learner.apply(0.02, 3, paddle.ones([]))
+    learner.gradients = lambda window, rng: (paddle.ones([], "float64"), paddle.ones([]))
+    learner.step([], 0.02, None, 3)
     return [
         {name: p.numpy() for name, p in model.named_parameters()}
         for model in (learner.model, learner.ema.model)

@@ -343,14 +343,13 @@ def measure_parts(job: Job, rounds: int) -> dict:
         learner.forward = timed("forward", learner.forward)
         if learner.ema is not None:
             learner.ema.update = timed("ema", learner.ema.update)
-        load, backward = timed("data", next), timed("backward", learner.backward)
-        apply = timed("optimizer", learner.apply)
+        learner.gradients = timed("backward", learner.gradients)
+        load, train = timed("data", next), timed("optimizer", learner.step)
         with closing(batch for _ in itertools.count() for batch in loader) as batches:
             for step in range(rounds + 1):  # the first is the warm-up
                 rng = step_rng(config.SEED, 0, 0, step)
-                loss, norm = backward([load(batches)], rng)
-                apply(config.TRAIN.BASE_LR, step, norm)
-                timed("logging", loss.item)()
+                record = train([load(batches)], config.TRAIN.BASE_LR, rng, step)
+                timed("logging", record.read)()
     times = {part: values[1:] for part, values in times.items() if values}
     totals = [sum(values) for values in zip(*times.values())]
     memory, peak = _peak_memory_mb(), gemm_peak(job.dtype, job.threads)

@@ -25,15 +25,14 @@ import paddle.nn.functional as F
 
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
-from cpu.ops import choose_precision
 from loading.classes import data_classes, read_class_names
 from loading.files import list_images
 from loading.images import BadImage, read_image
-from parallel.process import Process, gpu_count
+from parallel.process import gpu_count
 from storage.files import printable
 from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
-from training.learner import autocast
 from training.pictures import new_figure, render
+from training.precision import autocast, choose_precision
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine
 
@@ -66,7 +65,7 @@ def predict(
         grid: PNG file to draw the first images and their classes into.
         show: takes each result as soon as it is there, and the length of the longest path.
         on_bad: takes the error of each image that cannot be read, which is left out.
-        amp: mixed precision, as the config's AMP; see `training.learner.autocast`.
+        amp: mixed precision, as the config's AMP; see `training.precision`.
 
     Returns:
         ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
@@ -82,8 +81,8 @@ def predict(
     config = run_config(pretrained, cfg, ["AMP", True, *opts] if amp else opts)
     names = find_class_names(config, class_names)
     model = load_model(config)
-    if config.AMP and not gpu_count():
-        print(choose_precision(config.AMP_DTYPE, config.AMP_LEVEL)[1], file=sys.stderr)
+    if config.AMP:
+        print(choose_precision(config, gpu_count() > 0)[1], file=sys.stderr)
     results, views = [], []
     progress = ProgressLine("predict")
     width = max(len(printable(path)) for path in paths)
@@ -161,7 +160,7 @@ def classify(
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")
     transform = build_eval_transform(config)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    process = Process(on_gpu=gpu_count() > 0)
+    on_gpu = gpu_count() > 0
     for start in range(0, len(paths), batch_size):
         found, images = [], []
         for path in paths[start : start + batch_size]:
@@ -175,7 +174,7 @@ def classify(
                 found.append(path)
         if images:
             batch = np.stack(images)
-            with autocast(config, process):
+            with autocast(config, on_gpu):
                 probabilities = F.softmax(model(normalize(paddle.to_tensor(batch))))
             yield found, batch, probabilities.numpy()
 

@@ -13,7 +13,7 @@ from resmlp import build_resmlp, load_pretrained
 from storage.run_folder import RunFolder
 from storage.weights import WeightFile
 from training.evaluation import Result, evaluate, write_report
-from training.learner import autocast
+from training.precision import autocast
 from utils import Normalize, ProgressLine
 
 _log = logging.getLogger("resmlp")
@@ -34,7 +34,7 @@ def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightF
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
 
     def predict(images):
-        with autocast(config, process):
+        with autocast(config, process.on_gpu):
             return model(normalize(images))
 
     accepted, classes = None, config.MODEL.NUM_CLASSES

@@ -10,26 +10,14 @@ import paddle
 from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
 
 from batch_augment import BatchAugment
-from cpu import ops
 from distillation import build_teacher
 from losses import build_criterion, build_distillation_loss
 from model_ema import ModelEma
 from optimizer import build_optimizer, clip_gradients, load_optimizer_state, optimizer_state
 from parallel.process import Process, wait_for_all
-from resmlp import FLOAT32_LAYERS, load_state
-
-# Where the float16 loss scale starts. The usual 2**16 would flush most gradients behind a
-# LayerScale of 1e-6 to zero (tests/test_amp.py); too high a start costs a skipped step a halving.
-FLOAT16_LOSS_SCALE = 2.0**20
-
-
-def autocast(config, process: Process):
-    """The mixed-precision context that the config asks for."""
-    if not config.AMP:
-        return contextlib.nullcontext()
-    if not process.on_gpu:
-        return ops.bfloat16(ops.choose_precision(config.AMP_DTYPE)[0])
-    return paddle.amp.auto_cast(level=config.AMP_LEVEL, dtype=config.AMP_DTYPE)
+from resmlp import load_state
+from training.precision import LossScaler, autocast, choose_precision
+from training.progress import StepRecord
 
 
 class Objective:
@@ -47,7 +35,7 @@ class Objective:
 
 
 class Learner:
-    """A model in training: `backward` and `apply` make an optimizer step.
+    """A model in training, and its optimizer `step`.
 
     The order of building matters: the EMA starts from the weights that the model holds, and a
     teacher draws random numbers and shifts Paddle's names, so it comes last.
@@ -62,27 +50,12 @@ class Learner:
 
     def __init__(self, config, process: Process, model, saved=None, labels=()):
         self.config, self.process, self.model = config, process, model
-        train, use_amp = config.TRAIN, config.AMP and process.on_gpu
+        train = config.TRAIN
         self.ema = None
         if train.MODEL_EMA:
             self.ema = ModelEma(model, train.MODEL_EMA_DECAY, train.MODEL_EMA_WARMUP)
         self.optimizer = build_optimizer(config, model)
-        self.scaler = paddle.amp.GradScaler(
-            enable=use_amp and config.AMP_DTYPE == "float16",
-            init_loss_scaling=FLOAT16_LOSS_SCALE,
-            incr_every_n_steps=1000,
-        )
-        if use_amp and config.AMP_LEVEL == "O2":  # float32 master weights, float32 checkpoints
-            self.model, self.optimizer = paddle.amp.decorate(
-                model,
-                self.optimizer,
-                level="O2",
-                dtype=config.AMP_DTYPE,
-                master_weight=True,
-                save_dtype="float32",
-                master_grad=True,  # unscaled in float16, the gradients behind LayerScale are 0
-                excluded_layers=FLOAT32_LAYERS,
-            )
+        self.scaler = LossScaler(choose_precision(config, process.on_gpu)[0] == "float16")
         self._resumed_optimizer: dict = {}  # until the first step
         if saved:
             self._restore(saved)
@@ -93,12 +66,41 @@ class Learner:
             wait_for_all(process)  # starting may take one rank longer than a collective waits
             self.network = paddle.DataParallel(self.model)
 
-    def backward(self, window: Sequence, rng: np.random.Generator) -> tuple:
-        """Computes the clipped gradients of the batches of an accumulation window.
+    def step(
+        self, window: Sequence, lr: float, rng, number: int, stop_requested: bool = False
+    ) -> StepRecord:
+        """Makes an optimizer step along the mean gradient of an accumulation window.
+
+        Where the numbers are read at once, on a CPU and under NONFINITE skip, a step that is not
+        finite leaves the weights as they were. float16's scaler does so by itself.
 
         Args:
             window: batches of the training loader (loading.loader.Batch).
+            lr: learning rate.
             rng: of the step, for erasing and mixing (utils.step_rng).
+            number: optimizer steps before this one.
+            stop_requested: of this rank; all ranks learn of it with the numbers.
+
+        Returns:
+            What it found: the same on all ranks but this rank's own loss and images.
+        """
+        loss, norm = self.gradients(window, rng)
+        record = self._record(window, lr, number, loss, norm, stop_requested)
+        read_at_once = not self.process.on_gpu or self.config.TRAIN.NONFINITE == "skip"
+        # A scaler has to know of every step.
+        if not (read_at_once and not record.finite) or self.scaler.is_enable():
+            self.optimizer.set_lr(lr)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self._resumed_optimizer = {}  # Paddle's own copy is complete now
+            if self.ema is not None:
+                applied = paddle.isfinite(norm) if self.scaler.is_enable() else None
+                self.ema.update(number, applied)
+        self.optimizer.clear_grad(set_to_zero=False)  # zeros would be added to
+        return record
+
+    def gradients(self, window: Sequence, rng: np.random.Generator) -> tuple:
+        """Leaves the clipped gradients in the parameters; arguments as those of `step`.
 
         Returns:
             On the device: the sum of the losses of this rank's images, float64; the norm of the
@@ -110,7 +112,7 @@ class Learner:
         for number, batch in enumerate(window):
             images, targets = self.augment(batch.images, batch.labels, rng)
             local = fused or number + 1 < len(window)
-            with self._no_sync(local), autocast(self.config, self.process):
+            with self._no_sync(local), autocast(self.config, self.process.on_gpu):
                 loss = self.forward(images, targets)
                 # Each image of the window weighs the same, whatever the size of its batch.
                 self.scaler.scale(loss * (len(batch.indices) / total)).backward()
@@ -125,28 +127,17 @@ class Learner:
         """The mean training loss of augmented images ``[B, 3, H, W]``."""
         return self.objective(self.network(images), images, targets)
 
-    def apply(self, lr: float, step: int, norm: paddle.Tensor, allowed: bool = True) -> None:
-        """Moves the weights along the gradients of `backward`, and the EMA after them.
-
-        Args:
-            lr: learning rate.
-            step: optimizer steps before this one.
-            norm: from `backward`.
-            allowed: False drops the gradients. (float16's scaler leaves out steps by itself.)
-        """
-        if allowed or self.scaler.is_enable():  # a scaler must be told of every step
-            self.optimizer.set_lr(lr)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self._resumed_optimizer = {}  # Paddle's own copy is complete now
-            if self.ema is not None:
-                applied = paddle.isfinite(norm) if self.scaler.is_enable() else None
-                self.ema.update(step, applied)
-        self.optimizer.clear_grad(set_to_zero=False)  # zeros would be added to
+    def _record(self, window, lr, number, loss, norm, stop_requested: bool) -> StepRecord:
+        """The numbers of a step, with totals over all ranks, so that these decide alike."""
+        totals = paddle.stack([loss, paddle.full_like(loss, float(stop_requested))])
+        if self.process.world > 1:
+            paddle.distributed.all_reduce(totals)
+        numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
+        return StepRecord(number, lr, [i for batch in window for i in batch.indices], numbers)
 
     def predict(self, images: paddle.Tensor, model: Callable | None = None) -> paddle.Tensor:
         """Logits ``[B, K]`` of uint8 images ``[B, H, W, 3]``, by ``model`` instead if given."""
-        with autocast(self.config, self.process):
+        with autocast(self.config, self.process.on_gpu):
             return (model or self.model)(self.augment.normalize(images))
 
     def state(self) -> dict:

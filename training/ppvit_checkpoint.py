@@ -67,7 +67,7 @@ def load(path: Path, config) -> dict | None:
     rate = scheduler.get("last_lr") if isinstance(scheduler, dict) else None
     there = f" (rate {rate:.3g} there)" if isinstance(rate, float) else ""
     notes.append(f"lr_scheduler{there}: the rate is computed from the config")
-    if config.AMP and config.AMP_DTYPE == "float16":
+    if config.AMP and config.AMP_DTYPE != "bfloat16":
         notes.append("amp_grad_scaler: the loss scale starts anew")
     notes.append(f"random numbers and the order of images: they are drawn from SEED {config.SEED}")
     notes.append("the best accuracy so far: the file does not say it")
@@ -101,7 +101,7 @@ def _split(state: dict) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _moments(optimizer: dict, own_names: dict[str, str], path: Path, notes: list[str]) -> dict:
     """The optimizer's state by the model's parameter names; empty, with a note, if unknown."""
-    masters, arrays = optimizer.get("master_weights"), _split(optimizer)[1]
+    arrays = _split(optimizer)[1]
     if not arrays:
         notes.append("the optimizer's moments: there are none in the file")
         return {}
@@ -111,8 +111,6 @@ def _moments(optimizer: dict, own_names: dict[str, str], path: Path, notes: list
     # Paddle counts the slots of a name: moment1_1 is of the second optimizer that was built.
     arrays = {re.sub(r"_\d+$", "_0", key): value for key, value in arrays.items()}
     arrays = check_state(arrays, f"{path}: optimizer")
-    if isinstance(masters, dict):
-        arrays["master_weights"] = check_state(_split(masters)[1], f"{path}: master_weights")
     return by_parameter(arrays, own_names)
 
 

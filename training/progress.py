@@ -15,7 +15,7 @@ from cli.errors import TrainingError
 from parallel.process import Process, StopSignal, sum_over_ranks
 from storage.checkpoints import LAST
 
-SYNC_STEPS_GPU = 10  # steps between looks at the numbers on a GPU; on a CPU looking is free
+SYNC_STEPS_GPU = 10  # steps between reads of the numbers on a GPU; on a CPU they cost nothing
 _log = logging.getLogger("resmlp")
 
 
@@ -37,7 +37,7 @@ class Progress:
     best_epoch: int = 0
     stale: int = 0  # evaluations since the best one
     skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
-    skipped_in_a_row: int = 0  # of those that count against NONFINITE_LIMIT
+    skipped_in_a_row: int = 0  # counted against NONFINITE_LIMIT
 
     def take_best(self, other: Progress) -> None:
         """Goes back to the best that another one knows."""
@@ -65,27 +65,40 @@ class Progress:
 
 @dataclass
 class StepRecord:
-    """A step whose numbers are still on the device."""
+    """What an optimizer step found; its numbers stay on the device until someone reads them."""
 
     step: int
     lr: float
-    numbers: paddle.Tensor  # float64 [4]: the sum of this rank's losses; over all ranks that sum
-    # and how many were signalled; the gradient norm before clipping
     indices: list  # of this rank's images, to name them when the loss is not finite
+    numbers: paddle.Tensor  # float64 [4]: the sum of this rank's losses; over all ranks that sum
+    # and how many were asked to stop; the gradient norm before clipping
+    values: list | None = None  # the numbers, once they are read
+
+    def read(self) -> list:
+        """The numbers, on the host."""
+        if self.values is None:
+            self.values = self.numbers.numpy().tolist()
+        return self.values
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are finite: what decides about a step, on every rank alike."""
+        _, loss, _, norm = self.read()
+        return math.isfinite(loss) and math.isfinite(norm)
 
 
 class Monitor:
-    """Takes the numbers of every step; reads them, and adds them to the run's `Progress`, in time.
+    """Counts what the steps have found in the run's `Progress`, and ends a run that goes wrong.
 
-    On a CPU they are read before each step is applied, on a GPU every `SYNC_STEPS_GPU` steps, and
-    always before a report or a save: no checkpoint holds what a non-finite step has left.
+    The numbers are read when they are due, and always before a report or a save: no checkpoint
+    holds what a step that is not finite has left.
 
     Args:
         config: ``TRAIN.NONFINITE`` and ``NONFINITE_LIMIT`` are used.
         process: this process.
         progress: of the run; losses and skipped steps are counted there.
         scaler: the loss scaler.
-        folder: of the run, for the facts of a non-finite step.
+        folder: of the run, for the facts of a step that is not finite.
         files: index of the training images, to name them.
 
     Attributes:
@@ -98,80 +111,67 @@ class Monitor:
         self.config, self.process, self.progress = config, process, progress
         self.scaler, self.folder, self.files = scaler, folder, files
         self.norm, self.stop, self.signal = 0.0, False, StopSignal()
-        self._unread: list[StepRecord] = []
+        self._records: list[StepRecord] = []  # of the steps since the last count
 
-    @property
-    def before_each_step(self) -> bool:
-        """Whether a step waits for its numbers: always on a CPU, on a GPU if it may be skipped."""
-        return not self.process.on_gpu or self.config.TRAIN.NONFINITE == "skip"
+    def add(self, record: StepRecord) -> None:
+        """Takes the record of a step."""
+        self._records.append(record)
 
     def due(self) -> bool:
-        """Whether it is time to read the numbers, after a step."""
-        return not self.process.on_gpu or self.progress.step % SYNC_STEPS_GPU == 0
+        """Whether to count now: the last step's numbers were read, or many steps' were not."""
+        read = self._records[-1].values is not None
+        return read or self.progress.step % SYNC_STEPS_GPU == 0
 
-    def add(self, lr: float, loss: paddle.Tensor, norm: paddle.Tensor, indices: list) -> None:
-        """Keeps a step's numbers; all ranks get the same totals, so that they decide alike.
-
-        Args:
-            lr: learning rate.
-            loss: float64 scalar, the sum of the losses of this rank's images.
-            norm: float32 scalar, gradient norm before clipping.
-            indices: this rank's images.
-        """
-        totals = paddle.stack([loss, paddle.full_like(loss, float(self.signal.received))])
-        if self.process.world > 1:
-            paddle.distributed.all_reduce(totals)
-        numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
-        self._unread.append(StepRecord(self.progress.step, lr, numbers, indices))
-
-    def count_or_raise(self) -> bool:
-        """Reads the numbers that are still on the device, and counts them in the progress.
-
-        Returns:
-            Whether all are finite. The scaler of float16 leaves out steps of its own: they count
-            as skipped, not as wrong, while the loss itself is finite.
+    def count_or_raise(self) -> None:
+        """Reads what is still on the device, in one copy, and counts it in the progress.
 
         Raises:
-            TrainingError: one is not, and ``TRAIN.NONFINITE`` says stop, or too many in a row.
+            TrainingError: a step was not finite and TRAIN.NONFINITE says stop, or too many in a
+                row were. A step of a finite loss that float16's scaler leaves out is one to skip.
         """
-        records, self._unread = self._unread, []
-        if not records:
-            return True
-        numbers = paddle.stack([record.numbers for record in records]).numpy().tolist()
-        results = [self._judge(record, *row) for record, row in zip(records, numbers)]
-        return all(results)
+        records, self._records = self._records, []
+        unread = [record for record in records if record.values is None]
+        if unread:
+            rows = paddle.stack([record.numbers for record in unread]).numpy().tolist()
+            for record, row in zip(unread, rows):
+                record.values = row
+        for record in records:
+            self._count(record)
 
-    def _judge(self, record: StepRecord, own_loss, loss, stop, norm) -> bool:
+    def _count(self, record: StepRecord) -> None:
         progress, train = self.progress, self.config.TRAIN
+        _, loss, stop, norm = record.read()
         self.stop = stop > 0
-        if np.isfinite(loss):
+        if math.isfinite(loss):
             count = len(record.indices) * self.process.world
             progress.epoch_loss += loss
             progress.epoch_count += count
             progress.report_loss += loss
             progress.report_count += count
             self.norm = norm
-            if np.isfinite(norm):
-                progress.skipped_in_a_row = 0
-                return True
+        if record.finite:
+            progress.skipped_in_a_row = 0
+            return
         progress.skipped_steps += 1
-        if np.isfinite(loss) and self.scaler.is_enable():
-            return True
         progress.skipped_in_a_row += 1
-        if train.NONFINITE == "stop" or progress.skipped_in_a_row > train.NONFINITE_LIMIT:
-            raise self._error(record, own_loss, loss, norm)
-        _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
-        return False
+        by_scaler = math.isfinite(loss) and self.scaler.is_enable()
+        stop_now = train.NONFINITE == "stop" and not by_scaler
+        if stop_now or progress.skipped_in_a_row > train.NONFINITE_LIMIT:
+            raise self._error(record)
+        if not by_scaler:
+            _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
 
-    def _error(self, record: StepRecord, own_loss, loss, norm) -> TrainingError:
+    def _error(self, record: StepRecord) -> TrainingError:
         """Writes what is needed to reproduce the step, on every rank, and says where it is."""
         rank, world = self.process.rank, self.process.world
+        own_loss, loss, _, norm = record.read()
+        scale = float(np.ravel(self.scaler.state_dict().get("scale", 1.0))[0])
         facts = {
             "epoch": self.progress.epoch + 1,
             "step": record.step,
             "rank": rank,
             "lr": record.lr,
-            "loss_scale": float(np.ravel(self.scaler.state_dict().get("scale", 1.0))[0]),
+            "loss_scale": scale,
             "loss": own_loss / len(record.indices),
             "gradient_norm": norm,
             "seed": self.config.SEED,
@@ -186,12 +186,13 @@ class Monitor:
         wrong = [r for r, flag in enumerate(sum_over_ranks(wrong, self.process)) if flag]
         where = f"rank {', '.join(map(str, wrong))}" if wrong else "all ranks together"
         what = "gradient" if np.isfinite(loss) else "loss"
+        scaled = f", loss scale {scale:g}" if self.scaler.is_enable() else ""
         listed = self.folder / f"nonfinite.rank{wrong[0] if len(wrong) == 1 else '*'}.json"
         last = self.folder / LAST
         saved = f"the last checkpoint is {last}" if last.exists() else "nothing was saved yet"
         return TrainingError(
             f"{where}, step {record.step}: the {what} is not finite (learning rate "
-            f"{record.lr:.3g}); the batch is listed in {listed}; {saved}. A lower "
+            f"{record.lr:.3g}{scaled}); the batch is listed in {listed}; {saved}. A lower "
             "TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS or TRAIN.GRAD_CLIP usually helps; "
             "TRAIN.NONFINITE skip goes on"
         )

@@ -21,7 +21,7 @@ from training.progress import Progress
 _log = logging.getLogger("resmlp")
 
 
-class Checkpoints:
+class Saver:
     """Saves and resumes one run. The writing thread sees copies; it changes nothing of the run.
 
     Args:
@@ -39,7 +39,7 @@ class Checkpoints:
         self._data: dict = {}
         self._writing: Progress | None = None
         self._writer = checkpoints.Writer()
-        self._told: set[str] = set()  # failures since the last save that succeeded
+        self._warned: set[str] = set()  # failures since the last save that succeeded
 
     # -------------------------------------------------------------------------------- resuming
     def choose(self) -> dict | None:
@@ -159,16 +159,16 @@ class Checkpoints:
         try:
             if self._writer.finish(wait):
                 self.saved = self._writing
-                self._told.clear()
+                self._warned.clear()
         except CheckpointError as error:
             self._failed(progress, error)
 
     def _failed(self, progress: Progress, error: CheckpointError) -> None:
         if self.config.SAVE_FAILURE == "stop":
             raise error
-        if str(error) not in self._told:  # a full disk stays full
+        if str(error) not in self._warned:  # a full disk stays full
             _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
-        self._told.add(str(error))
+        self._warned.add(str(error))
         progress.take_best(self.saved or Progress())
 
     def close(self) -> None:

@@ -102,10 +102,10 @@ class _HalfPickle:
 
 
 rendezvous.BEAT, rendezvous.SILENCE = 0.5, 10.0
-before("step", learner.Learner, "backward")
+before("step", learner.Learner, "step")
 after("forward", learner.Learner, "forward")
 before("evaluation", engine.Trainer, "evaluate")
-before("snapshot", saving.Checkpoints, "snapshot")
+before("snapshot", saving.Saver, "snapshot")
 before("save_begin", checkpoints, "save")
 if faults_at("save_half"):
     checkpoints.pickle = _HalfPickle
