@@ -226,7 +226,7 @@ def _once(make):
                 raise found
             kept[arguments] = found
         if isinstance(kept[arguments], Unsupported):
-            raise kept[arguments].with_traceback(None)
+            raise Unsupported(*kept[arguments].args)  # raised itself, it would keep its callers
         return kept[arguments]
 
     return made

@@ -217,13 +217,13 @@ def test_the_data_mode_augments_jpeg_files_to_the_models_size(config, monkeypatc
 
 
 def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch):
-    learners, apply = [], Learner.apply
+    learners, gradients = [], Learner.gradients
 
     def remember(learner, *args):
         learners.append(learner)
-        return apply(learner, *args)
+        return gradients(learner, *args)
 
-    monkeypatch.setattr(Learner, "apply", remember)
+    monkeypatch.setattr(Learner, "gradients", remember)
     config = config.clone()
     config.defrost()
     config.TRAIN.MODEL_EMA = True
