@@ -91,6 +91,7 @@ data.TRAIN_INTERPOLATION = key(
 data.NUM_WORKERS = key(
     "auto", either(integer(0, 256), choice("auto")), "loader processes per process; 0: none"
 )
+data.MAX_IMAGE_PIXELS = key(89_478_485, COUNT, "more are refused; Pillow's own limit")
 data.IMAGENET_MEAN = key([0.485, 0.456, 0.406], MEAN, "subtracted, of pixels from 0 to 1")
 data.IMAGENET_STD = key([0.229, 0.224, 0.225], STD, "divided by")
 data.DROP_LAST = key(True, boolean, "training: drop a last batch that is smaller than the others")

@@ -231,6 +231,7 @@ def build_eval_transform(config) -> EvalTransform:
         config: Uses DATA.IMAGE_SIZE, DATA.CROP_PCT, DATA.INTERPOLATION, DATA.EXIF_ORIENTATION.
     """
     data = config.DATA
+    Image.MAX_IMAGE_PIXELS = data.MAX_IMAGE_PIXELS  # for `read_pixels`, in this process
     resample = _RESAMPLE[data.INTERPOLATION]
     return EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, resample, data.EXIF_ORIENTATION)
 
@@ -286,6 +287,7 @@ def build_train_transform(config) -> TrainTransform:
         ConfigError: As `build_augmentations`.
     """
     data, train = config.DATA, config.TRAIN
+    Image.MAX_IMAGE_PIXELS = data.MAX_IMAGE_PIXELS  # for `read_pixels`, in this process
     return TrainTransform(
         size=data.IMAGE_SIZE,
         scale=tuple(train.CROP_SCALE),

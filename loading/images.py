@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import math
 import os
 import re
 import stat
@@ -105,15 +106,23 @@ def _read(path: str) -> bytes:
 
 
 def _open(path: str, data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    too_large = (
+        f"pixels, more than the limit of {limit:,}: DATA.MAX_IMAGE_PIXELS raises it, and "
+        "tools/pack.py -max_pixels makes smaller copies"
+    )
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:  # above twice the limit
+        raise BadImage(path, f"{re.findall('[0-9]+', str(error))[0]} {too_large}") from None
     image.filename = path  # as for one that is opened by its name
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if 0 < pixels <= (limit or pixels):
+    pixels = image.width * image.height
+    if 0 < pixels <= limit:
         return image
     image.close()
-    if pixels:
-        raise BadImage(path, f"{pixels:,} pixels, more than the limit of {limit:,}")
-    raise BadImage(path, f"{image.width} x {image.height} pixels")
+    raise BadImage(
+        path, f"{pixels} {too_large}" if pixels else f"{image.width} x {image.height} pixels"
+    )
 
 
 def to_pixels(image: Image.Image | np.ndarray, exif_orientation: bool = False) -> np.ndarray:
@@ -204,7 +213,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     if not data.startswith(_JPEG) or not simplejpeg_is_right():
         return None
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    if colors != "YCbCr" or width * height > (Image.MAX_IMAGE_PIXELS or width * height):
+    if colors != "YCbCr" or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
     return _by_simplejpeg(data, height, width)
 

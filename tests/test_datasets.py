@@ -17,6 +17,8 @@ from datasets import build_dataset, build_loader
 from loading import images
 from transforms import EvalTransform
 
+from .helpers.tiny_data import make_config, make_data
+
 NUM_IMAGES, NUM_CLASSES, SIZE = 23, 5, 8
 
 
@@ -308,6 +310,17 @@ def test_an_image_that_breaks_while_the_transform_reads_it_counts_as_bad(config,
         passes(config)
     config.DATA.BAD_IMAGE = "skip"
     assert len(passes(config, log=lambda line: None)) == 6
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_key_sets_the_largest_image(tmp_path, monkeypatch, split):
+    monkeypatch.undo()  # the real transforms
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # put back in the end
+    data = make_data(tmp_path / "data")
+    for limit in (256, 255):
+        config = make_config(tmp_path, data, "DATA.MAX_IMAGE_PIXELS", limit)
+        refused = "0.png: 256 pixels, more" in build_dataset(config, split)[0, 0, 0].error
+        assert refused == (limit < 256)
 
 
 def test_an_image_too_narrow_to_be_evaluated_is_named_with_its_line(config, tmp_path, monkeypatch):
