@@ -1,4 +1,4 @@
-"""Small helpers of the loops: seeds, normalising on the device, memory, meters, progress."""
+"""Small helpers of the loops: seeds, normalising on the device, memory, meters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import numpy as np
 import paddle
 
+from cli.progress import ProgressLine  # noqa: F401  (whoever imports utils has it)
 from parallel.process import Process
 
 try:
@@ -95,30 +96,6 @@ class Meter:
         """Seconds of the interval, and the share of them spent waiting for data."""
         seconds = max(time.time() - self._start, 1e-9)
         return seconds, self._waited / seconds
-
-
-class ProgressLine:
-    """A progress bar that overwrites itself on a terminal, and is silent anywhere else.
-
-    Args:
-        label: what is going on.
-        show: False on ranks other than 0.
-    """
-
-    def __init__(self, label: str, show: bool = True):
-        self.label, self.show = label, show and sys.stdout.isatty()
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.show and time.time() >= self._next:
-            bar = "#" * (30 * done // max(total, 1))
-            print(f"\r{self.label} [{bar:<30}] {done}/{total} ", end="", flush=True)
-            self._next = time.time() + 0.2
-
-    def end(self) -> None:
-        """Clears the line."""
-        if self.show:
-            print("\r\033[K", end="", flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -19,10 +19,10 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from cli.errors import WeightsError
+from cli.progress import ProgressLine
 from port_weights import zoo
 from storage.files import atomic, cache_folder, file_sha256, write_atomically
 from storage.weights import SUFFIXES, refuse_text
-from utils import ProgressLine
 
 try:
     import fcntl

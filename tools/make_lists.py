@@ -35,6 +35,7 @@ from typing import BinaryIO
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
+from cli.progress import ProgressLine
 from loading import archives
 from loading.files import (
     SPLIT_NAMES,
@@ -438,8 +439,6 @@ def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str],
         DataError: some cannot be decoded; each was logged.
         UserError: as `map_in_processes`.
     """
-    from utils import ProgressLine  # imports Paddle, which nothing else here needs
-
     progress, bad = ProgressLine("verify"), []
     try:
         for done, reason in enumerate(map_in_processes(_problem, paths, workers), 1):
