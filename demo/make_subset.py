@@ -42,7 +42,9 @@ def cut(split: Split, per_class: int, rng: np.random.Generator) -> Split:
 
 
 def main() -> None:
-    parser = Parser(__doc__.split("\n", 1)[0])
+    parser = Parser(
+        "Cuts the balanced subset of Fashion-MNIST that the demo trains on, and packs it."
+    )
     parser.flag("idx", "folder of the original idx files", metavar="DIR", required=True)
     parser.flag("output", f"archive (default: {ARCHIVE.name})", metavar="FILE", default=ARCHIVE)
     args = parser.parse_args()

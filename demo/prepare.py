@@ -84,7 +84,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def main() -> None:
-    parser = Parser(__doc__.split("\n", 1)[0])
+    parser = Parser("Lays Fashion-MNIST out as PNG files in the structure of ImageNet2012.")
     parser.flag("output", "folder to make", metavar="DIR", required=True)
     parser.flag(
         "idx", "folder of the original idx files (default: the bundled subset)", metavar="DIR"

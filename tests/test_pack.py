@@ -1,8 +1,9 @@
 """tools/pack.py: a data set in tar shards, smaller."""
 
-import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -12,9 +13,11 @@ from PIL import Image
 from cli.errors import DataError, UserError
 from datasets import build_dataset
 from loading import archives
-from loading.images import read_image
-from tools.pack import Settings, main, pack
+from loading.images import open_image, upright
+from tools import pack as tool
+from tools.pack import Settings, pack
 
+from .helpers.runs import ROOT
 from .helpers.tiny_data import make_config, make_data
 
 
@@ -52,36 +55,71 @@ def test_small_pictures_are_copied_byte_for_byte(tmp_path):
     assert (tmp_path / "packed" / "classes.txt").read_text() == "class_0\nclass_1\nclass_2\n"
 
 
-def test_large_pictures_get_the_short_side_and_keep_their_rotation(tmp_path):
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # to be turned by 90 degrees
+LONG = Image.Exif()
+LONG[0x0112], LONG[0x010E] = 6, "x" * 70_000  # more than a JPEG can hold
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [("photo.jpg", {"exif": TURNED}), ("photo.png", {"exif": TURNED}), ("photo.jpg", {"xmp": XMP})]
+    + [("photo.webp", {"exif": exif, "lossless": True}) for exif in (TURNED, LONG)]
+    + [("photo.webp", {"xmp": XMP}), ("photo.tif", {"tiffinfo": {0x0112: 6}})],
+)
+def test_large_pictures_get_the_short_side_and_keep_their_rotation(tmp_path, name, options):
     source = make_data(tmp_path / "data")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    photograph(source / "train" / "class_1" / "photo.jpg", 400, 300, exif=exif)
+    original = source / "train" / "class_1" / name
+    photograph(original, 400, 300, **options)
     lines = []
     pack(str(source), str(tmp_path / "packed"), Settings(60, 90, 100), 1, lines.append)
-    path = f"{tmp_path}/packed/train-00000.tar/train/class_1/photo.jpg"
-    with Image.open(io.BytesIO(archives.read(path))) as image:
-        assert image.size == (80, 60) and image.format == "JPEG"
-        assert image.getexif()[0x0112] == 6
-    expected = read_image(str(source / "train/class_1/photo.jpg")).resize((80, 60), 3)
-    error = np.abs(np.asarray(read_image(path), int) - np.asarray(expected, int))
+    path = f"{tmp_path}/packed/train-00000.tar/train/class_1/{name}"
+    with open_image(str(original)) as image:
+        expected = upright(image).resize((60, 80), Image.Resampling.BICUBIC)
+    with open_image(path) as image:
+        assert image.format == "JPEG" and min(image.size) == 60
+        error = np.abs(np.asarray(upright(image), int) - np.asarray(expected, int))
     assert error.mean() < 4
     assert any("34 pictures in 2 shards" in line for line in lines)
 
 
-def test_a_stopped_run_goes_on_and_keeps_whole_shards(tmp_path):
-    source, output = str(make_data(tmp_path / "data")), tmp_path / "packed"
-    pack(source, str(output), Settings(320, 90, 10), 1)
-    first = (output / "train-00000.tar").stat().st_mtime_ns
+def test_a_stopped_run_goes_on_and_keeps_the_shards_of_unchanged_pictures(tmp_path):
+    source, output = make_data(tmp_path / "data"), tmp_path / "packed"
+    pack(str(source), str(output), Settings(320, 90, 10), 1)
+    times = {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.tar")}
     content = (output / "train-00001.tar").read_bytes()
     (output / "train-00001.tar").unlink()
     (output / ".train-00001.tar.123-456.tmp").write_bytes(b"half")
     (output / "train_list.txt").unlink()
-    pack(source, str(output), Settings(320, 90, 10), 1)
-    assert (output / "train-00000.tar").stat().st_mtime_ns == first
+    replaced = source / "train" / "class_2" / "23.png"
+    replaced.write_bytes((source / "val" / "class_2" / "2.png").read_bytes())
+    pack(str(source), str(output), Settings(320, 90, 10), 1)
+    same = [name for name in times if (output / name).stat().st_mtime_ns == times[name]]
+    assert same == ["train-00000.tar"]
     assert (output / "train-00001.tar").read_bytes() == content
     assert len((output / "train_list.txt").read_text().splitlines()) == 24
     assert not list(output.glob(".*.tmp"))
+    packed = archives.read(f"{output}/train-00002.tar/train/class_2/23.png")
+    assert packed == replaced.read_bytes()
+
+
+def test_lists_of_other_spellings_and_images_listed_twice_are_packed(tmp_path):
+    source = make_data(tmp_path / "data")
+    (source / "train" / "class_0").rename(source / "#0")
+    paths = ["./#0/0.png 0", "./#0//3.png 0", "train//class_1/./1.png 1", "./#0/0.png 0"]
+    (source / "train_list.txt").write_text("".join(f"{p}\n" for p in paths))
+    pack(str(source), str(tmp_path / "packed"), Settings(320, 90, 3), 1)
+    opts = ("DATA.DATASET", "imagenet2012")
+    packed = data_of(make_config(tmp_path, tmp_path / "packed", *opts), "train")
+    assert packed == data_of(make_config(tmp_path, source, *opts), "train") and len(packed) == 4
+
+
+def test_other_names_of_the_splits_are_packed(tmp_path):
+    source = make_data(tmp_path / "data")
+    (source / "val").rename(source / "valid")
+    pack(str(source), str(tmp_path / "packed"), Settings(320, 90, 100), 1)
+    assert len((tmp_path / "packed" / "val_list.txt").read_text().splitlines()) == 9
 
 
 def test_other_settings_do_not_mix_into_a_packed_set(tmp_path):
@@ -124,9 +162,26 @@ def test_a_shard_that_was_damaged_later_is_found_at_the_end(tmp_path):
     assert lines[0].endswith(f"; remove {output}/val-00000.tar")
 
 
-def test_the_command_line_packs_as_it_says(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(UserError, match="train-00000.tar: cannot be written: No space left"):
+        pack(str(make_data(tmp_path / "data")), str(tmp_path / "packed"), Settings(9, 90, 10), 1)
+
+
+def test_the_command_line_packs_as_it_says(tmp_path):
     source, output = str(make_data(tmp_path / "data")), tmp_path / "packed"
-    monkeypatch.setattr("sys.argv", ["pack.py", source, "-output", str(output), "-workers", "1"])
-    main()
+
+    def call(*flags):
+        words = [sys.executable, "-OO", tool.__file__, source, "-output", str(output), *flags]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+    done = call("-max_pixels", "255")
+    assert (done.returncode, done.stderr[:6]) == (2, "error:")
+    assert "256 pixels, more than" in done.stdout
+    done = call("-workers", "100000")
+    assert done.returncode == 0, done.stderr
     settings = json.loads((output / "pack.json").read_text())
     assert settings == {"short_side": 320, "quality": 85, "per_shard": 10000}

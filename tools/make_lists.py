@@ -28,10 +28,9 @@ import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import BinaryIO
+from functools import partial
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
@@ -50,7 +49,7 @@ from loading.files import (
     split_folder,
 )
 from loading.imagenet import val_number, wordnet_ids
-from loading.images import EXTENSIONS, BadImage, read_image, regular_size
+from loading.images import EXTENSIONS, BadImage, read_image, reason_of, regular_size
 from storage.files import atomic, printable, shorten
 from tools import imagenet
 from tools.processes import map_in_processes
@@ -86,16 +85,9 @@ def make_lists(
     """Splits the images of a folder or CSV file and writes the three files beside them.
 
     Args:
-        source: a folder with a folder per class, or with train/ and val/ of such; or a CSV file.
-        val_fraction: share of the images to validate on, where there is no val/.
-        seed: of that split.
         verify: first decode every image. Where the lists are there already, check those, and
             write nothing.
-        force: replace lists that are there.
-        workers: processes that decode; None: one a core.
-        log: takes one line of text.
-        output: folder for the files; None: beside the images. (Their paths stay relative to the
-            images' folder.)
+        output: folder for the files; their paths stay relative to the images' folder.
 
     Raises:
         DataError: no such layout, unusable names, the same content on both sides, images that
@@ -127,10 +119,10 @@ def make_lists(
     if any(val_number(path) for path, _ in sides.get("val", ())[:1]):
         content = {path: os.fsencode(path) for path in paths}  # ImageNet's halves are as published
     else:
-        content = contents(root, paths)
+        content = contents(root, paths, workers)
     _check_repeats(root, sides, content, log)
     if "drawn" in sides:
-        sides = _draw(sides["drawn"], content, val_fraction, seed, before)
+        sides = _draw(sides["drawn"], content, val_fraction, seed, before, log)
     split = Split(root, classes, sides.get("train", []), sides.get("val", []))
     if only_check:
         return split
@@ -140,7 +132,6 @@ def make_lists(
     for side, name in ((split.train, TRAIN_LIST), (split.val, VAL_LIST)):
         if not side:
             log(f"warning: {name} is not written: no images for it (training needs some)")
-    _warn_of_moves(before, split, log)
     log(f"use them with: {_next_command(split, None if output is None else folder)}")
     return split
 
@@ -296,54 +287,38 @@ def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
 
 
 # ---------------------------------------------------------------------- contents and split
-def contents(root: str, paths: Sequence[str]) -> dict[str, bytes]:
+def contents(root: str, paths: Sequence[str], workers: int | None = None) -> dict[str, bytes]:
     """What tells the contents of files apart, by path: equal where, and only where, they are.
 
     The first 16 bytes hang on a file's size and `_SAMPLE` bytes of its start, middle and end; a
     digest of all follows where these agree.
     """
-    found: dict[str, bytes] = {}
-
-    def look(function: Callable, some: Sequence[str]) -> None:
-        try:
-            values = pool.map(function, [os.path.join(root, path) for path in some])
-            for path, value in zip(some, values):
-                found[path] = found.get(path, b"") + value
-        except OSError as error:
-            reason = (error.strerror or "").lower()
-            raise DataError(f"{printable(error.filename)}: {reason}") from None
-
-    with ThreadPoolExecutor() as pool:
-        look(_sample, list(dict.fromkeys(paths)))
-        counts = Counter(found.values())
-        look(_digest, [path for path, value in found.items() if counts[value] > 1])
+    found = dict(zip(paths, map_in_processes(partial(_digest, root, False), paths, workers)))
+    counts = Counter(found.values())
+    alike = [path for path in paths if counts[found[path]] > 1]
+    for path, digest in zip(alike, map_in_processes(partial(_digest, root, True), alike, workers)):
+        found[path] += digest
     return found
 
 
-def _sample(path: str) -> bytes:
-    with _open(path) as file:
-        size = file.seek(0, os.SEEK_END)
-        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        for start in (0, size // 2, max(0, size - _SAMPLE)):
-            file.seek(start)
-            digest.update(file.read(_SAMPLE))
+def _digest(root: str, whole: bool, path: str) -> bytes:
+    path = os.path.join(root, path)
+    try:
+        data = archives.read(path)
+        if data is None:
+            regular_size(path)  # a pipe would block
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
+            size = file.seek(0, os.SEEK_END)
+            starts, length = (0, size // 2, max(0, size - _SAMPLE)), _SAMPLE
+            if whole:
+                starts, length = range(0, size, 2**20), 2**20
+            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(length))
+    except OSError as error:
+        raise DataError(f"{printable(path)}: {reason_of(error)}") from None
     return digest.digest()
-
-
-def _digest(path: str) -> bytes:
-    digest = hashlib.blake2b()
-    with _open(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
-
-
-def _open(path: str) -> BinaryIO:
-    data = archives.read(path)
-    if data is not None:
-        return io.BytesIO(data)
-    regular_size(path)  # a pipe would block
-    return open(path, "rb")
 
 
 def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict, log) -> None:
@@ -385,6 +360,7 @@ def _draw(
     val_fraction: float,
     seed: int,
     before: dict[str, list[Entry]],
+    log: Callable[[str], None],
 ) -> dict[str, list[Entry]]:
     """Draws each image by its content; identical files share a side.
 
@@ -408,6 +384,12 @@ def _draw(
                 free = [key for key in keys if key not in was_val] or keys
                 val[(min if wanted else max)(free, key=drawn.get)] = wanted
         is_val.update(val)
+    moved = [path for path, key in key_of.items() if was_val.get(key, is_val[key]) != is_val[key]]
+    if moved:
+        log(
+            f"warning: {len(moved)} images were on the other side in the lists before, such as "
+            f"{printable(moved[0])}: earlier weights may have learned what is validated on now"
+        )
     return {
         "train": [entry for entry in entries if not is_val[key_of[entry[0]]]],
         "val": [entry for entry in entries if is_val[key_of[entry[0]]]],
@@ -418,17 +400,6 @@ def _number(key: bytes, seed: int) -> float:
     """A number from 0 to 1 that hangs on the content and the seed alone."""
     digest = hashlib.blake2b(key, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
-
-
-def _warn_of_moves(before: dict[str, list[Entry]], split: Split, log) -> None:
-    was = {path: side for side, entries in before.items() for path, _ in entries}
-    now = {**{path: "train" for path, _ in split.train}, **{path: "val" for path, _ in split.val}}
-    moved = [path for path, side in now.items() if was.get(path, side) != side]
-    if moved:
-        log(
-            f"warning: {len(moved)} images were on the other side in the lists before, such as "
-            f"{printable(moved[0])}: earlier weights may have learned what is validated on now"
-        )
 
 
 # -------------------------------------------------------------------- checking and writing
@@ -463,25 +434,21 @@ def _problem(path: str) -> str | None:
 
 
 def _write_lists(split: Split, folder: str) -> None:
-    label = {name: str(i) for i, name in enumerate(split.classes)}
-    contents = {
-        TRAIN_LIST: [f"{_listed(path)} {label[name]}" for path, name in split.train],
-        VAL_LIST: [f"{_listed(path)} {label[name]}" for path, name in split.val],
-        CLASSES: split.classes,
-    }
-    contents = {name: lines for name, lines in contents.items() if lines}
+    label = {name: i for i, name in enumerate(split.classes)}
+
+    def listed(entries: list[Entry]) -> list[str]:  # without "./", "#" would begin a comment
+        return [f"{'./' * path.startswith('#')}{path} {label[name]}" for path, name in entries]
+
     try:
         with ExitStack() as stack:  # all get their names when all are written
-            for name, lines in contents.items():
-                file = stack.enter_context(atomic(os.path.join(folder, name)))
-                file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
+            for file_name, lines in zip(
+                FILES, (*map(listed, (split.train, split.val)), split.classes)
+            ):
+                if lines:
+                    file = stack.enter_context(atomic(os.path.join(folder, file_name)))
+                    file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
     except OSError as error:
         raise DataError(f"{folder}: cannot write the lists: {error.strerror}") from None
-
-
-def _listed(path: str) -> str:
-    """The path so that a list file's reader does not take its line for a comment."""
-    return os.path.join(".", path) if path.startswith("#") else path
 
 
 def _next_command(split: Split, lists: str | None) -> str:
@@ -493,25 +460,16 @@ def _next_command(split: Split, lists: str | None) -> str:
     config, flags = "resmlp_finetune", ["-pretrained=resmlp_12_224"]
     if split.classes == list(wordnet_ids()):
         config, flags = "resmlp_12_224", [] if split.train else ["-eval", *flags]
-    opts = [f"MODEL.NUM_CLASSES {len(split.classes)}"]
-    for key, name in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES if lists else ()):
-        opts.append(f"DATA.{key} {shlex.quote(os.path.join(lists, name))}")
     here = os.path.relpath(_REPOSITORY)
     here = _REPOSITORY if here.startswith(os.pardir) else here
-    main, cfg = (
-        os.path.normpath(os.path.join(here, path))
-        for path in ("main_single_gpu.py", f"configs/{config}.yaml")
-    )
+    main = os.path.normpath(f"{here}/main_single_gpu.py")
+    cfg = os.path.normpath(f"{here}/configs/{config}.yaml")
     name = os.path.basename(os.path.abspath(split.root))
-    words = [
-        "python",
-        main,
-        f"-cfg={cfg}",
-        f"-data_path={split.root}",
-        *flags,
-        f"-output=output/{name}",
-    ]
-    return " ".join([*map(shlex.quote, words), "-opts", *opts])
+    words = ["python", main, f"-cfg={cfg}", f"-data_path={split.root}", *flags]
+    words += [f"-output=output/{name}", "-opts", "MODEL.NUM_CLASSES", str(len(split.classes))]
+    for key, file in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES if lists else ()):
+        words += [f"DATA.{key}", os.path.join(lists, file)]
+    return shlex.join(words)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ python tools/pack.py imagenet -output packed -short_side 320
 Takes list files, or train/ and val/ with a folder per class (also in archives), and writes
 train-00000.tar ..., train_list.txt, val_list.txt and classes.txt. Pictures whose short side is
 longer are resized to it (bicubic) and saved as JPEG; the others are copied byte for byte. Run
-again, it goes on where it was stopped. At the end every picture is decoded once more.
+again, it goes on where it was stopped, and makes shards anew whose pictures have changed. At the
+end every picture is decoded once more.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ if not __package__:
     import _root  # noqa: F401
 
 import contextlib
+import hashlib
 import io
 import json
 import math
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,17 +33,20 @@ from PIL import Image
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from cpu.resample import from_image, operations, to_image
-from cpu.setup import default_threads
 from loading import archives
-from loading.files import ImageIndex, find_classes, read_list, scan_folder
-from loading.images import BadImage, open_image, read_image, regular_size
+from loading.files import ImageIndex, find_classes, read_list, scan_folder, split_folder
+from loading.images import BadImage, read_image, read_pixels, regular_size
 from storage.files import atomic, printable
 from tools.common import write_file
+from tools.processes import map_in_processes
 from transforms import resized_size
 
 SPLITS = ("train", "val")
 SETTINGS = "pack.json"
 _MEASURED = 50  # of so many re-encoded pictures, one is compared with what was encoded
+_MAX_PIXELS = 10**9  # of one picture: 4 GB while it is decoded
+_ORIENTATION = 0x112  # EXIF's tag
+_LONGEST_EXIF = 65_533  # bytes that a JPEG has room for
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,18 @@ class Settings:
 
 
 class Shard(NamedTuple):
+    """A tar to be made, of some pictures of a split."""
+
+    path: str
+    files: ImageIndex
+    indices: range
+
+    def name(self, index: int) -> str:
+        """Of a picture in the tar: its path without ``./`` and ``//``."""
+        return os.path.normpath(os.fsdecode(self.files.name(index)))
+
+
+class Made(NamedTuple):
     """What became of one shard."""
 
     bad: list[str]
@@ -69,46 +85,42 @@ def pack(
     workers: int | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Packs a data set.
-
-    Args:
-        source: a data folder with list files, or with a folder per class in train/ and val/.
-        output: the new data folder.
-        settings: sizes and quality.
-        workers: processes; None: one a core that this process may use.
-        log: takes one line of text.
+    """Packs the data folder `source` into the folder `output`.
 
     Raises:
         DataError: the data set cannot be read; pictures that cannot be decoded (each is logged,
             and no lists are written).
-        UserError: `output` holds something else, or cannot be written.
+        UserError: `output` holds something else, or cannot be written; as `map_in_processes`.
     """
     splits = {split: files for split in SPLITS if (files := _files(source, split)) is not None}
     if not splits:
         raise DataError(f"{source}: neither list files nor train/<class>/<image> are there")
-    for files in splits.values():
+    shards, lists = [], {}
+    for split, files in splits.items():
         files.open_archives()
+        lists[split] = []
+        for number in range(math.ceil(len(files) / settings.per_shard)):
+            first = number * settings.per_shard
+            indices = range(first, min(first + settings.per_shard, len(files)))
+            tar = f"{split}-{number:05d}.tar"
+            shards.append(shard := Shard(os.path.join(output, tar), files, indices))
+            lists[split] += (f"{tar}/{shard.name(i)} {files.labels[i]}\n" for i in indices)
     _claim(output, settings)
-    plan = list(_plan(splits, output, settings))
-    try:
-        with ProcessPoolExecutor(workers or default_threads()) as pool:
-            made = list(pool.map(_make_shard, *zip(*plan)))
-            bad = [line for shard in made for line in shard.bad]
-            if not bad:
-                bad = [line for lines in pool.map(_verify, *[*zip(*plan)][:3]) for line in lines]
-    except BrokenProcessPool:
-        raise UserError("a process that packed died; out of memory? Run it again") from None
+    made = list(map_in_processes(partial(_make, settings), shards, workers))
+    bad = [line for shard in made for line in shard.bad]
+    archives.open_archive.cache_clear()  # a shard of that name may be another now
+    if not bad:
+        bad = [line for lines in map_in_processes(_verify, shards, workers) for line in lines]
     for line in bad:
         log(line)
     if bad:
         raise DataError(f"{len(bad)} pictures cannot be used; mend or remove them, run it again")
-    for split, files in splits.items():
-        lines = (_line(split, files, i, settings.per_shard) for i in range(len(files)))
-        write_file(os.path.join(output, f"{split}_list.txt"), b"".join(lines))
+    for split, lines in lists.items():
+        write_file(os.path.join(output, f"{split}_list.txt"), os.fsencode("".join(lines)))
     names = _class_names(source)
     if names is not None:
         write_file(os.path.join(output, "classes.txt"), names)
-    _tell(plan, made, log)
+    _report(shards, made, log)
     log(f"use it with: -dataset imagenet2012 -data_path {output}")
 
 
@@ -119,7 +131,7 @@ def _files(source: str, split: str) -> ImageIndex | None:
         return read_list(list_file, source, 10**9, allow_outside=False)
     if any(os.path.isfile(os.path.join(source, f"{other}_list.txt")) for other in SPLITS):
         return None
-    if not any(os.path.exists(os.path.join(source, split + end)) for end in ("", ".tar", ".zip")):
+    if not archives.is_folder(split_folder(source, split)):
         return None
     return scan_folder(source, split, len(find_classes(source)))
 
@@ -150,68 +162,85 @@ def _claim(output: str, settings: Settings) -> None:
         write_file(note, text)
 
 
-def _shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:05d}.tar"
-
-
-def _plan(splits: dict[str, ImageIndex], output: str, settings: Settings) -> Iterator[tuple]:
-    """The arguments of `_make_shard`, a shard at a time."""
-    for split, files in splits.items():
-        for number in range(math.ceil(len(files) / settings.per_shard)):
-            first = number * settings.per_shard
-            last = min(first + settings.per_shard, len(files))
-            path = os.path.join(output, _shard_name(split, number))
-            yield path, files, range(first, last), settings
-
-
-def _line(split: str, files: ImageIndex, index: int, per_shard: int) -> bytes:
-    shard = os.fsencode(_shard_name(split, index // per_shard))
-    return b"%s/%s %d\n" % (shard, files.name(index), files.labels[index])
-
-
-def _make_shard(path: str, files: ImageIndex, indices: range, settings: Settings) -> Shard:
-    """Writes one shard, unless it is there: it gets its name when it is whole."""
-    made = Shard([], 0, [])
-    if os.path.isfile(path):
+def _make(settings: Settings, shard: Shard) -> Made:
+    """Writes one shard, unless it is there, of these very files; whole or not at all."""
+    made, names, read = Made([], 0, []), set(), 0
+    path, sources = Path(shard.path), _digest_of_sources(shard)
+    note = path.with_name(f".{path.name}.sources")
+    if path.is_file() and note.is_file() and note.read_text() == sources:
         return made
-    read = 0
-    with (
-        contextlib.suppress(BadImage),
-        atomic(path) as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
-    ):
-        for index in indices:
-            try:
-                original, data = _encoded(files.path(index), settings, index, made.psnr)
-            except BadImage as bad:
-                made.bad.append(f"{files.where(index)}: {bad.reason}")
-                continue
-            read += original
-            info = tarfile.TarInfo(os.fsdecode(files.name(index)))
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        if made.bad:
-            raise BadImage(path, "is not kept")
+    try:
+        with (
+            contextlib.suppress(BadImage),
+            atomic(path) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
+        ):
+            for index in shard.indices:
+                if (name := shard.name(index)) in names:
+                    continue  # listed twice
+                names.add(name)
+                try:
+                    original, data = _encoded(shard.files.path(index), settings, index, made.psnr)
+                except BadImage as bad:
+                    made.bad.append(f"{shard.files.where(index)}: {bad.reason}")
+                    continue
+                read += original
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            if made.bad:
+                raise BadImage(shard.path, "is not kept")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    if not made.bad:
+        write_file(note, sources)
     return made._replace(read=read)
+
+
+def _digest_of_sources(shard: Shard) -> str:
+    """Of the names, sizes and times of a shard's files (of archives: the archives')."""
+    digest = hashlib.sha256()
+    for index in shard.indices:
+        path = shard.files.path(index)
+        inside = archives.split(path)
+        with contextlib.suppress(OSError):  # a missing file is named when it is read
+            status = os.stat(inside[0] if inside else path)
+            digest.update(os.fsencode(shard.name(index)))
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _encoded(path: str, settings: Settings, index: int, psnr: list[float]) -> tuple[int, bytes]:
     """The bytes of a picture as they were (their number), and as they shall be."""
-    with open_image(path) as image:
-        small = min(image.size) <= settings.short_side
-        exif = image.info.get("exif", b"")  # the rotation of a phone
-    image = read_image(path)  # a small one too: it may be damaged
+    whole = read_image(path)  # a small one too: it may be damaged
     data = archives.read(path)
     original = regular_size(path) if data is None else len(data)
-    if small:
+    if min(whole.size) <= settings.short_side:
         return original, Path(path).read_bytes() if data is None else data
-    size, bicubic = resized_size(*image.size, settings.short_side), Image.Resampling.BICUBIC
-    image = to_image(operations().resize(from_image(image), size, bicubic))
+    size, bicubic = resized_size(*whole.size, settings.short_side), Image.Resampling.BICUBIC
+    image = to_image(operations().resize(from_image(whole), size, bicubic))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=settings.quality, exif=exif)
+    try:
+        image.save(buffer, "JPEG", quality=settings.quality, exif=_exif(whole))
+    except (OSError, ValueError) as error:  # 65,500 pixels are the longest side
+        raise BadImage(path, f"{image.width} x {image.height} pixels: {error}") from None
     if index % _MEASURED == 0:
         psnr.append(_psnr(image, Image.open(buffer)))
     return original, buffer.getvalue()
+
+
+def _exif(image: Image.Image) -> bytes:
+    """The EXIF data of a picture for a JPEG, with the orientation that `upright` goes by."""
+    orientation, exif = None, Image.Exif()
+    with contextlib.suppress(Exception):  # Pillow raises anything on broken data
+        orientation = image.getexif().get(_ORIENTATION)  # from XMP where EXIF has none
+        data = image.getexif().tobytes()
+        if len(data) <= _LONGEST_EXIF:
+            return data if len(image.getexif()) else b""
+    if orientation in range(2, 9):
+        exif[_ORIENTATION] = orientation
+        return exif.tobytes()
+    return b""
 
 
 def _psnr(one: Image.Image, other: Image.Image) -> float:
@@ -220,24 +249,25 @@ def _psnr(one: Image.Image, other: Image.Image) -> float:
     return 10 * math.log10(255**2 / max(np.mean(error**2), 1e-9))
 
 
-def _verify(path: str, files: ImageIndex, indices: range) -> list[str]:
+def _verify(shard: Shard) -> list[str]:
     """Decodes every picture of a shard; returns what is wrong with them."""
+    names = dict.fromkeys(map(shard.name, shard.indices))
+    count = len(archives.Archive(shard.path))
+    if count != len(names):
+        return [f"{shard.path}: {count} pictures, expected {len(names)}; remove it"]
     wrong = []
-    archive = archives.Archive(path)
-    if len(archive) != len(indices):
-        return [f"{path}: {len(archive)} pictures, expected {len(indices)}; remove it"]
-    for index in indices:
+    for name in names:
         try:
-            read_image(os.path.join(path, os.fsdecode(files.name(index))))
+            read_pixels(os.path.join(shard.path, name))
         except BadImage as bad:
-            wrong.append(f"{bad}; remove {printable(path)}")
+            wrong.append(f"{bad}; remove {printable(shard.path)}")
     return wrong
 
 
-def _tell(plan: list[tuple], made: list[Shard], log: Callable[[str], None]) -> None:
-    count = sum(len(indices) for _, _, indices, _ in plan)
-    written = sum(os.path.getsize(path) for path, *_ in plan)
-    log(f"{count} pictures in {len(plan)} shards, {written / 1e6:,.1f} MB; all decode")
+def _report(shards: list[Shard], made: list[Made], log: Callable[[str], None]) -> None:
+    count = sum(len(shard.indices) for shard in shards)
+    written = sum(os.path.getsize(shard.path) for shard in shards)
+    log(f"{count} pictures in {len(shards)} shards, {written / 1e6:,.1f} MB; all decode")
     read, psnr = sum(shard.read for shard in made), [x for shard in made for x in shard.psnr]
     if read:
         log(f"of this run: {read / 1e6:,.1f} MB of originals were read")
@@ -261,14 +291,17 @@ def main() -> None:
     parser = Parser("Copies a data set with smaller JPEGs into tar shards.")
     parser.add_argument("source", help="a data folder: list files, or train/ and val/")
     parser.flag("output", "the new data folder", required=True, metavar="FOLDER")
-    size = _from(1, 65500)
-    parser.flag("short_side", "pixels (default: 320)", type=size, default=320, metavar="N")
     quality = "of JPEG (default: 85; 90: 0.9 dB better, 25 %% more bytes, decoded more slowly)"
-    parser.flag("quality", quality, type=_from(1, 95), default=85, metavar="N")
-    many = _from(1, 10**6)
-    parser.flag("per_shard", "pictures (default: 10000)", type=many, default=10000, metavar="N")
-    parser.flag("workers", "processes (default: one a core)", type=_from(1, 512), metavar="N")
+    for name, help, low, high, default in (
+        ("short_side", "pixels", 1, 65500, 320),
+        ("quality", quality, 1, 95, 85),
+        ("per_shard", "pictures", 1, 10**6, 10000),
+        ("max_pixels", "of a picture; larger ones are refused", 1, 2**40, _MAX_PIXELS),
+        ("workers", "processes (default: one a core)", 1, 10**9, None),
+    ):
+        parser.flag(name, help, type=_from(low, high), default=default, metavar="N")
     args = parser.parse_args()
+    Image.MAX_IMAGE_PIXELS = args.max_pixels
     settings = Settings(args.short_side, args.quality, args.per_shard)
     pack(args.source, args.output, settings, args.workers)
 

@@ -24,7 +24,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -46,22 +45,11 @@ _SETS = {"trnid": "train", "valid": "train", "tstid": "val"}  # of setid.mat
 _DAMAGED = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
 
 
-class Picture(NamedTuple):
-    """An image file of a data set."""
-
-    split: str
-    name: str  # in its archive
-    label: int
-    data: bytes
+Picture = tuple[str, str, int, bytes]  # split, name in its archive, label, the file
 
 
 def prepare(archive: str, output: str, log: Callable[[str], None] = print) -> None:
-    """Writes a data folder from an archive.
-
-    Args:
-        archive: the file as it was downloaded; it is recognised by what is in it.
-        output: the data folder to make.
-        log: takes one line of text.
+    """Writes the data folder `output` from an archive, which is recognised by what is in it.
 
     Raises:
         DataError: a damaged archive, or none of these; a file beside it is missing.
@@ -117,7 +105,7 @@ def _cifar(archive: str, files: dict, parts: dict, head: int, names: list) -> It
                 raise DataError(f"{archive}: {split} image {number} has the label {label}")
             planes = record[head:].reshape(3, 32, 32)
             Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))).save(file, "PNG")
-            yield Picture(split, f"{names[label]}/{number:05d}.png", label, file.getvalue())
+            yield split, f"{names[label]}/{number:05d}.png", label, file.getvalue()
 
 
 def _flowers(archive: str) -> Iterator[Picture]:
@@ -135,7 +123,7 @@ def _flowers(archive: str) -> Iterator[Picture]:
             if number.isdigit() and int(number) in splits:
                 label = int(labels[int(number) - 1])  # from 1
                 data = tar.extractfile(member).read()
-                yield Picture(splits.pop(int(number)), f"{label}/{name}", label - 1, data)
+                yield splits.pop(int(number)), f"{label}/{name}", label - 1, data
     if splits:
         raise DataError(f"{archive}: lacks image_{min(splits):05d}.jpg; download it again")
 
@@ -176,7 +164,7 @@ def read_mat(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser("Makes a data folder of CIFAR-10, CIFAR-100 or Flowers-102, as downloaded.")
     parser.paths("archive", "cifar-10-binary.tar.gz, cifar-100-binary.tar.gz or 102flowers.tgz")
     parser.flag("output", "data folder to make", metavar="DIR", required=True)
     args = parser.parse_args()

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
-from cli.errors import UserError
+from cli.errors import DataError, UserError
 from cpu.setup import usable_cores
 
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
@@ -76,6 +76,7 @@ def _serve(work: Callable, tasks: Sequence, sender, parent: int) -> None:
             os._exit(1)
         try:
             result = work(task)
-        except UserError as error:  # its subclasses need more than a message
-            result = UserError(str(error))
+        except UserError as error:  # a subclass of these may need more than a message
+            kind = DataError if isinstance(error, DataError) else UserError
+            result = kind(str(error))
         sender.send(result)
