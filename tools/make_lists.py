@@ -158,8 +158,12 @@ def _find(source: str, root: str, log) -> tuple[list[str], dict[str, list[Entry]
     entries = sum(sides.values(), [])
     if not entries:
         raise DataError(f"{source}: no images ({' '.join(EXTENSIONS)})")
-    for path, name in entries:
-        _check_names(path, name)
+    for name in classes:
+        if printable(name) != name:
+            raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES} (UTF-8)")
+    for path, _ in entries:
+        if "\n" in path or path != path.rstrip():
+            raise DataError(f"{path!r}: a path in a list cannot hold line breaks or end in spaces")
     used = {name for _, name in entries}
     if empty := [name for name in classes if name not in used]:
         log(f"warning: {len(empty)} of {len(classes)} classes have no image: {shorten(empty, 5)}")
@@ -211,12 +215,10 @@ def _read_csv(file: str, root: str, log) -> list[Entry]:
             reader = csv.reader(stream)
             rows = [(f"{file}:{reader.line_num}", [cell.strip() for cell in r]) for r in reader]
     except (OSError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or f"{error}; expected path,label in UTF-8"
-        raise DataError(f"{file}: {reason[0].lower()}{reason[1:]}") from None
-    lines: dict[str, tuple[str, str]] = {}  # path -> where it is listed, its label
-    for number, (where, cells) in enumerate(rows):
-        if not any(cells):
-            continue
+        reason = f"{reason_of(error)}; expected lines of path,label in UTF-8"
+        raise DataError(f"{file}: {reason}") from None
+    label_of, first_line = {}, {}  # by path; where a label is first
+    for number, (where, cells) in enumerate(row for row in rows if any(row[1])):
         is_file = _is_file(os.path.join(root, cells[0]))
         if not number and not is_file and not cells[0].lower().endswith(EXTENSIONS):
             log(f"{where}: taken for a header: {printable(','.join(cells))}")
@@ -228,34 +230,32 @@ def _read_csv(file: str, root: str, log) -> list[Entry]:
             raise DataError(f"{where}: {cells[0]!r} is not inside the folder of the file")
         if not is_file:
             raise DataError(f"{where}: {printable(os.path.join(root, path))}: no such file")
-        if path in lines:
+        if path in label_of:
             raise DataError(f"{where}: {path!r} is listed more than once")
-        lines[path] = where, cells[1]
-    entries = [(path, label) for path, (_, label) in lines.items()]
-    first_line = {label: where for where, label in reversed(list(lines.values()))}
-    _check_labels(first_line, Counter(label for _, label in entries), log)
-    return entries
+        label_of[path] = cells[1]
+        first_line.setdefault(cells[1], where)
+    _check_labels(first_line, log)
+    return list(label_of.items())
 
 
-def _check_labels(first_line: dict[str, str], counts: Counter, log) -> None:
+def _check_labels(first_line: dict[str, str], log) -> None:
     """Refuses labels that are several; a warning for those that may be, or may be none."""
     parts = {label: re.split(r"[\s,;|+&/]+", label) for label in first_line}
     uses = Counter(part for found in parts.values() for part in set(found))
+    doubtful = []
     for label, where in first_line.items():
-        found = parts[label]
         numbers = re.fullmatch(r"\d+([\s,;|]+\d+)+", label)
-        if len(found) > 1 and (numbers or all(part in first_line for part in found)):
+        if len(parts[label]) > 1 and (numbers or all(part in first_line for part in parts[label])):
             raise DataError(
                 f"{where}: {label!r} is several labels of one image; here an image has one: keep "
                 "one, or join them to a name of its own (scab_and_rust)"
             )
-        if re.search("[,;|]", label) and any(uses[part] > 1 for part in found):
-            log(f"warning: {where}: {printable(label)!r} may be several labels; it is one class")
+        if re.search("[,;|]", label) and any(uses[part] > 1 for part in parts[label]):
+            doubtful.append(f"{where}: {label!r} may be several labels")
         if label.lower() in _MISSING:
-            log(
-                f"warning: {where}: the label {label!r}, of {counts[label]} images, is a class "
-                "like any other"
-            )
+            log(f"warning: {where}: the label {label!r} is a class like any other")
+    if doubtful:
+        log(f"warning: {shorten(doubtful, 1)}; each is one class")
 
 
 def _is_file(path: str) -> bool:
@@ -263,14 +263,6 @@ def _is_file(path: str) -> bool:
         return (regular_size(path) if (size := archives.size(path)) is None else size) >= 0
     except (OSError, ValueError):
         return False
-
-
-def _check_names(path: str, name: str) -> None:
-    """Refuses what a list file cannot express."""
-    if "\n" in path or path != path.rstrip():
-        raise DataError(f"{path!r}: a path in a list file cannot hold line breaks or end in spaces")
-    if printable(name) != name or name != name.strip() or not name:
-        raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES} (UTF-8)")
 
 
 def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
