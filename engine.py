@@ -33,12 +33,15 @@ from utils import Meter, ProgressLine, seed_everything, step_rng
 _log = logging.getLogger("resmlp")
 
 
-def run(config, on_step: Callable[[int], None] = lambda step: None) -> Result:
+def run(
+    config, on_step: Callable[[int], None] = lambda step: None, folder: str | None = None
+) -> Result:
     """Trains, or with ``config.EVAL`` evaluates, as a frozen config says.
 
     Args:
         config: the resolved config.
         on_step: called with the number of optimizer steps done, for a supervisor.
+        folder: of the run; None for `choose_folder`.
 
     Raises:
         UserError: anything that the user can mend, in one line.
@@ -51,7 +54,9 @@ def run(config, on_step: Callable[[int], None] = lambda step: None) -> Result:
             raise ConfigError("-eval needs weights: give them with -pretrained FILE")
         weights = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY, process)
     config = with_num_classes(config, weights.classes if weights else UNKNOWN)
-    folder = from_main(str(choose_folder(config)) if process.main else "", process)
+    if process.main and folder is None:
+        folder = str(choose_folder(config))
+    folder = from_main(folder, process)
     folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
     with contextlib.closing(folder):
         if config.AMP:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cpu import setup  # isort: skip
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -37,11 +38,11 @@ from storage.run_folder import choose_folder
 from training.pictures import render
 from training.plots import draw_curves, read_metrics
 
-GRACE = 5.0  # seconds for the other ranks to follow one that has stopped as asked
+GRACE = 5.0  # seconds for the other ranks to follow one that has stopped on request
 FAILURE_GRACE = 1.0  # seconds for other ranks to say that they failed too
 _SAVING_GRACE = 60.0  # seconds for a checkpoint that is being written when a rank fails
 _PREEMPTION_GRACE = 600.0  # seconds to save after SIGTERM; a second signal ends the run at once
-_TEXT_LIMIT = 8000  # characters of a rank's last words: fits a pipe's buffer, so it never blocks
+_TEXT_LIMIT = 8000  # characters of a rank's final message: fits a pipe's buffer, so it never blocks
 _OUT_OF_MEMORY = (
     "out of memory; lower -batch_size (and raise -accum_iter as much), or set TRAIN.RECOMPUTE True "
     "or -amp; evaluation: lower -batch_size_eval"
@@ -51,42 +52,54 @@ _MEMORY_ERRORS = re.compile(  # in the words of Paddle's allocator, CUDA, cuBLAS
     r"|CUDA error\(2\)|CUBLAS error\(3\)|CUDNN error\(2\)",
     re.IGNORECASE,
 )
+_NO_PROCESSES = (
+    "the system starts no more processes or threads; lower -nprocs or DATA.NUM_WORKERS, or raise "
+    "its limit (ulimit -u, the pids of a container)"
+)
+_kept: list = []  # what C++ calls must not be collected
 _log = logging.getLogger("resmlp")
 
 
 def run_here(config) -> int:
     """Runs this process's part of a run; shows how it ends, unless all went well.
 
-    Args:
-        config: the frozen config.
-
     Returns:
-        0; 2 after a user's mistake; `utils.PREEMPTED` when it saved and stopped on request; 1
-        after an unexpected error, whose traceback is shown.
+        0; 2 after a user's mistake; `PREEMPTED` when it saved and stopped on request; 1 after an
+        unexpected error, whose traceback is shown.
     """
-    code, text = _run(config, lambda step: None)
-    return _say(text, code) if text else code
+    code, text = _run(config)
+    return _print_ending(text, code)
 
 
-def _run(config, on_step: Callable[[int], None]) -> tuple[int, str]:
+def _run(config, on_step: Callable[[int], None] = lambda step: None, folder: str | None = None):
     """The exit code of this process's part of a run, and what there is to say about it."""
     try:
-        result = run(config, on_step)
+        result = run(config, on_step, folder)
         if result["rank"] == 0 and not config.EVAL:
             _plot(result["folder"])
         return 0, ""
-    except Preempted as stop:
-        code, text = PREEMPTED, f"{stop}; -resume auto goes on from there"
-    except UserError as error:
-        code, text = 2, f"error: {error}"
     except Exception as error:
-        if isinstance(error, MemoryError) or _MEMORY_ERRORS.search(str(error)):
-            return 2, f"error: {_OUT_OF_MEMORY}"
-        summary = str(error).rpartition("Error Message Summary:")[2].strip("-\n ")  # Paddle's form
-        summary = f"{type(error).__name__}: {' '.join(summary.split())[:300]}"
-        code, text = 1, f"{traceback.format_exc()}error: {summary}"
+        code, text = _ending_of(error)
     _log.debug(text)  # to the rank's own log; the terminal is the caller's
     return code, text
+
+
+def _ending_of(error: Exception) -> tuple[int, str]:
+    """Exit code and text of a run that an exception, the one at hand, has ended."""
+    text = str(error)
+    if isinstance(error, Preempted):
+        return PREEMPTED, f"{text}; -resume auto goes on from there"
+    if isinstance(error, UserError):
+        return 2, f"error: {text}"
+    if isinstance(error, ConnectionError):  # of a rank that is gone
+        return 1, f"error: {text}"
+    if isinstance(error, MemoryError) or _MEMORY_ERRORS.search(text):
+        return 2, f"error: {_OUT_OF_MEMORY}"
+    if isinstance(error, BlockingIOError) or "can't start new thread" in text:
+        return 2, f"error: {_NO_PROCESSES}"
+    text = text.rpartition("Error Message Summary:")[2].strip("-\n ")  # Paddle's form
+    summary = f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+    return 1, f"{traceback.format_exc()}error: {summary}"
 
 
 def _plot(folder) -> None:
@@ -112,7 +125,8 @@ def launch(config) -> int:
         The exit code: 0, or that of the first process that failed.
 
     Raises:
-        UserError: more processes than GPUs, or a launcher's environment in part.
+        UserError: more processes than GPUs or than the system starts, or a launcher's environment
+            in part.
     """
     if launched_ranks():
         return run_launched(config)
@@ -120,48 +134,46 @@ def launch(config) -> int:
     count = config.DIST.NPROCS if config.DIST.NPROCS > 0 else max(gpus, 1)
     if gpus and count > gpus:
         raise ConfigError(f"DIST.NPROCS is {count}, but only {gpus} GPUs are visible")
-    if count == 1:
-        return run_here(config)
-    return _spawn(config, count)
+    return run_here(config) if count == 1 else _spawn(config, count)
 
 
 def _spawn(config, count: int) -> int:
     """Runs ``count`` ranks of a job on this machine; see `launch`."""
-    config = config.clone()
-    config.defrost()
-    config.SAVE = str(choose_folder(config))  # so that the message about a failure can name it
-    config.freeze()
+    folder, begin = str(choose_folder(config)), time.time()
     os.environ.setdefault("GLOG_minloglevel", "2")  # no progress notes of the key-value store
     warnings.filterwarnings("ignore", message=".*CPUONLY mode", category=UserWarning)
-    begin = time.time()
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())  # for Python's bookkeeper of
-    resource_tracker.ensure_running()  # semaphores, which knows only two of them
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     spawning = multiprocessing.get_context("spawn")
     steps = spawning.Array("q", count, lock=False)
     readers, writers = zip(*(spawning.Pipe(duplex=False) for _ in range(count)))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is passed on
-    context = dist.spawn(_worker, (config, steps, writers), nprocs=count, join=False)
-    workers = context.processes
-    asked: list[float] = []
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())  # for Python's bookkeeper of
+        resource_tracker.ensure_running()  # semaphores, which knows only two of them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is passed on
+        arguments = config, folder, steps, writers
+        context = dist.spawn(_worker, arguments, nprocs=count, join=False)
+    except OSError as error:
+        end_ranks(multiprocessing.active_children())
+        raise UserError(f"{_NO_PROCESSES} ({error.strerror})") from None
+    workers, signals = context.processes, []
 
     def forward(number, frame):
-        asked.append(time.monotonic())
+        signals.append(time.monotonic())
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
 
     for number in stop_signals():
         signal.signal(number, forward)
-    endings = watch_ranks(workers, readers, asked, lambda: is_writing(config.SAVE, since=begin))
+    endings = watch_ranks(workers, readers, signals, lambda: is_writing(folder, since=begin))
     end_ranks(workers)
-    return tell_endings(endings, list(steps), os.path.join(config.SAVE, LAST), bool(asked))
+    return report_endings(endings, list(steps), os.path.join(folder, LAST), bool(signals))
 
 
 def watch_ranks(
     workers: list,
     readers: tuple,
-    asked: list[float],
+    signals: list[float],
     saving: Callable[[], bool] = lambda: False,
 ) -> dict[int, tuple[int, str]]:
     """Waits until every rank has ended, or one has failed and the others had time to say why.
@@ -169,7 +181,7 @@ def watch_ranks(
     Args:
         workers: the ranks' processes.
         readers: a pipe from each, with its exit code and text.
-        asked: times of the signals that were passed on to the ranks.
+        signals: times of the signals that were passed on to the ranks.
         saving: whether a checkpoint is being written: rank 0 may finish that.
 
     Returns:
@@ -190,14 +202,14 @@ def watch_ranks(
             elif workers[rank].exitcode is not None:
                 endings[rank] = workers[rank].exitcode, ""
         codes = {code for code, _ in endings.values()}
-        if len(asked) > 1 and asked[-1] - asked[0] > SIGNAL_GRACE:
+        if len(signals) > 1 and signals[-1] - signals[0] > SIGNAL_GRACE:
             deadline, saving = min(deadline, now + FAILURE_GRACE), lambda: False
         if codes - {0, PREEMPTED}:
             deadline = min(deadline, now + FAILURE_GRACE)
         if PREEMPTED in codes:
             deadline = min(deadline, now + GRACE)
-        if asked:
-            deadline = min(deadline, asked[0] + _PREEMPTION_GRACE)
+        if signals:
+            deadline = min(deadline, signals[0] + _PREEMPTION_GRACE)
     return endings
 
 
@@ -209,49 +221,40 @@ def end_ranks(workers: list) -> None:
         worker.join()
 
 
-def tell_endings(endings: dict, steps: list[int], last: str, asked: bool) -> int:
+def report_endings(endings: dict, steps: list[int], last: str, stop_requested: bool) -> int:
     """Says in one line how the ranks ended, unless all went well; returns the exit code."""
     failed = {rank: end for rank, end in endings.items() if end[0] not in (0, PREEMPTED)}
     preempted = [text for code, text in endings.values() if code == PREEMPTED]
-    if asked and not preempted and not any(steps):
-        return _say("stopped; there was nothing to save yet", 128 + signal.SIGTERM)
+    if stop_requested and not preempted and not any(steps):
+        return _print_ending("stopped; there was nothing to save yet", 128 + signal.SIGTERM)
     if not failed:
-        return _say(preempted[0], PREEMPTED) if preempted else 0
+        return _print_ending(preempted[0], PREEMPTED) if preempted else 0
 
     # One rank's failure breaks the connections of the others: name the cause, not a consequence.
-    rank = min(failed, key=lambda rank: _consequence(failed[rank][0]))
+    # SIGABRT is how Paddle ends when another rank is gone.
+    order = {-signal.SIGABRT: 3, 1: 2, 2: 1}
+    rank = min(failed, key=lambda rank: order.get(failed[rank][0], 0))
     code, text = failed[rank]
     if code == 1:
         trace, _, text = text.rpartition("error: ")
-        _show("".join(f"[rank {rank}] {line}\n" for line in trace.splitlines()))
+        _print_ending("\n".join(f"[rank {rank}] {line}" for line in trace.splitlines()), code)
     elif code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         text = text or f"it was killed by {signal.Signals(-code).name}{hint}"
     reason = text.removeprefix("error: ") or f"it ended with exit code {code}"
     alike = len(failed) == len(steps) and len(set(failed.values())) == 1
     if code == 2 and (alike or reason.startswith("rank ")):  # it says where itself
-        return _say(f"error: {reason}", code)
+        return _print_ending(f"error: {reason}", code)
     saved = f"-resume auto goes on from {last}" if os.path.exists(last) else "nothing was saved yet"
-    return _say(f"error: rank {rank}, after step {steps[rank]}: {reason}; {saved}", max(code, 1))
+    text = f"error: rank {rank}, after step {steps[rank]}: {reason}; {saved}"
+    return _print_ending(text, max(code, 1))
 
 
-def _consequence(code: int) -> int:
-    """Sorts exit codes from cause to consequence: killed, a user's mistake, an exception, and
-    SIGABRT, with which Paddle ends when another rank is gone.
-    """
-    if code == -signal.SIGABRT:
-        return 3
-    return {2: 1, 1: 2}.get(code, 0)
-
-
-def _say(text: str, code: int) -> int:
-    _show(text)
-    return code
-
-
-def _show(text: str) -> None:
+def _print_ending(text: str, code: int) -> int:
+    """Prints what there is to say, if anything; returns the code."""
     with suppress(OSError):  # of `2>&1 | tee`: Ctrl-C has ended that too
-        print(text, file=sys.stderr, flush=True)
+        print(text, end="\n" * bool(text), file=sys.stderr, flush=True)
+    return code
 
 
 def _flush() -> None:
@@ -263,14 +266,45 @@ def _flush() -> None:
 def run_launched(config) -> int:
     """Runs one rank that Paddle's launcher has started.
 
-    What it has to say at the end goes to its output: of rank 0 that is the launcher's terminal, of
-    the others a file in the launcher's log folder. Of a rank that is killed the launcher tells.
+    What it has to say at the end goes to its output: of a node's first rank that is the launcher's
+    terminal, of the others a file in the launcher's log folder. Of a rank that is killed the
+    launcher tells.
     """
     end = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
     threading.Thread(target=_follow_parent, args=(setup.PARENT, end), daemon=True).start()
-    code = run_here(config)
+    step = 0
+
+    def on_step(done):
+        nonlocal step
+        step = done
+
+    def explain():
+        text = f"error: rank {dist.get_rank()}, after step {step}: another rank cannot be reached"
+        _log.debug(text)
+        _print_ending(f"{text}: see its log, or its node; -resume auto goes on", 1)
+
+    _before_abort(explain)
+    code, text = _run(config, on_step)
+    _print_ending(text, code)
     _flush()
     os._exit(code)  # no atexit hook may wait for a rank that is gone
+
+
+def _before_abort(explain: Callable[[], None]) -> None:
+    """Calls ``explain`` before C++ aborts the process, as it does in backward where gloo loses the
+    connection to a rank: Python has no say in that.
+    """
+    handler = ctypes.CFUNCTYPE(None)
+    with suppress(OSError, AttributeError):  # another C++ library
+        set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE  # std::set_terminate
+        set_terminate.restype, set_terminate.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+        def terminate():
+            explain()
+            before()
+
+        _kept.append(handler(terminate))
+        before = handler(set_terminate(_kept[-1]))
 
 
 def _follow_parent(parent: int, end: Callable[[], None]) -> None:
@@ -280,7 +314,7 @@ def _follow_parent(parent: int, end: Callable[[], None]) -> None:
     end()
 
 
-def _worker(config, steps, writers) -> None:
+def _worker(config, folder: str, steps, writers) -> None:
     """One rank of a spawned job."""
     if sys.platform == "linux":  # Paddle leaves `spawn` behind: loader workers would get a copy of
         multiprocessing.set_start_method("fork", force=True)  # the data set each
@@ -292,7 +326,7 @@ def _worker(config, steps, writers) -> None:
     def on_step(step):
         steps[rank] = step
 
-    code, text = _run(config, on_step)
+    code, text = _run(config, on_step, folder)
     _flush()
     writers[rank].send((code, text[-_TEXT_LIMIT:]))
     if code not in (0, PREEMPTED):

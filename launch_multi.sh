@@ -13,9 +13,11 @@ launch_multi() { # launch_multi ARGUMENT...: runs main_multi_gpu.py on this node
     if [ -n "${NNODES:-}" ]; then
         : "${MASTER:?NNODES is set: give host:port of the first node too, e.g. MASTER=10.0.0.1:6170}"
         : "${NODE_RANK:?NNODES is set: give the number of this node too, NODE_RANK=0 on the first}"
-        set -- -m paddle.distributed.launch --nnodes "$NNODES" --master "$MASTER" \
-            --rank "$NODE_RANK" ${NPROCS:+--nproc_per_node "$NPROCS"} \
-            --log_dir "${OUTPUT:-./output}/launcher" "$@"
+        export NODE_RANK
+        found=$("${PYTHON:-python3}" "$here/parallel/address.py" "$MASTER") || exit 2
+        set -- -m paddle.distributed.launch --nnodes "$NNODES" --master "${found#* }" \
+            --host "${found% *}" --rank "$NODE_RANK" ${NPROCS:+--nproc_per_node "$NPROCS"} \
+            --log_dir "${OUTPUT:-./output}/launcher/$NODE_RANK" "$@"
     elif [ -n "${NPROCS:-}" ]; then
         main=$1
         shift

@@ -8,7 +8,7 @@
 #   AMP=0        float32, no -amp        PYTHON       the python to use
 #   DRY_RUN=1    print the command only
 #
-# NNODES, MASTER and NODE_RANK: as in run_train_multi.sh.
+# NNODES, MASTER, NODE_RANK and HOST: as in run_train_multi.sh.
 # Further arguments go to main_multi_gpu.py: sh run_eval_multi.sh -opts EVAL_REPORT True
 set -eu
 here=$(dirname "$0")

@@ -10,7 +10,8 @@
 #   DRY_RUN=1    print the command only
 #
 # Several nodes: run it on each, with the same NNODES (how many), MASTER (host:port of the first)
-# and its own NODE_RANK (0, 1, ...).
+# and its own NODE_RANK (0, 1, ...). HOST names this node's IPv4 address where the one by which it
+# reaches MASTER is not the one to use.
 #
 # Further arguments go to main_multi_gpu.py: sh run_train_multi.sh -opts TRAIN.NUM_EPOCHS 100
 set -eu

@@ -18,6 +18,7 @@ import paddle.distributed as dist
 from paddle.base import core
 
 from cli.errors import UserError
+from parallel.address import device_of
 
 JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
 _LOOPBACK = "lo"  # Linux's name of the network device that no other machine is on
@@ -32,10 +33,10 @@ meetings = 0
 def join() -> str:
     """Joins the other ranks, as the launcher's environment describes them.
 
-    Where all are on this machine, what they open for one another is open to this machine only:
-    gloo and NCCL listen on the loopback device unless the user has named another, and Paddle's
-    key-value store, which listens everywhere and asks for no password, is tied to that device
-    before the ranks meet there.
+    gloo and NCCL use the device that has this node's address, unless the user has named another.
+    Where all ranks are on this machine, what they open for one another is open to this machine
+    only: that device is the loopback device, and Paddle's key-value store, which listens everywhere
+    and asks for no password, is tied to it before the ranks meet there.
 
     Returns:
         A warning if the store had to be left open to other machines, else an empty string.
@@ -47,6 +48,8 @@ def join() -> str:
     local = sys.platform == "linux" and on_one_machine()
     if local:
         _stay_on_this_machine()
+    elif sys.platform == "linux":
+        _use_device(device_of(os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]))
     port = find_rank_0(rank)
     warning = ""
     if local and rank == 0:
@@ -57,6 +60,11 @@ def join() -> str:
     for connection in tcp_sockets():
         # Paddle sends a request in pieces, and would wait 40 ms for the receipt of the first.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Or a rank would ask a machine that cannot be reached any more for a quarter of an hour.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENCE / 2))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(SILENCE / 10)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE * 1000))
     return warning
 
 
@@ -101,9 +109,16 @@ def _wait_for(key: str, count: int, world: int) -> None:
 
 
 def tally(key: str, more: int = 0) -> int:
-    """Adds to a counter of the store; returns what it has then."""
+    """Adds to a counter of the store; returns what it has then.
+
+    Raises:
+        ConnectionError: rank 0, whose process is the store, is gone or cannot be reached.
+    """
     with _store_lock:
-        return _store.add(key, more)
+        try:
+            return _store.add(key, more)
+        except Exception as error:  # which one depends on Paddle's version
+            raise ConnectionError("rank 0 is gone or cannot be reached") from error
 
 
 def _connect(rank: int) -> None:
@@ -139,8 +154,14 @@ def _stay_on_this_machine() -> None:
     """
     os.environ["PADDLE_MASTER"] = f"127.0.0.1:{_address().rpartition(':')[2]}"
     os.environ.pop("MASTER_ADDR", None)  # or this would be taken instead
+    _use_device(_LOOPBACK)
+
+
+def _use_device(device: str) -> None:
+    """Has gloo and NCCL use a network device; without one they go by the host name."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, _LOOPBACK)
+        if device:
+            os.environ.setdefault(name, device)
 
 
 def _address() -> str:

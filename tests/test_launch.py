@@ -81,7 +81,8 @@ def test_all_forms_of_out_of_memory_get_its_line(monkeypatch, capsys, error):
     monkeypatch.setattr(launch, "run", run)
     assert launch.run_here(get_config()) == 2
     text = capsys.readouterr().err
-    assert text.startswith("error: out of memory; lower -batch_size") and text.count("\n") == 1
+    assert text.startswith(("error: out of memory; lower -batch_size", "error: the system starts"))
+    assert text.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------ watching
@@ -103,11 +104,11 @@ def rank_that(reader_writer, code, after=0.0, text=None):
     return process
 
 
-def watch(*ranks, asked=()):
+def watch(*ranks, signals=()):
     pipes = [_forking.Pipe(duplex=False) for _ in ranks]
     workers = [rank_that(pipe, **rank) for pipe, rank in zip(pipes, ranks)]
     start = time.monotonic()
-    endings = launch.watch_ranks(workers, [reader for reader, _ in pipes], list(asked))
+    endings = launch.watch_ranks(workers, [reader for reader, _ in pipes], list(signals))
     launch.end_ranks(workers)
     assert not any(worker.is_alive() for worker in workers)
     return endings, time.monotonic() - start
@@ -142,13 +143,13 @@ def test_ranks_that_do_not_follow_one_that_stopped_are_ended(monkeypatch):
 def test_a_second_signal_ends_all_at_once_and_one_sent_twice_does_not(monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(launch, "FAILURE_GRACE", 0.1)
-    assert watch(FOREVER, asked=[now - 5, now])[0] == {}
-    assert watch(dict(code=0, after=0.5), asked=[now, now + 0.01])[0] == {0: (0, "")}
+    assert watch(FOREVER, signals=[now - 5, now])[0] == {}
+    assert watch(dict(code=0, after=0.5), signals=[now, now + 0.01])[0] == {0: (0, "")}
 
 
 # ------------------------------------------------------------------------------- telling
-def tell(capsys, endings, steps=(7, 8), asked=False, last="/run/last.pdparams"):
-    code = launch.tell_endings(endings, list(steps), last, asked)
+def tell(capsys, endings, steps=(7, 8), stop_requested=False, last="/run/last.pdparams"):
+    code = launch.report_endings(endings, list(steps), last, stop_requested)
     return code, capsys.readouterr().err
 
 
@@ -188,7 +189,7 @@ def test_what_all_ranks_say_alike_is_said_once(capsys):
 def test_a_stop_on_request_has_its_own_code(capsys):
     ends = {0: (PREEMPTED, "stopped after step 8"), 1: (1, "Traceback\nerror: gone")}
     assert tell(capsys, {0: ends[0], 1: (PREEMPTED, "other")}) == (75, "stopped after step 8\n")
-    assert tell(capsys, {1: (-15, "")}, steps=(0, 0), asked=True)[0] == 143
+    assert tell(capsys, {1: (-15, "")}, steps=(0, 0), stop_requested=True)[0] == 143
 
 
 # ------------------------------------------------------------------------------- joining
@@ -304,6 +305,23 @@ def test_one_visible_gpu_simply_runs(monkeypatch):
     monkeypatch.setattr(launch, "gpu_count", lambda: 1)
     monkeypatch.setattr(launch, "run_here", lambda config: "here")
     assert launch.launch(get_config()) == "here"
+
+
+def test_processes_that_the_system_refuses_are_one_line(monkeypatch):
+    started = []
+
+    def spawn(*args, **kwargs):  # one of two
+        started.append(_forking.Process(target=time.sleep, args=[60]))
+        started[0].start()
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(launch.dist, "spawn", spawn)
+    monkeypatch.setattr(launch, "gpu_count", lambda: 2)
+    with pytest.raises(UserError, match="starts no more processes or threads; lower -nprocs"):
+        launch.launch(get_config())
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+    assert not started[0].is_alive()
 
 
 # ------------------------------------------------------------------ a launcher's environment

@@ -22,6 +22,7 @@ case "$*" in
 *"-m venv"*) for folder; do :; done; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python" ;;
 *"-m pip"*) [ "${PIP:-works}" = works ] ;;
 *version_info*) [ "${VERSION:-good}" = good ] ;;
+*address.py*) echo 10.0.0.7 "${MASTER}1" ;;
 *"-m ruff"*) [ "${RUFF:-passes}" = passes ] ;;
 esac
 """
@@ -315,10 +316,11 @@ def test_every_setting_of_a_launch_comes_from_the_environment(sandbox, script):
 def test_several_nodes_are_started_by_paddles_launcher(sandbox):
     nodes = {"NNODES": "2", "MASTER": "10.0.0.1:6170"}
     sandbox.run("run_train_multi.sh", NODE_RANK="1", NPROCS="4", OUTPUT="out", **nodes)
-    (call,) = sandbox.calls()
+    asked, call = sandbox.calls()
+    assert asked == "./parallel/address.py 10.0.0.1:6170"
     assert call.startswith(
-        "-m paddle.distributed.launch --nnodes 2 --master 10.0.0.1:6170 --rank 1 "
-        "--nproc_per_node 4 --log_dir out/launcher ./main_multi_gpu.py -cfg="
+        "-m paddle.distributed.launch --nnodes 2 --master 10.0.0.1:61701 --host 10.0.0.7 --rank 1 "
+        "--nproc_per_node 4 --log_dir out/launcher/1 ./main_multi_gpu.py -cfg="
     )
     missing = sandbox.run("run_train_multi.sh", **nodes)
     assert missing.returncode != 0 and "NODE_RANK" in missing.stderr and not sandbox.calls()
