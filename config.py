@@ -316,6 +316,18 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     return config
 
 
+def resolve_config(args: argparse.Namespace) -> CN:
+    """The frozen config of a run, from the arguments of a main (`get_arguments`).
+
+    Prints the line of `note_on_defaults`; raises as `update_config`.
+    """
+    config = update_config(get_config(), args)
+    if note := note_on_defaults(config, args):
+        print(note, flush=True)
+    config.freeze()
+    return config
+
+
 def note_on_defaults(config: CN, args: argparse.Namespace) -> str | None:
     """One line on unset keys that PPViT has other defaults for; None: there is nothing to say.
 

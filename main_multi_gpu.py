@@ -8,17 +8,12 @@ python -m paddle.distributed.launch --nnodes 2 --master HOST:PORT main_multi_gpu
 from __future__ import annotations
 
 from cli.errors import run_as_script
-from config import get_arguments, get_config, note_on_defaults, update_config
+from config import get_arguments, resolve_config
 from launch import launch
 
 
 def main() -> int:
-    arguments = get_arguments(description=__doc__)
-    config = update_config(get_config(), arguments)
-    if note := note_on_defaults(config, arguments):
-        print(note, flush=True)
-    config.freeze()
-    return launch(config)
+    return launch(resolve_config(get_arguments(description=__doc__)))
 
 
 if __name__ == "__main__":

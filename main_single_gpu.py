@@ -7,18 +7,14 @@ python main_single_gpu.py -cfg=./configs/resmlp_24_224.yaml -dataset=imagenet201
 from __future__ import annotations
 
 from cli.errors import ConfigError, run_as_script
-from config import get_arguments, get_config, note_on_defaults, update_config
+from config import get_arguments, resolve_config
 from launch import run_here
 
 
 def main() -> int:
-    arguments = get_arguments(description=__doc__)
-    config = update_config(get_config(), arguments)
+    config = resolve_config(get_arguments(description=__doc__))
     if config.DIST.NPROCS > 1:
         raise ConfigError(f"-nprocs {config.DIST.NPROCS}: only main_multi_gpu.py runs several")
-    if note := note_on_defaults(config, arguments):
-        print(note, flush=True)
-    config.freeze()
     return run_here(config)
 
 
