@@ -172,4 +172,5 @@ ZOO = (
 def find(name: str | os.PathLike) -> Weights | None:
     """The weights of a name: ours, perhaps with ``.pdparams``, timm's, a file's or an address."""
     names = {str(name), str(Path(name)).removesuffix(".pdparams")}  # ./x is x
-    return next((w for w in ZOO if names & {w.name, w.timm, w.file, w.url, w.hub_url}), None)
+    known = ((w, {w.name, w.timm, w.file, w.file[: -len(".pth")], w.url, w.hub_url}) for w in ZOO)
+    return next((weights for weights, its in known if names & its), None)

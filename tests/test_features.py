@@ -2,6 +2,9 @@
 
 from cpu import setup  # noqa: F401  isort: skip
 
+import os
+import shutil
+
 import numpy as np
 import paddle
 import pytest
@@ -104,6 +107,24 @@ def test_a_file_that_is_not_whole_is_refused(run, tmp_path, ending):
         read_features(str(path))
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "npy"])
+def test_an_image_that_cannot_be_read_is_named_and_left_out(run, tmp_path, ending, capsys):
+    weights, data = run
+    expected, paths = by_hand(run, "train")
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    for path in (paths[1], paths[-1]):  # one of them the last: there is no next one
+        (other / path.relative_to(data)).write_bytes(b"damaged")
+    left = [0, *range(2, len(paths) - 1)]
+    output = str(tmp_path / f"x.{ending}")
+    config = config_of((weights, other), "DATA.BATCH_SIZE_EVAL", 2)
+    assert write_features(config, "train", output) == (len(left), 12)
+    assert np.allclose(read_features(output).features, expected[left], rtol=1e-4, atol=1e-5)
+    assert len(read_features(output).labels) == len(left)
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 2 and f"{paths[1].name}: not an image" in said
+
+
 @pytest.mark.parametrize(
     ("dtype", "labels"),
     [("float32", ["a", "b"]), ("float32", [0, -1]), ("float32", [0.5, 1]), ("S4", [0, 1])],
@@ -115,6 +136,16 @@ def test_other_numbers_than_features_and_labels_are_refused(tmp_path, dtype, lab
     np.save(tmp_path / "x.labels.npy", labels)
     with pytest.raises(DataError, match="x.npy: no whole file of features"):
         read_features(str(tmp_path / "x.npy"))
+
+
+def test_a_number_too_large_for_a_label_and_a_pipe_are_named(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros([2, 3], "float32"))
+    np.save(tmp_path / "x.labels.npy", [0, 10**12])
+    with pytest.raises(DataError, match="1000000000000 is no label"):
+        read_features(str(tmp_path / "x.npy"))
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(DataError, match="pipe.safetensors: cannot be read: Not a regular file"):
+        read_features(str(tmp_path / "pipe.safetensors"))
 
 
 def test_weights_that_do_not_fit_are_named(run, tmp_path):

@@ -28,6 +28,7 @@ def test_the_hub_lists_the_zoos_configs_and_nothing_else():
 
 def test_the_hub_loads_weights_with_or_without_their_suffix(tmp_path):
     source = load("resmlp_24_224", opts=SMALL)
+    assert not source.training  # as those of torch.hub
     write_weights(source.state_dict(), tmp_path / "x.pdparams")
     for name in ("x", "x.pdparams"):
         model = load("resmlp_24_224", pretrained=str(tmp_path / name), opts=SMALL)

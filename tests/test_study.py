@@ -16,6 +16,11 @@ def test_a_study_trains_every_variant_with_every_seed(tmp_path):
     assert set(found) == {"all", "no decay"}
     assert all(len(values) == 1 and 0 <= values[0] <= 100 for values in found.values())
     assert (tmp_path / "out" / "no_decay" / "seed_0" / "curves.png").is_file()
+    again = run_study(study, arguments, str(tmp_path / "out"), 1, "main_single_gpu.py")
+    assert again == found
+    study["no decay"][1] = "0.1"
+    with pytest.raises(UserError, match=r"no_decay/seed_0 .*TRAIN.WEIGHT_DECAY 0.0 -> 0.1\)"):
+        run_study(study, arguments, str(tmp_path / "out"), 1, "main_single_gpu.py")
 
 
 def test_a_failed_run_is_named(tmp_path):

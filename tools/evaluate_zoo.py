@@ -31,30 +31,28 @@ from config import get_config, update_config
 from datasets import build_dataset
 from loading import archives
 from port_weights.architecture import infer
-from port_weights.port import port
-from port_weights.torch_files import read_torch_weights
-from port_weights.zoo import MEASURES, ZOO, Weights
+from port_weights.torch_files import TORCH_SUFFIXES
+from port_weights.zoo import MEASURES, ZOO, Weights, find
+from storage.adapt import read_pretrained
 from storage.files import file_sha256
-from storage.weights import read_weights
-from tools.common import write_file
+from tools.common import ROOT, write_file
 
-ROOT = Path(__file__).resolve().parent.parent
 SETS = ("val", "v2", "sketch", "a", "r")
-SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".pdparams", ".safetensors", *TORCH_SUFFIXES)
 _GENERIC = ("model", "pytorch_model")  # Hugging Face's files, in folders that have the name
 _COLUMNS = ("weights", "file", "measure", "images", "here", "published", "difference", "explained")
 
 
 def identify(path: Path) -> Weights | None:
     """The entry of the zoo that a file's name means; None: it means none."""
-    names = {path.name, path.stem}
+    names = [path.name, path.stem]
     if path.stem in _GENERIC:  # also .../models--timm--NAME/snapshots/HASH/model.safetensors
-        names |= {parent.name.rpartition("--")[2] for parent in path.parents}
-    return next((w for w in ZOO if names & {w.name, w.timm, w.file, Path(w.file).stem}), None)
+        names += [parent.name.rpartition("--")[2] for parent in path.parents]
+    return next(filter(None, map(find, names)), None)
 
 
 def find_files(folder: str) -> list[Path]:
-    """The weight files under a folder, without those that `-pretrained` ported from one of them.
+    """The weight files under a folder, without those that an earlier release ported from one.
 
     Raises:
         UserError: there are none.
@@ -96,23 +94,13 @@ def sha256(path: str | os.PathLike) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def usable(path: Path, config, ported: Path) -> Path:
-    """The file for `-pretrained`: this one, or `ported`, written from PyTorch's.
-
-    Raises:
-        WeightsError: it is damaged, or not the model of the config.
-    """
-    if path.suffix == ".pdparams":
-        state = read_weights(path).state
-    else:
-        state, _ = read_torch_weights(str(path))
-    ours = "patch_embed.patch_embed.weight" in state
-    found = infer(state) if ours else port(state, str(ported), proof="keys", log=lambda line: None)
+def check_model(path: Path, config) -> None:
+    """Raises a `WeightsError` where a file is damaged, or not the model of the config."""
+    found = infer(read_pretrained(path).state)
     if differences := found.differences(config):
         raise WeightsError(f"{path}: not the model of its name: {'; '.join(differences)}")
     if not found.num_classes:
         raise WeightsError(f"{path}: has no head, so it names no classes")
-    return path if ours else ported
 
 
 class Evaluation:
@@ -131,17 +119,14 @@ class Evaluation:
         self.opts, self.real = list(opts), ["EVAL_REAL_LABELS", real] if real else []
         cfg = ROOT / "configs" / f"{ZOO[0].config}.yaml"
         self.configs = {name: data_config(cfg, root, self.opts) for name, root in data.items()}
-        told = [self.opts, "-amp" in flags, real and sha256(real)]
-        self.prints = {n: f"{fingerprint(c)} {told}" for n, c in self.configs.items()}
+        options = [self.opts, "-amp" in flags, real and sha256(real)]
+        self.prints = {n: f"{fingerprint(c)} {options}" for n, c in self.configs.items()}
         self.problems: list[str] = []
-        self.results: dict[str, dict] = {}  # file -> set -> what was measured
-        with suppress(OSError, ValueError):
-            self.results = json.loads((self.output / "results.json").read_text(encoding="utf-8"))
+        self.results = read_results(self.output / "results.json")
 
     def file(self, name: str, path: Path, weights: Weights) -> None:
         """Evaluates a file on the sets where it was not yet; what goes wrong is in `problems`."""
-        cfg, folder = ROOT / "configs" / f"{weights.config}.yaml", self.output / name
-        digest, ported = sha256(path), folder / "ported.pdparams"
+        cfg, digest = ROOT / "configs" / f"{weights.config}.yaml", sha256(path)
         keys = {
             s: hashlib.sha256(f"{digest} {p}".encode()).hexdigest() for s, p in self.prints.items()
         }
@@ -149,15 +134,15 @@ class Evaluation:
         self.results[name] = {s: kept[s] for s in keys if kept.get(s, {}).get("key") == keys[s]}
         left = [s for s in keys if s not in self.results[name]]
         try:
-            model = update_config(get_config(), argparse.Namespace(cfg=str(cfg), opts=self.opts))
-            pretrained = usable(path, model, ported) if left else path
+            if left:
+                arguments = argparse.Namespace(cfg=str(cfg), opts=self.opts)
+                check_model(path, update_config(get_config(), arguments))
             for s in left:
                 print(f"{name}: {s}", flush=True)
-                scores = self._run(cfg, pretrained, s, folder / s)
+                scores = self._run(cfg, path, s, self.output / name / s)
                 self.results[name][s] = {"key": keys[s], "weights": weights.name, "scores": scores}
         except WeightsError as error:
             self.problems.append(str(error))
-        ported.unlink(missing_ok=True)
 
     def _run(self, cfg: Path, pretrained: Path, s: str, folder: Path) -> dict:
         config, opts = self.configs[s], self.opts + (self.real if s == "val" else [])
@@ -169,19 +154,9 @@ class Evaluation:
             raise WeightsError(f"{pretrained}: its evaluation on {s} ended with exit code {code}")
         return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
 
-    def rows(self) -> list[dict]:
-        """A row for each file and measure, with the columns of the tables."""
-        rows = []
-        for name, sets in self.results.items():
-            for measure, facts in MEASURES.items():
-                found = sets.get(facts.data)
-                if found and facts.key in found["scores"]:
-                    rows.append(measure_row(name, measure, found))
-        return rows
-
     def write(self) -> str:
         """Writes results.json, results.csv and results.md; returns the last one's text."""
-        rows, table = self.rows(), io.StringIO()
+        rows, table = table_rows(self.results), io.StringIO()
         writer = csv.DictWriter(table, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -191,9 +166,10 @@ class Evaluation:
         lines += [
             "",
             "All in percent. A difference is explained, by rounding and JPEG decoders, if it",
+            "is at most what timm's own results of such a file changed by between releases:",
+            f"{spreads}.",
+            *(f"\nNot evaluated: {problem}" for problem in self.problems),
         ]
-        lines += ["is at most what timm's own results of such a file changed by between releases:"]
-        lines += [f"{spreads}.", *(f"\nNot evaluated: {problem}" for problem in self.problems)]
         text = "\n".join(lines) + "\n"
         write_file(self.output / "results.json", json.dumps(self.results, indent=1) + "\n")
         write_file(self.output / "results.csv", table.getvalue())
@@ -201,17 +177,39 @@ class Evaluation:
         return text
 
 
+def read_results(path: Path) -> dict[str, dict]:
+    """File -> set -> what was measured, of an earlier call; empty, with a warning, if damaged."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        table_rows(results)
+        return results
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        print(f"warning: {path}: damaged ({error!r}); all is measured anew", file=sys.stderr)
+        return {}
+
+
+def table_rows(results: dict[str, dict]) -> list[dict]:
+    """A row for each file and measure, with the columns of the tables."""
+    return [
+        measure_row(name, measure, sets[facts.data])
+        for name, sets in results.items()
+        for measure, facts in MEASURES.items()
+        if facts.data in sets and facts.key in sets[facts.data]["scores"]
+    ]
+
+
 def measure_row(name: str, measure: str, found: dict) -> dict:
     facts, scores = MEASURES[measure], found["scores"]
-    published = next(w for w in ZOO if w.name == found["weights"]).published(measure)
+    published = find(found["weights"]).published(measure)
     images = scores["real_images" if measure == "real" else "images"]
-    here, explained, difference = scores[facts.key], "", ""
+    here, shown, explained, difference = scores[facts.key], "", "", ""
     if published is not None:
-        difference = f"{here - published:+.3f}"
+        shown, difference = f"{published:.3f}", f"{here - published:+.3f}"
         explained = "yes" if abs(here - published) < facts.spread + 5e-4 else "no"
     if images != facts.images:
         explained = f"other images ({facts.images} published)"
-    shown = "" if published is None else f"{published:.3f}"
     values = found["weights"], name, facts.title, images, f"{here:.3f}", shown
     return dict(zip(_COLUMNS, (*values, difference, explained)))
 

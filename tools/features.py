@@ -3,10 +3,10 @@
 python tools/features.py -pretrained resmlp_12_dino_224 -cfg configs/resmlp_12_224.yaml \
     -data_path /dataset/imagenet -split train -output train.safetensors
 
-The images are cropped as in evaluation, those to train on too. The output is one safetensors file
-with `features` [N, C], `labels` [N] and `names` (bytes, a path a line), and the weights' name; or,
-as `.npy`, the features beside `.labels.npy`, `.names.txt` and `.weights.txt`. tools/knn.py reads
-both.
+The images are cropped as in evaluation, those to train on too; one that cannot be read is named and
+left out. The output is one safetensors file with `features` [N, C], `labels` [N] and `names`
+(bytes, a path a line), and the weights' name; or, as `.npy`, the features beside `.labels.npy`,
+`.names.txt` and `.weights.txt`. tools/knn.py reads both.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import io
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +26,13 @@ from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from cpu import resample
 from datasets import ImageDataset, build_dataset, loader_of
+from loading.images import regular_size
 from loading.samplers import EvalBatchSampler
 from port_weights.verify import checksum
 from resmlp import build_resmlp, load_state
+from storage.adapt import read_pretrained
 from storage.files import atomic, printable
-from storage.weights import naming, read_weights
+from storage.weights import naming
 from tools.common import run_config, write_file
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine
@@ -59,48 +61,66 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
         dtype: ``"float32"`` or ``"float16"``.
 
     Returns:
-        N and C.
+        N, without the images that cannot be read, and C.
 
     Raises:
-        UserError: weights or images that cannot be used, a feature that is not finite, a file that
+        UserError: weights or data that cannot be used, a feature that is not finite, a file that
             cannot be written.
     """
-    if Path(output).suffix not in (".safetensors", ".npy"):
+    npy = output.endswith(".npy")
+    if not npy and not output.endswith(".safetensors"):
         raise UserError(f"-output {output}: expected a name that ends in .safetensors or .npy")
     model, weights = _without_head(config)
-    files, evaluate = build_dataset(config, split).files, build_eval_transform(config)
-    resample.prepare(lambda line: None)  # before workers are forked
-    dataset = ImageDataset(files, lambda image, rng: evaluate(image))
-    batch = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
-    loader = loader_of(config, dataset, EvalBatchSampler(len(files), batch))
+    files, loader = _loader(config, split)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    labels = np.array(files.labels, "<i8")
-    names = b"".join(files.name(index) + b"\n" for index in range(len(files)))
-    shape, bar = (len(files), model.embed_dim), ProgressLine("features")
+    kept: list[int] = []  # images whose features are written
+    bar, channels = ProgressLine("features"), model.embed_dim
+    longest = _header(npy, [len(files), channels], dtype, 10**12, weights)
     try:
         with atomic(output) as file:
-            file.write(_header(output, shape, dtype, len(names), weights))
-            if output.endswith(".safetensors"):
-                file.write(labels.tobytes())
-            for number, (images, _, _) in enumerate(loader):
+            file.write(longest)
+            starts = range(0, len(files), loader.sampler.batch_size)
+            for start, (images, _, indices) in zip(starts, loader):
                 with np.errstate(over="ignore"):  # found as not finite
                     found = model.forward_features(normalize(images)).numpy().astype(dtype)
-                if not np.isfinite(found).all():
+                # In the place of an unreadable image the loader has the next one.
+                own = [row for row, index in enumerate(indices) if index == start + row]
+                if not np.isfinite(found[own]).all():
                     raise UserError(
                         f"{config.MODEL.PRETRAINED}: a feature is not finite in {dtype}"
                     )
-                file.write(found.tobytes())
-                bar(number + 1, len(loader))
-            if output.endswith(".safetensors"):
-                file.write(names)
-            else:
+                file.write(found[own].tobytes())
+                kept += [start + row for row in own]
+                bar(start + len(indices), len(files))
+            labels = np.array([files.labels[index] for index in kept], "<i8")
+            names = b"".join(files.name(index) + b"\n" for index in kept)
+            if npy:
                 np.save(_beside(output, ".labels.npy"), labels)
                 write_file(_beside(output, ".names.txt"), names)
                 write_file(_beside(output, ".weights.txt"), weights)
+            else:
+                file.write(labels.tobytes() + names)
+            file.seek(0)
+            shape = [len(kept), channels]
+            file.write(_header(npy, shape, dtype, len(names), weights, len(longest)))
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    bar.end()
-    return shape
+    finally:
+        bar.end()
+    for _, reason in sorted(loader.skipped.items()):
+        print(f"left out: {reason}", file=sys.stderr)
+    return len(kept), channels
+
+
+def _loader(config, split: str):
+    """The index of a split's images, and a loader of them all, cropped as in evaluation."""
+    files, evaluate = build_dataset(config, split).files, build_eval_transform(config)
+    resample.prepare(lambda line: None)  # before workers are forked
+    dataset = ImageDataset(files, lambda image, rng: evaluate(image), replace_limit=len(files))
+    batch = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
+    loader = loader_of(config, dataset, EvalBatchSampler(len(files), batch))
+    loader.skip_limit, loader.log = len(files), lambda line: None
+    return files, loader
 
 
 def _without_head(config):
@@ -109,7 +129,7 @@ def _without_head(config):
     config.defrost()
     config.MODEL.NUM_CLASSES = 0
     model = build_resmlp(config)
-    file = read_weights(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    file = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
     state = {name: value for name, value in file.state.items() if not name.startswith("head.")}
     with naming(file.path):
         notes = load_state(model, state, resize_tokens=config.MODEL.RESIZE_TOKENS)
@@ -119,25 +139,23 @@ def _without_head(config):
     return model, f"{printable(Path(config.MODEL.PRETRAINED).name)}, SHA-256 {checksum(state)}"
 
 
-def _header(output: str, shape: tuple[int, int], dtype: str, names: int, weights: str) -> bytes:
-    """What stands before the data."""
-    if output.endswith(".npy"):
-        about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
-        buffer = io.BytesIO()
-        np.lib.format.write_array_header_1_0(buffer, {**about, "shape": shape})
-        return buffer.getvalue()
-    size = np.dtype(dtype).itemsize
-    parts = {  # name -> type, shape, bytes; the wider types first
-        "labels": ("I64", shape[:1], 8 * shape[0]),
-        "features": (_TYPES[dtype], shape, size * shape[0] * shape[1]),
-        "names": ("U8", [names], names),
-    }
+def _header(npy: bool, shape: list, dtype: str, names: int, weights: str, length: int = 0) -> bytes:
+    """What stands before the features, the labels and ``names`` bytes; at least of a length."""
+    if npy:
+        descr = np.dtype(dtype).newbyteorder("<").str
+        text = str({"descr": descr, "fortran_order": False, "shape": tuple(shape)})
+        return b"\x93NUMPY\x01\0\x76\0" + text.encode().ljust(0x75) + b"\n"
+    count, channels = shape
     entries, end = {"__metadata__": {"weights": weights}}, 0
-    for name, (kind, sizes, count) in parts.items():
-        entries[name] = {"dtype": kind, "shape": sizes, "data_offsets": [end, end + count]}
-        end += count
+    for name, kind, sizes, size in (
+        ("features", _TYPES[dtype], shape, np.dtype(dtype).itemsize * count * channels),
+        ("labels", "I64", [count], 8 * count),
+        ("names", "U8", [names], names),
+    ):
+        entries[name] = {"dtype": kind, "shape": sizes, "data_offsets": [end, end + size]}
+        end += size
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
+    text = text.ljust(max(length - 8, len(text) + -len(text) % 8))
     return len(text).to_bytes(8, "little") + text
 
 
@@ -152,6 +170,7 @@ def read_features(path: str) -> Features:
         DataError: it is no such file, or is not whole.
     """
     try:
+        regular_size(path)
         if path.endswith(".npy"):
             features = np.load(path, mmap_mode="r")
             labels = np.load(_beside(path, ".labels.npy"))
@@ -174,9 +193,12 @@ def read_features(path: str) -> Features:
         if (features.dtype.kind, labels.dtype.kind) != ("f", "i") or labels.min() < 0:
             raise ValueError
     except OSError as error:
-        raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+        reason = error.strerror or error
+        raise DataError(f"{error.filename or path}: cannot be read: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
         raise DataError(f"{path}: no whole file of features (tools/features.py)") from None
+    if labels.max() >= 10**9:  # as in a list
+        raise DataError(f"{path}: {labels.max()} is no label; expected less than 1,000,000,000")
     return Features(features, np.asarray(labels, "int64"), weights)
 
 

@@ -3,9 +3,9 @@
 python tools/knn.py train.safetensors val.safetensors [-k 10 20 100 200] [-temperature 0.07]
 python tools/knn.py train.safetensors val.safetensors -probe [-c 0.316]
 
-Both files are those of tools/features.py. k-NN is DINO's (facebookresearch/dino, eval_knn.py). The
-probe is multinomial logistic regression on standardised features, as scikit-learn defines it, with
-its C. Neither holds more than a part of the features in memory.
+Both files are those of tools/features.py. k-NN is DINO's (facebookresearch/dino, eval_knn.py); it
+holds a part of the features in memory at a time. The probe is scikit-learn's LogisticRegression on
+standardised features; it holds all to learn from.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -22,7 +22,6 @@ import paddle.nn.functional as F
 
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
-from tools.common import require
 from tools.features import Features, read_features
 from utils import ProgressLine
 
@@ -40,142 +39,80 @@ def knn_accuracies(
     Raises:
         DataError: other channels or weights; fewer than k features to learn from.
     """
-    _check(train, val)
-    most, classes = max(ks), _classes(train, val)
-    if most > len(train.labels):
+    check(train, val)
+    if (most := max(ks)) > len(train.labels):
         raise DataError(f"-k {most}: there are only {len(train.labels)} features to learn from")
-    hits = {k: np.zeros(2, "int64") for k in ks}
-    bar = ProgressLine("k-NN")
+    classes, columns = np.unique(train.labels, return_inverse=True)
+    hits, bar = {k: np.zeros(2, "int64") for k in ks}, ProgressLine("k-NN")
     for start in range(0, len(val.labels), _QUERIES):
         truth = val.labels[start : start + _QUERIES]
-        cosines, labels = _neighbours(train, val.features[start : start + _QUERIES], most)
+        cosines, near = _neighbours(train, val.features[start : start + _QUERIES], most)
         weights = np.exp(cosines.astype("float64") / temperature)
-        cells = np.arange(len(truth))[:, None] * classes + labels
+        cells = np.arange(len(truth))[:, None] * len(classes) + columns[near]
         for k in ks:
-            votes = np.bincount(cells[:, :k].ravel(), weights[:, :k].ravel(), len(truth) * classes)
-            order = np.argsort(-votes.reshape(-1, classes), axis=1, kind="stable")
-            right = order[:, : min(5, k)] == truth[:, None]
-            hits[k] += right[:, 0].sum(), right.sum()
+            size = len(truth) * len(classes)
+            votes = np.bincount(cells[:, :k].ravel(), weights[:, :k].ravel(), size)
+            order = np.argsort(-votes.reshape(len(truth), -1), axis=1, kind="stable")
+            hits[k] += _hits(classes[order[:, : min(5, k)]], truth)
         bar(start + len(truth), len(val.labels))
     bar.end()
     return {k: tuple(100 * float(n) / len(val.labels) for n in hits[k]) for k in ks}
 
 
+def _hits(top: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """How many of the first predictions, and of all, are right; ``top`` is ``[B, up to 5]``."""
+    right = top == truth[:, None]
+    return np.array([right[:, 0].sum(), right.sum()])
+
+
 def _neighbours(train: Features, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and labels ``[B, k]`` of the nearest features to learn from, the nearest first."""
+    """Cosines and indices ``[B, k]`` of the nearest features to learn from, the nearest first."""
     queries = _unit(queries)
-    cosines, labels = paddle.zeros([len(queries), 0]), paddle.zeros([len(queries), 0], "int64")
+    cosines, indices = paddle.zeros([len(queries), 0]), paddle.zeros([len(queries), 0], "int64")
     for start in range(0, len(train.labels), _ROWS):
         rows = _unit(train.features[start : start + _ROWS])
         near, index = paddle.topk(paddle.matmul(queries, rows, transpose_y=True), min(k, len(rows)))
-        found = paddle.to_tensor(train.labels[start : start + _ROWS])[index]
-        cosines, labels = paddle.concat([cosines, near], 1), paddle.concat([labels, found], 1)
+        cosines = paddle.concat([cosines, near], 1)
+        indices = paddle.concat([indices, index + start], 1)
         cosines, index = paddle.topk(cosines, min(k, cosines.shape[1]))
-        labels = paddle.take_along_axis(labels, index, 1)
-    return cosines.numpy(), labels.numpy()
+        indices = paddle.take_along_axis(indices, index, 1)
+    return cosines.numpy(), indices.numpy()
 
 
 def _unit(features: np.ndarray) -> paddle.Tensor:
     return F.normalize(paddle.to_tensor(np.asarray(features, "float32")), axis=1)
 
 
-class Probe:
-    """A linear classifier on standardised features: minimises, as scikit-learn does,
-    ``c * (sum of cross-entropies) + |weight|^2 / 2``, in float64 with L-BFGS.
-
-    Args:
-        train: the features to learn from.
-        classes: K.
-        c: inverse strength of the penalty; there is none on the bias.
-        iterations: at most.
-        tolerance: ends when no component of the gradient (of the mean) is larger.
-
-    Attributes:
-        weight: float64 ``[C, K]``, for standardised features.
-        bias: float64 ``[K]``.
-        converged: whether the tolerance was reached.
-    """
-
-    def __init__(
-        self,
-        train: Features,
-        classes: int,
-        c: float = 0.316,
-        iterations: int = 1000,
-        tolerance: float = 1e-6,
-    ):
-        require("-probe", ("scipy",))
-        from scipy.optimize import minimize
-
-        self._train, self._c = train, c
-        self._shape = train.features.shape[1] + 1, classes  # the bias is the last row
-        self._standardise()
-        bar, count = ProgressLine("probe"), itertools.count(1)
-        found = minimize(
-            self._objective,
-            np.zeros(self._shape[0] * classes),
-            jac=True,
-            method="L-BFGS-B",
-            callback=lambda vector: bar(next(count), iterations),
-            options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": tolerance, "ftol": 0},
-        )
-        bar.end()
-        self.converged = bool(np.abs(found.jac).max() <= tolerance)
-        *weight, self.bias = found.x.reshape(self._shape)
-        self.weight = np.array(weight)
-
-    def _standardise(self) -> None:
-        rows, total, squares = len(self._train.labels), 0.0, 0.0
-        for part in _parts(self._train.features):
-            total = total + part.sum(0)
-        self._mean = total / rows
-        for part in _parts(self._train.features):
-            squares = squares + ((part - self._mean) ** 2).sum(0)
-        self._std = np.sqrt(squares / rows)
-        self._std[self._std == 0] = 1
-
-    def logits(self, part: np.ndarray, both: np.ndarray | None = None) -> tuple:
-        """Float64 ``[B, K]``, and the standardised features ``[B, C]`` with a column of ones."""
-        both = np.vstack([self.weight, self.bias]) if both is None else both
-        x = np.hstack([(part - self._mean) / self._std, np.ones([len(part), 1])])
-        x = paddle.to_tensor(x)
-        return paddle.matmul(x, paddle.to_tensor(both)), x
-
-    def _objective(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
-        """The objective over ``c`` and the number of features, and its gradient."""
-        both, rows = vector.reshape(self._shape), len(self._train.labels)
-        loss, gradient = 0.0, np.zeros(self._shape)
-        for start, part in zip(range(0, rows, _ROWS), _parts(self._train.features)):
-            labels = paddle.to_tensor(self._train.labels[start : start + _ROWS])
-            logits, x = self.logits(part, both)
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            error = F.softmax(logits) - F.one_hot(labels, self._shape[1]).astype("float64")
-            gradient += paddle.matmul(x, error, transpose_x=True).numpy()
-        penalty = both.copy()
-        penalty[-1] = 0
-        loss = loss / rows + (penalty**2).sum() / (2 * self._c * rows)
-        return loss, (gradient / rows + penalty / (self._c * rows)).ravel()
-
-    def accuracies(self, val: Features) -> tuple[float, float]:
-        """Top-1 and top-5 in percent."""
-        hits, k = np.zeros(2, "int64"), min(5, self._shape[1])
-        for start, part in zip(range(0, len(val.labels), _ROWS), _parts(val.features)):
-            top = paddle.topk(self.logits(part)[0], k)[1].numpy()
-            right = top == val.labels[start : start + _ROWS, None]
-            hits += right[:, 0].sum(), right.sum()
-        return tuple(100 * float(n) / len(val.labels) for n in hits)
+def probe_accuracies(
+    train: Features, val: Features, c: float = 0.316, iterations: int = 1000
+) -> tuple[float, float]:
+    """Top-1 and top-5 in percent of a linear classifier, with a warning if it did not converge."""
+    check(train, val)
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+    except ImportError:
+        raise UserError("-probe needs `pip install scikit-learn`") from None
+    scaler, classifier = StandardScaler(), LogisticRegression(C=c, max_iter=iterations)
+    if (train.labels == train.labels[0]).all():
+        raise DataError("-probe: the features to learn from are all of one class")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        classifier.fit(scaler.fit_transform(np.asarray(train.features, "float32")), train.labels)
+    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+        print(f"warning: not converged after {iterations} iterations (-iterations)")
+    hits = np.zeros(2, "int64")
+    for start in range(0, len(val.labels), _ROWS):
+        part = np.asarray(val.features[start : start + _ROWS], "float32")
+        odds = classifier.predict_proba(scaler.transform(part))
+        top = classifier.classes_[np.argsort(-odds, axis=1, kind="stable")[:, :5]]
+        hits += _hits(top, val.labels[start : start + _ROWS])
+    return tuple(100 * float(n) / len(val.labels) for n in hits)
 
 
-def _parts(features: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(features), _ROWS):
-        yield np.asarray(features[start : start + _ROWS], "float64")
-
-
-def _classes(train: Features, val: Features) -> int:
-    return int(max(train.labels.max(), val.labels.max())) + 1
-
-
-def _check(train: Features, val: Features) -> None:
+def check(train: Features, val: Features) -> None:
+    """Raises `DataError` where features cannot be compared."""
     here, there = train.features.shape[1], val.features.shape[1]
     if here != there:
         raise DataError(f"features of {here} and {there} channels: they are of different models")
@@ -200,12 +137,9 @@ def main() -> None:
     if min(*args.k, args.iterations) < 1 or not (args.temperature > 0 and args.c > 0):
         raise UserError("-k, -temperature, -c and -iterations are above 0")
     train, val = read_features(args.train), read_features(args.val)
-    _check(train, val)
     if args.probe:
-        probe = Probe(train, _classes(train, val), args.c, args.iterations)
-        if not probe.converged:
-            print(f"warning: not converged after {args.iterations} iterations (-iterations)")
-        print("linear probe: top-1 {:.2f} %, top-5 {:.2f} %".format(*probe.accuracies(val)))
+        scores = probe_accuracies(train, val, args.c, args.iterations)
+        print("linear probe: top-1 {:.2f} %, top-5 {:.2f} %".format(*scores))
         return
     fitting = [k for k in args.k if k <= len(train.labels)] or args.k
     if left := [k for k in args.k if k not in fitting]:

@@ -4,8 +4,8 @@ python tools/study.py configs/studies/ablation.yaml -cfg configs/resmlp_12_224.y
     -data_path /dataset/imagenet -output output/ablation -seeds 3
 
 The study file maps a variant's name to the config keys that it changes. Run the command again to go
-on after an interruption: finished runs are only read. Accuracies are those after the last epoch, of
-the EMA where there is one.
+on after an interruption: finished runs are only read, and runs of other settings are refused.
+Accuracies are those after the last epoch, of the EMA where there is one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import yaml
 
 from cli.errors import ConfigError, UserError, run_as_script
 from cli.parser import Parser
-from tools.common import write_file
+from config import get_arguments, get_config, update_config
+from storage.checkpoints import config_changes
+from storage.files import shorten
+from tools.common import ROOT, write_file
 from training.plots import is_number, read_metrics
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class _Texts(yaml.BaseLoader):
@@ -98,20 +99,42 @@ def run_study(
         Variant -> top-1 of its runs after the last epoch, percent.
 
     Raises:
-        UserError: a run failed, or left no accuracy.
+        UserError: a run failed, left no accuracy, or was begun with other settings.
     """
     results: dict[str, list[float]] = {name: [] for name in study}
     for seed in range(seeds):  # a first column of results comes early
         for name, opts in study.items():
             folder = Path(output) / _folder(name) / f"seed_{seed}"
-            command = [sys.executable, str(ROOT / main), *arguments, f"-output={folder}"]
-            command += ["-resume=auto", "-opts", *opts, "SEED", str(seed)]
+            words = [*arguments, f"-output={folder}", "-resume=auto", "-opts", *opts]
+            words += ["SEED", str(seed)]
+            refuse_other_settings(folder, words)
+            command = [sys.executable, str(ROOT / main), *words]
             print(f"$ {' '.join(command)}", flush=True)
             code = subprocess.run(command).returncode
             if code:
                 raise UserError(f"{name}, seed {seed}: the run ended with exit code {code}")
             results[name].append(last_top1(folder))
     return results
+
+
+def refuse_other_settings(folder: Path, words: list[str]) -> None:
+    """Raises a `UserError` where a run was begun with other settings than those of a command."""
+    if not (folder / "config.yaml").is_file():
+        return
+    config = update_config(get_config(), get_arguments(words))
+    try:
+        before = (folder / "config.yaml").read_text(encoding="utf-8")
+        changes = config_changes(before, config.dump())
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}/config.yaml: cannot be read: {reason}") from None
+    # What the run resolved, and keys that a release added or left out, are no other settings.
+    changes = [c for c in changes if not c.endswith(" -> auto") and "(none)" not in c]
+    if changes:
+        raise UserError(
+            f"{folder} was run with other settings ({shorten(changes, 3)}): remove that folder, "
+            "or name another -output"
+        )
 
 
 def last_top1(folder: Path) -> float:
