@@ -95,7 +95,9 @@ data.MAX_IMAGE_PIXELS = key(89_478_485, COUNT, "more are refused; Pillow's own l
 data.IMAGENET_MEAN = key([0.485, 0.456, 0.406], MEAN, "subtracted, of pixels from 0 to 1")
 data.IMAGENET_STD = key([0.229, 0.224, 0.225], STD, "divided by")
 data.DROP_LAST = key(True, boolean, "training: drop a last batch that is smaller than the others")
-data.BAD_IMAGE = key("error", choice("error", "skip"), "stop, or replace it (training only)")
+data.BAD_IMAGE = key(
+    "error", choice("error", "skip"), "or skip: train without it, and log it; not with -eval"
+)
 data.BAD_IMAGE_LIMIT = key(100, NATURAL, "BAD_IMAGE skip: stop above so many in an epoch")
 data.ALLOW_OUTSIDE_PATHS = key(False, boolean, "may list files name files outside DATA_PATH?")
 data.WORKER_TIMEOUT = key(300.0, real(0.0, 1e6, open_low=True), "seconds without a batch")

@@ -29,8 +29,6 @@ from transforms import build_eval_transform, build_train_transform
 
 __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader"]
 
-_SKIP_HINT = f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such images"
-
 
 @dataclass(eq=False)
 class ImageDataset:
@@ -41,6 +39,7 @@ class ImageDataset:
         transform: ``(pixels, rng) -> uint8 [H, W, 3]``; the rng hangs on the key alone.
         seed: the run's seed.
         replace_limit: how many unreadable images in a row to replace by the next one; 0: none.
+        leave_out: leave unreadable images out.
         hint: what to do about an unreadable image that ends the run.
         keep_last: keep the last image decoded, for repeated augmentation, which asks for the same
             one several times in a row.
@@ -51,6 +50,7 @@ class ImageDataset:
     transform: Callable[..., np.ndarray]
     seed: int = 0
     replace_limit: int = 0
+    leave_out: bool = False
     hint: str = VERIFY_HINT
     keep_last: bool = False
     classes: ClassNames = UNKNOWN
@@ -69,12 +69,14 @@ class ImageDataset:
             except BadImage as bad:
                 error = f"{self.files.where(index)}: {bad.reason}"
             except DataError as error:  # of an archive: there is no going on without it
-                return _no_sample(str(error))
+                return Sample(None, 0, index, error=str(error))
             except Exception:
                 error = f"{self.files.where(index)}: transform failed\n{traceback.format_exc()}"
-                return _no_sample(error)
+                return Sample(None, 0, index, error=error)
+            if self.leave_out:
+                return Sample(None, 0, index, [(index, error)])
             if len(skipped) == self.replace_limit:
-                return _no_sample(f"{error} ({self.hint})")
+                return Sample(None, 0, index, error=f"{error} ({self.hint})")
             skipped.append((index, error))
             index = (index + 1) % len(self)
 
@@ -85,14 +87,6 @@ class ImageDataset:
         if self.keep_last:
             self._last = index, pixels
         return self.transform(pixels, rng)
-
-
-def _no_sample(error: str) -> Sample:
-    """Carries an error as a value, because Paddle hides what a worker raises.
-
-    The array is there because Paddle cannot pass on a batch without any.
-    """
-    return Sample(np.zeros(1, np.uint8), 0, 0, error=error)
 
 
 def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDataset:
@@ -135,14 +129,22 @@ def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDat
             f"{files.where(0)}: {reason}; the paths of a list are relative to {root}{slashes}"
         )
     files.open_archives()
-    if split == "train":
-        skip = config.DATA.BAD_IMAGE == "skip"
-        limit = config.DATA.BAD_IMAGE_LIMIT if skip else 0
-        hint, repeated = VERIFY_HINT if skip else _SKIP_HINT, config.TRAIN.REPEATED_AUG > 1
-        transform = build_train_transform(config)
-        return ImageDataset(files, transform, config.SEED, limit, hint, repeated, classes)
-    evaluate = build_eval_transform(config)
-    return ImageDataset(files, lambda image, rng: evaluate(image), classes=classes)
+    skip = config.DATA.BAD_IMAGE == "skip"
+    if split != "train":
+        evaluate = build_eval_transform(config)
+        out = skip and not config.EVAL  # an evaluation by itself is of every image
+        return ImageDataset(
+            files, lambda image, rng: evaluate(image), leave_out=out, classes=classes
+        )
+    return ImageDataset(
+        files,
+        build_train_transform(config),
+        config.SEED,
+        replace_limit=config.DATA.BAD_IMAGE_LIMIT if skip else 0,
+        hint=VERIFY_HINT if skip else f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such",
+        keep_last=config.TRAIN.REPEATED_AUG > 1,
+        classes=classes,
+    )
 
 
 def build_loader(
@@ -153,15 +155,7 @@ def build_loader(
     log: Callable[[str], None] = print,
     weights: ClassNames = UNKNOWN,
 ) -> Loader:
-    """Builds the loader of a split for one process; see `Loader`.
-
-    Args:
-        config: the config node.
-        split: ``"train"`` or ``"val"``.
-        rank: this process, ``0 <= rank < world``.
-        world: number of processes; `DATA.BATCH_SIZE` is per process.
-        log: takes one line of text.
-        weights: see `build_dataset`.
+    """The `Loader` of a split (see `build_dataset`) for process `rank` of `world`.
 
     Raises:
         DataError: as `build_dataset`; also a training set smaller than one step.

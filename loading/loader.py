@@ -1,11 +1,9 @@
 """Loading in worker processes: batches in order, and whatever goes wrong as one `DataError`.
 
-The workers are Paddle's (`paddle.io.DataLoader`), which leaves some things open: it hides what a
-worker raises, waits for ever for one that hangs, lets workers outlive a main process that is
-killed, and leaves their batches in /dev/shm. What is done about each stands here.
-
-Workers are started for each pass over the data (some 30 ms) and end with it, so there is one code
-path and no idle worker holds memory.
+The workers are Paddle's (`paddle.io.DataLoader`), whose reader copies a batch to a GPU while the
+one before is computed. It hides what a worker raises, waits for ever for one that hangs, lets
+workers outlive a main process that is killed, and leaves their batches in /dev/shm: what is done
+about each stands here. Workers are started for each pass over the data (some 30 ms).
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from glob import glob
 from multiprocessing.connection import wait
@@ -53,28 +51,28 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a dataset makes of one key."""
+    """What a dataset makes of one key. Paddle hides what a worker raises: errors are values."""
 
-    image: np.ndarray
+    image: np.ndarray | None  # None: left out, or there is an error
     label: int
     index: int
-    skipped: Sequence[tuple[int, str]] = ()  # (index, reason) of unreadable images it stands in for
-    error: str = ""  # why there is no image after all
+    skipped: Sequence[tuple[int, str]] = ()  # (index, reason) of unreadable images
+    error: str = ""
 
 
 @dataclass(eq=False)
 class Loader:
     """Iterates over batches; `len` is the batches of a pass, from where `set_epoch` has gone.
 
-    Under ``DATA.BAD_IMAGE: skip``, training replaces an unreadable image by the next one; they are
-    logged when the epoch ends, and `skipped` holds them meanwhile, by index.
+    Unreadable images that ``DATA.BAD_IMAGE: skip`` replaces (in training) or leaves out are logged
+    when the pass ends; `skipped` holds them meanwhile, by index.
 
     Args:
         dataset: ``dataset[key]`` is the `Sample` of a sampler's key.
         sampler: yields lists of keys.
         num_workers: processes that load; 0: load here, where a debugger sees it.
         timeout: seconds that workers may take to deliver a batch.
-        skip_limit: raise when more than so many images of an epoch were skipped.
+        skip_limit: raise when more than so many images of a pass were skipped.
         shared_memory: pass batches through /dev/shm instead of pipes.
         log: takes one line of text.
     """
@@ -100,30 +98,27 @@ class Loader:
 
         Raises:
             DataError: an unreadable image (too many, if they may be skipped), a failing
-                transform, a worker that died or delivered nothing for `timeout` seconds.
+                transform, a worker that died, could not be started, or delivered nothing for
+                `timeout` seconds.
         """
         self.skipped = {}
         batches = self._from_workers() if self.num_workers else self._from_here()
-        try:
+        with closing(batches):
             for images, labels, indices, skipped, error in batches:
+                self.skipped.update(skipped)
+                if len(self.skipped) > self.skip_limit:
+                    error = (
+                        f"more than {self.skip_limit} unreadable images (DATA.BAD_IMAGE_LIMIT), "
+                        f"the last {skipped[-1][1]} ({VERIFY_HINT})"
+                    )
                 if error:
                     raise DataError(error)
-                self._count(skipped)
-                yield Batch(images, labels, indices)
-        finally:
-            batches.close()
+                if indices:
+                    yield Batch(images, labels, indices)
         if self.skipped:
-            self.log(f"skipped {len(self.skipped)} unreadable images in this epoch:")
+            self.log(f"warning: skipped {len(self.skipped)} unreadable images:")
         for _, reason in sorted(self.skipped.items()):
             self.log(f"  {reason}")
-
-    def _count(self, skipped: list[tuple[int, str]]) -> None:
-        self.skipped.update(skipped)
-        if len(self.skipped) > self.skip_limit:
-            raise DataError(
-                f"more than {self.skip_limit} unreadable images in this epoch "
-                f"(DATA.BAD_IMAGE_LIMIT), the last {skipped[-1][1]} ({VERIFY_HINT})"
-            )
 
     def _from_here(self) -> Iterator[list]:
         for keys in self.sampler:
@@ -155,7 +150,8 @@ class Loader:
             for _ in range(len(self.sampler)):
                 yield self._next(iterator)
         finally:
-            _stop(iterator)
+            iterator._try_shutdown_all(timeout=0)
+            _end(iterator._workers, _GRACE)
 
     def _next(self, iterator) -> list:
         """The next batch, or a `DataError` when a worker is dead or nothing comes in time."""
@@ -165,41 +161,43 @@ class Loader:
             expired.set()
             iterator._exit_thread_unexpectedly()  # wakes the main thread with a SystemError
 
-        timer = threading.Timer(self.timeout, give_up)
+        timer, problem, batch = threading.Timer(self.timeout, give_up), "", None
         timer.daemon = True
-        timer.start()
         try:
-            return next(iterator)
+            timer.start()
+            batch = next(iterator)
         except StopIteration:
-            raise DataError("the data loader ended before its last batch") from None
+            problem = "the data loader ended before its last batch"
         except (SystemError, RuntimeError) as error:
-            code = _first_exit_code(iterator._workers)
-            for worker in iterator._workers:
-                worker.kill()
-            if code is not None:  # also where Paddle has not noticed it
-                problem = f"a data loader worker died ({_describe_exit(code)})"
-            elif expired.is_set():
-                problem = (
-                    f"the data loader delivered no batch for {self.timeout:g} s "
-                    "(DATA.WORKER_TIMEOUT): slow or hanging storage?"
-                )
-            else:
-                problem = f"the data loader failed: {error}"
-            raise DataError(problem) from error
+            problem = f"the data loader failed: {error}"
         finally:
             timer.cancel()
+            if timer.ident:
+                timer.join()  # it may have begun to give up while the batch came
+        if not problem and not expired.is_set():
+            return batch
+        code = _first_exit_code(iterator._workers)
+        _end(iterator._workers)
+        if code is not None:  # also where Paddle has not noticed it
+            problem = f"a data loader worker died ({_describe_exit(code)})"
+        elif expired.is_set():
+            problem = (
+                f"the data loader delivered no batch for {self.timeout:g} s "
+                "(DATA.WORKER_TIMEOUT): slow or hanging storage?"
+            )
+        raise DataError(problem)
 
 
 def _collate(samples: list[Sample]) -> list:
     """Stacks samples to ``[images, labels, indices, skipped, error]``."""
-    failed = [sample for sample in samples if sample.error]
-    samples = failed[:1] or samples
+    kept = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in kept] or [np.zeros(1, np.uint8)]  # Paddle wants an array
     return [
-        np.stack([sample.image for sample in samples]),
-        np.array([sample.label for sample in samples], np.int64),
-        [sample.index for sample in samples],
+        np.stack(images),
+        np.array([sample.label for sample in kept or samples], np.int64),
+        [sample.index for sample in kept],
         [entry for sample in samples for entry in sample.skipped],
-        samples[0].error,
+        next((sample.error for sample in samples if sample.error), ""),
     ]
 
 
@@ -209,21 +207,31 @@ def _start(loader: paddle.io.DataLoader):
     It makes the death of a worker raise SystemError in whatever line the main thread happens to
     be; without it the death is found when the next batch is asked for. Workers are forked,
     whatever method another library has chosen: they inherit the data set and what is set up here.
+
+    Raises:
+        DataError: the system allows no more processes or threads.
     """
     handler, method = signal.getsignal(signal.SIGCHLD), multiprocessing.get_start_method(True)
+    before = set(multiprocessing.active_children())
     multiprocessing.set_start_method("fork", force=True)
     try:
         return iter(loader)
+    except (OSError, RuntimeError) as error:
+        started = set(multiprocessing.active_children()) - before
+        _end(list(started))
+        raise DataError(
+            f"of {loader.num_workers} loader workers {len(started)} could be started: {error}; the "
+            "system or container limits processes: DATA.NUM_WORKERS 0 loads without any"
+        ) from None
     finally:
         multiprocessing.set_start_method(method, force=True)
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def _stop(iterator) -> None:
-    """Ends the workers of a pass that was finished, left early, or broken."""
-    iterator._try_shutdown_all(timeout=0)
-    deadline = time.monotonic() + _GRACE
-    for worker in iterator._workers:
+def _end(workers: list, grace: float = 0.0) -> None:
+    """Ends workers, which have `grace` seconds to finish the batch at hand."""
+    deadline = time.monotonic() + grace
+    for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
         worker.kill()
         worker.join()
@@ -276,9 +284,8 @@ def _remove_batches(pid: int) -> None:
 
 
 def shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool:
-    """Says whether the batches under way fit into /dev/shm, which containers often keep small.
-
-    A worker that finds it full dies of a bus error in the middle of a batch.
+    """Whether the batches under way fit into /dev/shm, which containers often keep small: a worker
+    that finds it full dies of a bus error. Logs a line if they do not.
     """
     if not workers or sys.platform != "linux":  # elsewhere Paddle loads in the main process
         return True

@@ -312,6 +312,7 @@ def test_an_image_that_breaks_while_the_transform_reads_it_counts_as_bad(config,
     assert len(passes(config, log=lambda line: None)) == 6
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_key_sets_the_largest_image(tmp_path, monkeypatch, split):
     monkeypatch.undo()  # the real transforms
@@ -343,7 +344,7 @@ def test_skipped_images_are_replaced_by_the_next_counted_and_listed(config, tmp_
     loader = build_loader(config, "train", log=lines.append)
     seen = sorted(i for batch in run(loader) for i in batch.indices)
     assert seen == sorted([*(set(range(NUM_IMAGES)) - {3, 4, 22}), 5, 5, 0])
-    assert lines[0] == "skipped 3 unreadable images in this epoch:"
+    assert lines[0] == "warning: skipped 3 unreadable images:"
     for line, number in zip(lines[1:], (3, 4, 22)):
         assert f"train_list.txt:{number + 1}: " in line and "not an image" in line
     assert set(loader.skipped) == {3, 4, 22}
@@ -375,9 +376,20 @@ def test_a_data_set_of_nothing_but_bad_images_ends(config, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_never_skips(config, tmp_path, workers):
-    spoil(tmp_path, 6, split="val")
+def test_evaluation_of_a_training_run_leaves_out_what_is_skipped(config, tmp_path, workers):
+    spoil(tmp_path, 6, *range(8, 12), split="val")  # of one batch and a whole one
     config.DATA.BAD_IMAGE = "skip"
+    config.DATA.NUM_WORKERS = workers
+    lines = []
+    seen = [i for batch in passes(config, "val", log=lines.append) for i in batch.indices]
+    assert seen == [i for i in range(NUM_IMAGES) if i not in (6, 8, 9, 10, 11)]
+    assert lines[0] == "warning: skipped 5 unreadable images:" and "val/6.png" in lines[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_by_itself_never_skips(config, tmp_path, workers):
+    spoil(tmp_path, 6, split="val")
+    config.DATA.BAD_IMAGE, config.EVAL = "skip", True
     config.DATA.NUM_WORKERS = workers
     with pytest.raises(DataError, match="val_list.txt:7: .*not an image") as caught:
         passes(config, "val")

@@ -115,6 +115,50 @@ def test_a_worker_that_hangs_is_an_error_after_the_time_limit(watched_workers):
         run(numbers_loader(forever, timeout=1.5))
 
 
+class Late(threading.Timer):
+    """Gives up at the very moment when the batch has come."""
+
+    def __init__(self, interval, function):
+        super().__init__(0, lambda: (self.finished.wait(), function()))
+
+
+def test_a_time_limit_that_ends_as_the_batch_comes_is_told_at_once(watched_workers, monkeypatch):
+    monkeypatch.setattr(threading, "Timer", Late)
+    with pytest.raises(DataError, match="no batch for 60 s"):
+        run(numbers_loader())
+
+
+def allow(count, monkeypatch):
+    """Lets so many processes more be forked."""
+    fork, left = os.fork, [count]
+
+    def limited():
+        if not left[0]:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        left[0] -= 1
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_workers_that_the_system_refuses_are_one_error(monkeypatch, count):
+    allow(count, monkeypatch)
+    with pytest.raises(DataError, match=f"of 2 .* {count} could be started: .*unavailable; .*NUM_"):
+        run(numbers_loader())
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_thread_that_the_system_refuses_is_one_error(watched_workers, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(DataError, match="can't start new thread"):
+        run(numbers_loader())
+
+
 def test_a_loader_can_be_used_again_after_an_error(watched_workers, tmp_path):
     def die_once():
         if not (tmp_path / "died").exists():
