@@ -227,6 +227,8 @@ def loader_of(
 def _warn_of_empty_classes(config, split: str, dataset: ImageDataset, log) -> None:
     """Logs a line where some classes have no image: a folder or a part of a list went missing."""
     files, names = dataset.files, dataset.classes.names
+    if config.MODEL.NUM_CLASSES == 1 and (split == "train" or config.EVAL):
+        log("warning: there is one class: an accuracy of 100 % says nothing")
     expected = (config.EVAL and files.subset) or range(config.MODEL.NUM_CLASSES)
     empty = sorted(set(expected) - set(files.labels))
     if empty:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +26,11 @@ import paddle.nn.functional as F
 
 from cli.errors import ConfigError, WeightsError
 from config import get_config
+from loading.classes import UNKNOWN, ClassNames
 from resmlp import build_resmlp, load_state
 from storage import safe_pickle
 from storage.files import shorten, unreachable
-from storage.weights import read_weights
+from storage.weights import WeightFile, read_weights
 
 
 class Teacher:
@@ -39,6 +41,7 @@ class Teacher:
         image_size: H and W of its input, in pixels.
         mean, std: normalisation of its input, a number per channel.
         student_mean, student_std: normalisation of the images it is given.
+        classes: the names of its outputs.
     """
 
     def __init__(
@@ -49,12 +52,13 @@ class Teacher:
         std: Sequence[float],
         student_mean: Sequence[float],
         student_std: Sequence[float],
+        classes: ClassNames = UNKNOWN,
     ):
         network.eval()
         for parameter in network.parameters():
             parameter.stop_gradient = True
-        self.network = network
-        self.image_size = image_size
+        self.network, self.image_size = network, image_size
+        self.classes, self._labels = classes, None
         # ((x * student_std + student_mean) - mean) / std, as one scale and one shift
         scale = [old / new for old, new in zip(student_std, std)]
         shift = [(old - new) / s for old, new, s in zip(student_mean, mean, std)]
@@ -62,6 +66,16 @@ class Teacher:
         if any(s != 1 for s in scale) or any(shift):
             self.scale = paddle.to_tensor(scale, dtype="float32").reshape([1, -1, 1, 1])
             self.shift = paddle.to_tensor(shift, dtype="float32").reshape([1, -1, 1, 1])
+
+    def match(self, student: ClassNames) -> str:
+        """Brings the logits into the order of the student's classes; a line for the log, if any.
+
+        Raises:
+            DataError: the teacher has other classes.
+        """
+        labels, line = student.labels_in(self.classes, "a teacher has the student's classes")
+        self._labels = labels and paddle.to_tensor(labels)
+        return line
 
     @paddle.no_grad()
     def __call__(self, images: paddle.Tensor) -> paddle.Tensor:
@@ -73,7 +87,8 @@ class Teacher:
             images = F.interpolate(images, size, mode="bicubic")
         logits = self.network(images)
         # googlenet adds the logits of its side branches
-        return logits[0] if isinstance(logits, (tuple, list)) else logits
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        return logits if self._labels is None else logits.index_select(self._labels, axis=1)
 
 
 def build_teacher(config) -> Teacher:
@@ -82,51 +97,55 @@ def build_teacher(config) -> Teacher:
     Args:
         config: the student's. Its DATA.IMAGE_SIZE, IMAGENET_MEAN and IMAGENET_STD stand in for a
             TRAIN.TEACHER_IMAGE_SIZE, _MEAN or _STD of None, except where the teacher is a YAML
-            file: that has its own.
+            file or an export with metadata: those have their own.
 
     Raises:
         ConfigError: no such teacher, no weights for it, or it does not fit images or classes.
         WeightsError: its weights cannot be read, or do not fit.
     """
     train, data = config.TRAIN, config.DATA
-    name, classes = train.TEACHER_MODEL, config.MODEL.NUM_CLASSES
+    name, count = train.TEACHER_MODEL, config.MODEL.NUM_CLASSES
+    size, mean, std = data.IMAGE_SIZE, data.IMAGENET_MEAN, data.IMAGENET_STD
     if not name:
         raise ConfigError(
             f"TRAIN.DISTILLATION_TYPE is {train.DISTILLATION_TYPE}, but TRAIN.TEACHER_MODEL is None"
         )
     if Path(name).suffix in (".yaml", ".yml"):
         teacher_config = get_config(name)
-        data = teacher_config.DATA
-        network = _resmlp(teacher_config, name, train.TEACHER_PRETRAINED, classes)
+        own = teacher_config.DATA
+        size, mean, std = own.IMAGE_SIZE, own.IMAGENET_MEAN, own.IMAGENET_STD
+        network, classes = _resmlp(teacher_config, name, train.TEACHER_PRETRAINED, count)
     elif (prefix := _saved_prefix(name)) is not None:
+        size, mean, std, classes = _metadata(prefix, size, mean, std)
         network = _saved_network(prefix, train.TEACHER_PRETRAINED)
     else:
-        network = _vision_model(name, train.TEACHER_PRETRAINED, classes)
+        network, classes = _vision_model(name, train.TEACHER_PRETRAINED, count)
     teacher = Teacher(
         network,
-        train.TEACHER_IMAGE_SIZE or data.IMAGE_SIZE,
-        train.TEACHER_MEAN or data.IMAGENET_MEAN,
-        train.TEACHER_STD or data.IMAGENET_STD,
-        config.DATA.IMAGENET_MEAN,
-        config.DATA.IMAGENET_STD,
+        train.TEACHER_IMAGE_SIZE or size,
+        train.TEACHER_MEAN or mean,
+        train.TEACHER_STD or std,
+        data.IMAGENET_MEAN,
+        data.IMAGENET_STD,
+        classes,
     )
     _try_out(teacher, name, config)
     return teacher
 
 
-def _resmlp(teacher_config, name: str, weights: str | None, classes: int) -> paddle.nn.Layer:
+def _resmlp(teacher_config, name: str, weights: str | None, classes: int) -> tuple:
     found = teacher_config.MODEL.NUM_CLASSES
     if found != classes:
         raise ConfigError(
             f"TRAIN.TEACHER_MODEL {name} has MODEL.NUM_CLASSES {found}, the student {classes}"
         )
-    state = _teacher_state(name, weights)
+    file = _teacher_weights(name, weights)
     network = build_resmlp(teacher_config)
-    load_state(network, state)
-    return network
+    load_state(network, file.state)
+    return network, file.classes
 
 
-def _vision_model(name: str, weights: str | None, classes: int) -> paddle.nn.Layer:
+def _vision_model(name: str, weights: str | None, classes: int) -> tuple:
     known = [n for n in paddle.vision.models.__all__ if n.islower()]  # the others are classes
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -135,27 +154,27 @@ def _vision_model(name: str, weights: str | None, classes: int) -> paddle.nn.Lay
             f"TRAIN.TEACHER_MODEL is {name!r}: no network saved by paddle.jit.save (there is no "
             f"{name}.json or .pdmodel), no YAML file, no name of paddle.vision.models{hint}"
         )
-    state = _teacher_state(name, weights)
+    file = _teacher_weights(name, weights)
     network = getattr(paddle.vision.models, name)(pretrained=False, num_classes=classes)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    found = {key: value.shape for key, value in state.items()}
+    found = {key: value.shape for key, value in file.state.items()}
     differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differ:
         raise WeightsError(
             f"{weights}: not the weights of {name} with {classes} classes (MODEL.NUM_CLASSES); "
             f"missing, unexpected or of another shape: {shorten(differ)}"
         )
-    network.set_state_dict(state)
-    return network
+    network.set_state_dict(file.state)
+    return network, file.classes
 
 
-def _teacher_state(name: str, weights: str | None) -> dict:
+def _teacher_weights(name: str, weights: str | None) -> WeightFile:
     if not weights:
         raise ConfigError(
             f"TRAIN.TEACHER_MODEL {name} needs TRAIN.TEACHER_PRETRAINED, its weight file: "
             "an untrained teacher teaches noise"
         )
-    return read_weights(weights).state
+    return read_weights(weights)
 
 
 def _saved_prefix(name: str) -> str | None:
@@ -166,6 +185,30 @@ def _saved_prefix(name: str) -> str | None:
     if reason := unreachable(files[0]):
         raise ConfigError(f"TRAIN.TEACHER_MODEL {name}: cannot be read: {reason}")
     return prefix if any(map(os.path.isfile, files)) else None
+
+
+def _metadata(prefix: str, size: int, mean: list, std: list) -> tuple:
+    """Size, mean, standard deviation and classes of a network of tools/export.py, which says them
+    in ``PREFIX.metadata``; of any other network those given, and nothing of classes.
+    """
+    path = Path(prefix + ".metadata")
+    if not path.is_file():
+        return size, mean, std, UNKNOWN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        size, mean, std = (found[key] for key in ("image_size", "mean", "std"))
+        inside, names = found.get("preprocessing_inside"), found.get("class_names")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path}: no metadata of tools/export.py ({error})") from None
+    if inside:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {prefix} has its preprocessing inside and gives probabilities; "
+            "a teacher gives logits: export it without -with_preprocessing"
+        )
+    classes = ClassNames.of_record(found.get("classes"), str(path))
+    if "classes" not in found and names != [f"class {label}" for label in range(len(names or ()))]:
+        classes = ClassNames.of_record({"names": names}, str(path))
+    return size, mean, std, classes
 
 
 def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:

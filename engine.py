@@ -94,7 +94,7 @@ class Trainer:
         self.progress = Progress(epoch=done, step=done * self.schedule.steps_per_epoch)
         if saved:
             self.progress = self.saver.resume(saved, self.progress)
-        self.report = Report(config, process, folder, self.schedule)
+        self.report = Report(config, process, folder, self.schedule, self.progress.step)
         self.monitor = Monitor(
             config,
             process,
@@ -111,6 +111,8 @@ class Trainer:
             datasets = self.train_loader.dataset, self.val_loader.dataset
             self.report.log_start(self.learner, progress, *datasets)
             teacher = self.learner.objective.teacher
+            if line := teacher.match(datasets[0].classes) if teacher else "":
+                _log.info(line)
             if teacher is not None and progress.epoch < self.schedule.total_epochs:
                 self.evaluate(teacher, "teacher")
             while not progress.ended(self.schedule.total_epochs, self.config.TRAIN.EARLY_STOP):
@@ -159,7 +161,7 @@ class Trainer:
         progress = self.progress
         key = self.config.SEED, self.process.rank, progress.epoch, step
         if progress.samples == 0:
-            self.report.images(self.learner, window[0], step_rng(*key), progress.epoch)
+            self.report.images(self.learner, window[0], step_rng(*key), progress.step)
         lr = self.schedule.rate(progress.epoch, step)
         stop = self.monitor.signal.received
         record = self.learner.step(window, lr, step_rng(*key), progress.step, stop)

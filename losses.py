@@ -72,33 +72,28 @@ def build_distillation_loss(config) -> DistillationLoss | None:
 
 @dataclass(eq=False)
 class CrossEntropy:
-    """Cross-entropy to the labels, smoothed, or to targets that mixup has smoothed already.
+    """Cross-entropy ``[B, K]``, ``[B]`` -> the mean over images, float32.
+
+    Targets are labels (int64 ``[B]``), which are smoothed here, or shares of the classes
+    ``[B, K]``, which mixup has smoothed already.
 
     Args:
-        smoothing: of labels, see `smooth_one_hot`.
-        weights: ``[K]``; each class's part of the sum over classes is multiplied by its own, as
-            PyTorch's ``cross_entropy(weight=...)`` does. The mean over images is a plain one, as
-            PyTorch's for probabilities (for labels it divides by the sum of the weights, which
-            would make an image's share depend on its batch). None: 1.
+        smoothing: see `smooth_one_hot`.
+        weights: ``[K]``; the loss of an image is multiplied by the weight of its class, that of a
+            mixed one is the sum over its classes of share times weight times loss. (PyTorch weighs
+            the targets' sum over classes instead, in which the smoothed share of a rare class, the
+            same in every image, can outweigh the labels.) The mean stays one over images.
     """
 
     smoothing: float = 0.0
     weights: paddle.Tensor | None = None
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
-        """Computes the loss.
-
-        Args:
-            logits: ``[B, K]``.
-            targets: ``[B]`` class indices (int64), or ``[B, K]`` probabilities.
-
-        Returns:
-            float32 scalar: mean over B.
-        """
         log_probabilities = F.log_softmax(logits.astype("float32"))
         targets = _dense(targets, logits, self.smoothing)
-        targets = targets if self.weights is None else targets * self.weights
-        return -(targets * log_probabilities).sum(axis=1).mean()
+        targets, weights = _weigh(targets, self.weights, self.smoothing)
+        losses = -(targets * log_probabilities).sum(axis=1)
+        return (losses if weights is None else losses * weights).mean()
 
 
 @dataclass(eq=False)
@@ -108,11 +103,10 @@ class BinaryCrossEntropy:
     Equal to timm's ``BinaryCrossEntropy``: the mean over images *and* classes.
 
     Args:
-        smoothing: of labels, see `smooth_one_hot`. Mixed targets are smoothed already.
+        smoothing, weights: as for `CrossEntropy`.
         target_threshold: targets above it become 1 and all others 0, so that every class in a
             mixed image counts as fully present (the article; its training used 0.2). None: the
             targets stay soft.
-        weights: ``[K]``, of each class's question; None: 1.
     """
 
     smoothing: float = 0.0
@@ -120,22 +114,14 @@ class BinaryCrossEntropy:
     weights: paddle.Tensor | None = None
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
-        """Computes the loss.
-
-        Args:
-            logits: ``[B, K]``.
-            targets: ``[B]`` class indices (int64), or ``[B, K]`` shares of the classes.
-
-        Returns:
-            float32 scalar: mean over B and K.
-        """
-        targets = _dense(targets, logits, self.smoothing)
+        dense = _dense(targets, logits, self.smoothing)
+        targets, weights = _weigh(dense, self.weights, self.smoothing)
         if self.target_threshold is not None:
-            targets = (targets > self.target_threshold).astype("float32")
+            targets = (dense > self.target_threshold).astype("float32")
         losses = F.binary_cross_entropy_with_logits(
             logits.astype("float32"), targets, reduction="none"
         )
-        return (losses if self.weights is None else losses * self.weights).mean()
+        return (losses if weights is None else losses * weights.unsqueeze(1)).mean()
 
 
 @dataclass(eq=False)
@@ -161,16 +147,7 @@ class DistillationLoss:
     def __call__(
         self, loss: paddle.Tensor, logits: paddle.Tensor, teacher_logits: paddle.Tensor
     ) -> paddle.Tensor:
-        """Computes the loss.
-
-        Args:
-            loss: scalar, the student's loss to the labels.
-            logits: ``[B, K]``, the student's.
-            teacher_logits: ``[B, K]``; no gradient flows into them.
-
-        Returns:
-            float32 scalar.
-        """
+        """Joins the loss to the labels and that to the teacher's logits, ``[B, K]`` both."""
         logits = logits.astype("float32")
         teacher = teacher_logits.detach().astype("float32")
         if self.kind == "hard":
@@ -189,3 +166,15 @@ def _dense(targets: paddle.Tensor, logits: paddle.Tensor, smoothing: float) -> p
     if targets.shape != logits.shape:
         raise ValueError(f"targets {list(targets.shape)} do not fit logits {list(logits.shape)}")
     return targets.astype("float32")
+
+
+def _weigh(targets: paddle.Tensor, weights: paddle.Tensor | None, smoothing: float) -> tuple:
+    """Targets ``[B, K]`` in which the shares of a mixed image count by the weights of their
+    classes, and the weight of each image, ``[B]``, or None.
+    """
+    if weights is None:
+        return targets, None
+    even = smoothing / targets.shape[1]
+    parts = (targets - even) / (1 - smoothing) * weights
+    total = parts.sum(axis=1, keepdim=True)
+    return parts / total.clip(min=1e-12) * (1 - smoothing) + even, total[:, 0]

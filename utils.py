@@ -83,18 +83,18 @@ class Meter:
 
     def restart(self) -> None:
         """Starts a new interval."""
-        self.images, self._start, self._waited = 0, time.time(), 0.0
+        self.images, self._start, self._waited = 0, time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def waiting(self):
         """Counts the body as waiting for data."""
-        start = time.time()
+        start = time.monotonic()
         yield
-        self._waited += time.time() - start
+        self._waited += time.monotonic() - start
 
     def read(self) -> tuple[float, float]:
         """Seconds of the interval, and the share of them spent waiting for data."""
-        seconds = max(time.time() - self._start, 1e-9)
+        seconds = max(time.monotonic() - self._start, 1e-9)
         return seconds, self._waited / seconds
 
 

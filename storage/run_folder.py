@@ -34,9 +34,9 @@ def choose_folder(config) -> Path:
     if os.path.normpath(config.SAVE) != os.path.normpath(DEFAULT):
         return chosen
     if resume == "auto" and not config.EVAL:
-        runs = sorted(path.parent for path in chosen.glob(f"train-*/{LAST}"))
-        if runs:
-            return runs[-1]
+        runs = chosen.glob(f"train-*/{LAST}")
+        if newest := max(runs, key=lambda path: (path.stat().st_mtime, path), default=None):
+            return newest.parent  # its name has the local time, which may have gone back
     elif resume and not config.EVAL and os.path.isfile(Path(resume).parent / "config.yaml"):
         return Path(resume).parent
     kind = "eval" if config.EVAL else "train"

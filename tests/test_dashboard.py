@@ -1,7 +1,9 @@
 """Dashboards: each backend is read back by its own reader; a missing package stops nobody."""
 
 import logging
+import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +53,20 @@ def test_tensorboard_files_hold_what_was_written(tmp_path):
     assert (histogram.histo.num, histogram.histo.max) == (100, 1.0)
     ((_, image),) = values["train/images"]
     assert (image.image.height, image.image.width) == (8, 12)
+
+
+def test_a_resumed_run_drops_the_points_after_its_checkpoint(tmp_path, monkeypatch):
+    opened = []
+
+    class Writer:
+        def __init__(self, path, **options):
+            opened.append(options.get("purge_step"))
+            os.makedirs(path, exist_ok=True)
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    for step in (0, 5, 0):
+        build_dashboard("tensorboard", tmp_path, step)
+    assert opened == [None, 6, 1]
 
 
 def test_visualdl_files_hold_what_was_written(tmp_path):

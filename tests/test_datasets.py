@@ -261,6 +261,13 @@ def test_classes_without_an_image_are_one_warning_a_split(config, tmp_path, name
     assert lines == [f"warning: 2 of 5 classes have no image in val: {classes}"]
 
 
+def test_one_class_is_a_warning(config, tmp_path):
+    config.MODEL.NUM_CLASSES, lines = 1, []
+    (tmp_path / "train_list.txt").write_text("".join(f"train/{i}.png 0\n" for i in range(8)))
+    build_loader(config, "train", log=lines.append)
+    assert lines == ["warning: there is one class: an accuracy of 100 % says nothing"]
+
+
 def test_a_missing_decoder_is_one_line(config, monkeypatch):
     monkeypatch.setattr(images, "simplejpeg", None)
     images.simplejpeg_is_right.cache_clear()

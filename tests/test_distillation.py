@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 
@@ -10,9 +11,10 @@ import paddle
 import pytest
 from paddle.static import InputSpec
 
-from cli.errors import ConfigError, WeightsError
+from cli.errors import ConfigError, DataError, WeightsError
 from config import get_config
 from distillation import Teacher, build_teacher
+from loading.classes import ClassNames
 from resmlp import build_resmlp
 
 CLASSES = 5
@@ -95,6 +97,17 @@ def test_the_teacher_is_frozen_and_evaluates():
     np.testing.assert_array_equal(teacher.network.seen.numpy(), images.numpy())  # no dropout
 
 
+def test_its_logits_come_in_the_order_of_the_students_classes():
+    teacher, images = make_teacher(classes=ClassNames(("a", "b", "c"), "t")), make_images(8)
+    as_it_is = teacher(paddle.to_tensor(images)).numpy()
+    assert teacher.match(ClassNames(("a", "b", "c"), "s")) == ""
+    assert "another order than in t" in teacher.match(ClassNames(("c", "a", "b"), "s"))
+    found = teacher(paddle.to_tensor(images)).numpy()
+    np.testing.assert_array_equal(found, as_it_is[:, [2, 0, 1]])
+    with pytest.raises(DataError, match="'x' .label 1.; label 1 there is 'b'"):
+        teacher.match(ClassNames(("a", "x", "c"), "s"))
+
+
 # ----------------------------------------------------------------------------- three kinds
 def test_a_vision_model_with_weights_is_a_teacher(tmp_path):
     reference = paddle.vision.models.squeezenet1_1(num_classes=CLASSES)
@@ -174,6 +187,27 @@ def test_a_saved_network_is_a_teacher(tmp_path):
     for name in ("pool", "pool" + suffix):
         teacher = build_teacher(make_config(TEACHER_MODEL=str(tmp_path / name)))
         np.testing.assert_allclose(teacher(images).numpy(), model(images).numpy(), atol=1e-6)
+
+
+def test_an_export_says_its_own_size_and_normalisation(tmp_path):
+    save_pool(tmp_path / "model")
+    said = {"image_size": 16, "mean": [0.1, 0.2, 0.6], "std": [0.3, 0.25, 0.1]}
+    said["class_names"] = list("abcde")
+    (tmp_path / "model.metadata").write_text(json.dumps(said))
+    options = {"TEACHER_MODEL": str(tmp_path / "model")}
+    teacher = build_teacher(make_config(**options))
+    like = Teacher(teacher.network, 16, said["mean"], said["std"], MEAN, STD)
+    images = paddle.to_tensor(make_images(32))
+    np.testing.assert_array_equal(teacher(images).numpy(), like(images).numpy())
+    assert teacher.classes.names == tuple("abcde")
+    assert build_teacher(make_config(**options, TEACHER_IMAGE_SIZE=8)).image_size == 8
+    for names in (["class 0", "class 1"], None):  # invented
+        (tmp_path / "model.metadata").write_text(json.dumps({**said, "class_names": names}))
+        assert not build_teacher(make_config(**options)).classes
+    (tmp_path / "model.metadata").write_text(json.dumps({**said, "preprocessing_inside": True}))
+    refuse("preprocessing inside", **options)
+    (tmp_path / "model.metadata").write_text("[]")
+    refuse("no metadata of tools/export.py", WeightsError, **options)
 
 
 # --------------------------------------------------------------------------------- refusals

@@ -54,6 +54,11 @@ def test_metrics_are_numpys_for_any_batch_size(batch):
     assert (type(found.top1), type(found.images)) == (float, int)  # a result is printed
 
 
+def test_the_loss_of_an_image_has_no_upper_end():
+    found = run(np.array([[0, 500.0, -500.0], [300.0, 0, 0]]), np.array([2, 1]))
+    assert np.isclose(found.loss, (1000 + 300) / 2, rtol=1e-6)
+
+
 def test_top5_is_capped_by_the_number_of_classes():
     found = run(np.eye(3)[[0, 1, 2]], np.array([0, 0, 0]))
     assert found.top5 == 100.0 and np.isclose(found.top1, 100 / 3)

@@ -179,17 +179,51 @@ WEIGHTS = np.linspace(0.2, 3.0, CLASSES).astype("float32")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weighted_losses_are_the_sums_over_classes_with_their_weights(batch, smoothing):
-    logits, labels, soft = batch
-    x, weights = paddle.to_tensor(logits), paddle.to_tensor(WEIGHTS)
-    log_odds, odds = log_softmax(logits), 1 / (1 + np.exp(-logits.astype("float64")))
-    for targets, dense in ((labels, smoothed(labels, smoothing)), (soft, soft)):
-        loss = CrossEntropy(smoothing, weights)(x, paddle.to_tensor(targets))
-        expected = -(dense * WEIGHTS * log_odds).sum(axis=1).mean()
-        assert loss.item() == pytest.approx(expected, rel=1e-6)
-        loss = BinaryCrossEntropy(smoothing, weights=weights)(x, paddle.to_tensor(targets))
-        expected = dense * np.log(odds) + (1 - dense) * np.log1p(-odds)
-        assert loss.item() == pytest.approx(-(expected * WEIGHTS).mean(), rel=1e-6)
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_an_images_loss_is_weighed_by_its_class_and_a_mixed_ones_by_both(
+    batch, smoothing, threshold
+):
+    """Against the definition: share * weight * loss, summed over the classes of an image."""
+    logits, labels, _ = batch
+    x, weights, partners = paddle.to_tensor(logits), paddle.to_tensor(WEIGHTS), labels[::-1]
+    shares = np.linspace(0.5, 1, BATCH)
+    mixed = smoothed(labels, smoothing) * shares[:, None]
+    mixed += smoothed(partners, smoothing) * (1 - shares[:, None])
+
+    def cross_entropy(targets):
+        return -(targets * log_softmax(logits)).sum(axis=1)
+
+    def binary(targets):
+        targets = targets if threshold is None else targets > threshold
+        losses = np.logaddexp(0, logits.astype("float64")) - targets * logits
+        return losses.mean(axis=1)
+
+    ours = {cross_entropy: CrossEntropy(smoothing, weights)}
+    ours[binary] = BinaryCrossEntropy(smoothing, threshold, weights)
+    for loss, criterion in ours.items():
+        expected = (WEIGHTS[labels] * loss(smoothed(labels, smoothing))).mean()
+        assert criterion(x, paddle.to_tensor(labels)).item() == pytest.approx(expected, rel=1e-5)
+        own, other = shares * WEIGHTS[labels], (1 - shares) * WEIGHTS[partners]
+        if loss is binary and threshold:  # every class of the image is fully present
+            expected = ((own + other) * loss(mixed)).mean()
+        else:
+            one, two = (loss(smoothed(of, smoothing)) for of in (labels, partners))
+            expected = (own * one + other * two).mean()
+        found = criterion(x, paddle.to_tensor(mixed.astype("float32"))).item()
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_balanced_weights_prefer_no_class():
+    rng = np.random.default_rng(1)
+    labels = (rng.random(4000) < 1 / 41).astype("int64")
+    weights = paddle.to_tensor(np.array([41 / 80, 20.5], "float32"))
+    for criterion in (CrossEntropy(0.1, weights), BinaryCrossEntropy(0.1, None, weights)):
+        logits = paddle.full([4000, 2], 1e-4)
+        logits.stop_gradient = False
+        criterion(logits, paddle.to_tensor(labels)).backward()
+        pull = logits.grad.numpy().sum(axis=0)  # of images of which nothing is known
+        each = np.abs(logits.grad.numpy()).sum()
+        assert np.abs(pull).max() < 0.1 * each
 
 
 def weights_for(chosen, labels=(), classes=4):

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -48,11 +49,12 @@ def test_a_chosen_folder_is_used_and_a_default_one_is_dated(tmp_path, monkeypatc
 def test_a_resumed_run_goes_on_in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = get_config()
-    for day in ("20260101-00-00-00", "20260102-00-00-00"):
+    for saved, day in ((200, "20260101-00-00-00"), (100, "20260102-00-00-00")):
         (tmp_path / "output" / f"train-{day}").mkdir(parents=True)
         (tmp_path / "output" / f"train-{day}" / "last.pdparams").touch()
+        os.utime(tmp_path / "output" / f"train-{day}" / "last.pdparams", (saved, saved))
     config.MODEL.RESUME = "auto"
-    assert choose_folder(config).name == "train-20260102-00-00-00"
+    assert choose_folder(config).name == "train-20260101-00-00-00"  # the clock was set back
     old = tmp_path / "output" / "train-20260101-00-00-00"
     (old / "config.yaml").touch()
     config.MODEL.RESUME = str(old / "last.pdparams")

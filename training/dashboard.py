@@ -57,12 +57,13 @@ class _Writer(Dashboard):
         self._writer.close()
 
 
-def build_dashboard(kind: str, folder: str | os.PathLike) -> Dashboard:
+def build_dashboard(kind: str, folder: str | os.PathLike, step: int = 0) -> Dashboard:
     """Opens the writer that DASHBOARD names; its files go to ``folder/kind``.
 
     Args:
         kind: ``none``, ``tensorboard`` or ``visualdl``.
         folder: the run's folder.
+        step: of a run that is resumed; TensorBoard drops the points after it.
 
     Returns:
         A writer; one that writes nothing for ``none``, and where the package cannot be imported.
@@ -72,7 +73,8 @@ def build_dashboard(kind: str, folder: str | os.PathLike) -> Dashboard:
         if kind == "tensorboard":  # tensorboardX needs neither TensorFlow nor PyTorch
             from tensorboardX import SummaryWriter
 
-            return _Writer(SummaryWriter(path, flush_secs=30))
+            again = {"purge_step": step + 1} if os.path.isdir(path) else {}
+            return _Writer(SummaryWriter(path, flush_secs=30, **again))
         if kind == "visualdl":
             from visualdl import LogWriter
 

@@ -27,12 +27,14 @@ class Report:
         process: this process; rank 0 writes.
         folder: of the run.
         schedule: of the run (optimizer.Schedule).
+        step: optimizer steps done, of a run that is resumed.
     """
 
-    def __init__(self, config, process: Process, folder: RunFolder, schedule):
+    def __init__(self, config, process: Process, folder: RunFolder, schedule, step: int = 0):
         self.config, self.process, self.folder = config, process, folder
         self.schedule = schedule
-        self.dashboard = build_dashboard(config.DASHBOARD if process.main else "none", folder.path)
+        kind = config.DASHBOARD if process.main else "none"
+        self.dashboard = build_dashboard(kind, folder.path, step)
 
     def log_start(
         self, learner: Learner, progress: Progress, train: ImageDataset, val: ImageDataset
@@ -50,6 +52,8 @@ class Report:
             f"images an epoch on {self.process.world} process{'es' * (self.process.world > 1)}; "
             f"base learning rate {schedule.base_rate:.3g}; output in {self.folder.path}"
         )
+        if config.TRAIN.TEACHER_MODEL and learner.objective.teacher is None:
+            _log.warning("TRAIN.TEACHER_MODEL is not used: TRAIN.DISTILLATION_TYPE is none")
         memory = 1 / max(1 - config.TRAIN.MODEL_EMA_DECAY, 1e-9)  # steps
         steps = schedule.total_epochs * schedule.steps_per_epoch
         if learner.ema and not learner.ema.warmup and memory > steps:
@@ -61,12 +65,12 @@ class Report:
         if progress.epoch >= schedule.total_epochs:
             _log.info(f"this run has finished its {schedule.total_epochs} epochs already")
 
-    def images(self, learner: Learner, batch, rng: np.random.Generator, epoch: int) -> None:
+    def images(self, learner: Learner, batch, rng: np.random.Generator, step: int) -> None:
         """Sends the first images of an epoch, as the model gets them, to the dashboard."""
         if self.dashboard.active:
             images, _ = learner.augment(batch.images, batch.labels, rng)
             row = np.concatenate(list(learner.augment.normalize.undo(images[:8])), axis=1)
-            self.dashboard.image("train/images", row, epoch + 1)
+            self.dashboard.image("train/images", row, step + 1)
 
     def step(self, progress: Progress, norm: float, meter: Meter, step: int, lr: float) -> None:
         """Logs a line, records it, and starts the next interval of ``meter`` and ``progress``."""
@@ -123,11 +127,11 @@ class Report:
                     record[f"{name}_balanced_accuracy"] = found.balanced_accuracy
         self.folder.add_metrics(record)
         shown = {k: v for k, v in record.items() if k.startswith(("val_", "ema_", "train_"))}
-        self._curves("epoch/", shown, epoch + 1)
+        self._curves("epoch/", shown, progress.step)
         if self.dashboard.active:
             for name, parameter in learner.model.named_parameters():
                 if name.endswith((".ls1", ".ls2")):
-                    self.dashboard.histogram(name, parameter.numpy(), epoch + 1)
+                    self.dashboard.histogram(name, parameter.numpy(), progress.step)
 
     def _curves(self, prefix: str, values: dict, step: int) -> None:
         for name, value in values.items():
