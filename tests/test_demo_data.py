@@ -80,24 +80,18 @@ def test_cutting_the_original_again_gives_the_archive(bundled):
 
 
 # ----------------------------------------------------------------------- cutting, reading
-def test_a_cut_takes_as_many_of_each_class_with_their_own_labels(splits):
-    subset = make_subset.cut(splits["train"], 2, np.random.default_rng(0))
+def test_a_cut_takes_as_many_of_each_class_with_their_own_labels_by_its_seed(splits):
+    def cut(seed, count=2):
+        return make_subset.cut(splits["train"], count, np.random.default_rng(seed))
+
+    subset = cut(0)
     assert subset.labels.tolist() == np.repeat(np.arange(10), 2).tolist()
     label_of = {i.tobytes(): y for i, y in zip(splits["train"].images, splits["train"].labels)}
     assert [label_of[image.tobytes()] for image in subset.images] == subset.labels.tolist()
-
-
-def test_a_cut_is_a_function_of_its_seed(splits):
-    def cut(seed):
-        return make_subset.cut(splits["train"], 2, np.random.default_rng(seed)).images
-
-    assert np.array_equal(cut(1), cut(1))
-    assert not np.array_equal(cut(1), cut(2))
-
-
-def test_a_cut_larger_than_a_class_is_refused(splits):
+    assert np.array_equal(cut(1).images, cut(1).images)
+    assert not np.array_equal(cut(1).images, cut(2).images)
     with pytest.raises(DataError, match="T-shirt/top has 3 images, 4"):
-        make_subset.cut(splits["train"], 4, np.random.default_rng(0))
+        cut(0, 4)
 
 
 def test_the_same_splits_are_packed_into_the_same_bytes_and_read_back(splits, tmp_path):
@@ -165,15 +159,11 @@ def test_list_files_and_folders_give_an_image_the_same_label(splits, tmp_path):
     assert folder_name(0) == "0_t_shirt_top" and folder_name(9) == "9_ankle_boot"
 
 
-def test_what_is_laid_out_is_not_laid_out_again(splits, tmp_path):
+def test_the_same_images_are_not_laid_out_again_and_others_replace_them(splits, tmp_path):
     prepare(splits, tmp_path / "data")
     before = os.stat(tmp_path / "data" / "train_list.txt").st_mtime_ns
     assert prepare(splits, tmp_path / "data") is False
     assert os.stat(tmp_path / "data" / "train_list.txt").st_mtime_ns == before
-
-
-def test_other_images_replace_what_this_script_made(splits, tmp_path):
-    prepare(splits, tmp_path / "data")
     smaller = {name: Split(s.images[:5], s.labels[:5]) for name, s in splits.items()}
     assert prepare(smaller, tmp_path / "data") is True
     assert len((tmp_path / "data" / "train_list.txt").read_text().splitlines()) == 5

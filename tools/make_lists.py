@@ -23,6 +23,7 @@ import csv
 import hashlib
 import io
 import os
+import random
 import re
 import shlex
 import unicodedata
@@ -49,7 +50,7 @@ from loading.files import (
     split_folder,
 )
 from loading.imagenet import val_number, wordnet_ids
-from loading.images import EXTENSIONS, BadImage, read_image, reason_of, regular_size
+from loading.images import EXTENSIONS, BadImage, read_pixels, reason_of, regular_size
 from storage.files import atomic, printable, shorten
 from tools import imagenet
 from tools.processes import map_in_processes
@@ -95,8 +96,6 @@ def make_lists(
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
-    if workers is not None and workers < 1:
-        raise DataError(f"-workers is {workers}; give a number from 1 up")
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
     if os.path.basename(source) in imagenet.ARCHIVES:
         source = root  # one of ImageNet's archives: they are looked at together
@@ -219,13 +218,14 @@ def _read_csv(file: str, root: str, log) -> list[Entry]:
         raise DataError(f"{file}: {reason}") from None
     label_of, first_line = {}, {}  # by path; where a label is first
     for number, (where, cells) in enumerate(row for row in rows if any(row[1])):
-        is_file = _is_file(os.path.join(root, cells[0]))
+        file_path = os.path.join(root, cells[0])
+        is_file = archives.exists(file_path) and not archives.is_folder(file_path)
         if not number and not is_file and not cells[0].lower().endswith(EXTENSIONS):
             log(f"{where}: taken for a header: {printable(','.join(cells))}")
             continue
         if len(cells) != 2 or not all(cells):
             raise DataError(f"{where}: expected path,label, got {','.join(cells)!r}")
-        path = os.path.relpath(os.path.join(root, cells[0]), root)
+        path = os.path.relpath(file_path, root)
         if path.split(os.sep)[0] == os.pardir:
             raise DataError(f"{where}: {cells[0]!r} is not inside the folder of the file")
         if not is_file:
@@ -256,13 +256,6 @@ def _check_labels(first_line: dict[str, str], log) -> None:
             log(f"warning: {where}: the label {label!r} is a class like any other")
     if doubtful:
         log(f"warning: {shorten(doubtful, 1)}; each is one class")
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return (regular_size(path) if (size := archives.size(path)) is None else size) >= 0
-    except (OSError, ValueError):
-        return False
 
 
 def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
@@ -362,7 +355,7 @@ def _draw(
     key_of = {path: content[path][:16] for path, _ in entries}
     listed = [(path, side == "val") for side in before for path, _ in before[side]]
     was_val = {key_of[path]: is_val for path, is_val in listed if path in key_of}
-    drawn = {key: _number(key, seed) for key in key_of.values()}
+    drawn = {key: random.Random(b"%d %s" % (seed, key)).random() for key in key_of.values()}
     by_class, is_val = defaultdict(dict), {}
     for path, name in entries:
         by_class[name][key_of[path]] = None
@@ -388,25 +381,13 @@ def _draw(
     }
 
 
-def _number(key: bytes, seed: int) -> float:
-    """A number from 0 to 1 that hangs on the content and the seed alone."""
-    digest = hashlib.blake2b(key, digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
 # -------------------------------------------------------------------- checking and writing
 def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str], None]) -> None:
-    """Decodes every image, in parallel, with a progress bar.
-
-    Raises:
-        DataError: some cannot be decoded; each was logged.
-        UserError: as `map_in_processes`.
-    """
+    """Decodes every image, in parallel; a `DataError` after a line about each that cannot be."""
     progress, bad = ProgressLine("verify"), []
     try:
-        for done, reason in enumerate(map_in_processes(_problem, paths, workers), 1):
-            if reason:
-                bad.append(reason)
+        for done, problems in enumerate(map_in_processes(_problems, paths, workers), 1):
+            bad += problems
             progress(done, len(paths))
     finally:
         progress.end()
@@ -417,12 +398,12 @@ def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str],
     log(f"all {len(paths)} images can be decoded")
 
 
-def _problem(path: str) -> str | None:
+def _problems(path: str) -> list[str]:
     try:
-        read_image(path)
+        read_pixels(path)
     except BadImage as error:
-        return str(error)
-    return None
+        return [str(error)]
+    return []
 
 
 def _write_lists(split: Split, folder: str) -> None:
@@ -431,11 +412,10 @@ def _write_lists(split: Split, folder: str) -> None:
     def listed(entries: list[Entry]) -> list[str]:  # without "./", "#" would begin a comment
         return [f"{'./' * path.startswith('#')}{path} {label[name]}" for path, name in entries]
 
+    contents = zip(FILES, (listed(split.train), listed(split.val), split.classes))
     try:
         with ExitStack() as stack:  # all get their names when all are written
-            for file_name, lines in zip(
-                FILES, (*map(listed, (split.train, split.val)), split.classes)
-            ):
+            for file_name, lines in contents:
                 if lines:
                     file = stack.enter_context(atomic(os.path.join(folder, file_name)))
                     file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
@@ -444,10 +424,8 @@ def _write_lists(split: Split, folder: str) -> None:
 
 
 def _next_command(split: Split, lists: str | None) -> str:
-    """Fine-tuning on the lists; of ImageNet, its training, or its evaluation without images for it.
-
-    Args:
-        lists: their folder where it is not that of the images.
+    """Fine-tuning on the lists (`lists`: their folder where it is not the images'); of ImageNet its
+    training, or its evaluation where there are no images to train on.
     """
     config, flags = "resmlp_finetune", ["-pretrained=resmlp_12_224"]
     if split.classes == list(wordnet_ids()):

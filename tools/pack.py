@@ -34,14 +34,20 @@ from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from cpu.resample import from_image, operations, to_image
 from loading import archives
-from loading.files import ImageIndex, find_classes, read_list, scan_folder, split_folder
+from loading.files import (
+    SPLIT_NAMES,
+    ImageIndex,
+    find_classes,
+    read_list,
+    scan_folder,
+    split_folder,
+)
 from loading.images import BadImage, read_image, read_pixels, regular_size
 from storage.files import atomic, printable
 from tools.common import write_file
 from tools.processes import map_in_processes
 from transforms import resized_size
 
-SPLITS = ("train", "val")
 SETTINGS = "pack.json"
 _MEASURED = 50  # of so many re-encoded pictures, one is compared with what was encoded
 _MAX_PIXELS = 10**9  # of one picture: 4 GB while it is decoded
@@ -92,7 +98,7 @@ def pack(
             and no lists are written).
         UserError: `output` holds something else, or cannot be written; as `map_in_processes`.
     """
-    splits = {split: files for split in SPLITS if (files := _files(source, split)) is not None}
+    splits = _splits(source)
     if not splits:
         raise DataError(f"{source}: neither list files nor train/<class>/<image> are there")
     shards, lists = [], {}
@@ -117,32 +123,23 @@ def pack(
         raise DataError(f"{len(bad)} pictures cannot be used; mend or remove them, run it again")
     for split, lines in lists.items():
         write_file(os.path.join(output, f"{split}_list.txt"), os.fsencode("".join(lines)))
-    names = _class_names(source)
-    if names is not None:
-        write_file(os.path.join(output, "classes.txt"), names)
+    names = Path(source, "classes.txt")
+    if names.is_file():
+        write_file(os.path.join(output, "classes.txt"), names.read_text(encoding="utf-8-sig"))
+    elif not os.path.isfile(os.path.join(source, "train_list.txt")):
+        lines = [f"{name}\n" for name in find_classes(source)]
+        write_file(os.path.join(output, "classes.txt"), "".join(lines))
     _report(shards, made, log)
     log(f"use it with: -dataset imagenet2012 -data_path {output}")
 
 
-def _files(source: str, split: str) -> ImageIndex | None:
-    """The pictures of a split, from its list or its folders."""
-    list_file = os.path.join(source, f"{split}_list.txt")
-    if os.path.isfile(list_file):
-        return read_list(list_file, source, 10**9, allow_outside=False)
-    if any(os.path.isfile(os.path.join(source, f"{other}_list.txt")) for other in SPLITS):
-        return None
-    if not archives.is_folder(split_folder(source, split)):
-        return None
-    return scan_folder(source, split, len(find_classes(source)))
-
-
-def _class_names(source: str) -> str | None:
-    file = Path(source, "classes.txt")
-    if file.is_file():
-        return file.read_text(encoding="utf-8-sig")
-    if os.path.isfile(os.path.join(source, "train_list.txt")):
-        return None
-    return "".join(f"{name}\n" for name in find_classes(source))
+def _splits(source: str) -> dict[str, ImageIndex]:
+    """The pictures of each split, from the list files that are there, or from folders."""
+    lists = {split: os.path.join(source, f"{split}_list.txt") for split in SPLIT_NAMES}
+    if there := {split: path for split, path in lists.items() if os.path.isfile(path)}:
+        return {s: read_list(path, source, 10**9, False) for s, path in there.items()}
+    there = [s for s in SPLIT_NAMES if archives.is_folder(split_folder(source, s))]
+    return {split: scan_folder(source, split, len(find_classes(source))) for split in there}
 
 
 def _claim(output: str, settings: Settings) -> None:
@@ -225,28 +222,22 @@ def _encoded(path: str, settings: Settings, index: int, psnr: list[float]) -> tu
     except (OSError, ValueError) as error:  # 65,500 pixels are the longest side
         raise BadImage(path, f"{image.width} x {image.height} pixels: {error}") from None
     if index % _MEASURED == 0:
-        psnr.append(_psnr(image, Image.open(buffer)))
+        error = np.asarray(image, "float64") - np.asarray(Image.open(buffer), "float64")
+        psnr.append(10 * math.log10(255**2 / max(np.mean(error**2), 1e-9)))
     return original, buffer.getvalue()
 
 
 def _exif(image: Image.Image) -> bytes:
     """The EXIF data of a picture for a JPEG, with the orientation that `upright` goes by."""
-    orientation, exif = None, Image.Exif()
+    orientation, least = None, Image.Exif()
     with contextlib.suppress(Exception):  # Pillow raises anything on broken data
         orientation = image.getexif().get(_ORIENTATION)  # from XMP where EXIF has none
         data = image.getexif().tobytes()
         if len(data) <= _LONGEST_EXIF:
             return data if len(image.getexif()) else b""
     if orientation in range(2, 9):
-        exif[_ORIENTATION] = orientation
-        return exif.tobytes()
-    return b""
-
-
-def _psnr(one: Image.Image, other: Image.Image) -> float:
-    """The peak signal-to-noise ratio of two pictures, dB."""
-    error = np.asarray(one, "float64") - np.asarray(other, "float64")
-    return 10 * math.log10(255**2 / max(np.mean(error**2), 1e-9))
+        least[_ORIENTATION] = orientation
+    return least.tobytes() if len(least) else b""
 
 
 def _verify(shard: Shard) -> list[str]:
@@ -294,7 +285,7 @@ def main() -> None:
         parser.flag(name, help, type=int, default=default, metavar="N")
     args = parser.parse_args()
     for name, (*_, low, high) in numbers.items():
-        if not low <= (low if (value := getattr(args, name)) is None else value) <= high:
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise UserError(f"-{name} is {value}; give a number from {low} to {high}")
     Image.MAX_IMAGE_PIXELS = args.max_pixels
     settings = Settings(args.short_side, args.quality, args.per_shard)

@@ -27,6 +27,8 @@ def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None
     Raises:
         UserError: the system starts no more processes, one of them died, or `work` raised it.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"-workers is {workers}; give a number from 1 up")
     cores = usable_cores()
     count = min(cores if workers is None or workers > _MOST * cores else workers, len(tasks))
     if count < 2 or not hasattr(os, "fork"):
