@@ -55,30 +55,22 @@ def has_gpu() -> bool:
 @cache
 def is_cuda_build() -> bool:
     """Whether the installed Paddle is built for CUDA, by the file in which its wheel says so."""
-    folders = getattr(importlib.util.find_spec("paddle"), "submodule_search_locations", None) or [
-        ""
-    ]
-    text = read_text(os.path.join(folders[0], "version", "__init__.py"))
+    paddle = importlib.util.find_spec("paddle")
+    text = (
+        read_text(f"{paddle.submodule_search_locations[0]}/version/__init__.py") if paddle else ""
+    )
     return re.search(r"^cuda_version *= *'\d", text, re.MULTILINE) is not None
 
 
 def is_amd() -> bool:
     """Whether the processor is AMD's."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return "AuthenticAMD" in file.read(4096)
-    except OSError:
-        return "AuthenticAMD" in platform.processor()  # Windows
+    return "AuthenticAMD" in (read_text("/proc/cpuinfo") or platform.processor())  # Windows
 
 
 @cache  # asked for every batch
 def has_fast_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 faster than float32 (AVX512-BF16, AMX)."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(file.read(8192).split())
-    except OSError:
-        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_text("/proc/cpuinfo").split())
 
 
 def physical_cores() -> int:
@@ -87,10 +79,8 @@ def physical_cores() -> int:
     A container's quota counts too: OpenMP threads that wait for a core by spinning are slower than
     fewer threads.
     """
-    cores = set()
-    for cpu in _allowed_cpus():
-        siblings = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        cores.add(read_text(siblings) or str(cpu))
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    cores = {read_text(siblings.format(cpu)) or cpu for cpu in _allowed_cpus()}
     return max(1, int(min(len(cores), _quota())))
 
 
@@ -144,10 +134,7 @@ def set_threads(n: int | None = None) -> int | None:
     """Sets the threads of Paddle's CPU matrix products. Call it after Paddle's import.
 
     Loader workers pass 1: their work is not matrix products. Ranks of a data-parallel run call it
-    without ``n`` once their environment is known, and share the cores.
-
-    Args:
-        n: threads; None for `default_threads`.
+    without ``n``, for `default_threads`, once their environment is known, and share the cores.
 
     Returns:
         The number set, or None where nothing was: switched off, Paddle not imported, a GPU
@@ -175,10 +162,10 @@ def describe() -> str:
 
 
 def read_text(path: str) -> str:
-    """The text of a file of the system, stripped; empty where there is none."""
+    """The first 8 KB of a text file of the system, stripped; empty where there is none."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(8192).strip()
     except OSError:
         return ""
 

@@ -22,7 +22,6 @@ from parallel import rendezvous
 PREEMPTED = 75  # exit code of a run that saved on SIGTERM or Ctrl-C and wants to be resumed
 SIGNAL_GRACE = 1.0  # seconds within which signals count as one: a scheduler sends SIGTERM to every
 # process of a job, and a terminal Ctrl-C, and the parent of the ranks passes on its own
-_ENDPOINTS = "PADDLE_TRAINER_ENDPOINTS"
 _log = logging.getLogger("resmlp")
 
 
@@ -55,18 +54,17 @@ def launched_ranks() -> int:
     Raises:
         UserError: the environment describes a launcher's process in part.
     """
-    names = ["PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"]
-    rank, ranks = (os.environ.get(name) for name in names)
+    rank, ranks = (os.environ.get(f"PADDLE_{name}") for name in ("TRAINER_ID", "TRAINERS_NUM"))
     if rank is None and ranks in (None, "1"):
         return 0
+    needed = ["PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"]
     if ranks and ranks != "1":
-        names.append("PADDLE_CURRENT_ENDPOINT")
-        if not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
-            names.append("PADDLE_MASTER" if "PADDLE_MASTER" in os.environ else _ENDPOINTS)
+        needed.append("PADDLE_CURRENT_ENDPOINT")
+        if not rendezvous.address():
+            needed.append("PADDLE_TRAINER_ENDPOINTS")
         if gpu_count():
-            names.append("FLAGS_selected_gpus")
-    values = {name: os.environ.get(name) for name in names}
-    if missing := [name for name, value in values.items() if not value]:
+            needed.append("FLAGS_selected_gpus")
+    if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(
             f"the environment is a launcher's in part: {' and '.join(missing)} missing; start with "
             f"python -m paddle.distributed.launch, or unset all PADDLE_* variables"

@@ -46,8 +46,11 @@ def join() -> str:
     """
     rank = int(os.environ["PADDLE_TRAINER_ID"])
     local = sys.platform == "linux" and on_one_machine()
-    if local:
-        _stay_on_this_machine()
+    if local:  # a socket that is tied to the loopback device refuses even this machine's
+        # connections to another of its addresses
+        os.environ["PADDLE_MASTER"] = f"127.0.0.1:{address().rpartition(':')[2]}"
+        os.environ.pop("MASTER_ADDR", None)  # or this would be taken instead
+        _use_device(_LOOPBACK)
     elif sys.platform == "linux":
         _use_device(device_of(os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]))
     port = find_rank_0(rank)
@@ -63,7 +66,7 @@ def join() -> str:
         # Or a rank would ask a machine that cannot be reached any more for a quarter of an hour.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENCE / 2))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(SILENCE / 10)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(SILENCE / 10))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE * 1000))
     return warning
 
@@ -124,7 +127,7 @@ def tally(key: str, more: int = 0) -> int:
 def _connect(rank: int) -> None:
     """Opens a connection beside Paddle's, which its threads use, and gives signs of life on it."""
     global _store
-    host, _, port = _address().rpartition(":")
+    host, _, port = address().rpartition(":")
     _store = core.TCPStore(host, int(port), False, 0)
     ending = threading.Event()
 
@@ -148,15 +151,6 @@ def on_one_machine() -> bool:
     return len(hosts) == 1 and "" not in hosts
 
 
-def _stay_on_this_machine() -> None:
-    """Has the ranks meet at 127.0.0.1: a socket that is tied to the loopback device refuses even
-    this machine's connections to another of its addresses.
-    """
-    os.environ["PADDLE_MASTER"] = f"127.0.0.1:{_address().rpartition(':')[2]}"
-    os.environ.pop("MASTER_ADDR", None)  # or this would be taken instead
-    _use_device(_LOOPBACK)
-
-
 def _use_device(device: str) -> None:
     """Has gloo and NCCL use a network device; without one they go by the host name."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -164,20 +158,20 @@ def _use_device(device: str) -> None:
             os.environ.setdefault(name, device)
 
 
-def _address() -> str:
+def address() -> str:
     """Where rank 0 listens, ``host:port``; Paddle looks for it in the same order."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    address = os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"]
-    return address.split(",")[0]
+    known = os.environ.get("PADDLE_MASTER") or os.environ.get("PADDLE_TRAINER_ENDPOINTS", "")
+    return known.split(",")[0]
 
 
 def find_rank_0(rank: int) -> int:
     """Looks whether the ranks can meet; returns the port. Paddle itself would abort, or try for 15
     minutes.
     """
-    address = _address()
-    host, _, port = address.rpartition(":")
+    where = address()
+    host, _, port = where.rpartition(":")
     deadline = time.monotonic() + JOIN_TIMEOUT
     while True:
         try:
@@ -191,10 +185,10 @@ def find_rank_0(rank: int) -> int:
         except (OSError, ValueError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             if rank == 0:
-                raise UserError(f"rank 0 cannot listen at {address}: {reason}; choose another port")
+                raise UserError(f"rank 0 cannot listen at {where}: {reason}; choose another port")
             if time.monotonic() > deadline or not isinstance(error, OSError):
                 raise UserError(
-                    f"rank {rank} cannot reach rank 0 at {address}: {reason}; is it running, and "
+                    f"rank {rank} cannot reach rank 0 at {where}: {reason}; is it running, and "
                     f"is the port open between the nodes?"
                 )
             time.sleep(0.5)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from storage import checkpoints
 
-from ..helpers.runs import DRIVER, ROOT, alive, command, finish, run, start
+from ..helpers.runs import DRIVER, alive, command, finish, run, start
 from ..helpers.tiny_data import make_data
 
 LIMIT = 30  # seconds from the fault to the end of the job; a start takes most of it here
@@ -289,14 +288,6 @@ def launcher(words, log, *arguments):
     return [sys.executable, *flags, *words]
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def test_the_launcher_runs_the_same_job(tmp_path, data):
     words = launcher(job(data, tmp_path), tmp_path / "logs", "--nproc_per_node", 2)
     code, output = run(words)
@@ -325,29 +316,6 @@ def test_what_all_ranks_stop_for_is_on_the_launchers_terminal(tmp_path, data):
     assert f"{tmp_path}/run/last.pdparams" in output
 
 
-def test_two_nodes_are_one_job_and_end_together(tmp_path, data):
-    port = free_port()
-    runs = [("step", "step:1:4:kill", False), ("evaluation", "evaluation:1:1:kill", False)]
-    for name, fault, expected in [*runs, ("works", "", True)]:
-        folder = tmp_path / name
-        folder.mkdir()
-        nodes = [
-            start(
-                launcher(
-                    job(data, folder),
-                    folder / f"logs{rank}",
-                    *("--nnodes", 2, "--nproc_per_node", 1, "--rank", rank),
-                    *("--master", f"127.0.0.1:{port}"),
-                ),
-                fault=fault,
-            )
-            for rank in range(2)
-        ]
-        endings = [finish(node, 90) for node in nodes]
-        assert all((code == 0) == expected for code, _ in endings), endings
-        assert alive(str(folder)) == []
-
-
 def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, data):
     words = job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 100000)
     process = start(launcher(words, tmp_path / "logs", "--nproc_per_node", 2))
@@ -356,24 +324,3 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, data):
     process.communicate()
     assert all_end(tmp_path, 15)
     assert "-resume auto goes on from there" in (tmp_path / "run" / "log.txt").read_text()
-
-
-def test_the_script_for_nodes_starts_the_launcher(tmp_path, data):
-    environment = {
-        **os.environ,
-        **{"NNODES": "1", "MASTER": f"127.0.0.1:{free_port()}", "NODE_RANK": "0"},
-        **{"NPROCS": "2", "CFG": str(tmp_path / "tiny.yaml"), "DATASET": "imagefolder"},
-        **{"DATA_PATH": str(data), "OUTPUT": str(tmp_path / "run"), "BATCH_SIZE": "4"},
-        "PYTHON": sys.executable,
-    }
-    job(data, tmp_path)  # writes the config
-    result = subprocess.run(
-        ["sh", str(ROOT / "run_train_multi.sh")],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "done: best top-1" in result.stdout
