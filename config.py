@@ -225,7 +225,6 @@ _C.DIST.NPROCS = key(0, integer(-1, 4096), "processes; 0: one a visible GPU, or 
 _C.SAVE = key("./output", path, "a run's folder; the default makes a dated one in it")
 _C.SAVE_FREQ = key(10, COUNT, "epochs between kept checkpoints (epoch_NNN)")
 _C.SAVE_STEPS = key(0, NATURAL, "steps between saves of `last`; 0: at an epoch's end")
-_C.SAVE_FAILURE = key("stop", choice("stop", "continue"), "a checkpoint cannot be written")
 _C.KEEP_CHECKPOINTS = key(3, COUNT, "newest epoch_NNN checkpoints to keep")
 _C.KEEP_EVERY = key(0, NATURAL, "also keep every so many epochs for good; 0: none")
 _C.REPORT_FREQ = key(50, COUNT, "optimizer steps between log lines")
@@ -266,9 +265,9 @@ def _split(node: CN, prefix: str = "") -> dict[str, Key]:
 
 
 KEYS = _split(_C)
-# PPViT's keys that nothing here reads: accepted, and left out of the tree
+# Keys that nothing here reads, most of them PPViT's: accepted, and left out of the tree
 _IGNORED = ("MODEL.TYPE", "MODEL.ATTENTION_DROPOUT", "TRAIN.MODEL_EMA_FORCE_CPU")
-_IGNORED += ("TAG", "LOCAL_RANK", "NGPUS")
+_IGNORED += ("TAG", "LOCAL_RANK", "NGPUS", "SAVE_FAILURE")
 
 _OURS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "configs")
 _MAX_FILES = 100  # merged for one config, counted as often as BASE names them

@@ -118,7 +118,7 @@ class Trainer:
             while not progress.ended(self.schedule.total_epochs, self.config.TRAIN.EARLY_STOP):
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
-            self.saver.finish_or_raise(progress)
+            self.saver.finish()
         except Preempted:
             if self.process.world > 1:  # this rank's own signal may come later than another's
                 self.monitor.signal.ignore()
@@ -181,12 +181,12 @@ class Trainer:
             self.monitor.count_or_raise()
         stop = self.monitor.stop
         if report:
-            self.saver.finish_or_raise(progress, wait=False)
+            self.saver.finish(wait=False)
             self.report.step(progress, self.monitor.norm, meter, step, lr)
         if stop or (save and not end):
             self.saver.save(self.learner, progress)
         if stop:
-            self.saver.stop(progress, f"stopped after step {progress.step}")
+            self.saver.stop(f"stopped after step {progress.step}")
 
     def _finish_epoch(self) -> Metrics | None:
         """Evaluates where that is due, records the epoch and saves."""
@@ -201,7 +201,6 @@ class Trainer:
             raw = self.evaluate(learner.model, f"epoch {epoch}")
             if learner.ema is not None:
                 ema = self.evaluate(learner.ema.model, f"epoch {epoch}, EMA")
-            self.saver.finish_or_raise(progress)  # takes back a best that was not saved
             found = ema or raw
             if progress.is_best(found.score(config.BEST_METRIC), found.top1):
                 names.append(checkpoints.BEST)
@@ -225,6 +224,6 @@ class Trainer:
         )
         bar.end()
         if metrics is None:
-            self.saver.stop(self.progress, "stopped in evaluation")
+            self.saver.stop("stopped in evaluation")
         _log.info(f"{label}: {metrics}")
         return metrics

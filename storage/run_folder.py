@@ -65,7 +65,6 @@ class RunFolder:
         self.main = rank == 0
         self.metrics_lines = 0  # on the disk
         self._unwritten: list[str] = []
-        self._told = False  # that metrics.jsonl cannot be written
         self._lock = None
         if os.path.isfile(self.path):
             raise UserError(f"-output {self.path}: is a file, not a folder")
@@ -104,11 +103,11 @@ class RunFolder:
     def _open_log(self, path: Path) -> None:
         handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        handler.handleError = _say_once(path)  # it must not hold the folder, and so its lock
+        handler.handleError = _warn_once(path)  # it must not hold the folder, and so its lock
         logging.getLogger("resmlp").addHandler(handler)
 
     def close(self) -> None:
-        """Lets another run have the folder. The log stays open, for the last words."""
+        """Lets another run have the folder. The log stays open, to say how the run ended."""
         if self._lock is not None:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
@@ -141,13 +140,8 @@ class RunFolder:
         if not self.main:
             return
         self._unwritten.append(json.dumps(record) + "\n")
-        try:
+        with suppress(CheckpointError):  # which is raised before the next checkpoint
             self.flush_metrics()
-            self._told = False
-        except CheckpointError as error:
-            if not self._told:
-                _log.warning(f"{error} (said once, until it can)")
-            self._told = True
 
     def flush_metrics(self) -> None:
         """Brings all records to the disk, as there shall be before each checkpoint.
@@ -174,14 +168,14 @@ class RunFolder:
         self._unwritten = []
 
 
-def _say_once(path: Path) -> Callable[[logging.LogRecord], None]:
+def _warn_once(path: Path) -> Callable[[logging.LogRecord], None]:
     """A log handler's answer to a line that it cannot write (a full disk, say): one warning."""
-    told = False
+    warned = False
 
     def lost(record: logging.LogRecord) -> None:
-        nonlocal told
-        if not told:
-            told = True
+        nonlocal warned
+        if not warned:
+            warned = True
             reason = sys.exc_info()[1]
             _log.warning(
                 f"{path}: lines of the log are lost: {getattr(reason, 'strerror', reason)}"

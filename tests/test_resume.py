@@ -200,21 +200,6 @@ def test_an_earlier_checkpoint_of_the_run_becomes_its_last(tmp_path, data, whole
     assert differences(folder, whole) == []
 
 
-def test_a_best_that_could_not_be_saved_is_not_claimed(tmp_path, data, monkeypatch):
-    original = checkpoints.save
-
-    def save(state, path, names=()):
-        if checkpoints.BEST in names and state["place"]["epoch"] == 1:
-            raise CheckpointError("the disk is full")
-        original(state, path, names)
-
-    monkeypatch.setattr(checkpoints, "save", save)
-    config = config_for(tmp_path, data, "SAVE_FAILURE", "continue", "SAVE_STEPS", 0)
-    result = engine.run(config)
-    best = checkpoints.load(result["folder"] / "best.pdparams")["place"]
-    assert (best["best_epoch"], best["best_top1"]) == (2, result["best_top1"])
-
-
 def test_signals_and_folder_are_given_back(tmp_path, data):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Preempted) as kept:  # with its traceback, as a notebook keeps it

@@ -179,11 +179,8 @@ def test_metrics_that_are_missing_are_counted_as_such(tmp_path):
     assert "has 1 of the 5 records" in (tmp_path / "log.txt").read_text()
 
 
-def test_records_that_a_full_disk_refuses_are_written_later_without_a_gap(
-    tmp_path, monkeypatch, caplog
-):
+def test_records_that_a_full_disk_refuses_are_written_later_without_a_gap(tmp_path, monkeypatch):
     folder = claim(tmp_path)
-    monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
     add(folder, 1)
 
     def full(descriptor):
@@ -192,7 +189,6 @@ def test_records_that_a_full_disk_refuses_are_written_later_without_a_gap(
     monkeypatch.setattr(run_folder.os, "fsync", full)
     add(folder, 2, 3)
     assert lines(folder) == [1] and folder.metrics_lines == 1
-    assert "".join(caplog.messages).count("No space left") == 1  # of two records
     with pytest.raises(CheckpointError, match="No space left"):
         folder.flush_metrics()
     monkeypatch.undo()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import NoReturn
 
 from cli.errors import CheckpointError, ConfigError, WeightsError
@@ -30,16 +30,14 @@ class Saver:
         folder: of the run.
 
     Attributes:
-        saved: where the run stood in the last checkpoint that is known to be whole, or None.
+        saved: whether there is a checkpoint of this run.
     """
 
     def __init__(self, config, process: Process, folder: RunFolder):
         self.config, self.process, self.folder = config, process, folder
-        self.saved: Progress | None = None
+        self.saved = False
         self._data: dict = {}
-        self._writing: Progress | None = None
         self._writer = checkpoints.Writer()
-        self._warned: set[str] = set()  # failures since the last save that succeeded
 
     # -------------------------------------------------------------------------------- resuming
     def choose(self) -> dict | None:
@@ -90,7 +88,7 @@ class Saver:
         progress = Progress(**{"best_score": state["place"]["best_top1"], **state["place"]})
         self._go_back(state, progress)
         self.folder.rewind_metrics(state["metrics_lines"])
-        self.saved = replace(progress)
+        self.saved = True
         changes = checkpoints.config_changes(state["config"], self.config.dump())
         if state["processes"] != self.process.world:
             changes.append(f"processes {state['processes']} -> {self.process.world}")
@@ -122,16 +120,12 @@ class Saver:
     def save(self, learner, progress: Progress, *names: str) -> None:
         """Rank 0 saves under more ``names`` and as ``last``, in the background."""
         with main_first(self.process) as main:
-            if not main:
-                return
-            self.finish_or_raise(progress)
-            try:
+            if main:
+                self.finish()
                 self.folder.flush_metrics()
                 state = checkpoints.to_numpy(self.snapshot(learner, progress))
                 self._writer.start(lambda: self._write(state, names))
-                self._writing = replace(progress)
-            except CheckpointError as error:
-                self._failed(progress, error)
+        self.saved = True
 
     def snapshot(self, learner, progress: Progress) -> dict:
         """What a checkpoint holds, as trees of tensors."""
@@ -150,26 +144,9 @@ class Saver:
         checkpoints.save(state, path, names)
         checkpoints.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
 
-    def finish_or_raise(self, progress: Progress, wait: bool = True) -> None:
-        """Waits for the save under way (or only looks whether it is done).
-
-        One that failed raises, or under ``SAVE_FAILURE continue`` is said, and a best that could
-        not be saved is taken back from ``progress``.
-        """
-        try:
-            if self._writer.finish(wait):
-                self.saved = self._writing
-                self._warned.clear()
-        except CheckpointError as error:
-            self._failed(progress, error)
-
-    def _failed(self, progress: Progress, error: CheckpointError) -> None:
-        if self.config.SAVE_FAILURE == "stop":
-            raise error
-        if str(error) not in self._warned:  # a full disk stays full
-            _log.error(f"{error}; going on without it (SAVE_FAILURE continue)")
-        self._warned.add(str(error))
-        progress.take_best(self.saved or Progress())
+    def finish(self, wait: bool = True) -> None:
+        """Waits for the save under way, or only looks; raises what it raised."""
+        self._writer.finish(wait)
 
     def close(self) -> None:
         """At the end of a run: what has broken it off comes before a save that fails too."""
@@ -178,21 +155,15 @@ class Saver:
         except CheckpointError as error:
             _log.error(str(error))
 
-    def stop(self, progress: Progress, what: str) -> NoReturn:
+    def stop(self, what: str) -> NoReturn:
         """Ends the run on every rank, when the last save has ended.
 
         No rank ends before: a launcher that sees one end gives the others seconds to follow.
         """
         with main_first(self.process):
-            self.finish_or_raise(progress)
-        folder, saved = self.folder.path, self.saved
-        if saved is None:
-            where = f"nothing is saved yet in {folder}"
-        elif saved.step == progress.step:
-            where = f"saved in {folder}"
-        else:
-            where = f"that could not be saved; the last checkpoint is in {folder}"
-        raise Preempted(from_main(f"{what}; {where}", self.process))
+            self.finish()
+        where = "saved" if self.saved else "nothing is saved yet"
+        raise Preempted(from_main(f"{what}; {where} in {self.folder.path}", self.process))
 
 
 def first_weights(

@@ -67,18 +67,6 @@ def test_a_full_disk_stops_the_run_and_keeps_the_old_checkpoint(small_disk, data
     assert steps == list(range(1, 10))
 
 
-def test_a_full_disk_lets_the_run_go_on_by_a_key(small_disk, data):
-    output = small_disk / "run"
-    assert run(job(data, output, "TRAIN.NUM_EPOCHS", 1))[0] == 0
-    fill(small_disk, 30_000)
-    code, text = run(job(data, output, "MODEL.RESUME", "auto", "SAVE_FAILURE", "continue"))
-    assert code == 0, text
-    assert "going on without it (SAVE_FAILURE continue)" in text
-    complaints = [line for line in text.splitlines() if "No space left" in line]
-    assert len(complaints) == len(set(complaints)) <= 4, complaints  # each once, not every step
-    assert checkpoints.load_newest(output)[0]["place"]["step"] >= 3
-
-
 def test_a_read_only_folder_is_said_at_the_start(tmp_path, data):
     folder = tmp_path / "disk"
     mount(folder, "-t", "tmpfs", "-o", "ro", "tmpfs")
