@@ -10,6 +10,7 @@
 #   --notebooks     also the notebook, executed (installs Jupyter's kernel)
 #
 #   PYTHON, DEVICE, PADDLE_VERSION   see setup_env.sh
+#   PYTEST_ADDOPTS                   instead of all cores, up to four: "-n 4 --dist loadscope"
 set -eu
 cd "$(dirname "$0")"
 . ./setup_env.sh
@@ -51,5 +52,9 @@ step "Tests"
 [ -n "$faults" ] || set -- --ignore=tests/faults "$@"
 [ -n "$commands" ] || set -- --ignore=tests/commands "$@"
 [ -n "$notebooks" ] || set -- --ignore=tests/notebooks "$@"
+if [ -z "${PYTEST_ADDOPTS+set}" ]; then # the tests of a module stay in one process
+    cores=$("$PYTHON" -c 'from cpu.setup import usable_cores; print(min(4, usable_cores()))')
+    export PYTEST_ADDOPTS="-n $cores --dist loadscope"
+fi
 show "$PYTHON" -m pytest "$@"
 [ $lint = passed ] || die "the tests passed, but not the lint above"

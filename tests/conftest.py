@@ -1,10 +1,14 @@
 """Shared fixtures: the process is prepared as in the mains, and no test sees another's log."""
 
-from cpu import setup  # noqa: F401  isort: skip  (before Paddle)
+from cpu import setup  # isort: skip  (before Paddle)
 
 import logging
+import os
 
 import pytest
+
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    os.environ.setdefault("RESMLP_THREADS", str(max(1, setup.physical_cores() // int(processes))))
 
 
 @pytest.fixture(autouse=True)

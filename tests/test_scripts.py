@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.sh"))
 PYTHONS = ["python3", "python3.9", "python3.10", "python3.11", "python3.12", "python3.13", "python"]
 CLEAN = ("PYTHON", "DEVICE", "PADDLE_VERSION", "DEMO_SHORT", "DEMO_EPOCHS", "DEMO_DATA")
+CLEAN += ("PYTEST_ADDOPTS",)
 
 # Modules are present if $HAVE says so; `-m venv DIR` makes one; the rest only leaves a line.
 STAND_IN = """#!/bin/sh
@@ -222,6 +223,17 @@ def test_the_options_of_run_tests_go_and_those_of_pytest_stay(sandbox):
     assert pytest_line("--faults", "tests/faults", "--commands", "--notebooks") == (
         "-m pytest --ignore=tests/timm tests/faults"
     )
+
+
+def test_the_tests_use_all_cores_unless_pytests_options_say_otherwise(sandbox):
+    show_options = STAND_IN.replace('"$*" |', '"$* $PYTEST_ADDOPTS" |')
+    mine = str(
+        sandbox.program("mine", show_options.replace("case", "[ $1 != -c ] || echo 3\ncase", 1))
+    )
+    sandbox.run("run_tests.sh", "-x", PYTHON=mine)
+    assert sandbox.calls("-m pytest")[0].endswith(" -x -n 3 --dist loadscope")
+    sandbox.run("run_tests.sh", "-x", PYTHON=mine, PYTEST_ADDOPTS="-q")
+    assert sandbox.calls("-m pytest")[0].endswith(" -x -q")
 
 
 def test_a_failing_lint_does_not_hide_the_tests_but_fails_the_run(sandbox):
