@@ -416,14 +416,18 @@ def _settle(config: CN, where: str) -> None:
     """Judges what joins several keys, when all are known: a base file, or a flag, may mend them."""
     check_consistency(config, where)
     train = config.TRAIN
-    cosine = train.LR_SCHEDULER.NAME == "warmupcosine"  # the others go on after any warmup
-    if cosine and train.WARMUP_EPOCHS >= train.NUM_EPOCHS and not config.EVAL:
-        fits = train.NUM_EPOCHS / 2
-        logging.getLogger("resmlp").warning(
-            f"{where}: TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS:g} does not fit into "
-            f"TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}; shortened to {fits:g}"
-        )
-        train.WARMUP_EPOCHS = fits
+    schedule, fits = train.LR_SCHEDULER.NAME, train.WARMUP_EPOCHS < train.NUM_EPOCHS
+    if fits or config.EVAL or schedule == "cosine":  # which has no warmup
+        return
+    outcome = "the learning rate does not come to TRAIN.BASE_LR"
+    warmup = train.WARMUP_EPOCHS
+    if schedule == "warmupcosine":  # the others go on after any warmup
+        train.WARMUP_EPOCHS = train.NUM_EPOCHS / 2
+        outcome = f"shortened to {train.WARMUP_EPOCHS:g}"
+    logging.getLogger("resmlp").warning(
+        f"{where}: TRAIN.WARMUP_EPOCHS {warmup:g} does not fit into "
+        f"TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}; {outcome}"
+    )
 
 
 def _merge_file(config: CN, path: str, chain: tuple = (), merged: list | None = None) -> None:

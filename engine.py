@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from cli.errors import ConfigError, TrainingError
@@ -85,9 +86,10 @@ class Trainer:
         self.train_loader = build_loader(config, "train", *share, known)
         self.val_loader = build_loader(config, "val", *share, known)
         self.saver.describe(self.train_loader.dataset, self.val_loader.dataset)
-        self.schedule = Schedule(config, len(self.train_loader), process.world)
-        seed_everything(config.SEED)
         dataset = self.train_loader.dataset
+        batches = len(self.train_loader)
+        self.schedule = Schedule(config, batches, process.world, len(dataset))
+        seed_everything(config.SEED)
         model, labels = first_model(config, saved, weights, dataset.classes), dataset.files.labels
         self.learner = Learner(config, process, model, saved, labels)
         done = saved["epoch"] if saved else config.TRAIN.LAST_EPOCH
@@ -114,8 +116,8 @@ class Trainer:
             if line := teacher.match(datasets[0].classes) if teacher else "":
                 _log.info(line)
             if teacher is not None and progress.epoch < self.schedule.total_epochs:
-                self.evaluate(teacher, "teacher")
-            while not progress.ended(self.schedule.total_epochs, self.config.TRAIN.EARLY_STOP):
+                self.evaluate({"teacher": teacher})
+            while not self._ended():
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
             self.saver.finish()
@@ -135,10 +137,15 @@ class Trainer:
         best = progress.best_top1
         return Result.of(self.report.folder.path, self.process.rank, metrics, best)
 
+    def _ended(self) -> bool:
+        """Whether the run is over: rank 0 decides, which may alone know the best score."""
+        ended = self.progress.ended(self.schedule.total_epochs, self.config.TRAIN.EARLY_STOP)
+        return from_main(ended, self.process)
+
     def _train_epoch(self, on_step: Callable[[int], None]) -> None:
         """Trains the rest of an epoch, from where `progress` stands."""
         progress, loader, steps = self.progress, self.train_loader, self.schedule.steps_per_epoch
-        accum = self.config.TRAIN.ACCUM_ITER
+        accum = self.schedule.accum_iter
         loader.set_epoch(progress.epoch, progress.samples)
         if len(loader) == 0:
             return  # the run was stopped in the evaluation of this epoch
@@ -198,9 +205,10 @@ class Trainer:
             # an interruption of the evaluation costs no training
             self.saver.save(learner, progress)
             learner.model.eval()
-            raw = self.evaluate(learner.model, f"epoch {epoch}")
+            models = {f"epoch {epoch}": learner.model}
             if learner.ema is not None:
-                ema = self.evaluate(learner.ema.model, f"epoch {epoch}, EMA")
+                models[f"epoch {epoch}, EMA"] = learner.ema.model
+            raw, ema = [*self.evaluate(models), None][:2]
             found = ema or raw
             if progress.is_best(found.score(config.BEST_METRIC), found.top1):
                 names.append(checkpoints.BEST)
@@ -211,11 +219,14 @@ class Trainer:
         self.saver.save(learner, progress, *names)
         return ema or raw
 
-    def evaluate(self, model: Callable, label: str) -> Metrics:
-        """Evaluates a model on the validation images; saves nothing, and stops when asked to."""
-        bar = ProgressLine(f"{label}: evaluation", self.process.main)
-        metrics = evaluate(
-            lambda images: self.learner.predict(images, model),
+    def evaluate(self, models: dict[str, Callable]) -> list[Metrics]:
+        """Evaluates models, by labels for the log, in one pass over the validation images.
+
+        Saves nothing, and stops when asked to.
+        """
+        bar = ProgressLine(f"{next(iter(models))}: evaluation", self.process.main)
+        found = evaluate(
+            [partial(self.learner.predict, model=model) for model in models.values()],
             self.val_loader,
             self.process,
             self.config.MODEL.NUM_CLASSES,
@@ -223,7 +234,8 @@ class Trainer:
             progress=bar,
         )
         bar.end()
-        if metrics is None:
+        if found is None:
             self.saver.stop("stopped in evaluation")
-        _log.info(f"{label}: {metrics}")
-        return metrics
+        for label, metrics in zip(models, found):
+            _log.info(f"{label}: {metrics}")
+        return found

@@ -14,6 +14,8 @@ from paddle import nn
 
 from cli.errors import CheckpointError, ConfigError
 
+_log = logging.getLogger("resmlp")
+
 
 # --------------------------------------------------------------------------------- schedule
 def scaled_rate(config, total_batch: int) -> float:
@@ -57,12 +59,20 @@ class Schedule:
         config: the run's config.
         batches: of an epoch, on each process.
         world: number of processes.
+        images: of an epoch, on all processes together.
     """
 
-    def __init__(self, config, batches: int, world: int):
-        self.config, accum = config, config.TRAIN.ACCUM_ITER
-        self.samples_per_step = config.DATA.BATCH_SIZE * world * accum
-        self.steps_per_epoch = -(-batches // accum)
+    def __init__(self, config, batches: int, world: int, images: float = math.inf):
+        self.config, self.accum_iter = config, min(config.TRAIN.ACCUM_ITER, batches)
+        wanted = config.DATA.BATCH_SIZE * world * config.TRAIN.ACCUM_ITER
+        self.samples_per_step = min(config.DATA.BATCH_SIZE * world * self.accum_iter, images)
+        if self.samples_per_step < wanted:
+            _log.warning(
+                f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} and TRAIN.ACCUM_ITER "
+                f"{config.TRAIN.ACCUM_ITER} ask for {wanted} images a step, more than an epoch "
+                f"has: a step is one of {self.samples_per_step}, and the learning rate goes by that"
+            )
+        self.steps_per_epoch = -(-batches // self.accum_iter)
         self.total_epochs = config.TRAIN.NUM_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
         self.base_rate = scaled_rate(config, self.samples_per_step)
 
@@ -157,7 +167,7 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
         return sum(int(np.prod(everything[name].shape)) for name in names) / 1e6
 
     kept, frozen = named.keys() - names, everything.keys() - named.keys()
-    logging.getLogger("resmlp").info(
+    _log.info(
         f"{settings.NAME}: weight decay {decay:g} on {len(names)} tensors ({values(names):.2f} M "
         f"values), none on {len(kept)} ({values(kept):.2f} M)"
         + (f"; {len(frozen)} frozen ({values(frozen):.2f} M)" if frozen else "")

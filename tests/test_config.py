@@ -156,22 +156,24 @@ def test_the_command_line_may_mend_what_a_file_leaves_inconsistent(write):
     assert (config.DATA.IMAGE_SIZE, config.TRAIN.NUM_EPOCHS) == (224, 10)
 
 
-def test_a_warmup_that_does_not_fit_is_shortened_and_said(caplog):
-    assert from_flags("-opts", "TRAIN.NUM_EPOCHS", "1").TRAIN.WARMUP_EPOCHS == 0.5
-    assert [record.getMessage() for record in caplog.records] == [
-        "config: TRAIN.WARMUP_EPOCHS 5 does not fit into TRAIN.NUM_EPOCHS 1; shortened to 0.5"
-    ]
+@pytest.mark.parametrize(
+    "schedule, warmup, outcome",
+    [
+        ("warmupcosine", 0.5, "shortened to 0.5"),
+        ("constant", 5, "the learning rate does not come to TRAIN.BASE_LR"),
+        ("step", 5, "the learning rate does not come to TRAIN.BASE_LR"),
+        ("cosine", 5, None),
+    ],
+)
+def test_a_warmup_that_does_not_fit_is_said(caplog, schedule, warmup, outcome):
+    opts = ["-opts", "TRAIN.NUM_EPOCHS", "1", "TRAIN.LR_SCHEDULER.NAME", schedule]
+    assert warmup == from_flags(*opts).TRAIN.WARMUP_EPOCHS
+    said = "config: TRAIN.WARMUP_EPOCHS 5 does not fit into TRAIN.NUM_EPOCHS 1; "
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ([said + outcome] if outcome else [])
 
 
 SHORT = ["-opts", "TRAIN.NUM_EPOCHS", "1"]
-
-
-@pytest.mark.parametrize(
-    "more", [["TRAIN.LR_SCHEDULER.NAME", "constant"], ["TRAIN.LR_SCHEDULER.NAME", "step"]]
-)
-def test_schedules_without_an_end_take_a_warmup_longer_than_training(more, caplog):
-    assert from_flags(*SHORT, *more).TRAIN.WARMUP_EPOCHS == 5
-    assert not caplog.records
 
 
 def test_an_evaluation_says_nothing_about_the_warmup(caplog):

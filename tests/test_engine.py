@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 import engine
-from cli.errors import CheckpointError, ConfigError, TrainingError, UserError, WeightsError
+from cli.errors import CheckpointError, ConfigError, TrainingError, UserError
 from config import get_config
 from engine import Trainer, run
 from optimizer import Schedule
@@ -102,6 +102,26 @@ def test_a_last_window_and_a_last_batch_that_are_smaller_weigh_each_image_the_sa
     assert distance(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "opts, images",
+    [
+        ("TRAIN.ACCUM_ITER 9", 16),
+        ("TRAIN.ACCUM_ITER 9 DATA.DROP_LAST False", 21),
+        ("DATA.BATCH_SIZE 64 DATA.DROP_LAST False", 21),
+    ],
+)
+def test_a_step_larger_than_an_epoch_is_said_and_its_rate_goes_by_its_images(
+    tmp_path, opts, images
+):
+    data = make_data(tmp_path / "data", train=21)
+    opts = [*opts.split(), "TRAIN.LINEAR_SCALED_LR", 42, "TRAIN.LR_SCHEDULER.NAME", "constant"]
+    run(make_config(tmp_path, data, *opts))
+    records = metrics(tmp_path, "step")
+    assert [record["step"] for record in records] == [1, 2]
+    assert records[0]["lr"] == pytest.approx(0.003 * images / 42, rel=1e-9)
+    assert f"a step is one of {images}, and the" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_the_epoch_loss_is_the_mean_over_images(tmp_path):
     data = make_data(tmp_path / "data", train=21)
     run(make_config(tmp_path, data, "DATA.DROP_LAST", False, "TRAIN.NUM_EPOCHS", 1))
@@ -125,14 +145,9 @@ def test_the_whole_recipe_runs_at_once(tmp_path, data):
 
 def test_the_best_checkpoint_is_chosen_by_the_ema_where_there_is_one(tmp_path, data, monkeypatch):
     found = iter([(10.0, 50.0), (20.0, 40.0)])  # (raw, EMA) of each epoch
-    pairs = []
 
-    def evaluate(self, model, label):
-        raw = model is self.learner.model
-        if raw:
-            pairs.append(next(found))
-        top1 = pairs[-1][not raw]
-        return Metrics(1.0, top1, 100.0, 9, 1.0)
+    def evaluate(self, models):
+        return [Metrics(1.0, top1, 100.0, 9, 1.0) for top1 in next(found)]
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
@@ -178,7 +193,7 @@ def test_another_head_is_new_in_training_and_refused_in_evaluation(tmp_path, dat
             (other / split / "class_0" / "0.png").rename(folder / "0.png") if label == 3 else (
                 other / split / "class_1" / "1.png"
             ).rename(folder / "1.png")
-    with pytest.raises(WeightsError, match="3 classes, the model has 5"):
+    with pytest.raises(UserError, match="2 of 5 classes are not among those of"):
         run(make_config(tmp_path / "b", other, *opts, "EVAL", True))
     run(make_config(tmp_path / "b", other, *opts))
     assert "head initialised for 5 classes" in (tmp_path / "b" / "run" / "log.txt").read_text()

@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
+import engine
 from cli.errors import CheckpointError, ConfigError
 from config import get_config, update_config
 from datasets import build_loader
@@ -194,7 +195,7 @@ def scripted(monkeypatch):
         left, losses = iter(values), iter([*losses, *[1.0] * len(values)])
         monkeypatch.setattr(
             *(Trainer, "evaluate"),
-            lambda *_: Metrics(next(losses), float(next(left)), 100.0, 9, 1.0),
+            lambda *_: [Metrics(next(losses), float(next(left)), 100.0, 9, 1.0)],
         )
 
     return script
@@ -203,6 +204,19 @@ def scripted(monkeypatch):
 def epochs(folder):
     records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     return [record["epoch"] for record in records if record["kind"] == "epoch"]
+
+
+def test_rank_0_decides_for_all_whether_training_ends(tmp_path, data, scripted, monkeypatch):
+    """After -resume of an epoch's checkpoint it may alone know the best score."""
+    scripted([10, 0, 0, 0])
+    ended, original = iter([False, False, False, True]), engine.from_main
+
+    def from_main(value, process):
+        return next(ended) if isinstance(value, bool) else original(value, process)
+
+    monkeypatch.setattr(engine, "from_main", from_main)
+    run(make_config(tmp_path, data, "TRAIN.EARLY_STOP", 1, "TRAIN.NUM_EPOCHS", 3))
+    assert epochs(tmp_path) == [1, 2, 3]
 
 
 def test_training_ends_after_so_many_evaluations_without_a_better_one(tmp_path, data, scripted):

@@ -89,7 +89,7 @@ def test_evaluation_reads_the_device_once_unless_it_reports_on_images(
     def reads_of(batches):
         batch = paddle.randn([4, 7]), paddle.to_tensor([0, 1, 2, 3]), list(range(4))
         calls.clear()
-        evaluate(lambda images: images, [batch] * batches, Process(), 7, **options)
+        evaluate([lambda images: images], [batch] * batches, Process(), 7, **options)
         return sum(calls.values())
 
     calls = Counter()

@@ -78,7 +78,7 @@ def test_counts_are_timms_on_the_same_predictions(tmp_path, batch):
         (paddle.to_tensor(logits[list(c)]), paddle.zeros([len(c)], "int64"), list(c)) for c in cuts
     ]
     accepted = read_real_labels(path, files, 12)
-    ours = evaluate(lambda x: x, loader, Process(), 12, accepted=accepted)
+    (ours,) = evaluate([lambda x: x], loader, Process(), 12, accepted=accepted)
     assert ours.real_top1 == pytest.approx(theirs.get_accuracy(1), abs=1e-9)
     assert ours.real_top5 == pytest.approx(theirs.get_accuracy(5), abs=1e-9)
     assert ours.real_images == sum(map(bool, real))

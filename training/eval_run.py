@@ -41,8 +41,8 @@ def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightF
     if config.EVAL_REAL_LABELS:
         accepted = read_real_labels(config.EVAL_REAL_LABELS, loader.dataset.files, classes)
     progress = ProgressLine("evaluation", process.main)
-    metrics = evaluate(
-        predict,
+    (metrics,) = evaluate(
+        [predict],
         loader,
         process,
         classes,

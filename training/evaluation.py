@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +107,79 @@ class Result:
         return cls(folder, rank, **found, best_top1=best)
 
 
+class _Sums:
+    """What one model has made of the images so far; see `evaluate` for the arguments."""
+
+    def __init__(self, num_classes: int, confusion: bool, accepted, subset):
+        self.num_classes, self.confusion = num_classes, confusion
+        self.accepted, self.subset = accepted, subset or []
+        outside = np.full(num_classes, -np.inf, "float32")
+        outside[self.subset] = 0
+        self.outside = paddle.to_tensor(outside)  # added to logits
+        self.loss = paddle.zeros([], "float64")
+        # hits of top-1 and top-k, the same in the subset, then `Metrics.counts`
+        self.counts = paddle.zeros([4 + 3 * num_classes], "int64")
+        # top-1, top-k, images that have a label; label and prediction; confidences
+        self.real, self.pairs, self.calibration = np.zeros(3, "int64"), [], Calibration()
+
+    def add(self, logits: paddle.Tensor, labels: paddle.Tensor, indices) -> None:
+        """Counts a batch."""
+        logits, classes = logits.astype("float32"), self.num_classes
+        own = paddle.take_along_axis(logits, labels.unsqueeze(-1), 1)[:, 0]
+        # (Paddle's log-softmax ends at 64 on a CPU.)
+        self.loss += (paddle.logsumexp(logits, axis=-1) - own).astype("float64").sum()
+        top = paddle.topk(logits, min(5, classes), axis=-1)[1]  # [B, k]
+        hit = (top == labels.unsqueeze(-1)).astype("int64")
+        hits = [hit[:, 0].sum(), hit.sum(), *paddle.zeros([2], "int64")]
+        if self.subset:
+            inside = paddle.topk(logits + self.outside, min(5, len(self.subset)), axis=-1)[1]
+            inside = (inside == labels.unsqueeze(-1)).astype("int64")
+            hits[2:] = inside[:, 0].sum(), inside.sum()
+        cells = [paddle.arange(4), labels + 4, labels + (4 + classes), top[:, 0] + 4 + 2 * classes]
+        one = paddle.ones_like(labels)
+        more = paddle.concat([paddle.stack(hits), one, hit[:, 0], one])
+        self.counts = paddle.index_add(self.counts, paddle.concat(cells), 0, more)
+        if self.accepted is not None:
+            right = self.accepted[np.asarray(indices)]  # [B, M]
+            found = (top.numpy()[:, :, None] == right[:, None]).any(axis=-1)  # [B, k]
+            self.real += found[:, 0].sum(), found.any(axis=1).sum(), (right >= 0).any(axis=1).sum()
+        if self.confusion:
+            truth, predicted = labels.numpy(), top[:, 0].numpy()
+            self.pairs.append(truth * classes + predicted)
+            confidence = F.softmax(logits, axis=-1).max(axis=-1).numpy()
+            self.calibration.add(confidence, np.asarray(indices), truth, predicted)
+
+    def metrics(self, process: Process, seen: int, stopped: bool, start: float) -> Metrics | None:
+        """The sums over all ranks as `Metrics`; None when any rank broke off."""
+        own = [float(self.loss), seen, stopped, *self.real, *self.counts.numpy()]
+        loss, total, stopped, *rest = sum_over_ranks(own, process)
+        real, (top1, topk, *inner), counts = rest[:3], rest[3:7], rest[7:]
+        if stopped:
+            return None
+        if not np.isfinite(loss):
+            raise UserError(
+                "evaluation: the loss is not finite; the weights hold or produce inf or NaN"
+            )
+        metrics = Metrics(loss / total, 100 * top1 / total, 100 * topk / total, int(total), 0.0)
+        metrics.counts = np.array(counts, "int64").reshape(3, self.num_classes)
+        if self.confusion:
+            self.calibration.reduce(process)
+            metrics.calibration = self.calibration
+            metrics.confusion = _count_pairs(self.pairs, self.num_classes, process)
+        if self.accepted is not None:
+            metrics.real_images = int(real[2])
+        if real[2]:
+            metrics.real_top1, metrics.real_top5 = 100 * real[0] / real[2], 100 * real[1] / real[2]
+        if self.subset:
+            metrics.subset_top1, metrics.subset_top5 = (100 * hits / total for hits in inner)
+            metrics.subset_classes = len(self.subset)
+        metrics.seconds = time.monotonic() - start
+        return metrics
+
+
 @paddle.no_grad()
 def evaluate(
-    predict: Callable,
+    models: Sequence[Callable],
     loader,
     process: Process,
     num_classes: int,
@@ -118,15 +188,15 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     accepted: np.ndarray | None = None,
     subset: list[int] | None = None,
-) -> Metrics | None:
-    """Evaluates a classifier on a loader's whole data set.
+) -> list[Metrics] | None:
+    """Evaluates classifiers in one pass over a loader's whole data set.
 
     Sums stay on the device and are reduced once, as integers and float64, so the counts are the
     same for any number of processes and any batch size. `confusion` and `accepted` read each
     batch's predictions on the host.
 
     Args:
-        predict: uint8 images ``[B, H, W, 3]`` -> logits ``[B, K]``.
+        models: each makes of uint8 images ``[B, H, W, 3]`` logits ``[B, K]``.
         loader: this rank's share of the images (datasets.build_loader, split ``val``).
         process: this process; all ranks must call together.
         num_classes: K; top-5 is top-K where K is smaller.
@@ -140,85 +210,24 @@ def evaluate(
             with the other logits left out, as the authors of ImageNet-A and -R do.
 
     Returns:
-        The metrics, the same on every rank; None when any rank broke off.
+        The metrics of each model, the same on every rank; None when any rank broke off.
 
     Raises:
         UserError: a logit is not finite.
     """
-    start = time.monotonic()
-    k = min(5, num_classes)
-    real = np.zeros(3, "int64")  # top-1, top-k, images that have a label
-    loss_sum = paddle.zeros([], "float64")
-    hits = paddle.zeros([2], "int64")  # top-1, top-k
-    counts = paddle.zeros([3 * num_classes], "int64")  # see Metrics
-    subset_hits = paddle.zeros([2], "int64")
-    outside = np.full(num_classes, -np.inf, "float32")
-    outside[subset or []] = 0
-    outside = paddle.to_tensor(outside)  # added to logits
-    seen, pairs, calibration = 0, [], Calibration()
-    stopped = False
+    start, seen, stopped = time.monotonic(), 0, False
+    sums = [_Sums(num_classes, confusion, accepted, subset) for _ in models]
     for number, (images, labels, indices) in enumerate(loader):
         stopped = stop()
         if stopped:
             break
-        logits = predict(images).astype("float32")
-        own = paddle.take_along_axis(logits, labels.unsqueeze(-1), 1)[:, 0]
-        # (Paddle's log-softmax ends at 64 on a CPU.)
-        losses = (paddle.logsumexp(logits, axis=-1) - own).astype("float64")
-        top = paddle.topk(logits, k, axis=-1)[1]  # [B, k]
-        hit = (top == labels.unsqueeze(-1)).astype("int64")
-        hits += paddle.stack([hit[:, 0].sum(), hit.sum()])
-        cells = [labels, labels + num_classes, top[:, 0] + 2 * num_classes]
-        one = paddle.ones_like(labels)
-        counts = paddle.index_add(
-            counts, paddle.concat(cells), 0, paddle.concat([one, hit[:, 0], one])
-        )
-        if subset:
-            inside = paddle.topk(logits + outside, min(k, len(subset)), axis=-1)[1]
-            inside = (inside == labels.unsqueeze(-1)).astype("int64")
-            subset_hits += paddle.stack([inside[:, 0].sum(), inside.sum()])
-        loss_sum += losses.sum()
+        for model, own in zip(models, sums):
+            own.add(model(images), labels, indices)
         seen += len(labels)
-        if accepted is not None:
-            right = accepted[np.asarray(indices)]  # [B, M]
-            found = (top.numpy()[:, :, None] == right[:, None]).any(axis=-1)  # [B, k]
-            real += found[:, 0].sum(), found.any(axis=1).sum(), (right >= 0).any(axis=1).sum()
-        if confusion:
-            truth, predicted = labels.numpy(), top[:, 0].numpy()
-            pairs.append(truth * num_classes + predicted)
-            confidence = F.softmax(logits, axis=-1).max(axis=-1).numpy()
-            calibration.add(confidence, np.asarray(indices), truth, predicted)
         progress(number + 1, len(loader))
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
-    own = [float(loss_sum), seen, stopped, *hits.numpy(), *subset_hits.numpy(), *real]
-    loss, total, stopped, top1, topk, *rest = sum_over_ranks([*own, *counts.numpy()], process)
-    inner, real, counts = rest[:2], rest[2:5], np.array(rest[5:], "int64").reshape(3, num_classes)
-    if stopped:
-        return None
-    if not np.isfinite(loss):
-        raise UserError(
-            "evaluation: the loss is not finite; the weights hold or produce inf or NaN"
-        )
-    if confusion:
-        calibration.reduce(process)
-    metrics = Metrics(
-        loss / total,
-        100 * top1 / total,
-        100 * topk / total,
-        int(total),
-        time.monotonic() - start,
-        _count_pairs(pairs, num_classes, process) if confusion else None,
-        calibration if confusion else None,
-        counts=counts,
-    )
-    if accepted is not None:
-        metrics.real_images = int(real[2])
-    if real[2]:
-        metrics.real_top1, metrics.real_top5 = 100 * real[0] / real[2], 100 * real[1] / real[2]
-    if subset:
-        metrics.subset_top1, metrics.subset_top5 = (100 * hits / total for hits in inner)
-        metrics.subset_classes = len(subset)
-    return metrics
+    found = [own.metrics(process, seen, stopped, start) for own in sums]
+    return None if None in found else found
 
 
 def _count_pairs(pairs: list[np.ndarray], num_classes: int, process: Process) -> np.ndarray:

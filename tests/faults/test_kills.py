@@ -80,7 +80,7 @@ PLACES = [  # where, at which call of it: a first step, mid-epoch, evaluation, p
     "step:{}:1:kill",
     "step:{}:5:kill",
     "forward:{}:4:kill",  # between the batches of a step
-    "evaluation:{}:2:kill",  # of the EMA
+    "evaluation:{}:2:kill",
     "save_begin:{}:2:kill",
     "save_half:{}:2:kill",
     "save_rename:{}:2:kill",  # the file is whole, under its temporary name

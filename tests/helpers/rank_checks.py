@@ -65,8 +65,8 @@ class Loader:
 
 def evaluation_counts(process: Process) -> None:
     for count in (1, 7, 1001):
-        metrics = evaluate(
-            lambda images: paddle.to_tensor(logits_of(images.numpy())),
+        (metrics,) = evaluate(
+            [lambda images: paddle.to_tensor(logits_of(images.numpy()))],
             Loader(count, process),
             process,
             CLASSES,
@@ -91,8 +91,8 @@ def evaluation_counts(process: Process) -> None:
             assert metrics.real_top1 == 100 * int(right) / labelled
         assert sum(n for a, b, n in metrics.confusion.tolist() if a == b) == int(hits[:, 0].sum())
         alone = Process()
-        one = evaluate(
-            lambda images: paddle.to_tensor(logits_of(images.numpy())),
+        (one,) = evaluate(
+            [lambda images: paddle.to_tensor(logits_of(images.numpy()))],
             Loader(count, alone),
             alone,
             CLASSES,
@@ -106,7 +106,7 @@ def evaluation_counts(process: Process) -> None:
 def breaking_off(process: Process) -> None:
     asked = process.rank == 1  # one rank alone is asked to stop; all learn of it
     metrics = evaluate(
-        lambda images: paddle.to_tensor(logits_of(images.numpy())),
+        [lambda images: paddle.to_tensor(logits_of(images.numpy()))],
         Loader(50, process),
         process,
         CLASSES,

@@ -49,7 +49,7 @@ def test_accuracies_on_imagenet_a_and_r_are_timms(tmp_path, name):
         (paddle.to_tensor(logits[i : i + 30]), paddle.to_tensor(labels[i : i + 30]), [])
         for i in range(0, 200, 30)
     ]
-    ours = evaluate(lambda x: x, batches, Process(), 1000, subset=index.subset)
+    (ours,) = evaluate([lambda x: x], batches, Process(), 1000, subset=index.subset)
     outputs = torch.from_numpy(logits)
     theirs = accuracy(outputs[:, indices], torch.arange(200), (1, 5))
     assert [ours.subset_top1, ours.subset_top5] == pytest.approx([float(v) for v in theirs])
