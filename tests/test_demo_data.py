@@ -2,6 +2,8 @@
 
 import gzip
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +202,9 @@ def test_the_class_names_are_found_beside_the_images(splits, tmp_path):
     config = get_config()
     config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES = str(tmp_path / "data"), 10
     assert data_classes(config).names == tuple(CLASSES)
+
+
+@pytest.mark.parametrize("script", [make_subset.__file__, prepare.__globals__["__file__"]])
+def test_the_scripts_run_without_docstrings(script):
+    done = subprocess.run([sys.executable, "-OO", script, "-h"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Fashion-MNIST" in done.stdout, done.stderr

@@ -34,11 +34,13 @@ def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None
     if count < 2 or not hasattr(os, "fork"):
         yield from map(work, tasks)
         return
+    length = max(1, min(16, len(tasks) // (8 * count)))  # of what is sent at once
+    parts = [tasks[start : start + length] for start in range(0, len(tasks), length)]
     fork, started = multiprocessing.get_context("fork"), []
     try:
         for first in range(count):
             receiver, sender = fork.Pipe(duplex=False)
-            args = (work, tasks[first::count], sender, os.getpid())
+            args = (work, parts[first::count], sender, os.getpid())
             process = fork.Process(target=_serve, args=args, daemon=True)
             try:
                 process.start()
@@ -49,19 +51,19 @@ def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None
                 ) from None
             started.append((process, receiver))
             sender.close()
-        for number in range(len(tasks)):
+        for number in range(len(parts)):
             process, receiver = started[number % count]
             try:
-                result = receiver.recv()
+                results = receiver.recv()
             except EOFError:
                 process.join()
                 raise UserError(
                     f"a process that helped ended with exit code {process.exitcode}"
                     + ("; out of memory?" if process.exitcode == -signal.SIGKILL else "")
                 ) from None
-            if isinstance(result, UserError):
-                raise result
-            yield result
+            if isinstance(results, UserError):
+                raise results
+            yield from results
     finally:
         for process, receiver in started:
             process.kill()
@@ -69,16 +71,15 @@ def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None
             receiver.close()
 
 
-def _serve(work: Callable, tasks: Sequence, sender, parent: int) -> None:
+def _serve(work: Callable, parts: Sequence, sender, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent too, which ends this
     with contextlib.suppress(OSError, AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for task in tasks:
+    for tasks in parts:
         if os.getppid() != parent:
             os._exit(1)
         try:
-            result = work(task)
+            results = [work(task) for task in tasks]
         except UserError as error:  # a subclass of these may need more than a message
-            kind = DataError if isinstance(error, DataError) else UserError
-            result = kind(str(error))
-        sender.send(result)
+            results = (DataError if isinstance(error, DataError) else UserError)(str(error))
+        sender.send(results)
