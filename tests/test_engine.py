@@ -17,7 +17,7 @@ from parallel.process import Process
 from storage import checkpoints
 from storage.weights import read_weights
 from tools.predict import predict
-from training import eval_run, report
+from training import report
 from training.dashboard import Dashboard
 from training.evaluation import Metrics
 from training.learner import Learner
@@ -260,12 +260,12 @@ def test_a_full_disk_hides_no_step_that_is_not_finite(tmp_path, data, monkeypatc
         run(config)
 
 
-def test_a_report_that_cannot_be_written_is_said(tmp_path, data, monkeypatch):
+def test_a_report_that_cannot_be_written_is_said(tmp_path, data):
     run(make_config(tmp_path, data))
-    monkeypatch.setattr(eval_run, "write_report", full_disk)
+    (tmp_path / "run" / "per_class.csv").mkdir()
     opts = ["EVAL", True, "EVAL_REPORT", True]
     opts += ["MODEL.PRETRAINED", tmp_path / "run" / "last.pdparams"]
-    with pytest.raises(UserError, match="run: the report cannot be written: No space"):
+    with pytest.raises(UserError, match="per_class.csv: cannot be written: Is a directory"):
         run(make_config(tmp_path, data, *opts))
 
 

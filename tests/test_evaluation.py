@@ -14,7 +14,8 @@ from loading.imagenet import wordnet_ids
 from parallel.process import Process
 from resmlp import build_resmlp
 from storage.weights import write_weights
-from training.evaluation import Metrics, evaluate, write_report
+from training.eval_report import Calibration, write_report
+from training.evaluation import Metrics, evaluate
 
 from .helpers.tiny_data import make_config
 
@@ -97,16 +98,39 @@ def rows_of(path):
         return list(csv.reader(file))[1:]
 
 
+def metrics_of(pairs, classes):
+    """Those of an evaluation that has counted these labels and predictions."""
+    pairs = np.array(pairs)
+    counts = np.zeros([3, classes], "int64")
+    np.add.at(counts[0], pairs[:, 0], pairs[:, 2])
+    np.add.at(counts[1], pairs[:, 0], pairs[:, 2] * (pairs[:, 0] == pairs[:, 1]))
+    np.add.at(counts[2], pairs[:, 1], pairs[:, 2])
+    calibration = Calibration()
+    calibration.add(np.array([0.5]), np.array([0]), np.array([0]), np.array([1]))
+    return Metrics(0.0, 30.0, 100.0, 10, 1.0, pairs, calibration, counts=counts)
+
+
 def test_the_report_names_each_class_with_its_most_frequent_mistake(tmp_path):
-    pairs = [[0, 0, 3], [0, 1, 1], [0, 2, 2], [2, 0, 4]]
-    metrics = Metrics(0.0, 30.0, 100.0, 10, 1.0, np.array(pairs))
-    table, picture = write_report(metrics, ["a", "b", "$c"], tmp_path, 3)
-    assert rows_of(table) == [
-        ["0", "a", "6", "50.00", "$c", "2"],
-        ["1", "b", "0", "", "", "0"],
-        ["2", "$c", "4", "0.00", "a", "4"],
+    metrics = metrics_of([[0, 0, 3], [0, 1, 1], [0, 2, 2], [2, 0, 4]], 3)
+    paths = write_report(metrics, ["a", "b", "$c"], tmp_path)
+    assert rows_of(tmp_path / "per_class.csv") == [
+        ["0", "a", "6", "50.00", "$c", "2", "42.86", "50.00", "46.15"],
+        ["1", "b", "0", "", "", "0", "0.00", "", "0.00"],
+        ["2", "$c", "4", "0.00", "a", "4", "0.00", "0.00", "0.00"],
     ]
-    assert Image.open(picture).size > (300, 300)
+    assert Image.open(tmp_path / "confusion.png").size > (300, 300)
+    assert [path.name for path in paths if path.suffix == ".csv"] == ["per_class.csv"]
+
+
+def test_precision_recall_and_f1_of_each_class_are_scikit_learns(tmp_path):
+    from sklearn.metrics import precision_recall_fscore_support
+
+    rng = np.random.default_rng(5)
+    logits, labels = rng.normal(size=[200, 5]), rng.integers(0, 5, 200)
+    write_report(run(logits, labels, confusion=True), (), tmp_path)
+    expected = 100 * np.array(precision_recall_fscore_support(labels, logits.argmax(1))[:3]).T
+    found = np.array([row[6:] for row in rows_of(tmp_path / "per_class.csv")], "float64")
+    np.testing.assert_allclose(found, expected, atol=0.0051)
 
 
 def test_very_many_classes_are_reported_without_a_picture_or_their_square_in_memory(
@@ -115,13 +139,14 @@ def test_very_many_classes_are_reported_without_a_picture_or_their_square_in_mem
     monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
     caplog.set_level(logging.INFO)
     classes = 10**5
-    pairs = np.array([[7, 7, 1], [7, classes - 1, 2]])
+    metrics = metrics_of([[7, 7, 1], [7, classes - 1, 2]], classes)
     tracemalloc.start()
-    (table,) = write_report(Metrics(0.0, 0.0, 0.0, 3, 1.0, pairs), None, tmp_path, classes)
-    assert tracemalloc.get_traced_memory()[1] < 50e6
+    write_report(metrics, (), tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
-    assert rows_of(table)[7] == ["7", "7", "3", "33.33", "99999", "2"]
+    assert rows_of(tmp_path / "per_class.csv")[7][:6] == ["7", "7", "3", "33.33", "99999", "2"]
     assert "no confusion.png: 100000 classes are more than 1000" in caplog.text
+    assert not (tmp_path / "confusion.png").exists()
 
 
 def test_a_folder_with_some_classes_of_imagenet_is_evaluated_among_them_too(tmp_path):
@@ -141,7 +166,10 @@ def test_a_folder_with_some_classes_of_imagenet_is_evaluated_among_them_too(tmp_
     assert (found["top1"], found["images"], found["subset_classes"]) == (0.0, 3, 3)
     assert found["subset_top1"] == 100 / 3 and found["subset_top5"] == 100.0
     rows = rows_of(tmp_path / "run" / "per_class.csv")
-    assert rows[6] == ["6", "n01498041", "1", "0.00", "n01440764", "1"]
+    assert rows[6][:6] == ["6", "n01498041", "1", "0.00", "n01440764", "1"]
+    mistakes = rows_of(tmp_path / "run" / "mistakes.csv")
+    assert len(mistakes) == 3 and {row[2] for row in mistakes} == {"n01440764"}
+    assert mistakes[0][0] == str(tmp_path / "a" / mistakes[0][1] / "x.png")
 
 
 def test_a_logit_that_is_not_finite_is_an_error():
@@ -164,7 +192,7 @@ def test_the_scores_of_a_report_are_scikit_learns(tmp_path):
     logits, labels = 2 * rng.normal(size=[400, 6]).astype("float32"), rng.integers(0, 5, 400)
     logits[np.arange(400), labels] += 2
     logits[:, 4] -= 1
-    write_report(run(logits, labels, 7, confusion=True), None, tmp_path, 6)
+    write_report(run(logits, labels, 7, confusion=True), (), tmp_path)
     found = json.loads((tmp_path / "report.json").read_text())
     odds, predictions = softmax(logits.astype("float64")), logits.argmax(1)
     right, sure = predictions == labels, odds.max(1)

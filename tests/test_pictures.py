@@ -46,11 +46,12 @@ def only_dejavu(monkeypatch):
     """Matplotlib's own fonts are the only ones installed."""
     fonts = [f for f in font_manager.fontManager.ttflist if f.name.startswith("DejaVu")]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
 
 
-@pytest.fixture
-def font(tmp_path, only_dejavu):
-    """An installed font that has one Chinese character, as a square."""
+@pytest.fixture(params=["known", "new"])
+def font(tmp_path, only_dejavu, monkeypatch, request):
+    """An installed font that has one Chinese character, as a square; Matplotlib may not know it."""
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0))
     for point in ((0, 900), (900, 900), (900, 0)):
@@ -66,7 +67,10 @@ def font(tmp_path, only_dejavu):
     builder.setupOS2(sTypoAscender=900, usWinAscent=900, usWinDescent=100)
     builder.setupPost()
     builder.save(tmp_path / "square.ttf")
-    font_manager.fontManager.addfont(str(tmp_path / "square.ttf"))
+    if request.param == "known":
+        font_manager.fontManager.addfont(str(tmp_path / "square.ttf"))
+    fonts = [str(tmp_path / "square.ttf")] if request.param == "new" else []
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: fonts)
 
 
 def test_a_character_is_drawn_with_an_installed_font_that_has_it(font, caplog):

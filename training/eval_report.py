@@ -1,15 +1,26 @@
-"""What a report says beyond accuracy: scores of the confusion, calibration, confident mistakes."""
+"""The report of an evaluation: scores per class, confusion, calibration, confident mistakes."""
 
 from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from loading.images import read_image, upright
 from parallel.process import Process, sum_over_ranks
+from storage.files import printable, write_atomically
 from training.pictures import new_figure, render
 
 BINS = 15  # of the confidence, as in Guo et al., "On Calibration of Modern Neural Networks"
 MISTAKES = 16  # in the picture
+PICTURE_CLASSES = 1000  # more make a confusion matrix whose cells are smaller than its pixels
+_NUMBERS = 20  # classes up to which its cells have numbers
+_log = logging.getLogger("resmlp")
 _SCALE = 2**30  # confidences are summed as integers: exact, in any order, up to 2**23 images
 
 
@@ -74,16 +85,11 @@ class Calibration:
         lower.set(xlabel="confidence, %", ylabel="images")
         return render(figure)
 
-    def draw_mistakes(self, files, names: list[str]) -> bytes:
-        """The most confident mistakes as PNG.
-
-        Args:
-            files: the data set's `ImageIndex`.
-            names: of the classes.
-        """
+    def draw_mistakes(self, files, names: Sequence[str]) -> bytes:
+        """The most confident mistakes as PNG: images of an `ImageIndex`, classes by name."""
         columns = 4
         rows = -(-max(len(self.mistakes), 1) // columns)
-        figure = new_figure(2.6 * columns, 3 * rows, layout="constrained")
+        figure = new_figure(2.6 * columns, 3.2 * rows, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
             axes.axis("off")
@@ -93,7 +99,10 @@ class Calibration:
             image.thumbnail([224, 224])
             axes.imshow(image)
             said, true = (names[int(c)][:24] for c in (prediction, label))
-            axes.set_title(f"{said} {100 * confidence:.1f} %\nlabel: {true}", fontsize=8)
+            file = printable(Path(files.path(int(index))).name)
+            file = file if len(file) <= 30 else f"…{file[-29:]}"
+            title = f"{file}\n{said} {100 * confidence:.1f} %\nlabel: {true}"
+            axes.set_title(title, fontsize=8)
         return render(figure)
 
 
@@ -110,3 +119,98 @@ def class_scores(counts: np.ndarray) -> dict[str, float]:
         "balanced_accuracy": float(100 * np.mean(right[images > 0] / images[images > 0])),
         "macro_f1": float(100 * np.mean(2 * right[both > 0] / both[both > 0])),
     }
+
+
+def write_report(metrics, names: Sequence[str], folder: Path, files=None) -> list[Path]:
+    """Writes the files of a report; see docs/tools.md.
+
+    Args:
+        metrics: `Metrics` of an evaluation with ``confusion=True``, of K classes.
+        names: of the classes; none: their numbers.
+        folder: where the files go.
+        files: the `ImageIndex` evaluated; given, its most confident mistakes are listed and shown.
+
+    Returns:
+        The files: ``per_class.csv``, ``report.json``, ``reliability.png``; up to `PICTURE_CLASSES`
+        ``confusion.png``; ``mistakes.csv`` and ``mistakes.png``.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    calibration, classes = metrics.calibration, metrics.counts.shape[1]
+    names = names or [str(label) for label in range(classes)]
+    scores = class_scores(metrics.counts)
+    scores.update(calibration_error=calibration.error(), negative_log_likelihood=metrics.loss)
+    _log.info(", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in scores.items()))
+    contents = {
+        "per_class.csv": _per_class(metrics, names),
+        "report.json": (json.dumps(scores, indent=1) + "\n").encode(),
+        "reliability.png": calibration.draw(),
+    }
+    if classes <= PICTURE_CLASSES:
+        contents["confusion.png"] = _draw_confusion(metrics, names)
+    else:
+        _log.info(f"no confusion.png: {classes} classes are more than {PICTURE_CLASSES}")
+    if files is not None:
+        rows = [
+            [files.path(int(index)), names[int(label)], names[int(said)], f"{confidence:.6f}"]
+            for confidence, index, label, said in calibration.mistakes
+        ]
+        contents["mistakes.csv"] = _csv([["image", "label", "prediction", "confidence"], *rows])
+        contents["mistakes.png"] = calibration.draw_mistakes(files, names)
+    for name, data in contents.items():
+        write_atomically(data, folder / name)
+    return [folder / name for name in contents]
+
+
+def _per_class(metrics, names: Sequence[str]) -> bytes:
+    """Rows of each class, in percent; what has no images or predictions is empty.
+
+    Top-1 is its recall: the share of its images that is right.
+    """
+    labels, predictions, counts = metrics.confusion.T
+    wrong = labels != predictions
+    mistakes = {}  # label -> its most frequent wrong prediction (the first of several), and images
+    for label, other, count in metrics.confusion[wrong].tolist():
+        if count > mistakes.get(label, (0, 0))[1]:
+            mistakes[label] = other, count
+    rows = [["label", "name", "images", "top1", "most_confused_with", "confused"]]
+    rows[0] += ["precision", "recall", "f1"]
+
+    def percent(part: int, whole: int) -> str:
+        return f"{100 * part / whole:.2f}" if whole else ""
+
+    for label, (name, images, right, said) in enumerate(zip(names, *metrics.counts.tolist())):
+        other, count = mistakes.get(label, (None, 0))
+        recall = percent(right, images)
+        row = [label, name, images, recall, names[other] if count else "", count]
+        rows.append([*row, percent(right, said), recall, percent(2 * right, images + said)])
+    return _csv(rows)
+
+
+def _csv(rows: Iterable[Sequence]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def _draw_confusion(metrics, names: Sequence[str]) -> bytes:
+    """The confusion matrix as PNG, in percent of each label's images."""
+    labels, predictions, counts = metrics.confusion.T
+    share = np.zeros([len(names), len(names)])
+    share[labels, predictions] = 100 * counts / metrics.counts[0][labels]
+    side = 0.45 * len(names) if len(names) <= _NUMBERS else 0
+    figure = new_figure(max(7, side + 2), max(6, side + 1), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="share of the label's images, %")
+    if len(names) <= 30:
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= _NUMBERS:
+        for row, column in np.argwhere(share >= 0.5):
+            color = "white" if share[row, column] > 60 else "black"
+            text = f"{share[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    axes.set(xlabel="predicted", ylabel="label", title=f"top-1 {metrics.top1:.2f} %")
+    return render(figure)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 
-from cli.errors import UserError
 from datasets import build_loader
 from loading.real_labels import read_real_labels
 from parallel.process import Process
 from resmlp import build_resmlp, load_pretrained
 from storage.run_folder import RunFolder
 from storage.weights import WeightFile
-from training.evaluation import Result, evaluate, write_report
+from training.eval_report import write_report
+from training.evaluation import Result, evaluate
 from training.precision import autocast
 from utils import Normalize, ProgressLine
 
@@ -37,34 +37,24 @@ def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightF
         with autocast(config, process.on_gpu):
             return model(normalize(images))
 
-    accepted, classes = None, config.MODEL.NUM_CLASSES
+    dataset, accepted, count = loader.dataset, None, config.MODEL.NUM_CLASSES
     if config.EVAL_REAL_LABELS:
-        accepted = read_real_labels(config.EVAL_REAL_LABELS, loader.dataset.files, classes)
+        accepted = read_real_labels(config.EVAL_REAL_LABELS, dataset.files, count)
     progress = ProgressLine("evaluation", process.main)
     (metrics,) = evaluate(
         [predict],
         loader,
         process,
-        classes,
+        count,
         config.EVAL_REPORT,
         progress=progress,
         accepted=accepted,
-        subset=loader.dataset.files.subset,
+        subset=dataset.files.subset,
     )
     progress.end()
     _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
     folder.write("eval.json", json.dumps(metrics.scores(), indent=1) + "\n")
     if config.EVAL_REPORT and process.main:
-        try:
-            paths = write_report(
-                metrics,
-                list(loader.dataset.classes.names),
-                folder.path,
-                config.MODEL.NUM_CLASSES,
-                loader.dataset.files,
-            )
-        except OSError as error:
-            raise UserError(f"{folder.path}: the report cannot be written: {error.strerror}")
-        for path in paths:
+        for path in write_report(metrics, dataset.classes.names, folder.path, dataset.files):
             _log.info(f"wrote {path}")
     return Result.of(folder.path, process.rank, metrics)

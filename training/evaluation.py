@@ -1,10 +1,7 @@
-"""Evaluation: every image once, exact counts over all ranks, and reports per class."""
+"""Evaluation: every image once, exact counts over all ranks."""
 
 from __future__ import annotations
 
-import csv
-import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +14,8 @@ import paddle.nn.functional as F
 from cli.errors import UserError
 from parallel.process import Process, sum_over_ranks, wait_for_all
 from training.eval_report import Calibration, class_scores
-from training.pictures import new_figure, render
 
-PICTURE_CLASSES = 1000  # more make a confusion matrix whose cells are smaller than its pixels
 _SCORES = ("top1", "top5", "loss", "images", "classes", "balanced_accuracy")
-_log = logging.getLogger("resmlp")
 
 
 @dataclass
@@ -239,78 +233,3 @@ def _count_pairs(pairs: list[np.ndarray], num_classes: int, process: Process) ->
     every[start : start + len(own)] = own
     cells, images = np.unique(sum_over_ranks(every, process), return_counts=True)
     return np.stack([*np.divmod(cells.astype("int64"), num_classes), images], axis=1)
-
-
-def write_report(
-    metrics: Metrics, names: list[str] | None, folder: Path, num_classes: int, files=None
-) -> list[Path]:
-    """Writes ``per_class.csv`` (label, name, images, top-1 in percent, most frequent mistake) and,
-    up to `PICTURE_CLASSES`, ``confusion.png`` from an evaluation made with ``confusion=True``;
-    with its calibration ``report.json`` (the scores of docs/tools.md) and ``reliability.png``.
-
-    Args:
-        metrics: of that evaluation.
-        names: of the classes; None: their numbers.
-        folder: where the files go.
-        num_classes: K.
-        files: the `ImageIndex` evaluated; given, ``mistakes.png`` shows the most confident ones.
-
-    Returns:
-        The files.
-    """
-    names = names or [str(label) for label in range(num_classes)]
-    table, picture = folder / "per_class.csv", folder / "confusion.png"
-    labels, predictions, counts = metrics.confusion.T
-    right = labels == predictions
-    images = np.bincount(labels, counts, num_classes)
-    hits = np.bincount(labels[right], counts[right], num_classes)
-    mistakes = {}  # label -> its most frequent wrong prediction (the first of several), and images
-    for label, other, count in metrics.confusion[~right].tolist():
-        if count > mistakes.get(label, (0, 0))[1]:
-            mistakes[label] = other, count
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label", "name", "images", "top1", "most_confused_with", "confused"])
-        for label, name in enumerate(names):
-            other, count = mistakes.get(label, (None, 0))
-            wrong = [names[other], count] if count else ["", 0]
-            top1 = f"{100 * hits[label] / images[label]:.2f}" if images[label] else ""
-            writer.writerow([label, name, int(images[label]), top1, *wrong])
-    scores = _write_scores(metrics, names, folder, files)
-    if num_classes > PICTURE_CLASSES:
-        _log.info(f"no {picture.name}: {num_classes} classes are more than {PICTURE_CLASSES}")
-        return [table, *scores]
-    share = np.zeros([num_classes, num_classes])
-    share[labels, predictions] = 100 * counts / images[labels]
-    picture.write_bytes(_draw_confusion(share, names, metrics.top1))
-    return [table, picture, *scores]
-
-
-def _write_scores(metrics: Metrics, names, folder: Path, files) -> list[Path]:
-    calibration = metrics.calibration
-    if calibration is None:
-        return []
-    scores = class_scores(metrics.counts)
-    scores.update(calibration_error=calibration.error(), negative_log_likelihood=metrics.loss)
-    _log.info(", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in scores.items()))
-    contents = {
-        "report.json": (json.dumps(scores, indent=1) + "\n").encode(),
-        "reliability.png": calibration.draw(),
-    }
-    if files is not None:
-        contents["mistakes.png"] = calibration.draw_mistakes(files, names)
-    for name, data in contents.items():
-        (folder / name).write_bytes(data)
-    return [folder / name for name in contents]
-
-
-def _draw_confusion(share: np.ndarray, names: list[str], top1: float) -> bytes:
-    figure = new_figure(7, 6, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="share of the label's images, %")
-    if len(names) <= 30:
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="label", title=f"top-1 {top1:.2f} %")
-    return render(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from contextlib import suppress
 
 from cli.errors import UserError
 
@@ -64,17 +65,18 @@ def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
     missing = {char for char in characters if char.isprintable()}
     missing -= covered(font_manager.findfont(font_manager.FontProperties()))
     families: list[str] = []
-    if not missing:
-        return families, missing
-    # Fonts named "last resort" have a box for everything.
-    fonts = [f for f in font_manager.fontManager.ttflist if "resort" not in f.name.lower()]
-    known: dict[str, set[str]] = {}
-    for font in fonts:
-        known[font.name] = known.get(font.name) or covered(font.fname)
-    while missing:
-        best = max(known, key=lambda name: len(known[name] & missing))
-        if not known[best] & missing:
-            break
-        families.append(best)
-        missing -= known[best]
+    manager, known = font_manager.fontManager, {}
+    for again in (False, True):
+        if missing and again:  # fonts that have come since Matplotlib's list of them was made
+            for path in {*font_manager.findSystemFonts()} - {f.fname for f in manager.ttflist}:
+                with suppress(Exception):
+                    manager.addfont(path)
+        for font in manager.ttflist if missing else ():
+            if "resort" not in font.name.lower():  # these have a box for everything
+                known[font.name] = known.get(font.name) or covered(font.fname)
+        while best := max(known, key=lambda name: len(known[name] & missing), default=None):
+            if not known[best] & missing:
+                break
+            families.append(best)
+            missing -= known[best]
     return families, missing

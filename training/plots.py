@@ -51,7 +51,7 @@ class Curve:
 _PANELS = (  # title, unit, curves
     (
         "Loss",
-        "nats",
+        "loss",
         (
             Curve("loss", "training, per report", "step", color=_COLORS[0], alpha=0.3),
             Curve("train_loss", "training", color=_COLORS[0]),
@@ -138,6 +138,7 @@ def draw_curves(runs: Sequence[Run]):
     scales = [run.steps_per_epoch if in_epochs else 1 for run in runs]
     end = max(run.last_step / scale for run, scale in zip(runs, scales))
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # inches
+    figure.set(edgecolor="#8c959f", linewidth=2)  # a frame, on light pages and dark ones
     for axes, (title, unit, curves) in zip(figure.subplots(2, 2).flat, _PANELS):
         shown = []
         for curve in curves:
