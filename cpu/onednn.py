@@ -6,7 +6,7 @@ product, GELU and its gradient on all threads. Names and numbers are those of on
 version 3 (https://uxlfoundation.github.io/oneDNN).
 
 A primitive is made once for each set of shapes and kept as long as the process lives. All calls
-wait for their result. ``RESMLP_ONEDNN=off`` leaves all this unused.
+wait for their result. ``RESMLP_ONEDNN=off`` leaves all this unused; `has` tells.
 """
 
 from __future__ import annotations
@@ -94,28 +94,53 @@ def _library() -> _Library:
 
 
 @functools.cache
-def _say(text: str) -> None:
-    """Logs a line, once."""
+def has(dtype) -> bool:
+    """Whether the functions below can be used on tensors of a type; if not, one line says why."""
+    try:
+        x = paddle.ones([2, 2], dtype)
+        multiply(gelu(product(x, x, then=[("add", x)])), x[0])
+    except Unsupported as error:
+        if dtype == paddle.float32:
+            _log.info(f"oneDNN: {error}; Paddle's own layers are used instead")
+        return False
+    return True
+
+
+@functools.cache
+def _log_once(text: str) -> None:
     _log.info(text)
 
 
-def _or_none(function):
-    """Makes a function return None where oneDNN cannot do it, and say why, once each reason."""
+def _or_step_by_step(function):
+    """Does what oneDNN refuses to do at once one after another, and bfloat16, which processors
+    without AVX-512 lack, in float32, rounded.
+    """
 
     @functools.wraps(function)
-    def attempt(x, *arguments, **options):
-        if x.dtype not in _TYPES:
-            return None
+    def attempt(*arguments, then=(), dtype=None, out=None, **options):
+        dtype = arguments[0].dtype if dtype is None else dtype
         try:
-            return function(x, *arguments, **options)
+            return function(*arguments, then=then, dtype=dtype, out=out, **options)
         except Unsupported as error:
-            _say(f"oneDNN: {error}; Paddle's own operators are used instead")
-            return None
+            if then:
+                y = attempt(*arguments, dtype=dtype, out=out, **options)
+                for name, other in then:
+                    y = y.add_(other) if name == "add" else y.multiply_(other)
+                return y
+            if arguments[0].dtype != paddle.bfloat16:
+                raise
+            _log_once(f"oneDNN: {error} in bfloat16, to which results are rounded instead")
+            wide = [cast(a, paddle.float32) if _is_bfloat16(a) else a for a in arguments]
+            return cast(attempt(*wide, **options), dtype, out)
 
     return attempt
 
 
-@_or_none
+def _is_bfloat16(x) -> bool:
+    return isinstance(x, paddle.Tensor) and x.dtype == paddle.bfloat16
+
+
+@_or_step_by_step
 def product(
     a, b, transpose_a=False, transpose_b=False, bias=None, gelu=False, then=(), dtype=None, out=None
 ):
@@ -132,61 +157,41 @@ def product(
         dtype: of the result; None for that of ``a``.
         out: where the result is to be written, contiguous and of this type; None: a new tensor.
 
-    Returns:
-        The result, or None where oneDNN cannot be used, as of all functions here.
+    Raises:
+        Unsupported: there is no oneDNN, or it refuses; so do all functions here.
     """
-    dtype = a.dtype if dtype is None else dtype
     tensors = [a, b, *([] if bias is None else [bias]), *(tensor for _, tensor in then)]
-    run, shape = _product(
-        _kinds(tensors),
-        transpose_a,
-        transpose_b,
-        bias is not None,
-        gelu,
-        tuple(name for name, _ in then),
-        dtype,
-    )
-    if run is None and then:  # no kernel does all of it at once
-        y = product(a, b, transpose_a, transpose_b, bias, gelu, dtype=dtype, out=out)
-        return None if y is None else go_on(y, then)
-    return run and run(tensors, paddle.empty(shape, dtype) if out is None else out)
+    names = tuple(name for name, _ in then)
+    has_bias = bias is not None
+    run, shape = _product(_kinds(tensors), transpose_a, transpose_b, has_bias, gelu, names, dtype)
+    return run(tensors, paddle.empty(shape, dtype) if out is None else out)
 
 
-def go_on(y, then):
-    """Applies each of ``then``, as `product` takes it, to ``y`` in place."""
-    for name, other in then:
-        y = y.add_(other) if name == "add" else y.multiply_(other)
-    return y
-
-
-@_or_none
-def multiply(a, b, then=(), dtype=None, out=None):
+@_or_step_by_step
+def multiply(a, b, *, then=(), dtype=None, out=None):
     """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``; see `product`."""
-    dtype = a.dtype if dtype is None else dtype
     tensors = [a, b, *(tensor for _, tensor in then)]
     run = _multiplication(_kinds(tensors), tuple(name for name, _ in then), dtype)
-    return run and run(tensors, paddle.empty(a.shape, dtype) if out is None else out)
+    return run(tensors, paddle.empty(a.shape, dtype) if out is None else out)
 
 
-@_or_none
-def gelu(x):
+@_or_step_by_step
+def gelu(x, **_):
     """GELU in its exact form, of the type of ``x``."""
     return _gelu(tuple(x.shape), x.dtype)[0]([x], paddle.empty(x.shape, x.dtype))
 
 
-@_or_none
-def gelu_gradient(gradient, x):
-    """The gradient of GELU's argument ``x`` from that of its result, which it overwrites."""
+@_or_step_by_step
+def gelu_gradient(gradient, x, **_):
+    """The gradient of GELU's argument ``x`` from that of its result, which it may overwrite."""
     return _gelu(tuple(x.shape), x.dtype)[1]([gradient, x], gradient)
 
 
-@_or_none
 def cast(x, dtype, out=None):
     """``x`` in another type."""
     return reorder(x, x.shape, range(len(x.shape)), dtype, out)
 
 
-@_or_none
 def reorder(x, shape, axes, dtype, out=None):
     """``x.reshape(shape).transpose(axes)`` in another type, in one pass."""
     run = _reorder(tuple(shape), tuple(axes), x.dtype, dtype)
@@ -310,9 +315,10 @@ def _reorder(shape, axes, source, target):
 
 
 def _fast(descriptor, arguments):
-    """A primitive; None where it would loop over every case, a thousand times slower."""
-    loops = _library().implementation(descriptor).startswith(b"ref")
-    return None if loops else _Primitive(descriptor, arguments)
+    """A primitive; refused where it would loop over every case, a thousand times slower."""
+    if _library().implementation(descriptor).startswith(b"ref"):
+        raise Unsupported("no kernel but plain loops")
+    return _Primitive(descriptor, arguments)
 
 
 def _attributes(gelu: bool, then: list):

@@ -32,13 +32,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from contextvars import ContextVar
 from typing import NamedTuple
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.autograd.py_layer import once_differentiable
@@ -62,7 +60,7 @@ def bfloat16(wanted: bool = True):
 
 def has_bfloat16() -> bool:
     """Whether `bfloat16` can be used at all, fast or not."""
-    return onednn.cast(paddle.zeros([1]), paddle.bfloat16) is not None
+    return onednn.has(paddle.float32)
 
 
 def choose_precision(dtype: str) -> tuple[str, str]:
@@ -84,10 +82,10 @@ def choose_precision(dtype: str) -> tuple[str, str]:
 def usable(layer) -> bool:
     """Whether the functions below compute what the parts of ``layer`` would.
 
-    Not while a graph is traced or exported, not on a GPU, not with a dropout that is on, and not
-    when someone listens to a part with a hook (which would never be called) or has put another
-    layer in its place (LoRA, quantization); nor where a slice is a copy, into which nothing can be
-    written (a Paddle flag).
+    Not while a graph is traced or exported, not on a GPU, not without oneDNN (which knows no
+    float64), not with a dropout that is on, and not when someone listens to a part with a hook
+    (which would never be called) or has put another layer in its place (LoRA, quantization); nor
+    where a slice is a copy, into which nothing can be written (a Paddle flag).
     """
     return (
         paddle.in_dynamic_mode()
@@ -98,6 +96,7 @@ def usable(layer) -> bool:
             or part._forward_post_hooks
             or (isinstance(part, nn.Dropout) and part.training and part.p)
             or not (type(part) in _LAYERS or type(part).__module__ == "resmlp")
+            or (isinstance(part, (nn.Linear, nn.Conv2D)) and not onednn.has(part.weight.dtype))
             for part in layer.sublayers()
         )
     )
@@ -105,26 +104,19 @@ def usable(layer) -> bool:
 
 def embed_patches(images, conv):
     """A convolution whose stride is its kernel, as a matrix product: ``[B, N, C]`` tokens."""
-    rows = _cut(images, *conv.weight.shape[2:])
+    height, width = conv.weight.shape[2:]
+    batch, channels, *sizes = images.shape
+    if _wants_gradient(images) or sizes[0] % height or sizes[1] % width:
+        return conv(images).flatten(2).transpose([0, 2, 1])
+    grid = [batch, channels, sizes[0] // height, height, sizes[1] // width, width]
+    rows = onednn.reorder(images, grid, [0, 2, 4, 1, 3, 5], _narrow_type(images))
+    rows = rows.reshape([-1, channels * height * width])  # [M, 3 * patch]
     weight = conv.weight.flatten(1).t()
-    if _wants_gradient(rows, weight, conv.bias):
+    if _wants_gradient(weight, conv.bias):
         y = _Linear.apply(rows, weight, conv.bias)
     else:
-        y = _product(_narrow(rows), _narrow(weight), bias=conv.bias, dtype=conv.bias.dtype)
-    return y.reshape([images.shape[0], -1, y.shape[-1]])
-
-
-def _cut(images, height, width):
-    """Patches ``[M, 3 * height * width]``."""
-    batch, channels, *sizes = images.shape
-    rows = None
-    if not (_wants_gradient(images) or sizes[0] % height or sizes[1] % width):
-        grid = [batch, channels, sizes[0] // height, height, sizes[1] // width, width]
-        dtype = _precision.get()
-        rows = onednn.reorder(images, grid, [0, 2, 4, 1, 3, 5], dtype)  # [B, grid, 3, patch]
-    if rows is None:
-        rows = F.unfold(images, [height, width], [height, width]).transpose([0, 2, 1])
-    return rows.reshape([-1, channels * height * width])
+        y = onednn.product(rows, _narrow(weight), bias=conv.bias, dtype=conv.bias.dtype)
+    return y.reshape([batch, -1, y.shape[-1]])
 
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
@@ -148,23 +140,20 @@ def mix_channels(x, norm, mlp, layer_scale, mask):
 
 
 class _Linear(PyLayer):
+    """``rows @ weight + bias``, of rows that want no gradient."""
+
     @staticmethod
     def forward(ctx, rows, weight, bias):
         _remember_needed(ctx, rows, weight, bias)
-        rows, weight = _narrow(rows), _narrow(weight)
-        ctx.save_for_backward(rows, weight)
-        return _product(rows, weight, bias=bias, dtype=bias.dtype)
+        ctx.save_for_backward(rows)
+        return onednn.product(rows, _narrow(weight), bias=bias, dtype=bias.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, weight = ctx.saved_tensor()
-        narrow, wide = _cast(grad, rows.dtype), grad.dtype
-        d_rows = None
-        if ctx.needed[0]:
-            d_rows = _product(narrow, weight, transpose_b=True, dtype=wide)
-        d_weight = _product(rows, narrow, transpose_a=True, dtype=wide)
-        return _only_needed(ctx, d_rows, d_weight, _column_sum(grad))
+        (rows,) = ctx.saved_tensor()
+        d_weight = onednn.product(rows, _cast(grad, rows.dtype), transpose_a=True, dtype=grad.dtype)
+        return _only_needed(ctx, None, d_weight, _column_sum(grad))
 
 
 # ------------------------------------------------------------- drop path, for kept samples alone
@@ -211,7 +200,8 @@ def _take(x, kept, dtype):
 def _add_branch(x, kept, branch):
     """``x`` with a branch added to the samples that are kept.
 
-    ``branch`` computes a slice of them; it takes `_product`'s ``then``, ``dtype`` and ``out``.
+    ``branch`` computes a slice of them; it takes ``then``, ``dtype`` and ``out`` of
+    `onednn.product`.
     """
     if kept is None or not kept.dropped:
         return branch(slice(None), then=[("add", x)], dtype=x.dtype)
@@ -233,7 +223,7 @@ def _tokens_forward(x, alpha, beta, w, bias, scale, kept):
 
     def branch(part, then, **result):
         then = [*first, *then]
-        return _product(narrow_w, narrow_x[part], transpose_a=True, then=then, **result)
+        return onednn.product(narrow_w, narrow_x[part], transpose_a=True, then=then, **result)
 
     return _add_branch(x, kept, branch), narrow_x, narrow_w, factor, sums, constant
 
@@ -253,18 +243,20 @@ class _MixTokens(PyLayer):
         x, narrow_w, factor, sums, constant, alpha, beta, scale = ctx.saved_tensor()
         kept = ctx.kept
         branch = _take(grad, kept, x.dtype)  # of (w^T x) * factor + scale * constant
-        back = _product(narrow_w, branch)  # [kept, N, C], of x * factor
-        d_factor = _column_sum(_multiply(back, x))  # [C]
+        back = onednn.product(narrow_w, branch)  # [kept, N, C], of x * factor
+        d_factor = _column_sum(onednn.multiply(back, x))  # [C]
         d_constant = _batch_sum(grad, kept and kept.weights)  # [N, C], before the LayerScale
         d_scale = d_factor * alpha.flatten() + _column_sum(d_constant * constant)
         d_constant = d_constant * scale
-        d_w = _product(x, _multiply(branch, factor), transpose_b=True, dtype=grad.dtype)
+        d_w = onednn.product(x, onednn.multiply(branch, factor), transpose_b=True, dtype=grad.dtype)
         d_w = _batch_sum(d_w)  # [B, N, N] -> [N, N]
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
         back = _cast(back, grad.dtype)
         return _only_needed(
             ctx,
-            _add_branch(grad, kept, lambda part, **last: _multiply(back[part], factor, **last)),
+            _add_branch(
+                grad, kept, lambda part, **last: onednn.multiply(back[part], factor, **last)
+            ),
             (d_factor * scale).reshape(alpha.shape),
             paddle.matmul(sums, d_constant).reshape(beta.shape),
             d_w,
@@ -279,13 +271,13 @@ def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, kept, first_h
     ``first_half`` makes the hidden units, and what else comes of them is returned too.
     """
     folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
-    folded2 = _narrow(_multiply(w2, scale))  # [H, C]
+    folded2 = _narrow(onednn.multiply(w2, scale))  # [H, C]
     narrow = _take(x, kept, _narrow_type(x))
     bias1, bias2 = bias1 + paddle.matmul(beta.flatten(), w1), bias2 * scale
     hidden, *rest = first_half(narrow, folded1, bias1)  # [kept, N, H]
 
     def branch(part, **last):
-        return _product(hidden[part], folded2, bias=bias2, **last)
+        return onednn.product(hidden[part], folded2, bias=bias2, **last)
 
     return _add_branch(x, kept, branch), narrow, folded1, folded2, hidden, *rest
 
@@ -309,16 +301,20 @@ class _MixChannels(PyLayer):
         del ctx.gelu
         wide = grad.dtype
         branch = _take(grad, ctx.kept, x.dtype)  # [kept, N, C]
-        d_folded2 = _product(_rows(hidden), _rows(branch), transpose_a=True, dtype=wide)  # [H, C]
+        d_folded2 = onednn.product(
+            _rows(hidden), _rows(branch), transpose_a=True, dtype=wide
+        )  # [H, C]
         del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_before = gelu_gradient(_product(branch, folded2, transpose_b=True))  # [kept, N, H]
+        d_before = gelu_gradient(onednn.product(branch, folded2, transpose_b=True))  # [kept, N, H]
         del gelu_gradient
-        d_folded1 = _product(_rows(x), _rows(d_before), transpose_a=True, dtype=wide)  # [C, H]
+        d_folded1 = onednn.product(
+            _rows(x), _rows(d_before), transpose_a=True, dtype=wide
+        )  # [C, H]
         d_bias1 = _column_sum(d_before)
 
         def before(part, **last):
-            return _product(d_before[part], folded1, transpose_b=True, **last)
+            return onednn.product(d_before[part], folded1, transpose_b=True, **last)
 
         return _only_needed(
             ctx,
@@ -327,64 +323,22 @@ class _MixChannels(PyLayer):
             paddle.mv(w1, d_bias1).reshape(beta.shape),
             _scale_rows(alpha, d_folded1).add_(_outer(beta.flatten(), d_bias1)),
             d_bias1,
-            _multiply(d_folded2, scale),
+            onednn.multiply(d_folded2, scale),
             d_bias2 * scale,
             _column_sum(d_folded2 * w2) + d_bias2 * bias2,
         )
 
 
-# ------------------------------------------- operators: oneDNN's, or Paddle's where it is missing
-def _product(a, b, transpose_a=False, transpose_b=False, bias=None, then=(), dtype=None, out=None):
-    """``a @ b + bias``, then each of ``then``: as `onednn.product`."""
-    y = onednn.product(a, b, transpose_a, transpose_b, bias, then=then, dtype=dtype, out=out)
-    if y is not None:
-        return y
-    dtype, a, b = dtype or a.dtype, _wide(a), _wide(b)
-    y = paddle.matmul(a, b, transpose_a, transpose_b) if bias is None else _linear(a, b, bias)
-    return _into(out, _cast(onednn.go_on(y, then), dtype))
-
-
-def _linear(x, weight, bias):
-    """``x @ weight + bias``, where ``addmm`` adds within the product."""
-    return paddle.addmm(bias, _rows(x), weight).reshape([*x.shape[:-1], -1])
-
-
-def _multiply(a, b, then=(), dtype=None, out=None):
-    """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``."""
-    y = onednn.multiply(a, b, then, dtype, out)
-    if y is not None:
-        return y
-    return _into(out, _cast(onednn.go_on(_wide(a) * _wide(b), then), dtype or a.dtype))
-
-
+# -------------------------------------------------------------------------------- operators
 def _gelu_of_product(rows, weight, bias):
     """``gelu(rows @ weight + bias)``, alone in a tuple."""
-    y = onednn.product(rows, weight, bias=bias, gelu=True)
-    if y is None:
-        y = _cast(F.gelu(_linear(_wide(rows), _wide(weight), bias)), rows.dtype)
-    return (y,)
+    return (onednn.product(rows, weight, bias=bias, gelu=True),)
 
 
 def _differentiable_gelu_of_product(rows, weight, bias):
     """The same, and the function that leads a gradient back to before the GELU."""
-    before = _product(rows, weight, bias=bias)
-    hidden = onednn.gelu(before)
-    if hidden is not None:
-        return hidden, lambda gradient: onednn.gelu_gradient(gradient, before)
-    before = _wide(before)
-
-    def backward(gradient):
-        return _cast(_gelu_gradient(_wide(gradient), before), gradient.dtype)
-
-    return _cast(F.gelu(before), rows.dtype), backward
-
-
-def _gelu_gradient(gradient, x):
-    """`onednn.gelu_gradient` by Paddle; `paddle.grad` within itself would crash the process."""
-    if hasattr(paddle._C_ops, "gelu_grad"):  # not in Paddle 2.6
-        return paddle._C_ops.gelu_grad(x, gradient, False)
-    density = paddle.exp(x * x * -0.5) / math.sqrt(2 * math.pi)
-    return gradient * (0.5 + 0.5 * paddle.erf(x * math.sqrt(0.5)) + x * density)
+    before = onednn.product(rows, weight, bias=bias)
+    return onednn.gelu(before), lambda gradient: onednn.gelu_gradient(gradient, before)
 
 
 def _narrow(x):
@@ -396,20 +350,8 @@ def _narrow_type(x):
     return _precision.get() if x.dtype == paddle.float32 else x.dtype
 
 
-def _wide(x):
-    """``x`` as Paddle's operators take it: they know no bfloat16 on a CPU."""
-    return _cast(x, paddle.float32) if x.dtype == paddle.bfloat16 else x
-
-
 def _cast(x, dtype, out=None):
-    if x.dtype == dtype and out is None:
-        return x
-    y = onednn.cast(x, dtype, out)
-    return _into(out, x.astype(dtype)) if y is None else y
-
-
-def _into(out, x):
-    return x if out is None else paddle.assign(x, out)
+    return x if x.dtype == dtype and out is None else onednn.cast(x, dtype, out)
 
 
 def _column_sum(x):
@@ -418,7 +360,7 @@ def _column_sum(x):
     ones = _ones(rows.shape[0], x.dtype)
     if x.dtype != paddle.bfloat16:
         return paddle.matmul(ones, rows)
-    return _product(rows, ones.unsqueeze(1), transpose_a=True, dtype=paddle.float32).flatten()
+    return onednn.product(rows, ones.unsqueeze(1), transpose_a=True, dtype=paddle.float32).flatten()
 
 
 def _batch_sum(x, weights=None):
@@ -447,7 +389,7 @@ def _outer(a, b):
 
 def _scale_rows(a, x):
     """``a[i] * x[i]``, seen as ``[1, rows, rest]``, whose middle axis oneDNN takes for channels."""
-    return _multiply(x.reshape([1, a.size, -1]), a.reshape([1, -1, 1])).reshape(x.shape)
+    return onednn.multiply(x.reshape([1, a.size, -1]), a.reshape([1, -1, 1])).reshape(x.shape)
 
 
 def _wants_gradient(*inputs):

@@ -17,9 +17,7 @@ from training.precision import autocast, choose_precision
 from .helpers.runs import HALF, metrics
 from .helpers.tiny_data import make_config, make_data
 
-pytestmark = pytest.mark.skipif(
-    onednn.cast(paddle.zeros([1]), paddle.float32) is None, reason="no oneDNN in this Paddle"
-)
+pytestmark = pytest.mark.skipif(not onednn.has(paddle.float32), reason="no oneDNN in this Paddle")
 
 
 @pytest.fixture(autouse=True)
@@ -119,15 +117,8 @@ def test_small_gradients_of_36_layers_do_not_vanish():
     assert abs(expected["mixer_layers.0.mlp_channels.fc1.weight"]).max() < 1e-4
     assert_near(found, expected)
     for name, value in expected.items():
-        assert ((found[name] != 0) | (value == 0)).all(), name
-
-
-def test_without_onednn_in_the_middle_of_a_block_paddle_computes_the_same(monkeypatch):
-    block, x = random_block(), paddle.randn([4, 49, 96])
-    expected = gradients(block, x, True)
-    for name in ("product", "multiply", "gelu"):
-        monkeypatch.setattr(onednn, name, lambda *args, **options: None)
-    assert_near(gradients(block, x, True), expected)
+        large = abs(value) > 0.01 * abs(value).max()  # what is near 0 may cancel out
+        assert (found[name][large] != 0).all(), name
 
 
 @pytest.mark.parametrize(
