@@ -39,9 +39,7 @@ class Teacher:
     Args:
         network: images -> logits ``[B, K]`` (or a tuple that begins with them).
         image_size: H and W of its input, in pixels.
-        mean, std: normalisation of its input, a number per channel.
-        student_mean, student_std: normalisation of the images it is given.
-        classes: the names of its outputs.
+        mean, std: normalisation of its input; ``student_...``: of the images it is given.
     """
 
     def __init__(

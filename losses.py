@@ -22,15 +22,7 @@ Criterion = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
 
 
 def build_criterion(config, labels: Sequence[int] = ()) -> Criterion:
-    """The loss of TRAIN.LOSS: a function of logits ``[B, K]`` and targets, see the classes.
-
-    Args:
-        config: the run's config.
-        labels: of the training images, see `class_weights`.
-
-    Raises:
-        ConfigError: as `class_weights`.
-    """
+    """The loss of TRAIN.LOSS; ``labels`` are those of the training images (`class_weights`)."""
     train, weights = config.TRAIN, class_weights(config, labels)
     if train.LOSS == "ce":
         return CrossEntropy(train.SMOOTHING, weights)

@@ -25,8 +25,6 @@ def load_pretrained(
     """Loads the weights that a config names, as its ``MODEL`` section says.
 
     Args:
-        model: receives the weights.
-        config: PRETRAINED, PRETRAINED_KEY and RESIZE_TOKENS of its ``MODEL`` are used.
         new_head: see `load_state`: for training on other classes.
         file: what `read_pretrained` has found there already.
 
@@ -78,7 +76,6 @@ def load_state(
     """Loads a state dict into the model, all of it or (with an error) nothing.
 
     Args:
-        model: receives the weights.
         state: parameter name -> array, as `weights.read_weights` returns it.
         new_head: accept weights for another number of classes; the head keeps its initialisation.
             A text: it does in any case, for that reason.
@@ -182,12 +179,8 @@ def resample_tokens(
     same size stays as it is.
 
     Args:
-        weight: ``[T, T]``, input tokens first (Paddle's layout), T a square number.
-        bias: ``[T]``.
+        weight, bias: ``[T, T]``, input tokens first (Paddle's layout), and ``[T]``, T a square.
         new_grid: patches along a side of the new grid.
-
-    Returns:
-        Weight and bias for ``new_grid ** 2`` tokens, float32.
     """
     old_grid = math.isqrt(len(bias))
     to_new, to_old = _bicubic(old_grid, new_grid), _bicubic(new_grid, old_grid)

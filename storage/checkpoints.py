@@ -50,7 +50,6 @@ def save(state: dict, path: str | os.PathLike, names: Sequence[str] = ()) -> Non
 
     Args:
         state: containers, numbers, text and arrays (see `to_numpy`).
-        path: the file; a temporary one is written beside it, flushed to disk and renamed.
         names: what else it is called in its folder (`duplicate`). It gets these names first: once
             ``path`` is the new file, everything is done.
 
@@ -137,10 +136,9 @@ def find(path: str | os.PathLike) -> Path:
 def load(
     path: str | os.PathLike, foreign: Callable[[Path], dict | None] = lambda path: None
 ) -> dict:
-    """Reads a checkpoint back and checks that nothing of it was damaged.
+    """Reads a checkpoint back (with or without ``.pdparams``) and checks that it is whole.
 
     Args:
-        path: the file, with or without ``.pdparams``.
         foreign: reads a file that is none of this project's; None: nor is it another's.
 
     Raises:
@@ -173,10 +171,8 @@ def load(
 
 
 def load_newest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
-    """Reads the newest whole checkpoint of a run's folder; says so when newer ones are damaged.
-
-    Returns:
-        The state and its file, or None where the folder holds no checkpoint.
+    """The newest whole checkpoint of a run's folder and its file; None: there is none. It says
+    so when newer ones are damaged.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
@@ -216,13 +212,6 @@ def go_back_to(path: str | os.PathLike, state: dict) -> None:
 
     Those of later epochs are kept as ``abandoned_...``, which nothing reads: ``-resume auto`` and
     rotation would mix up two runs. ``best`` is the best of its time again, if that is still there.
-
-    Args:
-        path: the earlier checkpoint.
-        state: what it holds.
-
-    Raises:
-        CheckpointError: that cannot be done.
     """
     path, place = Path(path), state["place"]
     later = [epoch_name(e) for e in _kept_epochs(path.parent) if e > place["epoch"]]

@@ -25,11 +25,6 @@ from loading.classes import UNKNOWN, ClassNames
 from storage import safe_pickle
 from storage.files import printable, shorten, unreachable, write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows, where a file that is open cannot be deleted
-    fcntl = None
-
 SUFFIXES = ("", ".pdparams", ".safetensors")
 KEYS = ("auto", "model", "model_ema")
 # Where training checkpoints keep a model: PPViT's and DeiT's name, timm's; averaged weights first.
@@ -51,10 +46,7 @@ class WeightFile:
 
     Attributes:
         state: parameter name -> float32 array, as the file names and shapes them.
-        key: which of a checkpoint's state dicts was taken (``model``, ``model_ema``); empty for a
-            file that is one state dict.
-        path: the file that was read.
-        classes: the names of its classes, where it says them.
+        key: which one of a checkpoint it is (``model``, ``model_ema``); empty: of no checkpoint.
     """
 
     state: dict[str, np.ndarray]
@@ -93,14 +85,8 @@ def find_file(path: str | os.PathLike) -> Path:
 
 
 def safe_load(path: str | os.PathLike) -> Any:
-    """Reads a ``.pdparams`` or ``.safetensors`` file as it is nested, running nothing of it.
-
-    Args:
-        path: the file, with or without its suffix.
-
-    Returns:
-        The containers, numbers, strings and NumPy arrays of the file. bfloat16 is ``uint16``, as
-        Paddle writes it.
+    """The containers, numbers, texts and arrays of a ``.pdparams`` or ``.safetensors`` file (with
+    or without its suffix), of which nothing is run. bfloat16 is ``uint16``, as Paddle writes it.
 
     Raises:
         WeightsError: no such file; or it is truncated, foreign, or holds more than plain data.
@@ -146,20 +132,13 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     Args:
         path: the file, with or without its suffix.
         key: which weights of a checkpoint: ``model``, ``model_ema``, or ``auto``: ``model_ema``
-            where there is one, else ``model``; timm's ``state_dict_ema`` and ``state_dict`` mean
-            the same. (The averaged weights are what one evaluates and
-            fine-tunes from; PPViT and timm do the same.) A file that is one state dict has no
-            choice, and ``model`` means it too.
-
-    Returns:
-        The weights in float32, with the key that was taken.
+            where there is one (which one evaluates and fine-tunes, as with PPViT and timm), else
+            ``model``. timm's ``state_dict_ema`` and ``state_dict`` mean the same.
 
     Raises:
         WeightsError: see `safe_load`; also no weights, weights that are no floating point
             numbers, NaN or infinite values.
     """
-    if key not in KEYS:
-        raise WeightsError(f"MODEL.PRETRAINED_KEY is {key!r}; choose one of {', '.join(KEYS)}")
     path = find_file(path)
     content = _load(path)
     if not isinstance(content, dict):
@@ -175,11 +154,7 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
 
 
 def check_state(state: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
-    """The state as float32 arrays, if every entry is a finite floating point array.
-
-    Args:
-        state: parameter name -> array; ``uint16`` is taken for bfloat16, as Paddle writes it.
-        source: the file, for messages.
+    """The state as float32 arrays; ``uint16`` is bfloat16, as Paddle writes it.
 
     Raises:
         WeightsError: naming the entries that are something else, or not finite.
@@ -211,12 +186,14 @@ def write_weights(
     Args:
         state: parameter name -> NumPy array or Paddle tensor.
         path: ``*.safetensors``, or any other name for the format of ``paddle.save``.
-        classes: kept in the file's metadata, or in the table that ``paddle.load`` drops.
 
     Raises:
         UserError: the file cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(_to_numpy(value)) for name, value in state.items()}
+    arrays = {
+        name: np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy())
+        for name, value in state.items()
+    }
     record = json.dumps(classes.record()) if classes else ""
     if Path(path).suffix == ".safetensors":
         from safetensors.numpy import save
@@ -293,9 +270,8 @@ def without_prefixes(state: Mapping[str, Any], path: str | os.PathLike) -> dict[
 
 
 def _without_prefix(name: Any) -> Any:
-    for prefix in _PREFIXES:
-        if isinstance(name, str) and name.startswith(prefix):
-            return _without_prefix(name[len(prefix) :])
+    while isinstance(name, str) and name.startswith(_PREFIXES):
+        name = name.split(".", 1)[1]
     return name
 
 
@@ -309,7 +285,3 @@ def _float32(value: np.ndarray | np.generic) -> np.ndarray:
     if value.dtype == np.uint16:  # bfloat16: the upper half of a float32
         return (value.astype("<u4") << 16).view("<f4")
     return value.astype(np.float32, copy=False)
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    return value if isinstance(value, np.ndarray) else value.numpy()

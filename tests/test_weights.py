@@ -142,12 +142,6 @@ def test_plain_data_survives_every_protocol(tmp_path, protocol):
     assert found["empty"].shape == (0, 2)
 
 
-@pytest.mark.parametrize("given", ["x", "x.pdparams"])
-def test_the_suffix_may_be_left_out(tmp_path, state, given):
-    write_weights(state, tmp_path / "x.pdparams")
-    assert_same(read_weights(tmp_path / given).state, state)
-
-
 def test_safetensors_is_read_by_name_or_by_content(tmp_path, state):
     write_weights(state, tmp_path / "x.safetensors")
     assert_same(read_weights(tmp_path / "x").state, state)
@@ -447,11 +441,6 @@ def test_a_closed_folder_is_told_from_a_missing_file(tmp_path, mode, reason):
     (tmp_path / "closed").chmod(0o700)
 
 
-def test_an_unknown_key_is_refused(tmp_path, state):
-    with pytest.raises(WeightsError, match="'ema'; choose one of auto, model, model_ema"):
-        read_weights(tmp_path / "x", "ema")
-
-
 # ------------------------------------------------------------------------- head and resolution
 def test_a_head_of_other_classes_is_refused_unless_it_may_be_new(state):
     model = tiny(num_classes=7)
@@ -544,14 +533,6 @@ def test_the_new_layer_mixes_as_the_old_one_between_two_resizings_by_pillow(old,
     expected = pillow_resize(mixed.reshape(old, old), new)
     found = (tokens.reshape(-1) @ new_weight + new_bias).reshape(new, new)
     np.testing.assert_allclose(found, expected, atol=5e-5)
-
-
-def test_resampled_rows_keep_a_common_sum():
-    weight, bias = random_layer(6)
-    weight /= weight.sum(axis=0, keepdims=True)  # every output sums its inputs with weight 1
-    for grid in (3, 6, 9, 12):
-        new_weight, _ = resample_tokens(weight, bias, grid)
-        np.testing.assert_allclose(new_weight.sum(axis=0), 1.0, atol=2e-4)
 
 
 # ------------------------------------------------------------------------- wrapped, and written

@@ -196,8 +196,7 @@ def evaluate(
         num_classes: K; top-5 is top-K where K is smaller.
         confusion: also count labels against predictions (`Metrics.confusion`) and confidences
             (`Metrics.calibration`).
-        stop: asked before each batch whether to break off.
-        progress: called after each batch with batches done and in all.
+        stop: called before each batch: whether to break off.
         accepted: int64 ``[images, M]``, labels that count as right, filled up with -1: also
             measures ``real_top1`` and ``real_top5`` (a right one is among the predictions).
         subset: the classes that the data have: also measures ``subset_top1`` and ``subset_top5``,

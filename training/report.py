@@ -152,3 +152,8 @@ class Report:
                 f"done: best top-1{' of the EMA' * ema} {progress.best_top1:.2f} %, after epoch "
                 f"{progress.best_epoch}{by}, in {path}"
             )
+            if path.is_file():
+                _log.info(
+                    f"{path.name}: {path.stat().st_size / 1e6:.1f} MB with the optimizer's state; "
+                    "tools/export.py -format safetensors writes the weights alone"
+                )
