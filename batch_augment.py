@@ -9,7 +9,7 @@ import paddle
 
 from mixup import Mixup
 from random_erasing import RandomErasing
-from utils import Normalize
+from utils import Normalize, to_device
 
 
 class BatchAugment:
@@ -36,9 +36,15 @@ class BatchAugment:
         Returns:
             float32 images ``[B, 3, H, W]``, and targets: the labels, or after mixing ``[B, K]``.
         """
-        images = self.normalize(images)
+        batch, height, width, channels = images.shape
+        images, erasing, mixing = self.normalize(images), [], []
         if self.erase is not None:
-            images = self.erase(images, rng)
+            erasing = self.erase.plan(rng, batch, channels, height, width)
         if self.mix is not None:
-            return self.mix(images, labels, rng)
+            mixing = self.mix.plan(rng, batch, height, width)
+        plan = to_device([*erasing, *mixing])
+        if self.erase is not None:
+            images = self.erase.apply(images, plan[: len(erasing)])
+        if self.mix is not None:
+            return self.mix.apply(images, labels, plan[len(erasing) :])
         return images, labels

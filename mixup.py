@@ -19,6 +19,7 @@ import paddle
 import paddle.nn.functional as F
 
 from cli.errors import ConfigError
+from utils import to_device
 
 
 def smooth_one_hot(labels: paddle.Tensor, num_classes: int, smoothing: float) -> paddle.Tensor:
@@ -169,39 +170,38 @@ class Mixup:
             boxes, strength = boxes[order], strength[order]
         return Mix(boxes, strength)
 
-    def __call__(
-        self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Mixes a batch.
+    def plan(self, rng: np.random.Generator, batch: int, height: int, width: int) -> list:
+        """What `apply` needs on the device, float32 arrays; none where nothing is mixed.
 
-        Args:
-            images: ``[B, C, H, W]``, float32.
-            labels: ``[B]`` class indices, int64.
-            rng: source of all randomness.
+        The partner's share of a pixel is a product: of rows ``[n, H, 1]``, columns ``[n, 1, W]``.
+        Last comes an image's share of its target, ``[n, 1]``.
+        """
+        mix = self.draw(rng, batch, height, width)
+        if not mix.strength.any():
+            return []
+        top, bottom, left, right = mix.boxes.T[..., None]
+        y, x = np.arange(height), np.arange(width)
+        rows = ((y >= top) & (y < bottom)) * mix.strength[:, None]
+        columns = (x >= left) & (x < right)
+        arrays = rows[:, :, None], columns[:, None, :], mix.own_share(height, width)[:, None]
+        return [array.astype("float32") for array in arrays]
+
+    def apply(self, images: paddle.Tensor, labels: paddle.Tensor, plan: list[paddle.Tensor]):
+        """Mixes float32 images ``[B, C, H, W]`` and labels ``[B]``, int64; see `__call__`."""
+        targets = smooth_one_hot(labels, self.num_classes, self.smoothing)
+        if not plan:
+            return images, targets
+        rows, columns, own = plan
+        # index_select and lerp: on CPU a seventh of the time of flip, and of assigning to a slice
+        partner = paddle.arange(len(labels) - 1, -1, -1)
+        share = (rows * columns).unsqueeze(1)  # [n, 1, H, W]
+        images = paddle.lerp(images, paddle.index_select(images, partner), share)
+        return images, paddle.lerp(paddle.index_select(targets, partner), targets, own)
+
+    def __call__(self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
+        """Mixes a batch by itself.
 
         Returns:
             The mixed images and ``[B, K]`` float32 targets; the arguments are left as they were.
         """
-        batch, _, height, width = images.shape
-        mix = self.draw(rng, batch, height, width)
-        targets = smooth_one_hot(labels, self.num_classes, self.smoothing)
-        if not mix.strength.any():
-            return images, targets
-        # index_select and lerp: on CPU a seventh of the time of flip, and of assigning to a slice
-        partner = paddle.arange(batch - 1, -1, -1)
-        images = paddle.lerp(
-            images, paddle.index_select(images, partner), _partner_share(mix, height, width)
-        )
-        own = paddle.to_tensor(mix.own_share(height, width)[:, None].astype("float32"))
-        return images, paddle.lerp(paddle.index_select(targets, partner), targets, own)
-
-
-def _partner_share(mix: Mix, height: int, width: int) -> paddle.Tensor:
-    """``[n, 1, H, W]`` the partner's share of each pixel, from two small arrays."""
-    top, bottom, left, right = mix.boxes.T[..., None]
-    y, x = np.arange(height), np.arange(width)
-    rows = ((y >= top) & (y < bottom)) * mix.strength[:, None]  # [n, H]
-    columns = (x >= left) & (x < right)  # [n, W]
-    rows = paddle.to_tensor(rows[:, :, None].astype("float32"))
-    columns = paddle.to_tensor(columns[:, None, :].astype("float32"))
-    return (rows * columns).unsqueeze(1)
+        return self.apply(images, labels, to_device(self.plan(rng, len(labels), *images.shape[2:])))

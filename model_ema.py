@@ -33,6 +33,19 @@ class ModelEma:
             parameter.stop_gradient = True
         pairs = zip(self.model.parameters(), model.parameters())
         self._pairs = [(average, p) for average, p in pairs if not p.stop_gradient]  # not frozen
+        if paddle.get_device() != "cpu":
+            self._join()
+
+    def _join(self) -> None:
+        """Lays the averages side by side, for an update of one launch instead of one for each."""
+        averages, parameters = zip(*self._pairs)
+        joined, start = paddle.concat([average.flatten() for average in averages]), 0
+        for average in averages:
+            part = joined._slice(start, start + average.size)  # shares the memory
+            part.get_tensor()._set_dims(average.shape)
+            part._share_buffer_to(average)
+            start += average.size
+        self._pairs = [(joined, parameters)]
 
     def decay_at(self, step: int) -> float:
         """The decay of update number ``step``, counted from 0."""
@@ -50,4 +63,6 @@ class ModelEma:
         if applied is not None:
             weight = weight * applied.astype("float32")
         for average, parameter in self._pairs:
-            average.lerp_(parameter.astype(average.dtype), weight)
+            if isinstance(parameter, tuple):
+                parameter = paddle.concat([p.flatten() for p in parameter])
+            average.lerp_(parameter, weight)

@@ -187,12 +187,18 @@ def clip_gradients(parameters: list, max_norm: float | None) -> paddle.Tensor:
         The norm before clipping, a float32 scalar on the device (no host synchronisation).
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    squares = [paddle.square(g.astype("float32")).sum() for g in grads]  # ** is 50 times slower
+    on_gpu = paddle.get_device() != "cpu"  # where a copy costs less than a launch a parameter
+    parts = [paddle.concat([g.flatten() for g in grads])] if on_gpu else grads
+    squares = [paddle.square(part).sum() for part in parts]  # ** is 50 times slower
     norm = paddle.stack(squares).sum().sqrt()
-    if max_norm is not None:
-        scale = max_norm / paddle.clip(norm, min=max_norm)
-        for grad in grads:
-            grad.multiply_(scale.astype(grad.dtype))
+    if max_norm is None:
+        return norm
+    excess = paddle.clip(norm, min=max_norm)
+    if on_gpu:  # divides them all in one launch
+        paddle._C_ops.check_finite_and_unscale_(grads, (excess / max_norm).reshape([1]))
+        return norm
+    for grad in grads:
+        grad.multiply_(max_norm / excess)
     return norm
 
 

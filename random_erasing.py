@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from utils import to_device
+
 AREA = (0.02, 1 / 3)  # share of the image
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height / width
 TRIES = 10
@@ -86,50 +88,51 @@ class RandomErasing:
             split=train.RANDOM_ERASE_SPLIT,
         )
 
-    def __call__(self, images: paddle.Tensor, rng: np.random.Generator) -> paddle.Tensor:
-        """Erases boxes of a batch.
+    def plan(self, rng, batch: int, channels: int, height: int, width: int) -> list[np.ndarray]:
+        """What `apply` needs on the device, int32: four arrays for each box that an image may have.
 
-        Args:
-            images: ``[B, C, H, W]``, normalised.
-            rng: source of the boxes. Noise and colours come from Paddle's generator.
-
-        Returns:
-            ``[B, C, H, W]``; the argument is left as it was.
+        With R the rows of pixels that boxes cross, of the B * C * H of a batch: the rows ``[R]``,
+        their planes ``[R]`` of B * C and images ``[R]``, and the columns inside, ``[B, W]``.
         """
-        batch, _, height, width = images.shape
         boxes = draw_boxes(rng, batch, height, width, self.prob, self.max_count)
         if self.split:
             boxes[: batch // 2] = 0
+        arrays, y, x = [], np.arange(height), np.arange(width)
         for number in range(self.max_count):
-            images = self._fill(images, boxes[:, number])
-        return images
+            top, bottom, left, right = boxes[:, number].T[..., None]
+            crossed = (y >= top) & (y < bottom)  # [B, H]
+            rows = np.flatnonzero(np.repeat(crossed, channels, axis=0))
+            planes = rows // height
+            inside = (x >= left) & (x < right)
+            if rows.size:
+                arrays += [rows, planes, planes // channels, inside]
+        return [array.astype("int32") for array in arrays]
 
-    def _fill(self, images: paddle.Tensor, boxes: np.ndarray) -> paddle.Tensor:
-        """Fills one box ``[B, 4]`` of each image."""
-        _, channels, height, width = images.shape
-        top, bottom, left, right = boxes.T[..., None]
-        y, x = np.arange(height), np.arange(width)
-        crossed = (y >= top) & (y < bottom)  # [B, H]
-        rows = np.flatnonzero(np.repeat(crossed, channels, axis=0))  # [R] of B * C * H
-        if not rows.size:
+    def apply(self, images: paddle.Tensor, plan: list[paddle.Tensor]) -> paddle.Tensor:
+        """Erases boxes of normalised images ``[B, C, H, W]``; noise comes from Paddle's generator.
+
+        The argument is left as it was.
+        """
+        if not plan:
             return images
-        planes = rows // height  # [R] of B * C
-        inside = ((x >= left) & (x < right)).astype("int32")  # [B, W]; not every gather takes bool
-
-        inside = paddle.gather(paddle.to_tensor(inside), paddle.to_tensor(planes // channels))
-        rows = paddle.to_tensor(rows)
+        width = images.shape[3]
         pixels = images.reshape([-1, width])  # [B * C * H, W]
-        filled = paddle.where(
-            inside.astype("bool"), self._noise(planes, width), paddle.gather(pixels, rows)
-        )
-        return paddle.scatter(pixels, rows, filled).reshape(images.shape)
+        for rows, planes, owners, inside in zip(*[iter(plan)] * 4):
+            inside = paddle.gather(inside, owners).astype("bool")  # not every gather takes bool
+            noise = self._noise(planes, images.shape[0] * images.shape[1], width)
+            filled = paddle.where(inside, noise, paddle.gather(pixels, rows))
+            pixels = paddle.scatter(pixels, rows, filled)
+        return pixels.reshape(images.shape)
 
-    def _noise(self, planes: np.ndarray, width: int) -> paddle.Tensor:
+    def __call__(self, images: paddle.Tensor, rng: np.random.Generator) -> paddle.Tensor:
+        """Erases boxes of a batch by itself."""
+        return self.apply(images, to_device(self.plan(rng, *images.shape)))
+
+    def _noise(self, planes: paddle.Tensor, count: int, width: int) -> paddle.Tensor:
         """What to fill rows with, ``[R, W]``; ``planes`` ``[R]`` says whose they are."""
-        shape = [len(planes), width]
+        shape = [planes.shape[0], width]
         if self.mode == "const":
             return paddle.zeros(shape)
         if self.mode == "pixel":
             return paddle.randn(shape)
-        colours = paddle.randn([int(planes[-1]) + 1, 1])  # [B * C, 1], as far as needed
-        return paddle.gather(colours, paddle.to_tensor(planes)).expand(shape)
+        return paddle.gather(paddle.randn([count, 1]), planes).expand(shape)  # a colour a plane

@@ -8,6 +8,8 @@ import contextlib
 import random
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -62,6 +64,30 @@ class Normalize:
         """Normalised images ``[B, 3, H, W]`` as uint8 ``[B, H, W, 3]``, to look at."""
         pixels = (images.transpose([0, 2, 3, 1]) - self.shift) / self.scale
         return pixels.round().clip(0, 255).numpy().astype(np.uint8)
+
+
+_underway: deque = deque(maxlen=64)  # far more batches than a GPU's queue holds
+
+
+def to_device(arrays: Sequence[np.ndarray]) -> list[paddle.Tensor]:
+    """Arrays of float32 and int32 as tensors, in one copy; on a GPU one that waits for nothing.
+
+    (There, `paddle.to_tensor` of an array waits until all that was started before is done.)
+    """
+    if not arrays:
+        return []
+    words = np.concatenate([array.view("int32").ravel() for array in arrays])
+    if paddle.get_device() == "cpu":
+        words = paddle.to_tensor(words)
+    else:  # pinned memory has to stay until its copy is done
+        _underway.append(paddle.to_tensor(words, place=paddle.CUDAPinnedPlace()))
+        words = _underway[-1].cuda(blocking=False)
+    tensors, start = [], 0
+    for array in arrays:
+        part = words[start : start + array.size].view(str(array.dtype))
+        tensors.append(part.reshape(array.shape))
+        start += array.size
+    return tensors
 
 
 def memory_mb(process: Process) -> float:

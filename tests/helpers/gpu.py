@@ -116,6 +116,9 @@ def install(set_attribute=setattr, capability=(8, 0), count: int = 1) -> None:
     set_attribute(amp, "_is_gpu_float16_supported", lambda: capability >= (7, 0))
     set_attribute(paddle.device.cuda, "get_device_capability", lambda *_: capability)
     set_attribute(paddle.device.cuda, "max_memory_allocated", lambda *_: 2**20)
+    set_attribute(paddle, "get_device", lambda: "gpu:0")
+    set_attribute(paddle, "CUDAPinnedPlace", paddle.CPUPlace)
+    set_attribute(paddle.Tensor, "cuda", lambda tensor, blocking: tensor.clone())
     set_device = paddle.set_device
     set_attribute(paddle, "set_device", lambda device: set_device("cpu"))
     set_attribute(process, "gpu_count", lambda: count)
