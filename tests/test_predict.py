@@ -5,7 +5,9 @@ import io
 import json
 import math
 import os
+import re
 import sys
+import tarfile
 
 import numpy as np
 import paddle
@@ -17,7 +19,7 @@ from cli.errors import DataError, UserError
 from config import get_config
 from cpu import onednn
 from loading.classes import ClassNames
-from tools.common import IMAGENET_CLASSES, run_config
+from tools.common import IMAGENET_CLASSES, load_model, run_config
 from tools.predict import as_csv, draw_grid, find_class_names, find_images, predict, table_rows
 
 from .helpers.tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
@@ -72,12 +74,23 @@ def test_top_k_is_capped_by_the_number_of_classes(weights, images):
     assert len(predict(images[0], weights, top_k=1)[0]["predictions"]) == 1
 
 
-def test_files_folders_and_patterns_name_images(tmp_path):
+def test_files_folders_and_patterns_name_images(tmp_path, capsys):
     paths = make_images(tmp_path / "deep" / "er", 2)
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "deep" / "photo.heic").write_text("no image")
     assert find_images([tmp_path]) == paths
+    assert "1 files are passed over" in (said := capsys.readouterr().err) and ".heic" in said
     assert find_images([f"{tmp_path}/**/*.png"]) == paths
     assert find_images([paths[1], paths[0]]) == [paths[1], paths[0]]
+
+
+@pytest.mark.parametrize("inside", ["", "/b", "/b/0.png"])
+def test_archives_and_folders_and_files_in_them_name_images(weights, images, tmp_path, inside):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number in (0, 1):
+            tar.add(images[number], f"b/{number}.png")
+    expected = predict(images[: 1 if inside.endswith("png") else 2], weights)
+    found = predict(f"{tmp_path}/x.tar{inside}", weights)
+    assert [r["predictions"] for r in found] == [r["predictions"] for r in expected]
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
@@ -86,16 +99,21 @@ def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     assert find_images([path]) == [str(path)]
 
 
-@pytest.mark.parametrize("source", ["*.jpeg", "."])
-def test_a_source_without_images_is_named(tmp_path, source):
+def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(UserError, match="no images"):
-        find_images([tmp_path / source])
+        find_images([tmp_path])
 
 
 def test_a_broken_image_is_named(weights, tmp_path):
     (tmp_path / "x.jpg").write_text("not a JPEG")
     with pytest.raises(DataError, match=r"x\.jpg"):
         predict(tmp_path / "x.jpg", weights)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x[1].png", "none/*.png"])
+def test_a_missing_image_is_named_whatever_its_name_looks_like(weights, tmp_path, name):
+    with pytest.raises(DataError, match=rf"^{re.escape(name)}: no such file"):
+        predict(name, weights)
 
 
 @pytest.mark.parametrize("form", ["-csv", "-json", None])
@@ -128,19 +146,19 @@ def test_a_broken_image_among_others_is_named_and_the_others_are_classified(
         assert [line.split("," if form else None)[0] for line in lines[1:]] == images[:2]
 
 
-def test_names_come_from_the_file_then_the_run_then_the_config(weights, tmp_path):
+def test_names_come_from_the_file_then_the_weights_then_the_config(weights, tmp_path):
     own, other = tmp_path / "own.txt", tmp_path / "other.txt"
     own.write_text("a\nb\nc\nd\n")
     other.write_text("e\nf\ng\nh\n")
     config = run_config(weights, opts=["DATA.CLASS_NAMES", str(other)])
-    assert find_class_names(config, own) == list("abcd")
-    assert find_class_names(config) == list(NAMES)
+    classes = load_model(config).classes
+    assert find_class_names(config, own, classes) == list("abcd")
+    assert find_class_names(config, None, classes) == list(NAMES)
+    assert find_class_names(config) == list("efgh")
     lone = tmp_path / "lone.pdparams"
     lone.write_bytes(weights.read_bytes())
-    cfg = weights.with_name("config.yaml")
-    config = run_config(lone, cfg, opts=["DATA.CLASS_NAMES", str(other)])
-    assert find_class_names(config) == list("efgh")
-    assert find_class_names(run_config(lone, cfg))[3] == "class 3"
+    config = run_config(lone, weights.with_name("config.yaml"))
+    assert find_class_names(config, None, load_model(config).classes)[3] == "class 3"
 
 
 def test_a_file_with_another_number_of_names_is_refused(weights, tmp_path):
@@ -205,6 +223,15 @@ def test_the_grid_shows_the_pictures(weights, images, tmp_path):
     assert (grid == crop_by_hand(images[0])[8, 8]).all(axis=1).sum() > 100  # one enlarged pixel
 
 
+def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    flags = ["-pretrained", weights, "-grid", "file/grid.png", "-json"]
+    done = run_tool("predict", *images, *flags, cwd=tmp_path)
+    assert done.returncode == 2 and "grid.png: cannot be written" in done.stderr
+    assert len(json.loads(done.stdout)) == len(images)
+
+
 def test_the_script_reads_paths_from_standard_input_and_prints_json(weights, images, tmp_path):
     done = run_tool(
         "predict", "-", "-pretrained", weights, "--top-k", "2", "-json",
@@ -247,7 +274,7 @@ def test_names_of_any_bytes_come_from_standard_input_and_go_out_as_ascii(monkeyp
     monkeypatch.setattr(sys, "stdin", names)
     monkeypatch.setattr(sys, "argv", ["predict", "-", "-json"])
     monkeypatch.setattr(
-        predict_module, "predict", lambda images, **_: [{"image": i} for i in images]
+        predict_module, "predict", lambda images, show, **_: [show({"image": i}, 9) for i in images]
     )
     predict_module.main()
     shown = capsys.readouterr().out

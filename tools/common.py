@@ -14,6 +14,7 @@ from cli.errors import UserError, WeightsError
 from config import get_config, update_config
 from loading.classes import with_num_classes
 from port_weights.zoo import find
+from storage.adapt import read_pretrained
 from storage.files import write_atomically
 from storage.weights import find_file
 
@@ -83,16 +84,18 @@ def beside_weights(config, name: str) -> Path:
 
 
 def load_model(config):
-    """Builds the model of a config with the weights of MODEL.PRETRAINED, in evaluation mode.
+    """The model of a config with its weights, in evaluation mode; `classes` are the weights' names.
 
     Raises:
-        WeightsError: the file cannot be read or does not fit the model.
+        WeightsError: the weights cannot be had or read, or do not fit the model.
     """
     from resmlp import build_resmlp, load_pretrained
 
     model = build_resmlp(config)
-    load_pretrained(model, config)
+    weights = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    load_pretrained(model, config, file=weights)
     model.eval()
+    model.classes = weights.classes
     return model
 
 

@@ -143,7 +143,7 @@ def export(
         "exif_orientation": config.DATA.EXIF_ORIENTATION,
         "mean": list(config.DATA.IMAGENET_MEAN),
         "std": list(config.DATA.IMAGENET_STD),
-        "class_names": find_class_names(config, class_names),
+        "class_names": find_class_names(config, class_names, job.model.classes),
         "verified_on": job.verified_on,
     }
     found = {}

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,8 +26,9 @@ import paddle.nn.functional as F
 
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
-from loading.classes import data_classes, read_class_names
-from loading.files import list_images
+from loading import archives
+from loading.classes import UNKNOWN, ClassNames, data_classes, read_class_names
+from loading.files import describe_others, list_images
 from loading.images import BadImage, read_image
 from parallel.process import gpu_count
 from storage.files import printable
@@ -34,7 +36,7 @@ from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
 from training.pictures import new_figure, render
 from training.precision import autocast, choose_precision
 from transforms import build_eval_transform
-from utils import Normalize, ProgressLine
+from utils import Normalize
 
 GRID_LIMIT = 64  # pictures in a grid
 
@@ -55,7 +57,7 @@ def predict(
     """Classifies images as the evaluation does: the config's crop, interpolation and mean.
 
     Args:
-        images: files, folders and glob patterns.
+        images: files, folders, archives and glob patterns.
         pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
         cfg: YAML file; None: ``config.yaml`` beside the weights.
         top_k: classes to name per image; more than there are means all.
@@ -79,61 +81,66 @@ def predict(
         raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
     paths = find_images([images] if isinstance(images, (str, os.PathLike)) else images)
     config = run_config(pretrained, cfg, ["AMP", True, *opts] if amp else opts)
-    names = find_class_names(config, class_names)
     model = load_model(config)
+    names = find_class_names(config, class_names, model.classes)
     if config.AMP:
         print(choose_precision(config, gpu_count() > 0)[1], file=sys.stderr)
     results, views = [], []
-    progress = ProgressLine("predict")
     width = max(len(printable(path)) for path in paths)
     for found, batch, probabilities in classify(model, config, paths, batch_size, on_bad):
         views += list(batch[: GRID_LIMIT - len(views)]) if grid else []
         for path, row in zip(found, probabilities):
             results.append({"image": path, "predictions": _top(row, names, top_k)})
             show(results[-1], width)
-        progress(len(results), len(paths))
-    progress.end()
     if grid and results:
         write_file(grid, draw_grid(results, views))
     return results
 
 
 def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
-    """The image files that are meant: files, all images under folders, glob patterns.
+    """The image files that are meant: files, all images under folders and in archives, patterns.
+
+    A pattern that fits nothing stays as it is: it is named when it is read, as a missing file. A
+    line on standard error counts the files of a folder that have no image's ending.
 
     Raises:
-        UserError: a source that names none.
+        UserError: a folder without images; no source at all.
     """
     paths = []
     for source in filter(None, map(os.fspath, sources)):
-        if os.path.isdir(source):
-            found = list_images(source)
+        if archives.is_folder(source):
+            others: list[str] = []
+            found = list_images(source, others)
+            for line in describe_others(source, others):
+                print(line, file=sys.stderr)
+            if not found:
+                raise UserError(f"{source}: no images")
+            paths += found
         elif os.path.exists(source) or not glob.has_magic(source):
-            found = [source]  # one that is missing is named when it is read
+            paths.append(source)
         else:
             found = sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
-        if not found:
-            raise UserError(f"{source}: no images")
-        paths += found
+            paths += found or [source]
     if not paths:
         raise UserError("no images to classify")
     return paths
 
 
-def find_class_names(config, path: str | os.PathLike | None = None) -> list[str]:
-    """The name of every class: from the file, else ``classes.txt`` beside the weights, else
-    DATA.CLASS_NAMES or the data folder, else ImageNet-1k's where there are 1000 classes, else
+def find_class_names(
+    config, path: str | os.PathLike | None = None, classes: ClassNames = UNKNOWN
+) -> list[str]:
+    """The name of every class: from the file, else ``classes``, which are those of the weights,
+    else DATA.CLASS_NAMES or the data folder, else ImageNet-1k's where there are 1000 classes, else
     plain numbers.
 
     Raises:
         DataError: the file does not have a name per class.
     """
     count = config.MODEL.NUM_CLASSES
-    beside = Path(config.MODEL.PRETRAINED).with_name("classes.txt")
-    if path or beside.is_file():
-        names = read_class_names(os.fspath(path or beside), count)
+    if path:
+        names = read_class_names(os.fspath(path), count)
     else:
-        names = data_classes(config).names
+        names = (classes or data_classes(config)).names
     if not names and count == 1000:
         names = read_class_names(str(IMAGENET_CLASSES), count)
     names = names or [f"class {label}" for label in range(count)]
@@ -237,7 +244,7 @@ def draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
 
 def main() -> None:
     parser = Parser("Classifies images with a trained model.")
-    parser.paths("images", "files, folders, glob patterns; -: paths from standard input", nargs="+")
+    parser.paths("images", "files, folders, archives, patterns; -: paths from stdin", nargs="+")
     parser.model_flags()
     parser.flag("top_k", "classes to name per image", type=int, default=5, metavar="K")
     parser.flag("batch_size", "images at a time", type=int, default=32)
@@ -253,32 +260,39 @@ def main() -> None:
     for source in args.images:
         names = sys.stdin.buffer.read().splitlines() if source == "-" else [source]
         images += map(os.fsdecode, names)
-    shown, bad = [], []
+    shown, bad = 0, 0
 
     def show(result: dict, width: int) -> None:
-        if args.csv:
+        nonlocal shown
+        if args.json:  # in ASCII, which every terminal and pipe takes
+            text = textwrap.indent(json.dumps(result, indent=2), "  ")
+            print(",\n" if shown else "[\n", text, sep="", end="", flush=True)
+        elif args.csv:
             text = as_csv([result])
-            print(text if not shown else text.split("\n", 1)[1], flush=True)
-        elif not args.json:
+            print(text.split("\n", 1)[1] if shown else text, flush=True)
+        else:
             width = max(width, len("image"))
             if not shown:
                 print(f"{'image':{width}}  confidence  class")
             print(table_rows(result, width), flush=True)
-        shown.append(result)
+        shown += 1
 
     def on_bad(error: BadImage) -> None:
-        bad.append(error)
+        nonlocal bad
+        bad += 1
         print(f"error: {error}", file=sys.stderr, flush=True)
 
     own = ("images", "json", "csv")
     options = {name: value for name, value in vars(args).items() if name not in own}
-    results = predict(images, show=show, on_bad=on_bad, **options)
-    if args.grid and results:
+    try:
+        predict(images, show=show, on_bad=on_bad, **options)
+    finally:
+        if args.json and (shown or bad):
+            print("\n]" if shown else "[]", flush=True)
+    if args.grid and shown:
         print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
-    if args.json:
-        print(json.dumps(results, indent=2))  # in ASCII, which every terminal and pipe takes
     if bad:
-        raise UserError(f"{len(bad)} of {len(bad) + len(results)} images cannot be read")
+        raise UserError(f"{bad} of {bad + shown} images cannot be read")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def visualize(
     """
     config = run_config(pretrained, cfg, opts)
     model = load_model(config)
-    names = find_class_names(config, class_names)
+    names = find_class_names(config, class_names, model.classes)
     figures = {
         "token_mixing": draw_token_mixing(model, choose_layers(layers, len(model.mixer_layers))),
         "magnitudes": draw_magnitudes(model),
