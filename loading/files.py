@@ -48,28 +48,16 @@ class ImageIndex:
 
     1.28 million ImageNet entries take about 75 MB; forked loader workers share them, because
     nothing in here is a Python object per image whose reference count would touch its page.
-
-    Args:
-        root: the data folder.
-        list_file: where the entries come from, for messages; None: found by scanning `root`.
-
-    Attributes:
-        notes: lines for the log: what a scan passed over.
-        exif_orientation: DATA.EXIF_ORIENTATION, for who shows an image.
-        subset: the labels that the class folders name, where the model has more classes.
     """
 
-    exif_orientation = False
-
     def __init__(self, root: str, list_file: str | None = None):
-        self.root = os.fsencode(os.path.abspath(root))
-        self.list_file = list_file
+        self.root = os.fsencode(os.path.abspath(root))  # the data folder
+        self.list_file = list_file  # where the entries come from; None: from a scan
         self.labels = array("i")
-        self._names = bytearray()
-        self._ends = array("q", [0])
-        self._lines = array("i")
-        self.notes: list[str] = []
-        self.subset: list[int] | None = None
+        self._names, self._ends, self._lines = bytearray(), array("q", [0]), array("i")
+        self.notes: list[str] = []  # for the log: what a scan passed over
+        self.subset: list[int] | None = None  # labels of the folders, where the model has more
+        self.exif_orientation = False  # DATA.EXIF_ORIENTATION, for who shows an image
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,11 +85,7 @@ class ImageIndex:
         return [len(self), zlib.crc32(self.labels, zlib.crc32(self._names))]
 
     def open_archives(self) -> None:
-        """Indexes the archives that files are in, so that workers forked later share it all.
-
-        Raises:
-            DataError: one of them cannot be read.
-        """
+        """Indexes the archives that files are in, so that workers forked later share it all."""
         if not any(end in self._names for end in (b".tar/", b".zip/")):
             return
         last = b"\0"  # the archive of the file before, which most often is that of the next
@@ -126,8 +110,7 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     alone: a link may point to another disk, and ``link/..`` is the folder that the link lies in.
 
     Args:
-        list_file: the text file; paths in any encoding.
-        root: the data folder that the paths are relative to.
+        list_file: the text file; paths in any encoding, relative to `root`.
         num_classes: labels are 0 .. num_classes - 1.
         allow_outside: accept paths that leave `root` (``../x.jpg``, ``/other/x.jpg``).
 
@@ -198,11 +181,9 @@ def split_folder(root: str, split: str) -> str:
     """The folder of a split: ``root/train``, ``root/Training``, or the archive ``root/train.tar``
     or ``.zip``; ``root/train`` where there is none.
     """
-    names = os.listdir(root) if os.path.isdir(root) else []
-    if inside := archives.split(root):
-        names = archives.open_archive(inside[0]).folders(inside[1])
-    found = []
-    for name in names:
+    inside, found = archives.inside(root), []
+    on_disk = os.listdir(root) if os.path.isdir(root) else []
+    for name in inside[0].folders(inside[1]) if inside else on_disk:
         stem, ending = os.path.splitext(name)
         packed = ending in archives.ENDINGS and os.path.isfile(os.path.join(root, name))
         known = (stem if packed else name).lower()
@@ -251,8 +232,6 @@ def scan_folder(
     Junk (`is_junk`) is passed over; files without an image's ending too, named in the `notes`.
 
     Args:
-        root: the data folder.
-        split: ``"train"`` or ``"val"``.
         num_classes: how many classes there are to be.
         classes: the class folders by label; None: `find_classes`.
         folder: where they are; None: `split_folder`.
@@ -260,7 +239,7 @@ def scan_folder(
     Raises:
         DataError: folders missing or empty, other classes than `num_classes` or than train's.
     """
-    classes = find_classes(root) if classes is None else classes
+    classes = [one_name(name) for name in (find_classes(root) if classes is None else classes)]
     if len(classes) != num_classes:
         raise DataError(
             f"{root}: {len(classes)} class folders but MODEL.NUM_CLASSES is {num_classes}; "
@@ -270,17 +249,16 @@ def scan_folder(
     if not archives.is_folder(folder):
         raise DataError(f"{folder}: no such folder; expected {split}/<class>/<image>")
     there = {one_name(name): name for name in class_folders(folder)}
-    unknown = sorted(there.keys() - set(map(one_name, classes)))
-    if unknown:
+    if unknown := sorted(there.keys() - set(classes)):
         raise DataError(f"{folder}: class {unknown[0]!r} is not among the folders of train")
     index, others = ImageIndex(root), []
-    for label, name in enumerate(map(one_name, classes)):
-        found = list_images(os.path.join(folder, there[name]), others) if name in there else []
-        for path in found:
+    found = [(label, name) for label, name in enumerate(classes) if name in there]
+    for label, name in found:
+        for path in list_images(os.path.join(folder, there[name]), others):
             index.add(os.fsencode(os.path.relpath(path, root)), label)
     index.notes = describe_others(folder, others) + passed_over(root)
-    if len(there) < num_classes:
-        index.subset = [label for label, name in enumerate(map(one_name, classes)) if name in there]
+    if len(found) < num_classes:
+        index.subset = [label for label, _ in found]
     if not len(index):
         there = f"; {index.notes[0]}" if others else ""
         if loose := len(list_images(folder)):
@@ -298,20 +276,18 @@ def is_junk(name: str) -> bool:
 
 
 def list_images(folder: str, others: list[str] | None = None) -> list[str]:
-    """Paths of the image files under a folder, sorted; junk (`is_junk`) is passed over.
-
-    Args:
-        folder: on the disk or in an archive.
-        others: takes the paths of files that have another ending.
+    """Paths of the image files under a folder, also of an archive, sorted; junk (`is_junk`) is
+    passed over. `others` takes the paths of files that have another ending.
 
     Raises:
         DataError: a folder that cannot be read, a link to a folder that it lies in.
     """
     found = []
-    if inside := archives.split(folder):
-        for name in archives.open_archive(inside[0]).under(inside[1]):
+    if inside := archives.inside(folder):
+        archive, place = inside
+        for name in archive.under(place):
             if not any(map(is_junk, name.split("/"))):
-                found.append(f"{inside[0]}/{name}")
+                found.append(f"{archive.path}/{name}")
     else:
         for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
             _check_link(parent)
@@ -359,8 +335,8 @@ def is_output(folder: str) -> bool:
 def _folders(folder: str) -> list[str]:
     """The names of the folders in a folder, without junk (`is_junk`)."""
     try:
-        if inside := archives.split(folder):
-            names = archives.open_archive(inside[0]).folders(inside[1])
+        if inside := archives.inside(folder):
+            names = inside[0].folders(inside[1])
         else:
             with os.scandir(folder) as entries:
                 names = [entry.name for entry in entries if entry.is_dir()]
@@ -399,11 +375,7 @@ def one_name(name: str) -> str:
 
 def sort_classes(names: Iterable[str], where: str) -> list[str]:
     """Class names in the order of their labels: by name, but whole numbers by their value.
-
-    ImageNet-V2's folders are 0 ... 999; as texts, 10 would come before 2.
-
-    Raises:
-        DataError: two names are one number, as 1 and 01.
+    (ImageNet-V2's folders are 0 ... 999; as texts, 10 would come before 2.)
     """
     names = sorted(names)
     if all(re.fullmatch("-?[0-9]{1,9}", name) for name in names):
@@ -430,14 +402,12 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _parse_label(text: bytes, num_classes: int) -> int:
-    if not text.isdigit():
-        raise ValueError(f"the label {_show(text)} is not a whole number")
-    if len(text) > 9 or int(text) >= num_classes:
-        raise ValueError(
-            f"the label {_show(text)} is not in 0 .. {num_classes - 1} "
-            f"(MODEL.NUM_CLASSES {num_classes})"
-        )
-    return int(text)
+    if text.isdigit() and len(text) < 10 and int(text) < num_classes:
+        return int(text)
+    wrong = f"in 0 .. {num_classes - 1} (MODEL.NUM_CLASSES {num_classes})"
+    raise ValueError(
+        f"the label {_show(text)} is not {wrong if text.isdigit() else 'a whole number'}"
+    )
 
 
 def _inside(name: bytes, folder: bytes) -> bytes:

@@ -66,7 +66,7 @@ def test_all_kinds_of_bad_images_are_skipped_counted_and_listed(tmp_path):
     words = job(data, tmp_path, "DATA.BAD_IMAGE", "skip", "REPORT_FREQ", 1)
     code, output = run(words)
     assert code == 0, output
-    assert output.count(f"skipped {len(BAD)} unreadable images in this epoch:") == 2
+    assert output.count(f"skipped {len(BAD)} unreadable images:") == 2
     assert all(f"train_list.txt:{2 + 2 * number}: " in output for number in range(len(BAD)))
     (tmp_path / "again").mkdir()
     code, _ = run(job(data, tmp_path / "again", *words[words.index("-opts") + 5 :]))
@@ -82,12 +82,13 @@ def test_more_bad_images_than_the_limit_stop(tmp_path):
     assert code == 2 and "more than 3 unreadable images" in error_line(output)
 
 
-def test_evaluation_never_skips(tmp_path):
+@pytest.mark.parametrize("policy, expected", [("skip", 0), ("error", 2)])
+def test_a_bad_image_in_validation_stops_a_run_unless_it_may_be_skipped(tmp_path, policy, expected):
     data, _ = with_lists(tmp_path)
     bad = sorted(data.glob("val/*/*.png"))[4]
     bad.write_text("x")
-    code, output = run(job(data, tmp_path, "DATA.BAD_IMAGE", "skip"))
-    assert code == 2 and f"val_list.txt:5: {bad}" in error_line(output), output
+    code, output = run(job(data, tmp_path, "DATA.BAD_IMAGE", policy))
+    assert code == expected and f"val_list.txt:5: {bad}" in output, output
 
 
 def test_a_worker_that_hangs_ends_the_run_in_time(tmp_path):
