@@ -210,15 +210,8 @@ RAND_INCREASING_OPS = [
 
 
 def op_argument(name: str, level: float, sign: int = 1) -> float | None:
-    """The argument of an operation at a level.
-
-    Args:
-        name: A key of `OPS`.
-        level: Severity, 0 to 10 (timm's magnitude).
-        sign: +1 or -1, the direction of an operation that has two.
-
-    Returns:
-        Degrees, bits, a threshold, a factor, ... or None for an operation without argument.
+    """The argument of an operation (a key of `OPS`) at a level: degrees, bits, a threshold, a
+    factor, ...; None where it has none. `sign`: +1 or -1, the direction of one that has two.
     """
     argument = OPS[name].argument
     return None if argument is None else argument(level / MAX_LEVEL, sign)
@@ -231,10 +224,9 @@ def apply_op(
     resample: int = RESAMPLE.BICUBIC,
     fill: tuple[int, int, int] = (128, 128, 128),
 ) -> np.ndarray:
-    """One operation on an image, pixel by pixel as timm's.
+    """One operation (a key of `OPS`) on an image, pixel by pixel as timm's.
 
     Args:
-        name: A key of `OPS`.
         pixels: ``uint32 [H, W]``, see `cpu.resample`.
         argument: As `op_argument` returns it.
         resample: Interpolation of an operation that moves pixels.
@@ -313,15 +305,12 @@ def rand_augment(
     probability: float = 0.5,
     **kwargs,
 ) -> Policy:
-    """RandAugment (arXiv:1909.13719) with timm's magnitude noise and probability per operation.
+    """RandAugment (arXiv:1909.13719) with timm's magnitude noise.
 
     Args:
-        layers: Operations an image, drawn with replacement.
-        level: Severity, of 10.
-        level_std, level_max: See `Policy`.
+        layers, level_std, level_max, kwargs: See `Policy`.
         increasing: Every operation gets stronger with the level.
         probability: With which each drawn operation is then applied.
-        kwargs: `resamples` and `fill` of `Policy`.
     """
     names = RAND_INCREASING_OPS if increasing else RAND_OPS
     choices = [[(name, probability, level)] for name in names]
@@ -442,13 +431,12 @@ def _read_sections(sections: Sequence[str], known: dict, where: str) -> dict:
 
 
 def build_policy(text: str, key: str, **kwargs) -> Policy:
-    """The policy that a string of timm's names.
+    """The policy that a string of timm's names; `kwargs`: `resamples` and `fill` of `Policy`.
 
     Args:
         text: `rand` (with sections `m` level, `n` layers, `p` probability, `mstd`, `mmax`, `inc`;
             timm's defaults) or one of `POLICIES` (with `mstd`), sections joined by `-`.
         key: The config key it comes from, for the error.
-        kwargs: `resamples` and `fill` of `Policy`.
 
     Raises:
         ConfigError: An unknown policy or section.

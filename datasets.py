@@ -32,27 +32,15 @@ __all__ = ["Batch", "ImageDataset", "Loader", "build_dataset", "build_loader"]
 
 @dataclass(eq=False)
 class ImageDataset:
-    """Decodes, transforms and labels the images of an index, asked for by sampler keys.
-
-    Args:
-        files: paths and labels.
-        transform: ``(pixels, rng) -> uint8 [H, W, 3]``; the rng hangs on the key alone.
-        seed: the run's seed.
-        replace_limit: how many unreadable images in a row to replace by the next one; 0: none.
-        leave_out: leave unreadable images out.
-        hint: what to do about an unreadable image that ends the run.
-        keep_last: keep the last image decoded, for repeated augmentation, which asks for the same
-            one several times in a row.
-        classes: the names of the labels.
-    """
+    """Decodes, transforms and labels the images of an index, asked for by sampler keys."""
 
     files: ImageIndex
-    transform: Callable[..., np.ndarray]
+    transform: Callable[..., np.ndarray]  # (pixels, rng of the key alone) -> uint8 [H, W, 3]
     seed: int = 0
-    replace_limit: int = 0
-    leave_out: bool = False
-    hint: str = VERIFY_HINT
-    keep_last: bool = False
+    replace_limit: int = 0  # how many unreadable images in a row to replace by the next one
+    leave_out: bool = False  # unreadable images
+    hint: str = VERIFY_HINT  # what to do about an unreadable image that ends the run
+    keep_last: bool = False  # for repeated augmentation, which asks for it several times in a row
     classes: ClassNames = UNKNOWN
     _last: tuple[int, np.ndarray] | None = None
 
@@ -93,7 +81,6 @@ def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDat
     """Reads the list file, or scans the folders, of a split.
 
     Args:
-        config: the config node; see DATA.
         split: ``"train"`` (random transforms) or ``"val"`` (the evaluation transform).
         weights: the classes of the weights; labels become theirs, see `run_classes`.
 
@@ -111,12 +98,8 @@ def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDat
         files = scan_folder(root, split, config.MODEL.NUM_CLASSES, folders, folder)
     else:
         name = config.DATA.TRAIN_LIST if split == "train" else config.DATA.VAL_LIST
-        files = read_list(
-            os.path.join(root, name),
-            root,
-            config.MODEL.NUM_CLASSES,
-            config.DATA.ALLOW_OUTSIDE_PATHS,
-        )
+        outside = config.DATA.ALLOW_OUTSIDE_PATHS
+        files = read_list(os.path.join(root, name), root, config.MODEL.NUM_CLASSES, outside)
         if labels:
             files.relabel(labels)
     if line and (split == "train" or config.EVAL):  # once a run
@@ -204,14 +187,12 @@ def loader_of(
     DATA.NUM_WORKERS ``auto``: one for each core that this process may use, less one for the process
     itself; at least 1, and for their memory at most 16.
     """
-    data, workers = config.DATA, config.DATA.NUM_WORKERS
-    if workers == "auto":
-        cores = setup.usable_cores()
-        workers = min(max(1, cores - 1), 16, len(sampler))
-        if say_workers:
-            counted = f"DATA.NUM_WORKERS auto, of {cores} core{'s' * (cores > 1)} for this process"
-            log(f"images are loaded by {workers} worker{'s' * (workers != 1)} ({counted})")
-    workers = min(workers, len(sampler))
+    data, cores = config.DATA, setup.usable_cores()
+    auto = data.NUM_WORKERS == "auto"
+    workers = min(max(1, min(cores - 1, 16)) if auto else data.NUM_WORKERS, len(sampler))
+    if auto and say_workers:
+        counted = f"DATA.NUM_WORKERS auto, of {cores} core{'s' * (cores > 1)} for this process"
+        log(f"images are loaded by {workers} worker{'s' * (workers != 1)} ({counted})")
     batch_bytes = sampler.batch_size * data.IMAGE_SIZE**2 * 3
     return Loader(
         dataset,

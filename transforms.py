@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,13 +28,7 @@ _TRAIN_RESAMPLES = {name: (_RESAMPLE[name],) for name in ("nearest", "bilinear",
 _TRAIN_RESAMPLES["random"] = (_RESAMPLE["bilinear"], _RESAMPLE["bicubic"])
 
 
-class Box(NamedTuple):
-    """A rectangle of whole pixels, in PIL's order."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
+Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
 
 
 # ---- evaluation --------------------------------------------------------------------------------
@@ -54,13 +47,9 @@ def center_box(width: int, height: int, size: int) -> Box:
     Odd margins are split as torchvision does: rounded to even inside, the smaller half to the left
     and top outside.
     """
-
-    def start(length: int) -> int:
-        margin = length - size
-        return round(margin / 2) if margin >= 0 else -(-margin // 2)
-
-    left, top = start(width), start(height)
-    return Box(left, top, left + size, top + size)
+    margins = width - size, height - size
+    left, top = (round(margin / 2) if margin >= 0 else -(-margin // 2) for margin in margins)
+    return left, top, left + size, top + size
 
 
 # Of a resized image, in sides of the crop: 10 GB of pixels may hide in a file of 157 bytes.
@@ -69,14 +58,8 @@ _LONGEST = 100
 
 @dataclass(eq=False, repr=False)
 class EvalTransform:
-    """Resize the short side, crop the centre: the pixels of torchvision's on PIL.
-
-    Args:
-        size: Side of the result, pixels.
-        crop_pct: Part of the resized short side that the crop keeps: the image is first resized to
-            `floor(size / crop_pct)`, as timm does.
-        resample: Interpolation, one of PIL's.
-        exif_orientation: Turn the image upright first, as its EXIF says.
+    """Resize the short side to `floor(size / crop_pct)`, as timm does, and crop the centre: the
+    pixels of torchvision's on PIL. `exif_orientation` is for an image of Pillow's.
 
     Raises:
         BadImage: When called, the resized image would be more than 100 times as long as the crop.
@@ -122,10 +105,8 @@ def draw_crop(
     """The box of a random resized crop (Inception; torchvision's and timm's formula).
 
     Args:
-        width, height: Of the image, pixels.
         scale: Smallest and largest part of the area.
         ratio: Smallest and largest width / height, drawn log-uniformly.
-        rng: The source of every draw.
 
     Returns:
         A box inside the image. After ten draws that do not fit: the largest central one.
@@ -139,7 +120,7 @@ def draw_crop(
         if 0 < w <= width and 0 < h <= height:
             left = int(rng.integers(width - w + 1))
             top = int(rng.integers(height - h + 1))
-            return Box(left, top, left + w, top + h)
+            return left, top, left + w, top + h
 
     w, h = width, height
     if width / height < ratio[0]:
@@ -147,15 +128,13 @@ def draw_crop(
     elif width / height > ratio[1]:
         w = round(height * ratio[1])
     left, top = (width - w) // 2, (height - h) // 2
-    return Box(left, top, left + w, top + h)
+    return left, top, left + w, top + h
 
 
 @dataclass(eq=False, repr=False)
 class ColorJitter:
-    """Brightness, contrast and saturation, in random order, each by a factor of 1 +- strength.
-
-    Args:
-        strength: Half the width of the range of the factors (torchvision's `ColorJitter(s, s, s)`).
+    """Brightness, contrast and saturation, in random order, each by a factor of 1 +- strength:
+    torchvision's `ColorJitter(s, s, s)`.
     """
 
     OPS = ("Brightness", "Contrast", "Color")  # of augment.py
@@ -182,12 +161,11 @@ class TrainTransform:
     """Random resized crop, flips, then the augmentations, in timm's order.
 
     Args:
-        size: Side of the result, pixels.
         scale, ratio: See `draw_crop`.
         hflip, vflip: Probability of each flip.
         resamples: The interpolations that the crop draws from.
         augmentations: Called one after the other with the pixels and the generator.
-        exif_orientation: Turn the image upright first, as its EXIF says.
+        exif_orientation: As in `EvalTransform`.
     """
 
     size: int
@@ -225,11 +203,7 @@ class TrainTransform:
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """The evaluation pipeline: `image -> uint8 [H, W, 3]`.
-
-    Args:
-        config: Uses DATA.IMAGE_SIZE, DATA.CROP_PCT, DATA.INTERPOLATION, DATA.EXIF_ORIENTATION.
-    """
+    """The evaluation pipeline: `image -> uint8 [H, W, 3]`."""
     data = config.DATA
     Image.MAX_IMAGE_PIXELS = data.MAX_IMAGE_PIXELS  # for `read_pixels`, in this process
     resample = _RESAMPLE[data.INTERPOLATION]
@@ -241,9 +215,6 @@ def build_augmentations(config) -> list[Policy | ColorJitter]:
 
     The first of these that is on: THREE_AUGMENT (with colour jitter, as DeiT III), RAND_AUGMENT,
     AUTO_AUGMENT, and colour jitter alone.
-
-    Args:
-        config: Uses DATA.TRAIN_INTERPOLATION, DATA.IMAGENET_MEAN and TRAIN's augmentation keys.
 
     Raises:
         ConfigError: An unknown policy, a bad section of its string.
@@ -278,10 +249,6 @@ def build_augmentations(config) -> list[Policy | ColorJitter]:
 
 def build_train_transform(config) -> TrainTransform:
     """The training pipeline: `(image, np.random.Generator) -> uint8 [H, W, 3]`.
-
-    Args:
-        config: Uses DATA.IMAGE_SIZE, DATA.TRAIN_INTERPOLATION, DATA.EXIF_ORIENTATION,
-            TRAIN.CROP_SCALE, CROP_RATIO, HFLIP, VFLIP and what `build_augmentations` uses.
 
     Raises:
         ConfigError: As `build_augmentations`.

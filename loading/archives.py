@@ -73,11 +73,7 @@ def split(path: str) -> tuple[str, str] | None:
 
 
 def inside(path: str) -> tuple[Archive, str] | None:
-    """The archive that a path leads into, and the name in there; None if there is none.
-
-    Raises:
-        DataError: the archive cannot be used.
-    """
+    """As `split`, with the archive opened; DataError where it cannot be used."""
     found = split(path)
     return (open_archive(found[0]), found[1]) if found else None
 
@@ -99,18 +95,13 @@ def exists(path: str) -> bool:
 
 
 def read(path: str) -> bytes | None:
-    """The bytes of an archive's member; None where the path leads into no archive.
-
-    Raises:
-        OSError: no such member, or a damaged one.
-        DataError: the archive cannot be used, or has changed since it was indexed.
-    """
+    """The bytes of an archive's member (`Archive.read`); None where the path leads into none."""
     found = inside(path)
     return found[0].read(found[1]) if found and found[1] else None
 
 
 def size(path: str) -> int | None:
-    """The bytes of an archive's member, as `read`."""
+    """How many bytes an archive's member has; None where the path leads into none."""
     found = inside(path)
     return found[0].member(found[1]).length if found and found[1] else None
 
@@ -138,13 +129,10 @@ def _allow_open_files() -> None:
 
 
 class Archive:
-    """The members of one archive: names in order, and where each lies.
+    """The members of a ``.tar`` (also of tars) or ``.zip``: names in order, and where each lies.
 
     1.28 million members take about 100 MB, in arrays that forked workers share. An empty folder is
     a member too, whose name ends with a slash.
-
-    Args:
-        path: a ``.tar`` (also of tars) or ``.zip`` file.
 
     Raises:
         DataError: damaged, compressed as a whole, or with members that cannot be used.
@@ -194,24 +182,24 @@ class Archive:
             return found
         raise FileNotFoundError(errno.ENOENT, "No such member", f"{self.path}/{name}")
 
-    def under(self, folder: str) -> Iterator[str]:
-        """The names of the members in a folder, at any depth, sorted; ``""`` is the whole."""
-        return (name for name in self._under(folder) if not name.endswith("/"))
-
-    def _under(self, folder: str) -> Iterator[str]:
+    def under(self, folder: str, empty: bool = False) -> Iterator[str]:
+        """The names of the members in a folder, at any depth, sorted; ``""`` is the whole. `empty`:
+        also the empty folders there.
+        """
         prefix = os.fsencode(f"{folder}/" if folder else "")
         for number in range(self._search(prefix), len(self)):
             if not self[number].startswith(prefix):
                 return
-            yield os.fsdecode(self[number])
+            if empty or self[number][-1:] != b"/":
+                yield os.fsdecode(self[number])
 
     def has_folder(self, folder: str) -> bool:
-        return not folder or next(self._under(folder), None) is not None
+        return not folder or next(self.under(folder, empty=True), None) is not None
 
     def folders(self, folder: str) -> list[str]:
         """The names of the folders directly in a folder, sorted."""
         start = len(folder) + 1 if folder else 0
-        names = (name[start:] for name in self._under(folder))
+        names = (name[start:] for name in self.under(folder, empty=True))
         return sorted({name.partition("/")[0] for name in names if "/" in name})
 
     def read(self, name: str) -> bytes:
@@ -258,11 +246,7 @@ def _state(path: str) -> list[int]:
 
 # ----------------------------------------------------------------------------------- the index
 def _load_index(path: str) -> dict[str, np.ndarray]:
-    """The index that is kept for an archive, else a new one, which is then kept where it can be.
-
-    Raises:
-        DataError: as `Archive`.
-    """
+    """The index that is kept for an archive, else a new one, which is then kept where it can be."""
     (folder, name), status = os.path.split(os.path.abspath(path)), os.stat(path)
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
     files = [
@@ -286,11 +270,7 @@ def _load_index(path: str) -> dict[str, np.ndarray]:
 
 
 def _build_index(path: str) -> dict[str, np.ndarray]:
-    """Reads the headers of an archive once.
-
-    Raises:
-        DataError: as `Archive`.
-    """
+    """Reads the headers of an archive once; raises as `Archive`."""
     with open(path, "rb") as file:
         head = file.read(6)
     if tool := next((tool for magic, tool in _COMPRESSED.items() if head.startswith(magic)), None):
@@ -299,21 +279,15 @@ def _build_index(path: str) -> dict[str, np.ndarray]:
             f"{tool} -dc {shlex.quote(path)} > NEW.tar"
         )
     members: dict[bytes, Member] = {}
-    is_tar = path.lower().endswith(".tar")
-    shown, name = sys.stderr.isatty(), ""
+    is_tar, name = path.lower().endswith(".tar"), ""
     try:
         for name, member in _tar_members(path, members) if is_tar else _zip_members(path):
-            key = os.fsencode(_checked_name(path, name))
-            if name.endswith("/"):
-                members[key + b"/"] = member
-                continue
-            if key in members:
+            key = os.fsencode(_checked_name(path, name) + "/" * name.endswith("/"))
+            if key in members and not name.endswith("/"):
                 _refuse(path, name, "is there twice; make the archive anew from a folder")
             members[key] = member
-            if shown and len(members) % 10000 == 0:
-                print(f"\r{path}: {len(members)} members indexed", end="", file=sys.stderr)
-        if shown and len(members) >= 10000:
-            print(file=sys.stderr)
+            if len(members) % 10000 == 0 and sys.stderr.isatty():
+                print(f"\r{path}: {len(members)} members\033[K\r", end="", file=sys.stderr)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         place = f", behind the member {name!r}" if name else ""
         if not is_tar:  # of what is missing, it can name nothing

@@ -70,10 +70,8 @@ class BadImage(DataError):
 
 
 def regular_size(path: str) -> int:
-    """Bytes of a file.
-
-    Raises:
-        OSError: missing; or a folder, a device, a pipe, which may block for ever when it is opened.
+    """Bytes of a file. OSError: it is missing; or a folder, a device, a pipe, which may block for
+    ever when it is opened.
     """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
@@ -86,7 +84,7 @@ def open_image(path: str) -> Image.Image:
 
     Raises:
         BadImage: missing, unreadable, empty, not an image, larger than the limit.
-        DataError: the archive that it is in cannot be used.
+        DataError: of the archive that it is in.
     """
     try:
         return _open(path, _read(path))
@@ -137,9 +135,6 @@ def to_pixels(image: Image.Image | np.ndarray, exif_orientation: bool = False) -
 
     Returns:
         ``uint32 [H, W]``, see `cpu.resample`.
-
-    Raises:
-        BadImage: 32-bit integers or floating point.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -205,11 +200,7 @@ def _warn_of_dark_grey(path: str) -> None:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """The pixels of an ordinary JPEG; None: it is for Pillow.
-
-    Raises:
-        ValueError: damaged.
-    """
+    """The pixels of an ordinary JPEG; None: it is for Pillow. ValueError: it is damaged."""
     if not data.startswith(_JPEG) or not simplejpeg_is_right():
         return None
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -238,10 +229,7 @@ def simplejpeg_is_right() -> bool:
 
 def read_pixels(path: str, exif_orientation: bool = False) -> np.ndarray:
     """Decodes an image file as timm does, by `to_pixels`. Pillow need not look at the header of an
-    ordinary JPEG.
-
-    Raises:
-        BadImage: as `open_image` and `to_pixels`; also truncated or broken files.
+    ordinary JPEG. Raises as `open_image`; BadImage also for truncated or broken files.
     """
     try:
         data = _read(path)
@@ -256,11 +244,7 @@ def read_pixels(path: str, exif_orientation: bool = False) -> np.ndarray:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file as Pillow's RGB image, with its EXIF: to show it, to save it; see `upright`.
-
-    Raises:
-        BadImage: as `read_pixels`.
-    """
+    """As `read_pixels`, as an RGB image of Pillow's with its EXIF: to show it, to save it."""
     try:
         with open_image(path) as image:
             rgb = to_image(to_pixels(image))

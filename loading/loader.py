@@ -67,22 +67,14 @@ class Loader:
     Unreadable images that ``DATA.BAD_IMAGE: skip`` replaces (in training) or leaves out are logged
     when the pass ends; `skipped` holds them meanwhile, by index.
 
-    Args:
-        dataset: ``dataset[key]`` is the `Sample` of a sampler's key.
-        sampler: yields lists of keys.
-        num_workers: processes that load; 0: load here, where a debugger sees it.
-        timeout: seconds that workers may take to deliver a batch.
-        skip_limit: raise when more than so many images of a pass were skipped.
-        shared_memory: pass batches through /dev/shm instead of pipes.
-        log: takes one line of text.
     """
 
-    dataset: Any
+    dataset: Any  # dataset[key] is the `Sample` of a sampler's key
     sampler: TrainBatchSampler | EvalBatchSampler
-    num_workers: int = 0
-    timeout: float = 300.0
-    skip_limit: int = 100
-    shared_memory: bool = True
+    num_workers: int = 0  # 0: load here, where a debugger sees it
+    timeout: float = 300.0  # seconds that workers may take to deliver a batch
+    skip_limit: int = 100  # images of a pass
+    shared_memory: bool = True  # pass batches through /dev/shm instead of pipes
     log: Callable[[str], None] = print
     skipped: dict[int, str] = field(default_factory=dict, init=False)
 

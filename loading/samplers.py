@@ -31,12 +31,9 @@ def sample_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
 
 
 def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many images as there are labels, of each class equally many (or one less), in rounds of
-    all classes: a class's images are taken in turn, so that none comes twice before all have come.
-
-    Args:
-        labels: ``[n]`` class of each image.
-        rng: the source of every draw.
+    """As many images as there are labels ``[n]``, of each class equally many (or one less), in
+    rounds of all classes: a class's images are taken in turn, so that none comes twice before all
+    have come.
     """
     images = rng.permutation(len(labels))
     images = images[np.argsort(labels[images], kind="stable")]  # class by class
@@ -68,11 +65,6 @@ def train_indices(
     images.
 
     Args:
-        num_images: size of the data set.
-        seed: the run's seed.
-        epoch: number of the epoch.
-        rank: this process, ``0 <= rank < world``.
-        world: number of processes.
         repeats: copies of each image in the order.
         labels: ``[num_images]`` class of each image, for a `balanced_order`; None: each image once.
         start: global position to begin at, for whatever `world` that was reached with.
@@ -90,24 +82,18 @@ def train_indices(
 
 
 def eval_indices(num_images: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """The images that one process evaluates: each image on exactly one rank, none twice.
-
-    Ranks may hold one image more or less than others, and none at all.
-    """
+    """The images that one process evaluates: each on exactly one rank; some may have none."""
     return np.arange(rank, num_images, world)
 
 
 @dataclass(eq=False)
 class TrainBatchSampler:
-    """Batches of training samples for one process; `set_epoch` chooses the place to start from.
+    """Batches of training samples for one process (see `train_indices`); `set_epoch` chooses the
+    place to start from.
 
     Yields lists of `Key`: the epoch travels with each sample, so that a worker process knows it.
-    `len` is the batches from there to the epoch's end, the same on every rank.
-
-    Args:
-        num_images, seed, rank, world, repeats, labels: as for `train_indices`.
-        batch_size: samples per process and step.
-        drop_last: leave out the last step where it is smaller than ``world * batch_size``.
+    `len` is the batches from there to the epoch's end, the same on every rank. `drop_last` leaves
+    out the last step where it is smaller than ``world * batch_size``.
     """
 
     num_images: int

@@ -159,7 +159,7 @@ def test_crops_keep_to_the_scale_and_the_ratio():
     rng = np.random.default_rng(0)
     for _ in range(200):
         box = draw_crop(600, 600, (0.2, 0.5), (0.75, 4 / 3), rng)
-        width, height = box.right - box.left, box.bottom - box.top
+        width, height = box[2] - box[0], box[3] - box[1]
         assert 0.195 < width * height / 600**2 < 0.505
         assert 0.74 < width / height < 1.35
 
