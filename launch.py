@@ -15,8 +15,10 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
@@ -178,14 +180,9 @@ def watch_ranks(
 ) -> dict[int, tuple[int, str]]:
     """Waits until every rank has ended, or one has failed and the others had time to say why.
 
-    Args:
-        workers: the ranks' processes.
-        readers: a pipe from each, with its exit code and text.
-        signals: times of the signals that were passed on to the ranks.
-        saving: whether a checkpoint is being written: rank 0 may finish that.
-
-    Returns:
-        Exit code and text of the ranks that have ended; a killed rank has no text.
+    ``readers`` are pipes from the ranks, with their exit codes and texts; ``signals`` the times of
+    those passed on to them; ``saving`` says whether rank 0 has a checkpoint to finish. Returns code
+    and text of the ranks that have ended; a killed one has no text.
     """
     endings: dict[int, tuple[int, str]] = {}
     deadline = float("inf")
@@ -272,19 +269,17 @@ def run_launched(config) -> int:
     """
     end = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
     threading.Thread(target=_follow_parent, args=(setup.PARENT, end), daemon=True).start()
-    step = 0
-
-    def on_step(done):
-        nonlocal step
-        step = done
+    steps = deque([0], maxlen=1)
 
     def explain():
-        text = f"error: rank {dist.get_rank()}, after step {step}: another rank cannot be reached"
+        text = (
+            f"error: rank {dist.get_rank()}, after step {steps[0]}: another rank cannot be reached"
+        )
         _log.debug(text)
         _print_ending(f"{text}: see its log, or its node; -resume auto goes on", 1)
 
     _before_abort(explain)
-    code, text = _run(config, on_step)
+    code, text = _run(config, steps.append)
     _print_ending(text, code)
     _flush()
     os._exit(code)  # no atexit hook may wait for a rank that is gone
@@ -322,11 +317,7 @@ def _worker(config, folder: str, steps, writers) -> None:
     parent = multiprocessing.parent_process().pid  # it may be gone already
     threading.Thread(target=_follow_parent, args=(parent, end), daemon=True).start()
     rank = dist.ParallelEnv().rank
-
-    def on_step(step):
-        steps[rank] = step
-
-    code, text = _run(config, on_step, folder)
+    code, text = _run(config, partial(steps.__setitem__, rank), folder)
     _flush()
     writers[rank].send((code, text[-_TEXT_LIMIT:]))
     if code not in (0, PREEMPTED):

@@ -41,12 +41,8 @@ def device_of(address: str) -> str:
 
 
 def addresses(master: str, first: bool, own: str = "") -> tuple[str, str]:
-    """This node's address, and the ``host:port`` to name to Paddle's launcher as its master.
-
-    Args:
-        master: ``host:port`` of the first node, a name or an address.
-        first: whether this is the first node.
-        own: its address, where the user has chosen one.
+    """This node's address, and the ``host:port`` to name to Paddle's launcher as its master, where
+    ``master`` is that of the first node, and ``own`` an address that the user has chosen.
     """
     host, _, port = master.rpartition(":")
     if not host or not port.isdigit():

@@ -140,13 +140,9 @@ def main_first(process: Process):
 
     Yields whether this is rank 0.
     """
-    if process.main:
-        try:
-            yield True
-        finally:
-            wait_for_all(process)
-    else:
-        yield False
+    try:
+        yield process.main
+    finally:
         wait_for_all(process)
 
 
