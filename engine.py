@@ -40,7 +40,6 @@ def run(
     """Trains, or with ``config.EVAL`` evaluates, as a frozen config says.
 
     Args:
-        config: the resolved config.
         on_step: called with the number of optimizer steps done, for a supervisor.
         folder: of the run; None for `choose_folder`.
 
@@ -97,14 +96,8 @@ class Trainer:
         if saved:
             self.progress = self.saver.resume(saved, self.progress)
         self.report = Report(config, process, folder, self.schedule, self.progress.step)
-        self.monitor = Monitor(
-            config,
-            process,
-            self.progress,
-            self.learner.scaler,
-            folder.path,
-            self.train_loader.dataset.files,
-        )
+        scaler, files = self.learner.scaler, dataset.files
+        self.monitor = Monitor(config, process, self.progress, scaler, folder.path, files)
 
     def fit(self, on_step: Callable[[int], None] = lambda step: None) -> Result:
         """Trains to the last epoch; see `run`."""

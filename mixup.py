@@ -23,15 +23,8 @@ from utils import to_device
 
 
 def smooth_one_hot(labels: paddle.Tensor, num_classes: int, smoothing: float) -> paddle.Tensor:
-    """Label smoothing: a share of the target is spread evenly over all classes.
-
-    Args:
-        labels: ``[B]`` class indices, int64.
-        num_classes: K.
-        smoothing: the share to spread, 0 <= smoothing < 1.
-
-    Returns:
-        ``[B, K]`` float32: 1 - smoothing + smoothing / K at the label, smoothing / K elsewhere.
+    """Targets ``[B, K]`` of labels ``[B]``: 1 - smoothing + smoothing / K at the label, else
+    smoothing / K.
     """
     return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
@@ -54,15 +47,9 @@ class Mix(NamedTuple):
 
 
 def cutmix_boxes(rng: np.random.Generator, own_share: np.ndarray, height: int, width: int):
-    """Boxes of the image's shape whose centre is anywhere, cut off at the image's edges.
+    """Boxes ``[n, 4]`` of the image's shape, with a centre anywhere, cut off at its edges.
 
-    Args:
-        rng: source of randomness.
-        own_share: ``[n]`` lambda; a whole box covers 1 - lambda of the image.
-        height, width: of the image, in pixels.
-
-    Returns:
-        ``[n, 4]`` int64: top, bottom, left, right.
+    ``own_share`` is lambda, ``[n]``: a whole box covers 1 - lambda of the image.
     """
     ratio = np.sqrt(1 - own_share)
     bounds = []
@@ -77,17 +64,7 @@ def cutmix_boxes(rng: np.random.Generator, own_share: np.ndarray, height: int, w
 def cutmix_boxes_minmax(
     rng: np.random.Generator, count: int, height: int, width: int, minmax: tuple[float, float]
 ):
-    """Boxes inside the image whose sides are uniform between two shares of the image's.
-
-    Args:
-        rng: source of randomness.
-        count: n.
-        height, width: of the image, in pixels.
-        minmax: smallest and largest share of a side.
-
-    Returns:
-        ``[n, 4]`` int64: top, bottom, left, right.
-    """
+    """Boxes inside the image whose sides are uniform between two shares of the image's."""
     bounds = []
     for size in (height, width):
         low, high = int(size * minmax[0]), int(size * minmax[1])
@@ -133,7 +110,7 @@ class Mixup:
 
     @classmethod
     def from_config(cls, config) -> Mixup | None:
-        """Reads TRAIN.MIXUP_*, TRAIN.CUTMIX_*, TRAIN.SMOOTHING; None where both are off."""
+        """Mixing as TRAIN.MIXUP_* and CUTMIX_* say; None where both are off."""
         train = config.TRAIN
         mixup = train.MIXUP_ALPHA > 0
         cutmix = train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX is not None

@@ -20,8 +20,7 @@ class ModelEma:
     Args:
         model: the model in training (not wrapped).
         decay: share of the old average that a step keeps.
-        warmup: start with less, ``min(decay, (1 + step) / (10 + step))``, so that the random
-            first weights are soon forgotten (TensorFlow's rule).
+        warmup: start with less, so that the random first weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Layer, decay: float, warmup: bool = False):
@@ -48,16 +47,13 @@ class ModelEma:
         self._pairs = [(joined, parameters)]
 
     def decay_at(self, step: int) -> float:
-        """The decay of update number ``step``, counted from 0."""
+        """The decay of update number ``step``, from 0; its warmup is TensorFlow's rule."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     @paddle.no_grad()
     def update(self, step: int, applied: paddle.Tensor | None = None) -> None:
-        """Moves the average towards the model; call once after each optimizer step.
-
-        Args:
-            step: optimizer steps before this one.
-            applied: a bool scalar on the device: whether a loss scaler let the step happen.
+        """Moves the average towards the model, after ``step`` optimizer steps and this one;
+        ``applied`` says, on the device, whether a loss scaler let it happen.
         """
         weight = paddle.full([], 1.0 - self.decay_at(step))  # of a number lerp_ makes one for each
         if applied is not None:

@@ -27,10 +27,8 @@ def scaled_rate(config, total_batch: int) -> float:
 def learning_rate(config, epoch: float, total_batch: int) -> float:
     """The learning rate at a moment of training: a pure function, so resuming needs no state.
 
-    Args:
-        config: the run's config (``TRAIN.*``).
-        epoch: epochs done, fractional: epoch 2, step 30 of 100 is 2.3.
-        total_batch: images per optimizer step, over all processes and accumulated batches.
+    ``epoch`` is how many are done: after step 30 of 100 in the third, 2.3. ``total_batch`` is the
+    images of an optimizer step, over all processes and accumulated batches.
 
     Source: timm's schedulers in epoch mode, as DeiT uses them: the warmup replaces the first
     epochs of the curve rather than preceding it. DeiT scales the base rate only, by
@@ -55,11 +53,7 @@ def learning_rate(config, epoch: float, total_batch: int) -> float:
 class Schedule:
     """How a run is divided into steps, and the learning rate of each.
 
-    Args:
-        config: the run's config.
-        batches: of an epoch, on each process.
-        world: number of processes.
-        images: of an epoch, on all processes together.
+    An epoch has so many ``batches`` on each of ``world`` processes, ``images`` in all.
     """
 
     def __init__(self, config, batches: int, world: int, images: float = math.inf):
@@ -179,12 +173,8 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
 def clip_gradients(parameters: list, max_norm: float | None) -> paddle.Tensor:
     """Scales all gradients together so that their global norm is at most ``max_norm``.
 
-    Args:
-        parameters: parameters; those without a gradient are passed over.
-        max_norm: the bound; None only measures.
-
     Returns:
-        The norm before clipping, a float32 scalar on the device (no host synchronisation).
+        The norm before clipping, a float32 scalar on the device. ``max_norm`` None only measures.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     on_gpu = paddle.get_device() != "cpu"  # where a copy costs less than a launch a parameter

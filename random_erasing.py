@@ -26,15 +26,9 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draws the boxes to erase.
 
-    An image is chosen with probability ``prob`` and gets 1 to ``max_count`` boxes. Area and aspect
-    ratio (uniform, log-uniform) are drawn until the box fits; after `TRIES` there is none.
-
-    Args:
-        rng: source of randomness.
-        batch: B, images.
-        height, width: of an image, in pixels.
-        prob: probability that an image is chosen.
-        max_count: boxes of an image at most. The area is divided by the image's number of boxes.
+    An image is chosen with probability ``prob`` and gets 1 to ``max_count`` boxes, among which the
+    area is divided. Area and aspect ratio (uniform, log-uniform) are drawn until the box fits;
+    after `TRIES` there is none.
 
     Returns:
         ``[B, max_count, 4]`` int64: top, bottom, left, right, the second and last exclusive. A box

@@ -52,11 +52,7 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 class Affine(nn.Layer):
-    """``alpha * x + beta`` per channel: ResMLP's replacement for LayerNorm (paper, eq. 1).
-
-    Args:
-        dim: channels C.
-    """
+    """``alpha * x + beta`` per channel: ResMLP's replacement for LayerNorm (paper, eq. 1)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -68,10 +64,8 @@ class Affine(nn.Layer):
 
 
 class DropPath(nn.Layer):
-    """Drops a residual branch per sample while training (stochastic depth, arXiv 1603.09382).
-
-    Args:
-        rate: probability that a sample's branch is dropped; what is kept is scaled by 1/(1-rate).
+    """Drops a sample's residual branch with probability ``rate`` while training, and scales what is
+    kept by 1/(1-rate) (stochastic depth, arXiv 1603.09382).
     """
 
     def __init__(self, rate: float = 0.0):
@@ -94,14 +88,7 @@ class DropPath(nn.Layer):
 
 
 class PatchEmbedding(nn.Layer):
-    """Cuts the image into patches and embeds each: a convolution whose stride is its kernel.
-
-    Args:
-        image_size: height and width of the input, pixels.
-        patch_size: height and width of a patch, pixels.
-        in_channels: channels of the input.
-        embed_dim: channels C of a token.
-    """
+    """Cuts the image into patches and embeds each: a convolution whose stride is its kernel."""
 
     def __init__(self, image_size: int, patch_size: int, in_channels: int, embed_dim: int):
         super().__init__()
@@ -126,13 +113,7 @@ class PatchEmbedding(nn.Layer):
 
 
 class Mlp(nn.Layer):
-    """The channel MLP: C -> H -> C with GELU between.
-
-    Args:
-        dim: channels C.
-        hidden_dim: hidden units H.
-        dropout: dropout rate after each linear layer.
-    """
+    """The channel MLP: C -> H -> C with GELU between, dropout after each linear layer."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
         super().__init__()
@@ -148,13 +129,7 @@ class Mlp(nn.Layer):
 class ResBlock(nn.Layer):
     """One ResMLP layer: a linear layer mixes tokens, then an MLP mixes channels (paper, eq. 2-3).
 
-    Args:
-        dim: channels C.
-        num_tokens: tokens N.
-        mlp_ratio: hidden units of the MLP, as a multiple of C.
-        layer_scale_init: initial value of both LayerScale vectors.
-        dropout: dropout rate inside the MLP.
-        drop_path: stochastic depth rate of both branches.
+    ``dim`` is C, ``num_tokens`` N; the MLP has ``mlp_ratio`` times C hidden units.
     """
 
     def __init__(
@@ -193,16 +168,12 @@ class ResMLP(nn.Layer):
     """ResMLP image classifier.
 
     Args:
-        image_size: height and width of the input, pixels; a multiple of ``patch_size``.
-        patch_size: height and width of a patch, pixels.
-        in_channels: channels of the input.
-        num_classes: classes K; 0 leaves out the head, and the model returns features ``[B, C]``.
-        embed_dim: channels C.
-        depth: number of blocks.
-        mlp_ratio: hidden units of the channel MLP, as a multiple of C.
-        layer_scale_init: initial LayerScale; None chooses by depth (`default_layer_scale`).
-        dropout: dropout rate in the channel MLPs.
-        drop_path: stochastic depth rate, the same for every block (official code).
+        image_size, patch_size: height and width, pixels; a multiple of each other.
+        num_classes: K; 0 leaves out the head, and the model returns features ``[B, C]``.
+        embed_dim: C.
+        depth: blocks.
+        layer_scale_init: None chooses by depth (`default_layer_scale`).
+        drop_path: rate of stochastic depth, the same for every block (official code).
 
     Raises:
         ConfigError: ``image_size`` is not a multiple of ``patch_size``.
@@ -234,15 +205,9 @@ class ResMLP(nn.Layer):
         self.embed_dim = embed_dim
         self.recompute = False  # recompute activations in backward (TRAIN.RECOMPUTE)
         self.patch_embed = PatchEmbedding(image_size, patch_size, in_channels, embed_dim)
+        tokens = self.patch_embed.num_patches
         self.mixer_layers = nn.LayerList(
-            ResBlock(
-                embed_dim,
-                self.patch_embed.num_patches,
-                mlp_ratio,
-                layer_scale_init,
-                dropout,
-                drop_path,
-            )
+            ResBlock(embed_dim, tokens, mlp_ratio, layer_scale_init, dropout, drop_path)
             for _ in range(depth)
         )
         self.norm = Affine(embed_dim)

@@ -311,7 +311,7 @@ def test_the_dashboard_gets_curves_histograms_and_augmented_images(tmp_path, dat
             assert image.dtype == np.uint8 and image.shape == (16, 8 * 16, 3) and image.std() > 10
             self.written.append((name, step))
 
-    monkeypatch.setattr(report, "build_dashboard", lambda kind, folder: Recorder())
+    monkeypatch.setattr(report, "build_dashboard", lambda *_: Recorder())
     run(make_config(tmp_path, data))
     assert {
         ("train/loss", 6),

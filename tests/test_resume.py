@@ -238,7 +238,7 @@ def test_the_dashboard_is_closed_when_a_run_breaks_off(tmp_path, data, monkeypat
         def close(self):
             Dashboard.closed = True
 
-    monkeypatch.setattr(report, "build_dashboard", lambda name, folder: Dashboard())
+    monkeypatch.setattr(report, "build_dashboard", lambda *_: Dashboard())
     interrupt(config_for(tmp_path, data), Crash, crash_at_step(2))
     assert Dashboard.closed
 
@@ -275,7 +275,7 @@ def test_the_first_images_of_an_epoch_are_shown_and_no_others(tmp_path, data, mo
         def image(self, name, image, step):
             self.shown.append(step)
 
-    monkeypatch.setattr(report, "build_dashboard", lambda name, folder: Recorder())
+    monkeypatch.setattr(report, "build_dashboard", lambda *_: Recorder())
     interrupt(config_for(tmp_path, data), Crash, crash_at_step(5))  # saved within the second epoch
     config = config_for(tmp_path, data, *RESUME, "DATA.BATCH_SIZE", batch, "TRAIN.NUM_EPOCHS", 3)
     engine.run(config)
