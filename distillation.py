@@ -27,8 +27,9 @@ import paddle.nn.functional as F
 from cli.errors import ConfigError, WeightsError
 from config import get_config
 from loading.classes import UNKNOWN, ClassNames
-from resmlp import build_resmlp, load_state
+from resmlp import build_resmlp
 from storage import safe_pickle
+from storage.adapt import load_state
 from storage.files import shorten, unreachable
 from storage.weights import WeightFile, read_weights
 

@@ -250,7 +250,9 @@ def checksum(tree: Any, value: int = 0) -> int:
 
 
 def config_changes(old: str, new: str) -> list[str]:
-    """What differs between two configs dumped as YAML, one ``KEY old -> new`` each."""
+    """What differs between two configs dumped as YAML, one ``KEY old -> new`` each; keys that
+    there are no more have no effect, and are left out.
+    """
 
     def leaves(tree: dict, prefix: str = "") -> dict:
         found: dict = {}
@@ -261,9 +263,9 @@ def config_changes(old: str, new: str) -> list[str]:
 
     before, after = leaves(yaml.safe_load(old)), leaves(yaml.safe_load(new))
     return [
-        f"{key} {before.get(key, '(none)')} -> {after.get(key, '(none)')}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, after) != after.get(key, before)
+        f"{key} {before.get(key, '(none)')} -> {value}"
+        for key, value in after.items()
+        if before.get(key, after) != value
     ]
 
 

@@ -216,65 +216,38 @@ def refuse(match, error=ConfigError, **train):
         build_teacher(make_config(**train))
 
 
-def test_no_teacher_is_refused():
-    refuse("TRAIN.DISTILLATION_TYPE is hard, but TRAIN.TEACHER_MODEL is None")
-
-
-def test_an_unknown_name_is_refused_with_the_nearest():
-    refuse("TRAIN.TEACHER_MODEL is 'resnet51'.*did you mean resnet", TEACHER_MODEL="resnet51")
-    refuse("TRAIN.TEACHER_MODEL is 'ResNet'", TEACHER_MODEL="ResNet")
-    refuse("TEACHER_MODEL a+: cannot be read: File name too long", TEACHER_MODEL="a" * 300)
-
-
-def test_a_teacher_without_weights_is_refused(small_resmlp):
-    refuse("resnet50 needs TRAIN.TEACHER_PRETRAINED", TEACHER_MODEL="resnet50")
-    refuse("needs TRAIN.TEACHER_PRETRAINED", TEACHER_MODEL=small_resmlp[0])
-
-
-def test_weights_of_another_network_are_refused(small_resmlp):
-    refuse(
-        "teacher.pdparams: not the weights of squeezenet1_1 with 5 classes",
-        WeightsError,
-        TEACHER_MODEL="squeezenet1_1",
-        TEACHER_PRETRAINED=small_resmlp[1],
-    )
-
-
-def test_another_number_of_classes_is_refused(tmp_path, small_resmlp):
-    save_pool(tmp_path / "pool", classes=7)
-    refuse(r"gives \[7\] values .* MODEL.NUM_CLASSES 5", TEACHER_MODEL=str(tmp_path / "pool"))
-    path, weights, _ = small_resmlp
-    config = make_config(TEACHER_MODEL=path, TEACHER_PRETRAINED=weights)
-    config.MODEL.NUM_CLASSES = 6
-    with pytest.raises(ConfigError, match="has MODEL.NUM_CLASSES 5, the student 6"):
+@pytest.mark.parametrize(
+    "message,model,weights,more",
+    [
+        ("DISTILLATION_TYPE is hard, but TRAIN.TEACHER_MODEL is None", None, None, {}),
+        ("TEACHER_MODEL is 'resnet51'.*did you mean resnet", "resnet51", None, {}),
+        ("TEACHER_MODEL is 'ResNet'", "ResNet", None, {}),
+        ("TEACHER_MODEL a+: cannot be read: File name too long", "a" * 300, None, {}),
+        ("resnet50 needs TRAIN.TEACHER_PRETRAINED", "resnet50", None, {}),
+        ("needs TRAIN.TEACHER_PRETRAINED", "YAML", None, {}),
+        ("not the weights of squeezenet1_1 with 5", "squeezenet1_1", "WEIGHTS", {}),
+        ("not the weights .* _conv9.weight, _conv9.bias", "squeezenet1_1", "SEVEN", {}),
+        (r"gives \[7\] values .* MODEL.NUM_CLASSES 5", "POOL", None, {}),
+        ("NUM_CLASSES 6, the student 5", "SIX", "WEIGHTS", {}),
+        ("images of 24 pixels.*set TRAIN.TEACHER", "YAML", "WEIGHTS", {"TEACHER_IMAGE_SIZE": 24}),
+        ("holds its own weights", "POOL", "x.pdparams", {}),
+    ],
+)
+def test_what_cannot_teach_is_refused(tmp_path, small_resmlp, message, model, weights, more):
+    path, state, _ = small_resmlp
+    six = tmp_path / "six.yaml"
+    six.write_text(f"BASE: {path}\nMODEL: {{NUM_CLASSES: 6}}\n")
+    files = {"YAML": path, "WEIGHTS": state, "SIX": str(six), "POOL": str(tmp_path / "pool")}
+    files["SEVEN"] = str(tmp_path / "seven.pdparams")
+    if model == "POOL":
+        save_pool(tmp_path / "pool", classes=7)
+    if weights == "SEVEN":
+        other = paddle.vision.models.squeezenet1_1(num_classes=7)
+        paddle.save(other.state_dict(), files["SEVEN"])
+    config = make_config(TEACHER_MODEL=files.get(model, model), **more)
+    config.TRAIN.TEACHER_PRETRAINED = files.get(weights, weights)
+    with pytest.raises((ConfigError, WeightsError), match=message):
         build_teacher(config)
-    other = paddle.vision.models.squeezenet1_1(num_classes=7)
-    paddle.save(other.state_dict(), str(tmp_path / "other.pdparams"))
-    refuse(
-        "not the weights of squeezenet1_1 with 5 classes .* _conv9.weight, _conv9.bias",
-        WeightsError,
-        TEACHER_MODEL="squeezenet1_1",
-        TEACHER_PRETRAINED=str(tmp_path / "other.pdparams"),
-    )
-
-
-def test_an_input_size_that_does_not_fit_is_refused_at_the_start(small_resmlp):
-    path, weights, _ = small_resmlp
-    refuse(
-        "does not take images of 24 pixels.*set TRAIN.TEACHER_IMAGE_SIZE",
-        TEACHER_MODEL=path,
-        TEACHER_PRETRAINED=weights,
-        TEACHER_IMAGE_SIZE=24,
-    )
-
-
-def test_weights_beside_a_saved_network_are_refused(tmp_path):
-    save_pool(tmp_path / "pool")
-    refuse(
-        "holds its own weights",
-        TEACHER_MODEL=str(tmp_path / "pool"),
-        TEACHER_PRETRAINED="x.pdparams",
-    )
 
 
 def test_a_damaged_saved_network_is_refused(tmp_path):

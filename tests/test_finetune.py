@@ -240,12 +240,6 @@ def test_evaluations_are_counted_on_when_a_run_is_resumed(tmp_path, data, script
     assert epochs(tmp_path) == [1, 2, 3, 4]
 
 
-def test_without_the_key_training_goes_to_the_last_epoch(tmp_path, data, scripted):
-    scripted([20, 10, 10, 10, 10])
-    run(make_config(tmp_path, data, "TRAIN.NUM_EPOCHS", 5))
-    assert epochs(tmp_path) == [1, 2, 3, 4, 5]
-
-
 def best_place(tmp_path):
     return checkpoints.load(tmp_path / "run" / "best.pdparams")["place"]
 

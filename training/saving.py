@@ -10,9 +10,9 @@ from cli.errors import CheckpointError, ConfigError, WeightsError
 from datasets import ImageDataset
 from loading.classes import UNKNOWN, ClassNames, data_classes
 from parallel.process import Preempted, Process, from_main, main_first
-from resmlp import build_resmlp, load_pretrained, load_state
+from resmlp import build_resmlp
 from storage import checkpoints
-from storage.adapt import read_pretrained
+from storage.adapt import load_pretrained, load_state, read_pretrained
 from storage.run_folder import RunFolder
 from storage.weights import WeightFile
 from training import ppvit_checkpoint
