@@ -72,12 +72,12 @@ class _Library:
         self.call("primitive_desc_query", descriptor, _QUERY_IMPLEMENTATION, 0, ctypes.byref(name))
         return name.value
 
-    def implemented_by(self, name: bytes, descriptor: ctypes.c_void_p) -> ctypes.c_void_p | None:
-        """The descriptor, moved on to an implementation of that name; None where there is none."""
-        while not self.implementation(descriptor).startswith(name):
+    def has_gemm(self, descriptor: ctypes.c_void_p) -> bool:
+        """Moves a product's descriptor on to oneDNN's plain product, if there is one."""
+        while not self.implementation(descriptor).startswith(b"gemm"):
             if self._functions.dnnl_primitive_desc_next_impl(descriptor):
-                return None
-        return descriptor
+                return False
+        return True
 
     def new(self, name: str, *arguments) -> ctypes.c_void_p:
         """What a ``..._create`` function puts where its first argument points."""
@@ -147,12 +147,9 @@ def product(
     """``a @ b + bias``, then GELU, then each of ``then``, in one pass.
 
     Args:
-        a: ``[M, K]`` or ``[B, M, K]``; without B where only ``b`` has it.
-        b: ``[K, N]`` or ``[B, K, N]``, likewise.
-        transpose_a: ``a`` is ``[..., K, M]``.
-        transpose_b: ``b`` is ``[..., N, K]``.
-        bias: ``[N]``, or None.
-        gelu: apply GELU.
+        a: ``[M, K]`` or ``[B, M, K]`` (transposed ``[..., K, M]``); without B where only ``b`` has
+            it, and likewise ``b``, ``[K, N]`` or ``[B, K, N]``.
+        bias: ``[N]``.
         then: pairs ``("add" or "multiply", tensor)``; a tensor is broadcast to the result.
         dtype: of the result; None for that of ``a``.
         out: where the result is to be written, contiguous and of this type; None: a new tensor.
@@ -260,7 +257,7 @@ def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
     if hidden or (transpose_a and rank == 2):
         # For a weight gradient, and for the gradient of an MLP's hidden units, oneDNN's first
         # choice takes longer than its plain product: by a tenth, and by 2 to 7 % (AVX-512).
-        descriptor = _library().implemented_by(b"gemm", descriptor) or create()
+        descriptor = descriptor if _library().has_gemm(descriptor) else create()
     arguments = [(_SRC, a), (_WEIGHTS, b), *([(_BIAS, bias)] if has_bias else [])]
     return _fast(descriptor, [*arguments, *zip(names, others), (_DST, result)]), shape
 
