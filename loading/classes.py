@@ -260,6 +260,8 @@ def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list
                 return found
     own, advice = data_classes(config), _EVALUATION_ADVICE if config.EVAL else _TRAINING_ADVICE
     labels, line = own.labels_in(weights, advice)
+    if not own and len(weights) == config.MODEL.NUM_CLASSES:
+        own = weights
     return own if labels is None else own.moved(labels), labels, line
 
 

@@ -245,6 +245,15 @@ def test_labels_of_lists_and_folders_become_those_of_the_weights(tmp_path, evalu
     assert any("another order than in old run" in n for n in dataset.files.notes) == evaluate
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_lists_without_names_have_those_of_the_weights(tmp_path, count):
+    make_tree(tmp_path)
+    make_lists(tmp_path, "ant", "bee")
+    (tmp_path / "classes.txt").unlink()
+    classes = build_dataset(make_config(tmp_path, count), "val", named("ant", "bee")).classes
+    assert classes.names == (("ant", "bee") if count == 2 else ())
+
+
 @pytest.mark.parametrize("kind", [make_config, folders_config])
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_data_of_other_classes_than_the_weights_are_refused(tmp_path, kind, evaluate):

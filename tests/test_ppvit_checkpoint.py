@@ -114,7 +114,7 @@ def config_for(folder, data, path, *opts):
 def next_step(config, saved):
     """The model and its average after one step of ours with the gradients of step 4."""
     process = prepare_process()
-    learner = Learner(config, process, first_model(config, saved, process), saved)
+    learner = Learner(config, process, first_model(config, saved), saved)
     for name, parameter in learner.model.named_parameters():
         (parameter * paddle.to_tensor(gradient(name, parameter.shape, 4))).sum().backward()
     learner.gradients = lambda window, rng: (paddle.ones([], "float64"), paddle.ones([]))

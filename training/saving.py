@@ -175,10 +175,13 @@ def first_weights(
     if saved or not config.MODEL.PRETRAINED:
         return None, saved["classes"] if saved else UNKNOWN
     file = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY, process)
-    return file, UNKNOWN if data_classes(config).difference(file.classes) else file.classes
+    own = data_classes(config)
+    return file, UNKNOWN if not own or own.difference(file.classes) else file.classes
 
 
-def first_model(config, saved: dict | None, weights: WeightFile | None, classes: ClassNames):
+def first_model(
+    config, saved: dict | None, weights: WeightFile | None = None, classes: ClassNames = UNKNOWN
+):
     """The model with the weights that the run begins with: a checkpoint's, pretrained, or new.
 
     Args:
