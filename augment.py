@@ -238,33 +238,16 @@ def apply_op(
 # ---- decisions ---------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class Policy:
-    """Draws a list of operations for each image and applies them.
+    """Draws a list of operations for each image and applies them."""
 
-    Args:
-        name: What was configured, for `repr`.
-        choices: What one of is drawn from: each a list of `(operation, probability, level)`.
-        layers: How many of the choices an image gets, drawn with replacement.
-        level_std: Standard deviation of the level; infinite: uniform from 0 to the level.
-        level_max: The drawn level is clamped to 0 ... `level_max`.
-        resamples: The interpolations that an operation draws from.
-        fill: Colour of what comes into view from outside, the dataset's mean.
-    """
-
-    name: str
-    choices: Sequence[Sequence[tuple[str, float, float]]]
-    layers: int = 1
-    level_std: float = 0.0
-    level_max: float = MAX_LEVEL
-    resamples: Sequence[int] = (RESAMPLE.BICUBIC,)
-    fill: tuple[int, int, int] = (128, 128, 128)
-
-    def __repr__(self) -> str:
-        return (
-            f"Policy({self.name}: {self.layers} of {len(self.choices)}, "
-            f"level_std={self.level_std:g}, level_max={self.level_max:g}, fill={self.fill})"
-        )
+    choices: Sequence[Sequence[tuple[str, float, float]]]  # of (operation, probability, level)
+    layers: int = 1  # how many of the choices an image gets, drawn with replacement
+    level_std: float = 0.0  # of the level; infinite: uniform from 0 to the level
+    level_max: float = MAX_LEVEL  # the drawn level is clamped to 0 ... level_max
+    resamples: Sequence[int] = (RESAMPLE.BICUBIC,)  # that an operation draws from
+    fill: tuple[int, int, int] = (128, 128, 128)  # colour of what comes into view from outside
 
     def draw(self, rng: np.random.Generator) -> list[DrawnOp]:
         """The operations of one image, in order: a pure function of the generator's state."""
@@ -314,81 +297,51 @@ def rand_augment(
     """
     names = RAND_INCREASING_OPS if increasing else RAND_OPS
     choices = [[(name, probability, level)] for name in names]
-    name = f"RandAugment(level={level:g}, probability={probability:g}, increasing={increasing})"
-    return Policy(name, choices, layers, level_std, level_max, **kwargs)
+    return Policy(choices, layers, level_std, level_max, **kwargs)
 
 
 def _sub_policies(text: str) -> list[list[tuple[str, float, float]]]:
-    """Reads lines of `Operation probability level, Operation probability level`."""
-    lines = [line.split(",") for line in text.strip().splitlines()]
-    ops = [[part.split() for part in line] for line in lines]
-    return [[(name, float(p), float(level)) for name, p, level in line] for line in ops]
+    """Reads `Operation probability level, Operation probability level; ...`."""
+    ops = [[part.split() for part in policy.split(",")] for policy in text.split(";")]
+    return [[(name, float(p), float(level)) for name, p, level in policy] for policy in ops]
 
 
 # arXiv:1805.09501, appendix, the ImageNet policy (its repeated lines count).
 _ORIGINAL = """
-PosterizeOriginal 0.4 8, Rotate 0.6 9
-Solarize 0.6 5, AutoContrast 0.6 5
-Equalize 0.8 8, Equalize 0.6 3
-PosterizeOriginal 0.6 7, PosterizeOriginal 0.6 6
-Equalize 0.4 7, Solarize 0.2 4
-Equalize 0.4 4, Rotate 0.8 8
-Solarize 0.6 3, Equalize 0.6 7
-PosterizeOriginal 0.8 5, Equalize 1.0 2
-Rotate 0.2 3, Solarize 0.6 8
-Equalize 0.6 8, PosterizeOriginal 0.4 6
-Rotate 0.8 8, Color 0.4 0
-Rotate 0.4 9, Equalize 0.6 2
-Equalize 0.0 7, Equalize 0.8 8
-Invert 0.6 4, Equalize 1.0 8
-Color 0.6 4, Contrast 1.0 8
-Rotate 0.8 8, Color 1.0 2
-Color 0.8 8, Solarize 0.8 7
-Sharpness 0.4 7, Invert 0.6 8
-ShearX 0.6 5, Equalize 1.0 9
-Color 0.4 0, Equalize 0.6 3
-Equalize 0.4 7, Solarize 0.2 4
-Solarize 0.6 5, AutoContrast 0.6 5
-Invert 0.6 4, Equalize 1.0 8
-Color 0.6 4, Contrast 1.0 8
+PosterizeOriginal 0.4 8, Rotate 0.6 9; Solarize 0.6 5, AutoContrast 0.6 5;
+Equalize 0.8 8, Equalize 0.6 3; PosterizeOriginal 0.6 7, PosterizeOriginal 0.6 6;
+Equalize 0.4 7, Solarize 0.2 4; Equalize 0.4 4, Rotate 0.8 8;
+Solarize 0.6 3, Equalize 0.6 7; PosterizeOriginal 0.8 5, Equalize 1.0 2;
+Rotate 0.2 3, Solarize 0.6 8; Equalize 0.6 8, PosterizeOriginal 0.4 6;
+Rotate 0.8 8, Color 0.4 0; Rotate 0.4 9, Equalize 0.6 2;
+Equalize 0.0 7, Equalize 0.8 8; Invert 0.6 4, Equalize 1.0 8;
+Color 0.6 4, Contrast 1.0 8; Rotate 0.8 8, Color 1.0 2;
+Color 0.8 8, Solarize 0.8 7; Sharpness 0.4 7, Invert 0.6 8;
+ShearX 0.6 5, Equalize 1.0 9; Color 0.4 0, Equalize 0.6 3;
+Equalize 0.4 7, Solarize 0.2 4; Solarize 0.6 5, AutoContrast 0.6 5;
+Invert 0.6 4, Equalize 1.0 8; Color 0.6 4, Contrast 1.0 8;
 Equalize 0.8 8, Equalize 0.6 3
 """
 
 # The policy of the TPU EfficientNet code.
 _V0 = """
-Equalize 0.8 1, ShearY 0.8 4
-Color 0.4 9, Equalize 0.6 3
-Color 0.4 1, Rotate 0.6 8
-Solarize 0.8 3, Equalize 0.4 7
-Solarize 0.4 2, Solarize 0.6 2
-Color 0.2 0, Equalize 0.8 8
-Equalize 0.4 8, SolarizeAdd 0.8 3
-ShearX 0.2 9, Rotate 0.6 8
-Color 0.6 1, Equalize 1.0 2
-Invert 0.4 9, Rotate 0.6 0
-Equalize 1.0 9, ShearY 0.6 3
-Color 0.4 7, Equalize 0.6 0
-Posterize 0.4 6, AutoContrast 0.4 7
-Solarize 0.6 8, Color 0.6 9
-Solarize 0.2 4, Rotate 0.8 9
-Rotate 1.0 7, TranslateYRel 0.8 9
-ShearX 0.0 0, Solarize 0.8 4
-ShearY 0.8 0, Color 0.6 4
-Color 1.0 0, Rotate 0.6 2
-Equalize 0.8 4, Equalize 0.0 8
-Equalize 1.0 4, AutoContrast 0.6 2
-ShearY 0.4 7, SolarizeAdd 0.6 7
-Posterize 0.8 2, Solarize 0.6 10
-Solarize 0.6 8, Equalize 0.6 1
+Equalize 0.8 1, ShearY 0.8 4; Color 0.4 9, Equalize 0.6 3;
+Color 0.4 1, Rotate 0.6 8; Solarize 0.8 3, Equalize 0.4 7;
+Solarize 0.4 2, Solarize 0.6 2; Color 0.2 0, Equalize 0.8 8;
+Equalize 0.4 8, SolarizeAdd 0.8 3; ShearX 0.2 9, Rotate 0.6 8;
+Color 0.6 1, Equalize 1.0 2; Invert 0.4 9, Rotate 0.6 0;
+Equalize 1.0 9, ShearY 0.6 3; Color 0.4 7, Equalize 0.6 0;
+Posterize 0.4 6, AutoContrast 0.4 7; Solarize 0.6 8, Color 0.6 9;
+Solarize 0.2 4, Rotate 0.8 9; Rotate 1.0 7, TranslateYRel 0.8 9;
+ShearX 0.0 0, Solarize 0.8 4; ShearY 0.8 0, Color 0.6 4;
+Color 1.0 0, Rotate 0.6 2; Equalize 0.8 4, Equalize 0.0 8;
+Equalize 1.0 4, AutoContrast 0.6 2; ShearY 0.4 7, SolarizeAdd 0.6 7;
+Posterize 0.8 2, Solarize 0.6 10; Solarize 0.6 8, Equalize 0.6 1;
 Color 0.8 6, Rotate 0.4 5
 """
 
 # DeiT III (arXiv:2204.07118, section 3.2): one of three, always applied, at full strength.
-_THREE = """
-Solarize 1.0 5
-Grayscale 1.0 10
-GaussianBlur 1.0 10
-"""
+_THREE = "Solarize 1.0 5; Grayscale 1.0 10; GaussianBlur 1.0 10"
 
 # The variants with `r` posterize as Google's later code does: more with the level.
 POLICIES = {
@@ -456,4 +409,4 @@ def build_policy(text: str, key: str, **kwargs) -> Policy:
         raise ConfigError(f"{where}; choose rand-... or one of {', '.join(POLICIES)}")
     # 3-Augment is always at full strength.
     known = {} if policy == "3a" else {"mstd": _RAND_SECTIONS["mstd"]}
-    return Policy(text, POLICIES[policy], **_read_sections(sections, known, where), **kwargs)
+    return Policy(POLICIES[policy], **_read_sections(sections, known, where), **kwargs)

@@ -56,7 +56,7 @@ def center_box(width: int, height: int, size: int) -> Box:
 _LONGEST = 100
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class EvalTransform:
     """Resize the short side to `floor(size / crop_pct)`, as timm does, and crop the centre: the
     pixels of torchvision's on PIL. `exif_orientation` is for an image of Pillow's.
@@ -72,10 +72,6 @@ class EvalTransform:
 
     def __post_init__(self):
         self.short = math.floor(self.size / self.crop_pct)
-
-    def __repr__(self) -> str:
-        name = Image.Resampling(self.resample).name.lower()
-        return f"EvalTransform(resize {self.short} {name}, center crop {self.size})"
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
         pixels = to_pixels(image, self.exif_orientation)
@@ -131,7 +127,7 @@ def draw_crop(
     return left, top, left + w, top + h
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class ColorJitter:
     """Brightness, contrast and saturation, in random order, each by a factor of 1 +- strength:
     torchvision's `ColorJitter(s, s, s)`.
@@ -140,9 +136,6 @@ class ColorJitter:
     OPS = ("Brightness", "Contrast", "Color")  # of augment.py
 
     strength: float
-
-    def __repr__(self) -> str:
-        return f"ColorJitter({self.strength:g})"
 
     def draw(self, rng: np.random.Generator) -> list[tuple[int, float]]:
         """Index into `OPS` and factor, in the order of application."""
@@ -156,33 +149,18 @@ class ColorJitter:
         return pixels
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class TrainTransform:
-    """Random resized crop, flips, then the augmentations, in timm's order.
-
-    Args:
-        scale, ratio: See `draw_crop`.
-        hflip, vflip: Probability of each flip.
-        resamples: The interpolations that the crop draws from.
-        augmentations: Called one after the other with the pixels and the generator.
-        exif_orientation: As in `EvalTransform`.
-    """
+    """Random resized crop, flips, then the augmentations, in timm's order."""
 
     size: int
-    scale: tuple[float, float]
+    scale: tuple[float, float]  # see `draw_crop`
     ratio: tuple[float, float]
-    hflip: float
+    hflip: float  # probabilities
     vflip: float
-    resamples: Sequence[int]
+    resamples: Sequence[int]  # that the crop draws from
     augmentations: Sequence[Policy | ColorJitter]
-    exif_orientation: bool = False
-
-    def __repr__(self) -> str:
-        names = "|".join(Image.Resampling(resample).name.lower() for resample in self.resamples)
-        return (
-            f"TrainTransform(crop {self.size} {names} scale={self.scale} ratio={self.ratio}, "
-            f"hflip={self.hflip:g}, vflip={self.vflip:g}, {list(self.augmentations)})"
-        )
+    exif_orientation: bool = False  # as in `EvalTransform`
 
     def __call__(self, image: np.ndarray | Image.Image, rng: np.random.Generator) -> np.ndarray:
         pixels = to_pixels(image, self.exif_orientation)

@@ -100,12 +100,6 @@ def read(path: str) -> bytes | None:
     return found[0].read(found[1]) if found and found[1] else None
 
 
-def size(path: str) -> int | None:
-    """How many bytes an archive's member has; None where the path leads into none."""
-    found = inside(path)
-    return found[0].member(found[1]).length if found and found[1] else None
-
-
 @cache
 def open_archive(path: str) -> Archive:
     """The archive at a path, indexed; opened once in a process."""
@@ -176,12 +170,6 @@ class Archive:
             return Member(*self._where[number].tolist())
         return None
 
-    def member(self, name: str) -> Member:
-        """As `find`; FileNotFoundError if there is none."""
-        if found := self.find(name):
-            return found
-        raise FileNotFoundError(errno.ENOENT, "No such member", f"{self.path}/{name}")
-
     def under(self, folder: str, empty: bool = False) -> Iterator[str]:
         """The names of the members in a folder, at any depth, sorted; ``""`` is the whole. `empty`:
         also the empty folders there.
@@ -209,7 +197,9 @@ class Archive:
             OSError: there is none of that name, or it is damaged.
             DataError: the archive has changed since it was indexed.
         """
-        member, state = self.member(name), None
+        member, state = self.find(name), None
+        if member is None:
+            raise FileNotFoundError(errno.ENOENT, "No such member", f"{self.path}/{name}")
         with suppress(OSError):  # it is gone
             state = _state(self.path)
         if state != self._state:

@@ -92,9 +92,8 @@ class ImageIndex:
         for index in range(len(self)):
             if self.name(index).startswith(last):
                 continue
-            if found := archives.split(self.path(index)):
-                archives.open_archive(found[0])
-                last = os.path.relpath(os.fsencode(found[0]), self.root) + b"/"
+            if found := archives.inside(self.path(index)):
+                last = os.path.relpath(os.fsencode(found[0].path), self.root) + b"/"
 
     def where(self, index: int) -> str:
         """The path of an entry for a message, after ``list_file:line`` if it has one."""

@@ -81,11 +81,6 @@ def train_indices(
     return order[positions // repeats % num_images]
 
 
-def eval_indices(num_images: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """The images that one process evaluates: each on exactly one rank; some may have none."""
-    return np.arange(rank, num_images, world)
-
-
 @dataclass(eq=False)
 class TrainBatchSampler:
     """Batches of training samples for one process (see `train_indices`); `set_epoch` chooses the
@@ -130,10 +125,12 @@ class TrainBatchSampler:
 
 
 class EvalBatchSampler:
-    """Batches of `eval_indices` in a fixed order, as lists of `Key`; the last one may be small."""
+    """Batches of the images that one process evaluates, in a fixed order, as lists of `Key`. Each
+    image is on exactly one rank; some may have none, and the last batch may be small.
+    """
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world: int = 1):
-        self.indices = eval_indices(num_images, rank, world)
+        self.indices = np.arange(rank, num_images, world)
         self.batch_size = batch_size
 
     def __len__(self) -> int:

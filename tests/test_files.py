@@ -60,11 +60,6 @@ def test_a_windows_byte_order_mark_and_a_missing_last_newline_are_accepted(tmp_p
     assert entries(tmp_path, b"\xef\xbb\xbfa.jpg 0\nb.jpg 1") == [("a.jpg", 0), ("b.jpg", 1)]
 
 
-def test_a_list_in_utf16_says_so(tmp_path):
-    text = "a.jpg 0\r\n".encode("utf-16")
-    assert "train_list.txt:1: zero bytes: it looks like UTF-16" in problem(tmp_path, text)
-
-
 def test_paths_in_any_encoding_find_their_file(tmp_path):
     name = b"caf\xe9.png"  # Latin-1: not valid UTF-8
     save(tmp_path / "x.png")
@@ -86,18 +81,16 @@ def test_paths_in_any_encoding_find_their_file(tmp_path):
         ("../a.jpg 1", "leaves the data folder"),
         ("train/../../a.jpg 1", "leaves the data folder"),
         ("/etc/passwd 1", "leaves the data folder"),
+        ("../{name}-other/a.jpg 1", "leaves the data folder"),  # begins as the data folder does
         ("\x00\xff\xd8\xff\xe0", "zero bytes"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, expected):
+    line = line.replace("{name}", tmp_path.name)
     message = problem(tmp_path, f"ok.jpg 1\n\n{line}\n")
     assert message.startswith(f"{tmp_path}/train_list.txt:3: ")
     assert expected in message
     assert len(message) < 600
-
-
-def test_a_folder_whose_name_begins_like_the_data_folders_is_outside(tmp_path):
-    assert "leaves" in problem(tmp_path, f"../{tmp_path.name}-other/a.jpg 1\n")
 
 
 def test_dots_that_stay_inside_and_absolute_paths_inside_are_accepted(tmp_path):
@@ -136,9 +129,9 @@ def test_a_pipe_in_place_of_a_text_file_is_refused_unopened(tmp_path, read):
         read(str(tmp_path / "pipe"), *arguments)
 
 
-def test_an_entry_is_named_without_control_characters(tmp_path):
-    index = read_list(write_list(tmp_path, b"a\x1b[2J\rb.jpg 1\n"), str(tmp_path), 10, False)
-    assert index.where(0).endswith(r"/a\x1b[2J\rb.jpg")
+def test_an_entry_is_named_by_its_line_and_without_control_characters(tmp_path):
+    index = read_list(write_list(tmp_path, b"# x\n\na\x1b[2J\rb.jpg 1\n"), str(tmp_path), 10, False)
+    assert index.where(0) == rf"{tmp_path}/train_list.txt:3: {tmp_path}/a\x1b[2J\rb.jpg"
 
 
 @pytest.mark.parametrize(
@@ -152,11 +145,6 @@ def test_an_entry_is_named_without_control_characters(tmp_path):
 def test_only_what_a_terminal_cannot_show_is_escaped(name, shown):
     path = os.fsdecode(name)
     assert printable(path) == (shown or path)
-
-
-def test_an_entry_is_named_by_its_line_and_path(tmp_path):
-    index = read_list(write_list(tmp_path, "# x\n\na b.jpg 1\n"), str(tmp_path), 10, False)
-    assert index.where(0) == f"{tmp_path}/train_list.txt:3: {tmp_path}/a b.jpg"
 
 
 def test_an_index_takes_some_twenty_bytes_beside_each_path(tmp_path):
@@ -297,19 +285,16 @@ def test_folders_of_systems_and_notebooks_are_neither_classes_nor_images(tmp_pat
 
 
 # ------------------------------------------------------------------------ 16 bits and more
-@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
 def test_sixteen_bit_grey_is_scaled_by_its_range(tmp_path, ending):
     values = np.array([[0, 255, 256, 511], [32768, 40000, 65279, 65535]], np.uint16)
-    Image.fromarray(values).save(tmp_path / f"x.{ending}")
+    if ending == "pgm":
+        (tmp_path / "x.pgm").write_bytes(b"P5 4 2 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(tmp_path / f"x.{ending}")
     grey = np.asarray(read_image(str(tmp_path / f"x.{ending}")))
     expected = [[0, 0, 1, 1], [128, 156, 254, 255]]
     assert np.array_equal(grey, np.dstack([expected] * 3))
-
-
-def test_sixteen_bit_grey_in_the_portable_format_is_scaled_too(tmp_path):
-    values = np.array([[0, 40000, 65535]], ">u2")
-    (tmp_path / "x.pgm").write_bytes(b"P5 3 1 65535\n" + values.tobytes())
-    assert np.asarray(read_image(str(tmp_path / "x.pgm")))[0, :, 0].tolist() == [0, 156, 255]
 
 
 @pytest.mark.parametrize("bits, scaled", [(None, 0), (12, 4), (10, 0)])

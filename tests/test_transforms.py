@@ -1,9 +1,6 @@
 """Image pipelines: sizes, determinism, switches, errors. (Against timm: tests/timm.)"""
 
-import copy
-import io
 import math
-import pickle
 import subprocess
 import sys
 
@@ -46,12 +43,6 @@ def photo(width=50, height=40, seed=0):
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
 
 
-def as_jpeg(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95)
-    return Image.open(io.BytesIO(buffer.getvalue()))
-
-
 def changed(name, image, *arguments):
     """`apply_op` for an image of Pillow's."""
     return to_image(apply_op(name, from_image(image), *arguments))
@@ -64,11 +55,14 @@ SIZES = [(50, 40), (40, 50), (32, 32), (33, 97), (300, 20), (7, 5), (1, 1), (1, 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_evaluation_returns_contiguous_uint8_of_the_configured_size(config, size):
-    array = build_eval_transform(config)(photo(*size))
-    assert array.shape == (32, 32, 3)
-    assert array.dtype == np.uint8
-    assert array.flags.c_contiguous and array.flags.writeable
+def test_pipelines_return_contiguous_uint8_of_the_configured_size(config, size):
+    config.TRAIN.RAND_AUGMENT = True
+    train = build_train_transform(config)
+    arrays = [train(photo(*size), np.random.default_rng(seed)) for seed in range(5)]
+    for array in (build_eval_transform(config)(photo(*size)), *arrays):
+        assert array.shape == (32, 32, 3)
+        assert array.dtype == np.uint8
+        assert array.flags.c_contiguous and array.flags.writeable
 
 
 def test_evaluation_resizes_the_short_side_to_the_floor_of_size_over_crop_pct(config):
@@ -117,17 +111,6 @@ def test_every_mode_is_read_as_pil_converts_it_to_rgb(mode):
 
 
 # ---- random crops and flips --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_training_returns_contiguous_uint8_of_the_configured_size(config, size):
-    config.TRAIN.RAND_AUGMENT = True
-    transform = build_train_transform(config)
-    for seed in range(5):
-        array = transform(photo(*size), np.random.default_rng(seed))
-        assert array.shape == (32, 32, 3)
-        assert array.dtype == np.uint8
-        assert array.flags.c_contiguous and array.flags.writeable
 
 
 @pytest.mark.parametrize(
@@ -203,17 +186,6 @@ def test_random_interpolation_is_bilinear_or_bicubic(config):
         else:
             pytest.fail("neither bilinear nor bicubic")
     assert seen == {"BILINEAR", "BICUBIC"}
-
-
-def test_a_large_crop_of_an_unread_jpeg_has_the_pixels_of_the_whole_decode(config):
-    whole = as_jpeg(photo(200, 160)).convert("RGB")
-    transform = build_train_transform(config)
-    for seed in range(5):
-        crops = [
-            transform(image, np.random.default_rng(seed))
-            for image in (as_jpeg(photo(200, 160)), whole)
-        ]
-        assert np.array_equal(*crops)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
@@ -318,18 +290,15 @@ def test_a_probability_of_zero_draws_nothing_and_of_one_every_layer():
 
 
 def test_noisy_levels_stay_between_zero_and_the_maximum():
-    policy = Policy("", [[("Rotate", 1.0, 9.0)]], layers=500, level_std=5.0)
-    degrees = [op.argument for op in policy.draw(np.random.default_rng(0))]
-    assert max(degrees) == 30.0 and min(degrees) == -30.0
-    policy.level_max = 12.0
-    assert max(op.argument for op in policy.draw(np.random.default_rng(0))) == 36.0
+    def degrees(level, layers, **options):
+        policy = Policy([[("Rotate", 1.0, level)]], layers, **options)
+        return [op.argument for op in policy.draw(np.random.default_rng(0))]
 
-
-def test_an_infinite_deviation_draws_levels_uniformly_up_to_the_level():
-    policy = Policy("", [[("Rotate", 1.0, 5.0)]], layers=2000, level_std=math.inf)
-    degrees = np.abs([op.argument for op in policy.draw(np.random.default_rng(0))])
-    assert degrees.max() <= 15.0
-    assert np.histogram(degrees, 3, (0, 15))[0].min() > 600
+    found = degrees(9.0, 500, level_std=5.0)
+    assert max(found) == 30.0 and min(found) == -30.0
+    assert max(degrees(9.0, 500, level_std=5.0, level_max=12.0)) == 36.0
+    found = np.abs(degrees(5.0, 2000, level_std=math.inf))  # uniform up to the level
+    assert found.max() <= 15.0 and np.histogram(found, 3, (0, 15))[0].min() > 600
 
 
 @pytest.mark.parametrize("name, policies", POLICIES.items())
@@ -365,11 +334,8 @@ def test_colour_jitter_draws_each_factor_once_in_random_order():
     }  # fmt: skip
     factors = [factor for draw in draws for _, factor in draw]
     assert 0.6 <= min(factors) < 0.62 and 1.38 < max(factors) <= 1.4
-
-
-def test_colour_jitter_stronger_than_one_never_inverts():
-    factors = [f for _ in range(50) for _, f in ColorJitter(3.0).draw(np.random.default_rng(_))]
-    assert min(factors) >= 0.0 and max(factors) > 3.0
+    factors = [f for _ in range(50) for _, f in ColorJitter(3.0).draw(rng)]
+    assert min(factors) >= 0.0 and max(factors) > 3.0  # nothing is inverted
 
 
 # ---- from the config ---------------------------------------------------------------------------
@@ -397,31 +363,29 @@ def test_every_section_of_timms_string_is_read():
 
 def test_augmentations_win_in_the_order_three_rand_auto_jitter(config):
     def names():
-        return [getattr(augment, "name", "jitter") for augment in build_augmentations(config)]
+        found = [
+            getattr(augmentation, "choices", None) for augmentation in build_augmentations(config)
+        ]
+        known = {id(choices): name for name, choices in POLICIES.items()}
+        return [known.get(id(choices), "rand") if choices else "jitter" for choices in found]
 
     assert names() == []
-    config.TRAIN.COLOR_JITTER = 0.3
-    assert names() == ["jitter"]
-    config.TRAIN.AUTO_AUGMENT = True
-    assert names() == ["original"]
-    config.TRAIN.AUTO_AUGMENT = "v0"
-    assert names() == ["v0"]
-    config.TRAIN.AUTO_AUGMENT = "3a"
-    assert names() == ["3a", "jitter"]
-    config.TRAIN.RAND_AUGMENT = True
-    assert names()[0].startswith("RandAugment") and len(names()) == 1
-    config.TRAIN.THREE_AUGMENT = True
-    assert names() == ["3a", "jitter"]
+    for key, value, expected in (
+        ("COLOR_JITTER", 0.3, ["jitter"]),
+        ("AUTO_AUGMENT", True, ["original"]),
+        ("AUTO_AUGMENT", "v0", ["v0"]),
+        ("AUTO_AUGMENT", "3a", ["3a", "jitter"]),
+        ("RAND_AUGMENT", True, ["rand"]),
+        ("THREE_AUGMENT", True, ["3a", "jitter"]),
+    ):
+        config.TRAIN[key] = value
+        assert names() == expected
 
 
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        (
-            "TRAIN.RAND_AUGMENT",
-            "rand-m9-w0",
-            "AUGMENT is 'rand-m9-w0': bad section 'w0'",
-        ),
+        ("TRAIN.RAND_AUGMENT", "rand-m9-w0", "AUGMENT is 'rand-m9-w0': bad section 'w0'"),
         ("TRAIN.RAND_AUGMENT", "rand-m9.5", "bad section 'm9.5'"),
         ("TRAIN.RAND_AUGMENT", "rand-m", "bad section 'm'"),
         ("TRAIN.RAND_AUGMENT", "rand--m9", "bad section ''"),
@@ -441,25 +405,6 @@ def test_a_bad_value_is_refused_with_its_key(config, key, value, message):
     with pytest.raises(ConfigError) as error:
         build_train_transform(config)
     assert message in str(error.value)
-
-
-def test_pipelines_travel_to_spawned_workers(config):
-    config.TRAIN.RAND_AUGMENT = True
-    image = photo()
-    train, evaluate = build_train_transform(config), build_eval_transform(config)
-    train_copy, evaluate_copy = pickle.loads(pickle.dumps((train, evaluate)))
-    for seed in range(5):
-        expected = train(image, np.random.default_rng(seed))
-        assert np.array_equal(train_copy(image, np.random.default_rng(seed)), expected)
-    assert np.array_equal(evaluate_copy(image), evaluate(image))
-    assert repr(copy.deepcopy(train)) == repr(train)
-
-
-def test_a_pipeline_says_what_it_does(config):
-    config.TRAIN.RAND_AUGMENT = True
-    text = repr(build_train_transform(config)) + repr(build_eval_transform(config))
-    for part in ("crop 32 bicubic", "hflip=0.5", "RandAugment(level=9", "resize 36 bicubic"):
-        assert part in text
 
 
 def test_workers_need_no_paddle():
