@@ -14,7 +14,6 @@ from cli.errors import UserError, WeightsError
 from config import get_config, update_config
 from loading.classes import with_num_classes
 from port_weights.zoo import find
-from storage.adapt import read_pretrained
 from storage.files import write_atomically
 from storage.weights import find_file
 
@@ -89,7 +88,8 @@ def load_model(config):
     Raises:
         WeightsError: the weights cannot be had or read, or do not fit the model.
     """
-    from resmlp import build_resmlp, load_pretrained
+    from resmlp import build_resmlp, load_pretrained  # with Paddle, which not all tools need
+    from storage.adapt import read_pretrained
 
     model = build_resmlp(config)
     weights = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
