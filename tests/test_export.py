@@ -18,7 +18,9 @@ import tools.export as export_module
 import tools.infer_exported as infer_module
 from cli.errors import DataError, UserError
 from config import get_config
+from loading.classes import ClassNames
 from loading.images import read_image
+from storage.weights import read_weights, write_weights
 from tools.common import load_model, run_config
 from tools.export import export, verification_images
 from tools.infer_exported import (
@@ -146,6 +148,22 @@ def test_safetensors_can_be_trained_on_from(weights, tmp_path, logits):
         metadata = {key: json.loads(text) for key, text in opened.metadata().items()}
     assert metadata["class_names"] == list(NAMES)
     assert metadata["largest_difference"] < 1e-6  # not 0: one image is another product than a batch
+
+
+def test_classes_are_those_of_the_weights_whatever_lies_beside_them(weights, tmp_path):
+    pytest.importorskip("safetensors")
+    inside = ClassNames(("ant", "bee", "cow", "doe"), "")
+    write_weights(read_weights(weights).state, tmp_path / "best.pdparams", inside)
+    shutil.copy(weights.with_name("config.yaml"), tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))  # of a later run
+    (tmp_path / "shown.txt").write_text("Ant\nBee\nCow\nDoe\n")
+    export(tmp_path / "best.pdparams", tmp_path, ["paddle", "safetensors"])
+    assert load(model_file(tmp_path)).metadata["class_names"] == list(inside.names)
+    assert read_weights(tmp_path / "model.safetensors").classes.names == inside.names
+    export(tmp_path / "best.pdparams", tmp_path, class_names=tmp_path / "shown.txt")
+    metadata = load(model_file(tmp_path)).metadata
+    assert metadata["class_names"] == ["Ant", "Bee", "Cow", "Doe"]
+    assert metadata["classes"] == inside.record()
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])

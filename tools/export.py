@@ -108,7 +108,8 @@ def export(
         with_preprocessing: normalisation and softmax inside the model: uint8 ``[B, H, W, 3]`` in,
             probabilities out; else normalised float32 ``[B, 3, H, W]`` in, logits out.
         images: to verify on, as `verification_images` takes them. int8 needs real ones.
-        class_names: as `predict.find_class_names` takes it.
+        class_names: as `predict.find_class_names` takes it; the weights' own come before those of
+            a file beside them.
 
     Returns:
         The metadata. Its ``largest_difference`` has, for each format, that to the eager model,
@@ -144,6 +145,7 @@ def export(
         "mean": list(config.DATA.IMAGENET_MEAN),
         "std": list(config.DATA.IMAGENET_STD),
         "class_names": find_class_names(config, class_names, job.model.classes),
+        "classes": job.model.classes.record(),  # what the weights know, for who compares them
         "verified_on": job.verified_on,
     }
     found = {}
