@@ -68,14 +68,6 @@ def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, c
     assert not capfd.readouterr().out  # which is for the results
 
 
-def test_the_int8_peak_is_that_of_float32(monkeypatch):
-    monkeypatch.setattr(tool, "GEMM_SIZE", 64)
-    shapes, randn = [], paddle.randn
-    monkeypatch.setattr(paddle, "randn", lambda shape: shapes.append(shape) or randn(shape))
-    assert tool.gemm_peak("int8", 1) > 0
-    assert shapes == [[64, 64]]
-
-
 @pytest.mark.skipif(not ops.has_bfloat16(), reason="no oneDNN in this Paddle")
 @pytest.mark.parametrize("mode", ["infer", "train", "step"])
 def test_bfloat16_is_that_of_amp(config, mode, monkeypatch):
@@ -87,14 +79,6 @@ def test_bfloat16_is_that_of_amp(config, mode, monkeypatch):
     )
     (result,) = benchmark(Job(config, mode, 2, dtype="bfloat16"), rounds=1)
     assert result["dtype"] == "bfloat16" and set(products) == {paddle.bfloat16}
-
-
-@pytest.mark.skipif(not ops.has_bfloat16(), reason="no oneDNN in this Paddle")
-def test_the_bfloat16_peak_is_that_of_a_bfloat16_product(monkeypatch):
-    monkeypatch.setattr(tool, "GEMM_SIZE", 64)
-    types, product = [], onednn.product
-    monkeypatch.setattr(onednn, "product", lambda a, b: types.append(a.dtype) or product(a, b))
-    assert tool.gemm_peak("bfloat16", 1) > 0 and set(types) == {paddle.bfloat16}
 
 
 FORMS = """import json, sys
@@ -286,16 +270,6 @@ def test_a_peer_runs_on_the_gpu_as_paddle_does_or_says_that_it_cannot(config, mo
         pass
 
 
-def test_a_gpu_s_peak_is_that_of_a_product_of_its_size(monkeypatch):
-    monkeypatch.setattr(tool, "on_gpu", lambda: True)
-    monkeypatch.setattr(paddle.device, "synchronize", lambda: None)
-    monkeypatch.setattr(tool, "GEMM_ROUNDS", 1)
-    monkeypatch.setattr(paddle, "randn", lambda shape: paddle.ones(shape[:1]))
-    monkeypatch.setattr(paddle, "matmul", lambda a, b: sizes.append(a.shape))
-    sizes = []
-    assert tool.gemm_peak() > 0 and sizes == [[8192]]
-
-
 def test_a_missing_timm_is_one_line(config, monkeypatch):
     monkeypatch.setattr(tool.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="pip install torch timm") as error:
@@ -303,12 +277,26 @@ def test_a_missing_timm_is_one_line(config, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_the_peak_is_that_of_a_product_of_known_size(monkeypatch):
-    monkeypatch.setattr(tool, "GEMM_SIZE", 64)
-    ticks = iter([0.0, 4.0, 4.0, 5.0, 5.0, 7.0])
-    monkeypatch.setattr(tool, "GEMM_ROUNDS", 3)
+@pytest.mark.parametrize(
+    "dtype, gpu, size, computed_in",
+    [
+        ("float32", False, 64, "float32"),
+        ("int8", False, 64, "float32"),  # Paddle has no int8 product
+        ("bfloat16", False, 64, "bfloat16"),
+        ("float16", True, 128, "float16"),
+    ],
+)
+def test_the_peak_is_that_of_a_product_of_known_size(monkeypatch, dtype, gpu, size, computed_in):
+    seen, ticks = [], iter([0.0, 4.0, 4.0, 5.0, 5.0, 7.0])
+    for name, value in (("GEMM_SIZE", 64), ("GEMM_SIZE_GPU", 128), ("GEMM_ROUNDS", 3)):
+        monkeypatch.setattr(tool, name, value)
+    monkeypatch.setattr(tool, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(paddle.device, "synchronize", lambda: None)
+    for module, name in ((paddle, "matmul"), (onednn, "product")):
+        monkeypatch.setattr(module, name, lambda a, b: seen.append((a.shape, str(a.dtype)[7:])))
     monkeypatch.setattr(tool.time, "perf_counter", lambda: next(ticks))
-    assert tool.gemm_peak("float32", 1) == pytest.approx(2e-9 * 64**3)
+    assert tool.gemm_peak(dtype, 1) == pytest.approx(2e-9 * size**3)
+    assert seen == [([size, size], computed_in)] * 3
 
 
 def test_json_is_one_object_a_line_and_the_table_names_its_columns(config, capsys, tmp_path):

@@ -103,25 +103,23 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("batch", [1, 3, 5])
 def test_logits_of_any_batch_are_the_eager_models(exported, logits, batch):
     _, file, _ = exported
-    found = load(file).run(normalized(UNSEEN[:batch]))
+    model = load(file)
+    found = model.run(normalized(UNSEEN[:batch]))
     assert_near(found, logits[:batch])
+    assert_near(model(UNSEEN[:batch]), softmax(logits[:batch]))
     assert (found.argmax(1) == logits[:batch].argmax(1)).all()
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_whole_model_maps_bytes_to_probabilities(exported_whole, logits, batch):
     assert_near(load(exported_whole).run(UNSEEN[:batch]), softmax(logits[:batch]))
+    assert_near(load(exported_whole)(UNSEEN[:batch]), softmax(logits[:batch]))
 
 
 def test_a_batch_in_pieces_is_whole_again(exported, logits):
     run = load(exported[1], threads=1).run
     batch = np.concatenate([normalized(UNSEEN)] * 2)  # ten: on one thread 4 + 4 + 2
     assert_near(run(batch), np.concatenate([logits] * 2))
-
-
-def test_both_kinds_give_probabilities_when_loaded(exported, exported_whole, logits):
-    for file in (exported[1], exported_whole):
-        assert_near(load(file)(UNSEEN), softmax(logits))
 
 
 def test_the_metadata_says_how_to_use_the_file(exported):
@@ -434,17 +432,19 @@ def test_onnxruntime_that_falls_back_to_the_cpu_is_refused(tmp_path, monkeypatch
         infer_module.open_onnx(tmp_path / "model.onnx", gpu=True)
 
 
-def test_a_model_without_metadata_is_refused(exported, tmp_path):
+def test_a_model_without_metadata_of_ours_is_refused(exported, tmp_path):
     folder, file, _ = exported
     for part in folder.iterdir():
         if not part.name.endswith(".metadata"):
             shutil.copy(part, tmp_path)
+    advice = "copy it together with the model"
     if file.suffix == ".onnx":
         onnx = pytest.importorskip("onnx")
         model = onnx.load(str(file))
         del model.metadata_props[:]
+        onnx.helper.set_model_props(model, {"names": "{0: 'person'}"})  # from elsewhere
         onnx.save(model, str(tmp_path / file.name))
-    advice = "metadata" if file.suffix == ".onnx" else "copy it together with the model"
+        advice = "metadata lacks preprocessing_inside, image_size"
     with pytest.raises(ModelError, match=advice):
         load(tmp_path / file.name)
 
@@ -456,19 +456,6 @@ def test_metadata_that_is_no_object_is_refused(tmp_path, content):
         (tmp_path / name).write_text(content)
         with pytest.raises(ModelError, match=f"{name}: not from export.py: "):
             load(tmp_path / "model.json")
-
-
-def test_an_onnx_file_from_elsewhere_is_told_by_what_its_metadata_lack(exported, tmp_path):
-    _, file, _ = exported
-    if file.suffix != ".onnx":
-        pytest.skip("for ONNX")
-    onnx = pytest.importorskip("onnx")
-    model = onnx.load(str(file))
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {"names": "{0: 'person'}"})
-    onnx.save(model, str(tmp_path / "model.onnx"))
-    with pytest.raises(ModelError, match="metadata lacks preprocessing_inside, image_size"):
-        load(tmp_path / "model.onnx")
 
 
 def test_a_paddle_model_without_its_weights_is_refused(tmp_path):
@@ -510,34 +497,16 @@ def test_a_count_out_of_range_is_refused(tmp_path, flag, value):
     assert done.returncode == 2 and f": expected 1 to 1024, found {value}\n" in done.stderr
 
 
-def test_what_is_no_regular_file_is_not_read(exported):
-    with pytest.raises(ModelError, match="not a regular file"):
-        list(classify(load(exported[1]), [os.devnull]))
-
-
-def test_a_broken_image_is_named(exported, tmp_path):
+def test_what_is_no_image_is_named_and_left_out_where_that_is_asked_for(exported, tmp_path):
     (tmp_path / "x.jpg").write_text("not a JPEG")
-    with pytest.raises(ModelError, match=r"x\.jpg: cannot be read"):
-        list(classify(load(exported[1]), [str(tmp_path / "x.jpg")]))
-
-
-def test_a_broken_image_is_left_out_where_that_is_asked_for(exported, tmp_path):
-    (tmp_path / "x.jpg").write_text("not a JPEG")
-    paths = make_images(tmp_path / "good", 2)
-    paths.insert(1, str(tmp_path / "x.jpg"))
-    bad = []
+    good = make_images(tmp_path / "good", 2)
+    paths, bad = [good[0], str(tmp_path / "x.jpg"), os.devnull, good[1]], []
     found = list(classify(load(exported[1]), paths, batch_size=2, on_bad=bad.append))
-    assert [path for path, _ in found] == [paths[0], paths[2]]
-    assert len(bad) == 1 and bad[0].startswith(f"{tmp_path}/x.jpg: cannot be read")
-
-
-def test_the_stand_alone_file_names_a_broken_image_and_classifies_the_others(exported, tmp_path):
-    (tmp_path / "x.jpg").write_text("not a JPEG")
-    (path,) = make_images(tmp_path / "good", 1)
-    done = run_tool("infer_exported", exported[1], "x.jpg", path, "-top_k", "1", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout.splitlines()[-1].startswith(path)
-    assert done.stderr.splitlines()[-1] == "error: 1 of 2 images cannot be read"
+    assert [path for path, _ in found] == good
+    assert bad[0].startswith(f"{tmp_path}/x.jpg: cannot be read") and len(bad) == 2
+    assert bad[1].endswith("not a regular file")
+    with pytest.raises(ModelError, match=r"x\.jpg: cannot be read"):
+        list(classify(load(exported[1]), paths))
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint8"])
@@ -581,6 +550,7 @@ def test_json_has_what_predict_s_has_also_after_an_error(exported, weights, tmp_
     (tmp_path / "x.jpg").write_text("not a JPEG")
     done = run_tool("infer_exported", exported[1], *paths, "x.jpg", "-json", cwd=tmp_path)
     assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: 1 of 3 images cannot be read"
     for found, expected in zip(json.loads(done.stdout), predict(paths, weights)):
         assert found["image"] == expected["image"]
         for one, other in zip(found["predictions"], expected["predictions"]):

@@ -312,7 +312,7 @@ def _peak_memory_mb() -> float:
 
 # -------------------------------------------------------------------- a training step, by part
 def measure_parts(job: Job, rounds: int) -> dict:
-    """Times the run's own training step, its parts each waited for: the `Learner` of training.
+    """Times the parts of the run's own training step, the `Learner`'s, each waited for.
 
     ``backward`` includes clipping the gradients.
     """

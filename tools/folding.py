@@ -15,10 +15,8 @@ from resmlp import ResBlock, ResMLP
 
 
 class FoldedBlock(nn.Layer):
-    """A `ResBlock` as ``x + (W x) * scale + bias``, then ``x + fc2(gelu(fc1(x)))``.
-
-    Args:
-        block: the block; its Affine, LayerScale, token and MLP weights are folded in float64.
+    """A `ResBlock` as ``x + (W x) * scale + bias``, then ``x + fc2(gelu(fc1(x)))``; its Affine,
+    LayerScale, token and MLP weights are folded in float64.
     """
 
     def __init__(self, block: ResBlock):
@@ -72,15 +70,10 @@ class FoldedResMLP(nn.Layer):
 def fold(model: ResMLP) -> nn.Layer:
     """Folds a model into its exact inference form, float32 and in eval mode.
 
-    The result computes the model's eval-mode logits (equal to 1e-6 relative: only the rounding
-    differs), takes any batch size, has plain layers and operators only, and so goes through
+    The result, ``images [B, 3, S, S] -> logits [B, K]`` (features ``[B, C]`` without a head),
+    computes the model's eval-mode output (equal to 1e-6 relative: only the rounding differs), takes
+    any batch size, and has plain layers and operators only, so that it goes through
     ``paddle.jit.save(fold(model), path, input_spec=[InputSpec([None, 3, S, S])])``.
-
-    Args:
-        model: a trained `ResMLP`; left as it is.
-
-    Returns:
-        A layer ``images [B, 3, S, S] -> logits [B, K]`` (features ``[B, C]`` without a head).
     """
     folded = FoldedResMLP(model)
     folded.eval()

@@ -103,11 +103,9 @@ def load(
     """Opens an exported model.
 
     Args:
-        path: ``model.onnx`` or ``model.int8.onnx``; or ``model.json`` or ``model.pdmodel`` of
-            Paddle.
+        path: ``model.onnx`` or ``model.int8.onnx``; or Paddle's ``model.json``, ``model.pdmodel``.
         bf16: compute in bfloat16 (Paddle and OpenVINO on a CPU), logits to about two digits. Faster
-            or slower, as the processor has it: measure (a Xeon with the AVX-512 instructions for
-            it, but without AMX, was slower than in float32).
+            or slower, as the processor has it: measure.
         gpu: run on the first GPU (Paddle and onnxruntime).
         threads: CPU threads; None: one per core that the process may use.
         engine: for ONNX files ``onnxruntime``, which None means, or ``openvino``.
@@ -306,10 +304,8 @@ def notes_to_stderr() -> Iterator[None]:
 # ---------------------------------------------------------------------------------- images
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB as training reads it: 16-bit grey by its upper 8 bits, where Pillow would
-    make it white.
-
-    Raises:
-        ModelError: 32-bit integers or floating point, whose black and white are not known.
+    make it white; 32-bit integers and floating point, whose black and white are not known, are a
+    `ModelError`.
     """
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -337,13 +333,8 @@ def upright(image: Image.Image) -> Image.Image:
 def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
     """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, as the
     evaluation in training does (and timm and torchvision), pixel by pixel; before that the image
-    is turned upright, where training does so.
-
-    Returns:
-        uint8 ``[image_size, image_size, 3]``.
-
-    Raises:
-        ModelError: the image is so narrow that its resized long side would fill the memory.
+    is turned upright, where training does so. uint8 ``[image_size, image_size, 3]``; a `ModelError`
+    where the image is so narrow that its resized long side would fill the memory.
     """
     size = metadata["image_size"]
     short = int(size / metadata["crop_pct"])

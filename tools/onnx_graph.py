@@ -75,7 +75,6 @@ def quantize(model: onnx.ModelProto, depth: int, file: str) -> int:
     Args:
         model: a folded ResMLP, see `tidy`; its nodes are named.
         depth: its blocks.
-        file: to write.
 
     Returns:
         The number of layers that are int8.
@@ -90,19 +89,14 @@ def quantize(model: onnx.ModelProto, depth: int, file: str) -> int:
         node.name = node.output[0]
     logging.disable(logging.WARNING)  # advice for whoever calls it by hand
     try:
-        quantize_dynamic(
-            model,
-            file,
-            per_channel=True,
-            reduce_range=True,
-            nodes_to_quantize=[node.name for node in products],
-        )
+        names = [node.name for node in products]
+        options = dict(per_channel=True, reduce_range=True, nodes_to_quantize=names)
+        quantize_dynamic(model, file, **options)
     finally:
         logging.disable(logging.NOTSET)
     return len(products)
 
 
 def _replace(field, values: list) -> None:
-    values = list(values)
     del field[:]
     field.extend(values)
