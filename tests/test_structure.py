@@ -140,6 +140,19 @@ def test_modules_that_promise_it_import_no_paddle(module):
     assert not any(name.startswith("paddle") for name in imports(path_of(module)))
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_breaks_where_docstrings_and_assertions_are_left_out(module):
+    """`python -OO`: `__doc__` is None there, and no assertion is looked at."""
+    for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+        used = isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.value, ast.Name)
+        assert not (used and node.value.id == "__doc__")
+        assert not (isinstance(node, ast.Assert) and any(map(is_call, ast.walk(node.test))))
+
+
+def is_call(node):
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") not in ("len", "isinstance")
+
+
 def _import_after(preparation):
     code = f"import sys, types\nROOT = {str(ROOT)!r}\n{preparation}\nimport resmlp"
     words = [sys.executable, "-c", code]

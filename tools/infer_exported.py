@@ -410,7 +410,9 @@ def _count(text: str) -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
+    )
     path = os.path.expanduser
     parser.add_argument("model", type=path, help="model.onnx, model.json or model.pdmodel")
     parser.add_argument("images", nargs="+", type=path, help="image files, and folders of them")
