@@ -13,7 +13,7 @@ from training.learner import Learner
 from training.precision import choose_precision
 
 from .helpers import gpu
-from .helpers.runs import metrics
+from .helpers.runs import ROOT, command, finish, metrics, start
 from .helpers.tiny_data import make_config, make_data
 
 OLD = paddle.__version__.startswith("2.")
@@ -117,3 +117,95 @@ def test_what_amp_computes_in_on_a_gpu(
     found, line = choose_precision(config, on_gpu=True)
     assert found == used in line and "\n" not in line
     assert ("Momentum" in line) == (optimizer == "sgd" and wanted == "auto" and OLD)
+
+
+# ----------------------------------------------------------------- whole runs beside float32's
+ALL = "TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.5 TRAIN.GRAD_CLIP 1.0 MODEL.DROPPATH 0.2 "
+ALL += "TRAIN.MIXUP_ALPHA 0.8 TRAIN.CUTMIX_ALPHA 1.0 TRAIN.RANDOM_ERASE_PROB 0.5"
+PLAIN = "TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.5 TRAIN.OPTIMIZER.NAME"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, data):
+    """Keys for a distillation by a ResMLP that was trained; the last: its weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    run = engine.run(make_config(folder, data))["folder"]
+    opts = f"TRAIN.TEACHER_MODEL {run}/config.yaml TRAIN.TEACHER_PRETRAINED {run}/last.pdparams"
+    return f"TRAIN.DISTILLATION_TYPE soft {opts}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "opts",
+    [
+        f"{PLAIN} lamb {ALL}",
+        f"{PLAIN} adamw TRAIN.RECOMPUTE True",
+        f"{PLAIN} sgd TRAIN.ACCUM_ITER 2 DATA.BATCH_SIZE 4",
+        f"{PLAIN} lamb TRAIN.FREEZE 1 TRAIN.ACCUM_ITER 3",
+        "teacher",
+    ],
+)
+def test_a_run_follows_float32_and_keeps_float32(train, train_on_cpu, teacher, dtype, opts):
+    opts = teacher if opts == "teacher" else opts
+    opts = [*opts.split(), "MODEL.PRETRAINED", teacher.split()[-1], "AMP_DTYPE", dtype]
+    half, plain = train(dtype, *opts), train_on_cpu(*opts)
+    assert place(half)["skipped_steps"] == 0 and (losses(half) != losses(plain)).any()
+    np.testing.assert_allclose(losses(half), losses(plain), rtol=0.02)
+    states = [checkpoints.load(run / "last.pdparams") for run in (half, plain)]
+    for part in {"model", "model_ema"} & states[0].keys():
+        for name, value in states[0][part].items():
+            assert value.dtype == np.float32
+            np.testing.assert_allclose(value, states[1][part][name], rtol=0.1, atol=0.02)
+    ours, theirs = (state["optimizer"] for state in states)
+    assert {k: v.keys() for k, v in ours.items()} == {k: v.keys() for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("float16", "bfloat16"),
+        ("bfloat16", "float16"),
+        ("float16", "cpu"),
+        ("cpu", "float16"),
+        ("float16", "float16"),
+    ],
+)
+def test_a_run_goes_on_in_another_precision(train, train_on_cpu, first, second):
+    opts = ["TRAIN.MODEL_EMA", True, "TRAIN.OPTIMIZER.NAME", "lamb", "TRAIN.NUM_EPOCHS"]
+    for device, epochs, more in ((first, 1, []), (second, 3, ["MODEL.RESUME", "auto"])):
+        if device == "cpu":
+            run = train_on_cpu(*opts, epochs, *more, name="run")
+        else:
+            run = train(device, *opts, epochs, *more, name="run")
+    plain = train_on_cpu(*opts, 3)
+    assert place(run)["step"] == 9 and "resumed after epoch 1" in (run / "log.txt").read_text()
+    np.testing.assert_allclose(losses(run)[-6:], losses(plain)[-6:], rtol=0.1)
+    scaler = checkpoints.load(run / "last.pdparams")["scaler"]
+    assert scaler["scale"] == QUIET if second == "float16" else scaler == {}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_evaluation_and_predictions_are_near_float32(train, data, monkeypatch, dtype, tmp_path):
+    weights = train(dtype) / "last.pdparams"
+    opts = ["EVAL", True, "EVAL_REPORT", True, "MODEL.PRETRAINED", weights]
+    plain, wanted = engine.run(make_config(tmp_path, data, *opts)), predict(data / "val", weights)
+    gpu.install(monkeypatch.setattr, gpu.CAPABILITY[dtype])
+    half = engine.run(make_config(tmp_path, data, *opts, "AMP", True))
+    assert plain["loss"] != half["loss"] == pytest.approx(plain["loss"], rel=0.01)
+    found = predict(data / "val", weights, amp=True)
+    for one, other in zip(found, wanted):
+        shown = [{e["class"]: e["confidence"] for e in r["predictions"]} for r in (one, other)]
+        assert shown[0] == pytest.approx(shown[1], abs=0.02)
+
+
+def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path, data, train):
+    """As processes, whose gradients are averaged over gloo; accumulated and recomputed."""
+    dtype = "float16"
+    opts = ["AMP", True, "TRAIN.ACCUM_ITER", 2, "TRAIN.RECOMPUTE", True, "TRAIN.OPTIMIZER.NAME"]
+    opts += ["lamb", "TRAIN.GRAD_CLIP", 1.0]
+    one = train(dtype, *opts, "DATA.BATCH_SIZE", 4)
+    words = command(data, tmp_path / "run", *opts, "DATA.BATCH_SIZE", 2, nprocs=2)
+    words[1] = str(ROOT / "tests" / "helpers" / "gpu.py")
+    code, output = finish(start(words, HALF=dtype))
+    assert code == 0, output
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=0.02)

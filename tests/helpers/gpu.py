@@ -7,12 +7,16 @@ Paddle's own lists of operators, loss scaler, autograd, optimizers and reducer d
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+from cpu import ops  # isort: skip
 
 import paddle
 import paddle.nn.functional as F
 from paddle.base import core
 
-from cpu import ops
 from parallel import process
 
 HALF = (paddle.float16, paddle.bfloat16)
@@ -121,5 +125,23 @@ def install(set_attribute=setattr, capability=(8, 0), count: int = 1) -> None:
     set_attribute(paddle.Tensor, "cuda", lambda tensor, blocking: tensor.clone())
     set_device = paddle.set_device
     set_attribute(paddle, "set_device", lambda device: set_device("cpu"))
-    set_attribute(process, "gpu_count", lambda: count)
+
+    def gpu_count():
+        if "PADDLE_TRAINER_ID" in os.environ:  # of a spawned rank; Paddle's GPU builds set it
+            os.environ.setdefault("FLAGS_selected_gpus", "0")
+        return count
+
+    set_attribute(process, "gpu_count", gpu_count)
     set_attribute(ops, "usable", lambda layer: False)
+
+
+if "HALF" in os.environ:  # main_multi_gpu.py on two GPUs; spawned ranks import this file again
+    install(capability=CAPABILITY[os.environ["HALF"]], count=2)
+    from training import precision
+
+    precision.FLOAT16_LOSS_SCALE = 2.0**10
+    if __name__ == "__main__":
+        import main_multi_gpu
+        from cli.errors import run_as_script
+
+        run_as_script(main_multi_gpu.main)
