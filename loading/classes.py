@@ -88,8 +88,9 @@ class ClassNames:
         mine, theirs = self._comparable(other, subset)
         if _agree(mine, theirs, subset):
             return ""
-        here = [(label, name) for label, name in enumerate(mine) if name not in set(theirs)]
-        there = [(label, name) for label, name in enumerate(theirs) if name not in set(mine)]
+        one, two = set(mine), set(theirs)
+        here = [(label, name) for label, name in enumerate(mine) if name not in two]
+        there = [(label, name) for label, name in enumerate(theirs) if name not in one]
         if not here and (subset or not there):
             (twice, _), *_ = Counter(mine).most_common(1)
             return f"{self.source}: {printable(twice)!r} is the name of two classes"

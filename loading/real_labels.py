@@ -23,7 +23,6 @@ def read_real_labels(path: str | os.PathLike, files: ImageIndex, num_classes: in
     Args:
         path: ``real.json`` as its authors publish it: a list of lists of labels.
         files: the images, named as ImageNet names them, in any order and folder.
-        num_classes: labels are 0 .. num_classes - 1.
 
     Returns:
         int64 ``[images, most labels]``; a row is filled up with -1, and holds nothing else where

@@ -51,8 +51,6 @@ class RunFolder:
     """A claimed folder. Only rank 0 writes the shared files; every rank has a log of its own.
 
     Args:
-        path: from `choose_folder`.
-        rank: this process.
         training: evaluation writes beside a training run without disturbing it.
         resume: ``MODEL.RESUME``. With ``auto``, or a file in the folder, it may hold a run.
 

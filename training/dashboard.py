@@ -60,13 +60,8 @@ class _Writer(Dashboard):
 def build_dashboard(kind: str, folder: str | os.PathLike, step: int = 0) -> Dashboard:
     """Opens the writer that DASHBOARD names; its files go to ``folder/kind``.
 
-    Args:
-        kind: ``none``, ``tensorboard`` or ``visualdl``.
-        folder: the run's folder.
-        step: of a run that is resumed; TensorBoard drops the points after it.
-
-    Returns:
-        A writer; one that writes nothing for ``none``, and where the package cannot be imported.
+    It writes nothing for ``none``, and where the package cannot be imported. ``step`` is that of a
+    run that is resumed: TensorBoard drops the points after it.
     """
     path = str(Path(folder) / kind)
     try:

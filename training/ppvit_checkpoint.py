@@ -25,10 +25,6 @@ _EPOCH = re.compile(r"Epoch-(\d+)-Loss-")  # in the names of PPViT's files
 def load(path: Path, config) -> dict | None:
     """Reads a checkpoint of PPViT's; None: it is no such file.
 
-    Args:
-        path: the ``.pdparams``.
-        config: of the run that goes on.
-
     Returns:
         What `Learner.state` names, as arrays, with ``epoch`` (epochs done) and ``notes``: a line
         for the log about each thing that was not carried over.

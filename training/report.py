@@ -23,9 +23,6 @@ class Report:
     """Writes the reports of a training run; nothing in it changes the run but its clock.
 
     Args:
-        config: the frozen config.
-        process: this process; rank 0 writes.
-        folder: of the run.
         schedule: of the run (optimizer.Schedule).
         step: optimizer steps done, of a run that is resumed.
     """

@@ -24,10 +24,7 @@ _log = logging.getLogger("resmlp")
 class Saver:
     """Saves and resumes one run. The writing thread sees copies; it changes nothing of the run.
 
-    Args:
-        config: the frozen config.
-        process: this process; rank 0 writes, the others wait until it has copied the state.
-        folder: of the run.
+    Rank 0 writes; the others wait until it has copied the state.
 
     Attributes:
         saved: whether there is a checkpoint of this run.
