@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from cli.errors import DataError, UserError, WeightsError
 from config import get_config
+from loading.classes import ClassNames
 from resmlp import build_resmlp
 from tools.common import run_config
 from tools.features import read_features, write_features
@@ -175,6 +176,25 @@ def test_features_of_other_weights_are_not_mixed(run, tmp_path, ending):
         knn_accuracies(sets["run"], other, [1])
     with pytest.raises(DataError, match=r"weights \(best.pdparams, .*same -pretrained$"):
         knn_accuracies(sets["run"], sets["body"], [1])
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npy"])
+def test_features_of_other_classes_are_refused_and_of_another_order_mapped(run, tmp_path, ending):
+    weights, data = run
+    sets = {}
+    for name, folders in {"one": ("ant", "bee"), "other": ("a", "b")}.items():
+        for old, new in zip(("ant", "bee"), folders):
+            for split in ("train", "val"):
+                shutil.copytree(data / split / old, tmp_path / name / split / new)
+        write_features(config_of((weights, tmp_path / name)), "val", str(tmp_path / f"x.{ending}"))
+        sets[name] = read_features(str(tmp_path / f"x.{ending}"))
+    assert sets["one"].classes.names == ("ant", "bee")
+    with pytest.raises(DataError, match="2 of 2 classes are not among those of"):
+        knn_accuracies(sets["one"], sets["other"], [1])
+    turned = sets["one"]._replace(
+        classes=ClassNames(("bee", "ant"), "turned"), labels=1 - sets["one"].labels
+    )
+    assert knn_accuracies(sets["one"], turned, [1]) == {1: (100.0, 100.0)}
 
 
 def test_what_cannot_be_written_leaves_nothing(run, tmp_path):

@@ -173,6 +173,7 @@ def test_layers_are_spread_from_the_first_to_the_last():
 def test_every_chosen_layer_has_a_picture(model):
     figure = draw_token_mixing(model, [1, 0])
     assert [axis.get_title().split(",")[0] for axis in figure.axes] == ["layer 2", "layer 1"]
+    assert all(axis.get_title().endswith(" % sparse") for axis in figure.axes)
 
 
 def test_the_two_likeliest_classes_are_explained():
@@ -204,8 +205,12 @@ def test_the_page_gathers_all_pictures_and_needs_nothing_else(weights, data, tmp
     assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
 
 
-def test_the_script_leaves_out_what_it_has_no_data_for(weights, tmp_path):
-    done = run_tool("visualize", "-pretrained", weights, "-output", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("layout", ["imagenet2012", "imagefolder"])
+def test_the_script_leaves_out_what_it_has_no_data_for(weights, tmp_path, layout):
+    make_images(tmp_path / "data" / "val" / "a", 1)
+    flags = ["-pretrained", weights, "-output", "out", "-opts"]
+    flags += ["DATA.DATASET", layout, "DATA.DATA_PATH", tmp_path / "data"]
+    done = run_tool("visualize", *flags, cwd=tmp_path)
+    assert done.returncode == 0 and "data: no training images, so no batch.png" in done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"token_mixing.png", "magnitudes.png", "index.html"}

@@ -5,8 +5,8 @@ python tools/features.py -pretrained resmlp_12_dino_224 -cfg configs/resmlp_12_2
 
 The images are cropped as in evaluation, those to train on too; one that cannot be read is named and
 left out. The output is one safetensors file with `features` [N, C], `labels` [N] and `names`
-(bytes, a path a line), and the weights' name; or, as `.npy`, the features beside `.labels.npy`,
-`.names.txt` and `.weights.txt`. tools/knn.py reads both.
+(bytes, a path a line), and the names of weights and classes; or, as `.npy`, the features beside
+`.labels.npy`, `.names.txt`, `.weights.txt` and `.classes.json`. tools/knn.py reads both.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if not __package__:
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ import paddle
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from cpu import resample
-from datasets import ImageDataset, build_dataset, loader_of
+from datasets import build_dataset, loader_of
+from loading.classes import UNKNOWN, ClassNames
 from loading.images import regular_size
 from loading.samplers import EvalBatchSampler
 from port_weights.verify import checksum
@@ -46,6 +48,7 @@ class Features(NamedTuple):
     features: np.ndarray  # [N, C], float32 or float16, mapped: read from the disk where it is used
     labels: np.ndarray  # int64 [N]
     weights: str = ""  # the name of their file, and at the end the SHA-256 of their values
+    classes: ClassNames = UNKNOWN
 
 
 @paddle.no_grad()
@@ -72,10 +75,11 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
         raise UserError(f"-output {output}: expected a name that ends in .safetensors or .npy")
     model, weights = _without_head(config)
     files, loader = _loader(config, split)
+    about = {"weights": weights, "classes": json.dumps(loader.dataset.classes.record())}
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     kept: list[int] = []  # images whose features are written
     bar, channels = ProgressLine("features"), model.embed_dim
-    longest = _header(npy, [len(files), channels], dtype, 10**12, weights)
+    longest = _header(npy, [len(files), channels], dtype, 10**12, about)
     try:
         with atomic(output) as file:
             file.write(longest)
@@ -98,11 +102,12 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
                 np.save(_beside(output, ".labels.npy"), labels)
                 write_file(_beside(output, ".names.txt"), names)
                 write_file(_beside(output, ".weights.txt"), weights)
+                write_file(_beside(output, ".classes.json"), about["classes"])
             else:
                 file.write(labels.tobytes() + names)
             file.seek(0)
             shape = [len(kept), channels]
-            file.write(_header(npy, shape, dtype, len(names), weights, len(longest)))
+            file.write(_header(npy, shape, dtype, len(names), about, len(longest)))
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     finally:
@@ -114,9 +119,11 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
 
 def _loader(config, split: str):
     """The index of a split's images, and a loader of them all, cropped as in evaluation."""
-    files, evaluate = build_dataset(config, split).files, build_eval_transform(config)
+    dataset, evaluate = build_dataset(config, split), build_eval_transform(config)
+    files = dataset.files
     resample.prepare(lambda line: None)  # before workers are forked
-    dataset = ImageDataset(files, lambda image, rng: evaluate(image), replace_limit=len(files))
+    options = dict(replace_limit=len(files), keep_last=False)
+    dataset = replace(dataset, transform=lambda image, rng: evaluate(image), **options)
     batch = config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
     loader = loader_of(config, dataset, EvalBatchSampler(len(files), batch))
     loader.skip_limit, loader.log = len(files), lambda line: None
@@ -139,14 +146,14 @@ def _without_head(config):
     return model, f"{printable(Path(config.MODEL.PRETRAINED).name)}, SHA-256 {checksum(state)}"
 
 
-def _header(npy: bool, shape: list, dtype: str, names: int, weights: str, length: int = 0) -> bytes:
+def _header(npy: bool, shape: list, dtype: str, names: int, about: dict, length: int = 0) -> bytes:
     """What stands before the features, the labels and ``names`` bytes; at least of a length."""
     if npy:
         descr = np.dtype(dtype).newbyteorder("<").str
         text = str({"descr": descr, "fortran_order": False, "shape": tuple(shape)})
         return b"\x93NUMPY\x01\0\x76\0" + text.encode().ljust(0x75) + b"\n"
     count, channels = shape
-    entries, end = {"__metadata__": {"weights": weights}}, 0
+    entries, end = {"__metadata__": about}, 0
     for name, kind, sizes, size in (
         ("features", _TYPES[dtype], shape, np.dtype(dtype).itemsize * count * channels),
         ("labels", "I64", [count], 8 * count),
@@ -174,13 +181,14 @@ def read_features(path: str) -> Features:
         if path.endswith(".npy"):
             features = np.load(path, mmap_mode="r")
             labels = np.load(_beside(path, ".labels.npy"))
-            about = Path(_beside(path, ".weights.txt"))
-            weights = about.read_text("utf-8") if about.is_file() else ""
+            texts = [Path(_beside(path, end)) for end in (".weights.txt", ".classes.json")]
+            weights, classes = (t.read_text("utf-8") if t.is_file() else "" for t in texts)
         else:
             with open(path, "rb") as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
-                about = json.loads(file.read(min(start - 8, 2**20)))
-            weights = str(about.get("__metadata__", {}).get("weights", ""))
+                about = json.loads(file.read(min(start - 8, 2**24)))
+            named = about.get("__metadata__", {})
+            weights, classes = str(named.get("weights", "")), named.get("classes", "")
             parts = []
             for name in ("features", "labels"):
                 kind, (begin, _) = about[name]["dtype"], about[name]["data_offsets"]
@@ -199,7 +207,8 @@ def read_features(path: str) -> Features:
         raise DataError(f"{path}: no whole file of features (tools/features.py)") from None
     if labels.max() >= 10**9:  # as in a list
         raise DataError(f"{path}: {labels.max()} is no label; expected less than 1,000,000,000")
-    return Features(features, np.asarray(labels, "int64"), weights)
+    classes = ClassNames.of_record(classes, path)
+    return Features(features, np.asarray(labels, "int64"), weights, classes)
 
 
 def main() -> None:

@@ -37,9 +37,9 @@ def knn_accuracies(
     equal votes are counted for the smaller label.)
 
     Raises:
-        DataError: other channels or weights; fewer than k features to learn from.
+        DataError: as `comparable`; fewer than k features to learn from.
     """
-    check(train, val)
+    val = comparable(train, val)
     if (most := max(ks)) > len(train.labels):
         raise DataError(f"-k {most}: there are only {len(train.labels)} features to learn from")
     classes, columns = np.unique(train.labels, return_inverse=True)
@@ -87,7 +87,7 @@ def probe_accuracies(
     train: Features, val: Features, c: float = 0.316, iterations: int = 1000
 ) -> tuple[float, float]:
     """Top-1 and top-5 in percent of a linear classifier, with a warning if it did not converge."""
-    check(train, val)
+    val = comparable(train, val)
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
@@ -111,8 +111,12 @@ def probe_accuracies(
     return tuple(100 * float(n) / len(val.labels) for n in hits)
 
 
-def check(train: Features, val: Features) -> None:
-    """Raises `DataError` where features cannot be compared."""
+def comparable(train: Features, val: Features) -> Features:
+    """Features with the labels that their classes have in those to learn from.
+
+    Raises:
+        DataError: other channels, weights or classes.
+    """
     here, there = train.features.shape[1], val.features.shape[1]
     if here != there:
         raise DataError(f"features of {here} and {there} channels: they are of different models")
@@ -121,6 +125,10 @@ def check(train: Features, val: Features) -> None:
             f"features of different weights ({train.weights}; {val.weights}): write both with the "
             "same -pretrained"
         )
+    labels, line = val.classes.labels_in(train.classes, subset=True)
+    if line:
+        print(line)
+    return val if labels is None else val._replace(labels=np.array(labels)[val.labels])
 
 
 def main() -> None:

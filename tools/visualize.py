@@ -15,6 +15,7 @@ if not __package__:
     import _root  # noqa: F401
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from batch_augment import BatchAugment
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from datasets import build_loader
+from loading import archives
+from loading.files import split_folder
 from loading.images import read_image
 from mixup import smooth_one_hot
 from resmlp import ResMLP
@@ -138,7 +141,7 @@ def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
 # ----------------------------------------------------------------------------------- pictures
 def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
     """A mosaic of maps for every layer."""
-    columns = min(len(layers), 3)
+    columns = 2 if len(layers) in (2, 4) else min(len(layers), 3)
     rows = -(-len(layers) // columns)
     figure = new_figure(4 * columns, 4.2 * rows, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, wspace=0.08, hspace=0.05)  # layers apart from maps
@@ -278,7 +281,7 @@ def visualize(
         opts: further config keys, ``KEY, VALUE, ...``.
 
     Returns:
-        The files. batch.png is among them where the config's data folder is there.
+        The files. batch.png is among them where the config's training images are there.
 
     Raises:
         UserError: weights, images or data that cannot be used; a layer or class that is not there.
@@ -299,8 +302,10 @@ def visualize(
         views = np.stack([transform(read_image(path)) for path in paths])
         terms, logits = contributions(model, normalize(paddle.to_tensor(views)))
         figures["contributions"] = draw_contributions(views, terms, logits, names, label)
-    if os.path.isdir(config.DATA.DATA_PATH):
+    if has_training_images(config.DATA):
         figures["batch"] = draw_batch(*training_batch(config), names)
+    else:
+        print(f"{config.DATA.DATA_PATH}: no training images, so no batch.png", file=sys.stderr)
 
     output = Path(output or beside_weights(config, "pictures"))
     files, sections = [], []
@@ -312,6 +317,12 @@ def visualize(
     files.append(output / "index.html")
     write_file(files[-1], html_page(f"{config.MODEL.NAME}: what it has learned", sections))
     return files
+
+
+def has_training_images(data) -> bool:
+    if data.DATASET == "imagefolder":
+        return archives.exists(split_folder(data.DATA_PATH, "train"))
+    return os.path.isfile(os.path.join(data.DATA_PATH, data.TRAIN_LIST))
 
 
 def choose_layers(layers: Sequence[int], depth: int) -> list[int]:
