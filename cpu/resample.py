@@ -21,7 +21,6 @@ from PIL import Image, ImageEnhance, ImageStat
 from cpu.setup import enabled
 
 _BICUBIC = Image.Resampling.BICUBIC
-Box = Sequence[int]  # left, top, right, bottom, pixels
 
 
 def from_image(image: Image.Image) -> np.ndarray:
@@ -39,33 +38,17 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 class Pillow:
     """The operations as Pillow does them; see `Compiled`."""
 
-    def resize(
-        self,
-        pixels: np.ndarray,
-        size: tuple[int, int],
-        resample: int,
-        crop: Box | None = None,
-        box: Box | None = None,
-    ) -> np.ndarray:
+    def resize(self, pixels: np.ndarray, size: Sequence[int], resample: int, crop=None, box=None):
         """Resizes what is in `box` to `size` (width, height), and returns what is in `crop` of the
-        result. What lies outside of it is black.
+        result; what lies outside of it is black. Boxes: left, top, right, bottom; None: all.
         """
         left, top, right, bottom = box or (0, 0, *pixels.shape[::-1])
         image = to_image(pixels[top:bottom, left:right]).resize(size, resample)
         return from_image(image.crop(crop) if crop else image)
 
-    def affine(
-        self,
-        pixels: np.ndarray,
-        matrix: Sequence[float],
-        resample: int,
-        fill: tuple[int, int, int],
-    ) -> np.ndarray:
-        """Output (x, y) shows input (ax + by + c, dx + ey + f), and `fill` outside of the image.
-
-        Args:
-            matrix: (a, b, c, d, e, f).
-            resample: nearest, bilinear or bicubic.
+    def affine(self, pixels: np.ndarray, matrix: Sequence[float], resample: int, fill: tuple):
+        """Output (x, y) shows input (ax + by + c, dx + ey + f), and the colour `fill` outside of
+        the image. `matrix`: (a, b, c, d, e, f); `resample`: nearest, bilinear or bicubic.
         """
         image, kind = to_image(pixels), Image.Transform.AFFINE
         options = dict(resample=resample, fillcolor=fill)
@@ -101,12 +84,10 @@ class Pillow:
 
 
 class Compiled(Pillow):
-    """The same, compiled; interpolation other than bicubic is left to Pillow.
+    """The same by `resample_kernels`; interpolation other than bicubic is left to Pillow.
 
-    Args:
-        kernels: `resample_kernels`.
-        height_first: whether Pillow resizes from (w, h) to (W, H) beginning with the height; the
-            order matters because the pixels in between are rounded.
+    `height_first` is whether Pillow resizes from (w, h) to (W, H) beginning with the height; the
+    order matters because the pixels in between are rounded.
     """
 
     def __init__(self, kernels: ModuleType, height_first: Callable[[int, int, int, int], bool]):

@@ -168,10 +168,10 @@ class Loader:
                 timer.join()  # it may have begun to give up while the batch came
         if not problem and not expired.is_set():
             return batch
-        code = _first_exit_code(iterator._workers)
+        death = _first_death(iterator._workers)  # also one that Paddle has not noticed
         _end(iterator._workers)
-        if code is not None:  # also where Paddle has not noticed it
-            problem = f"a data loader worker died ({_describe_exit(code)})"
+        if death:
+            problem = f"a data loader worker died ({death})"
         elif expired.is_set():
             problem = (
                 f"the data loader delivered no batch for {self.timeout:g} s "
@@ -230,14 +230,18 @@ def _end(workers: list, grace: float = 0.0) -> None:
         _remove_batches(worker.pid)
 
 
-def _first_exit_code(workers: list) -> int | None:
-    """The exit code of a worker that is dead or dying; None where all live on."""
+def _first_death(workers: list) -> str:
+    """How a worker has ended that is dead or dying; empty where all live on."""
     ending = wait([worker.sentinel for worker in workers], _DEATH_CHECK)
     for worker in workers:
         if worker.sentinel in ending:
             worker.join()
-            return worker.exitcode
-    return None
+            if worker.exitcode >= 0:
+                return f"exit code {worker.exitcode}"
+            name = signal.Signals(-worker.exitcode).name
+            hint = {"SIGKILL": ", out of memory?", "SIGBUS": f", {_SHM} full?"}
+            return name + hint.get(name, "")
+    return ""
 
 
 def _start_worker(worker_id: int) -> None:
@@ -296,11 +300,3 @@ def shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool:
         "batches go through pipes instead, which is slower (docker run --shm-size enlarges it)"
     )
     return False
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name
-    hint = {"SIGKILL": ", out of memory?", "SIGBUS": f", {_SHM} full?"}.get(name, "")
-    return f"{name}{hint}"
