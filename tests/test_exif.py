@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from config import get_config
 from datasets import build_dataset, build_loader
 from loading.images import read_image, upright
 from tools import infer_exported
@@ -82,12 +81,6 @@ def test_an_image_with_broken_or_odd_exif_data_stays_as_it_is(tmp_path, exif):
     for turn in (upright, infer_exported.upright):
         assert turn(Image.open(path)).size == (24, 16)
     assert upright(Image.open(save(tmp_path / "y.jpg", 9))).size == (24, 16)
-
-
-def test_only_the_configs_for_photographs_turn_images():
-    names = ("resmlp_12_224", "resmlp_demo", "resmlp_finetune", "resmlp_small_photos")
-    found = [get_config(f"configs/{name}.yaml").DATA.EXIF_ORIENTATION for name in names]
-    assert found == [False, False, True, True]
 
 
 @pytest.fixture(scope="module")
