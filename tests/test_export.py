@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import tools.export as export_module
 import tools.infer_exported as infer_module
@@ -509,11 +509,14 @@ def test_what_is_no_image_is_named_and_left_out_where_that_is_asked_for(exported
         list(classify(load(exported[1]), paths))
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "uint8"])
+@pytest.mark.parametrize("dtype, largest", [("uint16", 65535), ("uint16", 4095), ("uint8", 255)])
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_grey_images_are_read_as_in_training(tmp_path, dtype, ending):
-    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, [9, 7]).astype(dtype)
-    Image.fromarray(values).save(tmp_path / f"x.{ending}")
+def test_grey_images_are_read_as_in_training(tmp_path, dtype, largest, ending):
+    values = np.random.default_rng(0).integers(0, largest, [9, 7]).astype(dtype)
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add(b"sBIT", b"\x0c")  # 12 bits are significant, of 16 as PNG has them
+    options = {"pnginfo": chunks} if ending == "png" and dtype == "uint16" else {}
+    Image.fromarray(values).save(tmp_path / f"x.{ending}", **options)
     with Image.open(tmp_path / f"x.{ending}") as image:
         theirs = np.asarray(infer_module.to_rgb(image))
     np.testing.assert_array_equal(theirs, np.asarray(read_image(str(tmp_path / f"x.{ending}"))))

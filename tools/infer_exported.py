@@ -17,6 +17,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import warnings
@@ -307,11 +308,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     make it white; 32-bit integers and floating point, whose black and white are not known, are a
     `ModelError`.
     """
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0] if tags else _significant_bits(image)  # also 12
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        tags = getattr(image, "tag_v2", {})
-        bits = tags.get(258, (16,))[0]  # of a TIFF: also 12
-        grey = (np.asarray(image).astype(np.int32) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        values = np.asarray(image).astype(np.int32)
+        shift = 8 if values.max() >> bits else bits - 8  # 8: more than those are used
+        grey = (values >> shift).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # 0: white is zero
     elif image.mode in ("I", "F"):
         raise ModelError(
@@ -319,6 +322,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
             "with 8 or 16 bits"
         )
     return image.convert("RGB")
+
+
+def _significant_bits(image: Image.Image) -> int:
+    """What the chunk sBIT of a 16-bit PNG says; without one 16."""
+    if image.format != "PNG" or not image.tile or not image.mode.startswith("I"):
+        return 16
+    end = image.fp.tell()  # of the chunks before the pixels
+    image.fp.seek(0)
+    found = re.search(rb"\0\0\0\x01sBIT([\x08-\x10])", image.fp.read(end))
+    image.fp.seek(end)
+    return found[1][0] if found else 16
 
 
 def upright(image: Image.Image) -> Image.Image:
