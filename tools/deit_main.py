@@ -1,8 +1,7 @@
 """The PyTorch side of tools/compare_deit.py: facebookresearch/deit's main.py on a CPU, as it is.
 
 Run by the other environment's Python: ``deit_main.py FOLDER OUTPUTS arguments of DeiT's main.py``.
-What is put in the way of DeiT's code is what a CPU, recent versions of timm and Pillow, and a small
-ResMLP need. Imports nothing of this project.
+What is put in the way is what a CPU, recent timm and Pillow, and a small ResMLP need.
 """
 
 import argparse
@@ -19,36 +18,30 @@ def run(folder: str, outputs: int) -> None:
     timm.data.transforms._pil_interp = None  # imported by name, and not used here
     torch.cuda.synchronize = lambda: None
     torch.set_num_threads(1)
-    posterize = ImageOps.posterize  # Pillow 13 refuses to keep no bit
-    ImageOps.posterize = lambda im, bits: (
-        posterize(im, bits) if bits else Image.new(im.mode, im.size)
-    )
+    keep = ImageOps.posterize  # Pillow 13 refuses to keep no bit
+    ImageOps.posterize = lambda im, bits: keep(im, bits) if bits else Image.new(im.mode, im.size)
     import main  # DeiT's
     from resmlp_models import resmlp_models
     from timm.models import register_model
 
     args = argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args()
-    positions = torch.zeros(1, (args.input_size // 14) ** 2, 1)  # main.py takes them for granted
 
     class ResMLP(resmlp_models):
-        """DeiT's; in distillation its head counts twice (the paper has no second one)."""
-
-        pos_embed = positions
+        pos_embed = torch.zeros(1, 16, 1)  # main.py takes positions for granted
 
         def forward(self, x):
-            x = super().forward(x)
+            x = super().forward(x)  # the paper distils with one head
             return (x, x) if self.training and args.distillation_type != "none" else x
 
     @register_model
-    def resmlp_tiny(num_classes, img_size=args.input_size, drop_path_rate=0.0, **_):
-        shape = dict(img_size=img_size, patch_size=14, embed_dim=128, depth=4, init_scale=0.1)
+    def resmlp_tiny(num_classes, drop_path_rate=0.0, **_):
+        shape = dict(img_size=56, patch_size=14, embed_dim=128, depth=4, init_scale=0.1)
         return ResMLP(num_classes=num_classes, drop_path_rate=drop_path_rate, **shape)
 
     def load(path, read=torch.load, **options):
-        """A checkpoint of main.py, which has more in it than weights."""
-        checkpoint = read(path, weights_only=False, **options)
+        checkpoint = read(path, weights_only=False, **options)  # it has main.py's arguments too
         if args.finetune:
-            checkpoint["model"]["pos_embed"] = positions
+            checkpoint["model"]["pos_embed"] = ResMLP.pos_embed
         return checkpoint
 
     torch.load, build_dataset = load, main.build_dataset
