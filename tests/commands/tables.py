@@ -15,6 +15,7 @@ ELSEWHERE = {
     r"pip install .*": "network; setup_env.sh installs the requirements files in .ci/run",
     r"python port_weights/load_timm_weights\.py -model .*": "network; the porting itself is run "
     "with -checkpoint, and the names of -model are compared with timm's in tests/timm",
+    r"python tools/compare_deit\.py .*": "needs DeiT's code; tests/test_compare_deit.py runs it",
     r".*main_single_gpu\.py \.\.\.": "shortened by the page; the whole command is in README",
     r"(tensorboard|visualdl) --logdir .*": "serves until it is stopped; tests/test_dashboard.py "
     "reads what they show",
