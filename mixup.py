@@ -112,9 +112,8 @@ class Mixup:
     def from_config(cls, config) -> Mixup | None:
         """Mixing as TRAIN.MIXUP_* and CUTMIX_* say; None where both are off."""
         train = config.TRAIN
-        mixup = train.MIXUP_ALPHA > 0
         cutmix = train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX is not None
-        if not train.MIXUP_PROB or not (mixup or cutmix):
+        if not train.MIXUP_PROB or not (cutmix or train.MIXUP_ALPHA > 0):
             return None
         return cls(
             num_classes=config.MODEL.NUM_CLASSES,

@@ -41,10 +41,8 @@ class Learner:
     teacher draws random numbers and shifts Paddle's names, so it comes last.
 
     Args:
-        config: the frozen config.
-        process: this process; all ranks build and step together.
-        model: with its first weights.
-        saved: what `state` returned, from a checkpoint; the weights in ``model`` are its own.
+        model: with its first weights; those of a checkpoint that goes on.
+        saved: what `state` returned, from that checkpoint.
         labels: of the training images, for TRAIN.CLASS_WEIGHTS.
     """
 

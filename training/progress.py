@@ -94,12 +94,8 @@ class Monitor:
     holds what a step that is not finite has left.
 
     Args:
-        config: ``TRAIN.NONFINITE`` and ``NONFINITE_LIMIT`` are used.
-        process: this process.
-        progress: of the run; losses and skipped steps are counted there.
-        scaler: the loss scaler.
         folder: of the run, for the facts of a step that is not finite.
-        files: index of the training images, to name them.
+        files: index of the training images, to name them there.
 
     Attributes:
         norm: gradient norm of the last step that was read.
@@ -166,17 +162,10 @@ class Monitor:
         rank, world = self.process.rank, self.process.world
         own_loss, loss, _, norm = record.read()
         scale = float(np.ravel(self.scaler.state_dict().get("scale", 1.0))[0])
-        facts = {
-            "epoch": self.progress.epoch + 1,
-            "step": record.step,
-            "rank": rank,
-            "lr": record.lr,
-            "loss_scale": scale,
-            "loss": own_loss / len(record.indices),
-            "gradient_norm": norm,
-            "seed": self.config.SEED,
-            "images": [self.files.path(index) for index in record.indices],
-        }
+        where = dict(epoch=self.progress.epoch + 1, step=record.step, rank=rank, lr=record.lr)
+        what = dict(loss_scale=scale, loss=own_loss / len(record.indices), gradient_norm=norm)
+        images = [self.files.path(index) for index in record.indices]
+        facts = {**where, **what, "seed": self.config.SEED, "images": images}
         path = self.folder / f"nonfinite.rank{rank}.json"
         try:
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
