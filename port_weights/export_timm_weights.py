@@ -26,11 +26,8 @@ def export(
     """Exports a weight file, proves it where timm is installed, and reads it back.
 
     Args:
-        pretrained: ``.pdparams`` or ``.safetensors`` with Paddle's names.
         output: ``.safetensors`` (no torch needed), or any other suffix for ``torch.load``.
         target: ``timm`` or ``facebook`` (facebookresearch/deit) names.
-        key: which weights of a training checkpoint, as in `weights.read_weights`.
-        log: receives the lines of the report.
 
     Raises:
         WeightsError: the file is no whole ResMLP; timm's outputs differ; it cannot be written.

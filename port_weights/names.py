@@ -51,11 +51,7 @@ class Row(NamedTuple):
 
 
 def translate(name: str, source: str, target: str) -> str | None:
-    """A parameter's name in another format (``paddle``, ``timm``, ``facebook``).
-
-    Returns:
-        The name, or None if ``source`` has no such name.
-    """
+    """A parameter's name in another format (``paddle``, ``timm``, ``facebook``), or None."""
     block = re.search(r"\.(\d+)\.", name)
     general = name.replace(block[0], ".{}.", 1) if block else name
     for module in _MODULES:
@@ -77,12 +73,7 @@ def to_paddle(
 ) -> tuple[dict[str, np.ndarray], list[Row]]:
     """Renames and lays out a PyTorch state dict as Paddle's; unknown names are marked, and stay.
 
-    Args:
-        state: PyTorch parameter name -> array; Affine is ``[C]`` or ``[1, 1, C]``.
-        source: ``timm`` or ``facebook``.
-
-    Returns:
-        Paddle's state dict, and a row of the report for every tensor.
+    Returns it, and a row of the report for every tensor. Affine may be ``[C]`` or ``[1, 1, C]``.
     """
     result, rows = {}, []
     for name, value in state.items():

@@ -24,19 +24,13 @@ def port(
     cfg: str | None = None,
     proof: str = "auto",
     log=print,
-) -> Architecture:
+) -> None:
     """Ports a PyTorch state dict, proves the port, and writes it.
 
     Args:
-        state: PyTorch parameter name -> float32 array.
-        output: the file to write, ``.pdparams`` or ``.safetensors``.
         cfg: YAML config that the weights must fit; None: any architecture.
         proof: ``timm`` compares outputs, ``keys`` lists the tensors, ``auto`` compares where torch
             and timm are installed and lists otherwise.
-        log: receives the lines of the report.
-
-    Returns:
-        The architecture of the weights.
 
     Raises:
         WeightsError: the state dict is not a whole ResMLP, does not fit ``cfg``, or the ported
@@ -80,7 +74,6 @@ def port(
     if found != expected:
         raise WeightsError(f"{output}: does not hold what was written; is the disk sound?")
     log(f"{output}: written and read back, sha256 of the values {expected}")
-    return architecture
 
 
 def _describe(architecture: Architecture) -> str:

@@ -33,7 +33,6 @@ def read_torch_weights(path: str, key: str = "auto") -> tuple[dict[str, np.ndarr
     """Reads a state dict with PyTorch's names.
 
     Args:
-        path: ``.safetensors``, or whatever ``torch.load`` reads (``.pth``, ``.bin``, ...).
         key: which state dict of a training checkpoint; ``auto`` takes the first that is there of
             model_ema, state_dict_ema, model, state_dict.
 
@@ -100,10 +99,8 @@ def _load(path: str) -> Any:
 
 
 def _read_zip(path: str) -> Any:
-    """The content of a file of PyTorch 1.6 and later: a pickle, and the numbers beside it.
-
-    Raises:
-        WeightsError: damaged, or it holds more than data; nothing of it is run.
+    """The content of a file of PyTorch 1.6 and later: a pickle, of which nothing is run, and the
+    numbers beside it.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -81,11 +81,7 @@ def compare_with_timm(
 ) -> Comparison:
     """Runs a Paddle model and timm's, which reads the PyTorch state dict by its own code.
 
-    Args:
-        model: our model, with the ported weights; it becomes float64.
-        torch_state: parameter name -> array, with timm's or facebookresearch/deit's names.
-        architecture: of both.
-        images: how many images of seeded normal noise to compare, at least 2.
+    The images, at least 2, are seeded normal noise; our model becomes float64.
 
     Raises:
         WeightsError: timm refuses the state dict.

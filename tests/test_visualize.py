@@ -68,9 +68,7 @@ def random_images(count):
 
 
 def test_contributions_and_bias_sum_to_the_logits(model):
-    images = paddle.to_tensor(
-        np.random.default_rng(3).normal(size=[3, 3, 16, 16]).astype("float32")
-    )
+    images = random_images(3)
     terms, logits = contributions(model, images)
     assert terms.shape == (3, 4, 4, 4) and np.ptp(terms) > 0.1
     expected = model(images).numpy()
@@ -80,9 +78,7 @@ def test_contributions_and_bias_sum_to_the_logits(model):
 
 
 def test_a_contribution_is_the_normalised_token_times_the_head(model):
-    images = paddle.to_tensor(
-        np.random.default_rng(4).normal(size=[2, 3, 16, 16]).astype("float32")
-    )
+    images = random_images(2)
     x = model.patch_embed(images)
     for block in model.mixer_layers:
         x = block(x)

@@ -107,10 +107,8 @@ class Evaluation:
     """What was measured so far, kept in ``results.json``, and how to measure more.
 
     Args:
-        output: the folder for results and logs.
         data: name of a set (`SETS`) -> its folder.
         real: ``real.json``; None: without ReaL.
-        opts: config keys of all runs, ``[KEY, VALUE, ...]``.
         flags: further flags of `main_multi_gpu.py`.
     """
 

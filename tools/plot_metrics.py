@@ -25,12 +25,8 @@ def plot_metrics(
     output_png: str | os.PathLike,
     output_html: str | os.PathLike | None = None,
 ) -> None:
-    """Draws loss, top-1, learning rate and speed of runs into one picture, and one HTML page.
-
-    Args:
-        folders: folders of runs; one run has a colour per curve, several have a colour per run.
-        output_png: the picture.
-        output_html: a self-contained page: the curves as SVG, and a table of the results.
+    """Draws loss, top-1, learning rate and speed of runs into one picture, and into one HTML page
+    with a table of the results.
 
     Raises:
         UserError: a run has no readable ``metrics.jsonl``, or an output cannot be written.

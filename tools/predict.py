@@ -58,12 +58,9 @@ def predict(
 
     Args:
         images: files, folders, archives and glob patterns.
-        pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
-        cfg: YAML file; None: ``config.yaml`` beside the weights.
+        pretrained, cfg, opts: as `tools.common.run_config` takes them.
         top_k: classes to name per image; more than there are means all.
         class_names: text file, one name a line; None: see `find_class_names`.
-        batch_size: images at a time.
-        opts: further config keys, ``KEY, VALUE, ...``.
         grid: PNG file to draw the first images and their classes into.
         show: takes each result as soon as it is there, and the length of the longest path.
         on_bad: takes the error of each image that cannot be read, which is left out.
@@ -155,13 +152,8 @@ def classify(
     batch_size: int,
     on_bad: Callable[[BadImage], None] | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Yields, batch by batch, what the model saw and what it made of it.
-
-    Returns:
-        Paths, cropped images, uint8 ``[B, H, W, 3]``, and probabilities, float32 ``[B, K]``.
-
-    Raises:
-        BadImage: an image that cannot be read, without `on_bad`.
+    """Yields, batch by batch, the paths, what the model saw, uint8 ``[B, H, W, 3]``, and the
+    probabilities, float32 ``[B, K]``; `on_bad` as in `predict`.
     """
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")

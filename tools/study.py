@@ -86,14 +86,8 @@ def _folder(name: str) -> str:
 def run_study(
     study: dict[str, list[str]], arguments: list[str], output: str, seeds: int, main: str
 ) -> dict[str, list[float]]:
-    """Trains every variant with every seed, one after another.
-
-    Args:
-        study: from `read_study`.
-        arguments: command-line arguments of all runs.
-        output: folder; a run's is ``output/<variant>/seed_<n>``.
-        seeds: runs a variant, with SEED 0, 1, ...
-        main: the main script that trains.
+    """Trains every variant of `read_study` with every seed, one after another, by a main script
+    with some arguments, into ``output/<variant>/seed_<n>``.
 
     Returns:
         Variant -> top-1 of its runs after the last epoch, percent.

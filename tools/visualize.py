@@ -99,17 +99,10 @@ def magnitudes(model: ResMLP) -> dict[str, np.ndarray]:
 
 @paddle.no_grad()
 def contributions(model: ResMLP, images: paddle.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """What each patch adds to each logit.
+    """What each patch adds to each logit, ``[B, grid, grid, K]``, and the logits ``[B, K]``.
 
     The logits are ``head(mean_n norm(x_n))``, so patch n adds ``norm(x_n) . W[:, k] / N`` to logit
     k, and the logit is the sum of these terms and the bias.
-
-    Args:
-        model: in evaluation mode, with a head.
-        images: normalised, ``[B, 3, height, width]``.
-
-    Returns:
-        Contributions ``[B, grid, grid, K]`` and logits ``[B, K]``, float32.
     """
     x = model.patch_embed(images)
     for block in model.mixer_layers:
@@ -120,14 +113,7 @@ def contributions(model: ResMLP, images: paddle.Tensor) -> tuple[np.ndarray, np.
 
 
 def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
-    """The first batch of a run: what the model gets, made visible again.
-
-    Returns:
-        uint8 ``[B, H, W, 3]`` and targets ``[B, K]``.
-
-    Raises:
-        DataError: the config's data folder cannot be used.
-    """
+    """The first batch of a run, made visible again: uint8 ``[B, H, W, 3]``, targets ``[B, K]``."""
     config = config.clone()
     config.defrost()
     config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS, config.DATA.DROP_LAST = size, 0, False
@@ -208,11 +194,7 @@ def draw_contributions(
 ):
     """Each image, and its patches' contributions to its two likeliest classes or to ``label``.
 
-    Args:
-        views: what the model saw, uint8 ``[B, H, W, 3]``.
-        terms, logits: from `contributions`.
-        names: of the classes.
-        label: a class; None: the two likeliest of each image.
+    ``views``, uint8 ``[B, H, W, 3]``, is what the model saw; the rest is from `contributions`.
     """
     classes = (
         np.argsort(-logits, axis=1)[:, :2] if label is None else np.full([len(views), 1], label)
@@ -271,14 +253,12 @@ def visualize(
     """Draws the pictures, and a page ``index.html`` that gathers them.
 
     Args:
-        pretrained: weight file or checkpoint; None: the config's MODEL.PRETRAINED.
+        pretrained, cfg, opts: as `tools.common.run_config` takes them.
         output: folder; None: ``pictures`` beside the weights.
-        cfg: YAML file; None: ``config.yaml`` beside the weights.
         images: images to explain; none: no contributions.png.
         layers: whose token mixing to draw, from 1; none: some, evenly spread.
         label: class to explain; None: the two likeliest of each image.
         class_names: text file, one name a line; None: see `predict.find_class_names`.
-        opts: further config keys, ``KEY, VALUE, ...``.
 
     Returns:
         The files. batch.png is among them where the config's training images are there.
