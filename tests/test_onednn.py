@@ -80,13 +80,6 @@ def test_gelu_and_its_gradient_are_the_formulas():
 
 
 @needs_onednn
-def test_a_multiplication_goes_on_with_an_addition():
-    a, b, c = paddle.randn([3, 4, 5]), paddle.randn([5]), paddle.randn([3, 4, 5])
-    expected = (a * b + c).numpy()
-    close(onednn.multiply(a, b, then=[("add", c)]).numpy(), expected)
-
-
-@needs_onednn
 def test_a_tensor_that_is_not_contiguous_is_read_right():
     wide = paddle.arange(12, dtype="float32").reshape([2, 6])
     part = wide[:, 1:3]

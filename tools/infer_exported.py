@@ -403,15 +403,22 @@ def classify(
 
 
 def find_images(sources: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Files as they are named, and all images of folders by their endings; the other files."""
+    """Files as they are named, and all images of folders by their endings; the other files, and
+    links to folders, which are not followed.
+    """
     images, others = [], []
+
+    def refuse(error: OSError) -> None:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}")
+
     for source in sources:
         if not os.path.isdir(source):
             images.append(source)
             continue
-        for folder, folders, names in os.walk(source):
+        for folder, folders, names in os.walk(source, onerror=refuse):
             folders.sort()
-            for name in sorted(names):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for name in sorted(names + links):
                 is_image = name.lower().endswith(_ENDINGS) and not name.startswith(".")
                 (images if is_image else others).append(os.path.join(folder, name))
     return images, others
@@ -492,7 +499,8 @@ def _print_classes(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps(results, indent=2))
     if others:
-        print(f"{len(others)} other files, such as {others[0]}: no image's ending", file=sys.stderr)
+        line = f"{len(others)} others are passed over, such as {others[0]}: no image's ending"
+        print(line, file=sys.stderr)
     if bad:
         raise ModelError(f"{len(bad)} of {len(images)} images cannot be read")
 
