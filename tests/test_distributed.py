@@ -38,16 +38,8 @@ def test_three_ranks_count_each_image_once_and_average_gradients_exactly(capfd):
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data, amp, tolerance):
     """50 steps, two batches accumulated a step, EMA, recomputation; evaluation of 7 images."""
     opts = "TRAIN.NUM_EPOCHS 10 TRAIN.ACCUM_ITER 2 TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.9"
-    opts = [
-        *opts.split(),
-        "TRAIN.OPTIMIZER.NAME",
-        "lamb",
-        "SAVE_STEPS",
-        3,
-        "TRAIN.RECOMPUTE",
-        True,
-        *amp,
-    ]
+    opts += " TRAIN.OPTIMIZER.NAME lamb SAVE_STEPS 3 TRAIN.RECOMPUTE True"
+    opts = [*opts.split(), *amp]
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     engine.run(make_config(tmp_path / "one", data, *opts, "DATA.BATCH_SIZE", 4))
     opts += ["DATA.BATCH_SIZE", 2]

@@ -133,48 +133,40 @@ def test_a_second_signal_ends_all_at_once_and_one_sent_twice_does_not(monkeypatc
 
 
 # ------------------------------------------------------------------------------- telling
-def tell(capsys, endings, steps=(7, 8), stop_requested=False, last="/run/last.pdparams"):
-    code = launch.report_endings(endings, list(steps), last, stop_requested)
-    return code, capsys.readouterr().err
+LINE = "error: rank 1, after step 8: {}; nothing was saved yet\n"
+BROKEN = (1, "Traceback\n  here\nerror: RuntimeError: connection reset")
+STOPPED = (PREEMPTED, "stopped after step 8")
+NO_DATA = (2, "error: no data folder")
 
 
-def test_nothing_is_said_when_all_went_well(capsys):
-    assert tell(capsys, {0: (0, ""), 1: (0, "")}) == (0, "")
+@pytest.mark.parametrize(
+    "first, second, code, text",
+    [
+        ((0, ""), (0, ""), 0, ""),
+        ((-6, ""), (-9, ""), 1, LINE.format("it was killed by SIGKILL (out of memory?)")),
+        (BROKEN, (2, "error: a.png: truncated"), 2, LINE.format("a.png: truncated")),  # the cause
+        (
+            (0, ""),
+            BROKEN,
+            1,
+            "[rank 1] Traceback\n[rank 1]   here\n" + LINE.format("RuntimeError: connection reset"),
+        ),
+        (NO_DATA, NO_DATA, 2, "error: no data folder\n"),  # said once
+        (STOPPED, (PREEMPTED, "other"), PREEMPTED, "stopped after step 8\n"),
+    ],
+)
+def test_how_the_ranks_ended_is_said_in_one_line(capsys, first, second, code, text):
+    endings = {0: first, 1: second}
+    assert launch.report_endings(endings, [7, 8], "/run/last.pdparams", False) == code
+    assert capsys.readouterr().err == text
 
 
-def test_a_killed_rank_is_named_with_its_step_and_the_checkpoint(capsys, tmp_path):
-    (tmp_path / "last.pdparams").touch()
-    ends = {0: (-signal.SIGABRT, ""), 1: (-signal.SIGKILL, "")}
-    code, text = tell(capsys, ends, last=str(tmp_path / "last.pdparams"))
-    assert code == 1
-    assert text == (
-        "error: rank 1, after step 8: it was killed by SIGKILL (out of memory?); "
-        f"-resume auto goes on from {tmp_path}/last.pdparams\n"
-    )
-
-
-def test_the_cause_is_told_and_not_its_consequence(capsys):
-    broken = "Traceback\nerror: RuntimeError: connection reset"
-    code, text = tell(capsys, {0: (1, broken), 1: (2, "error: a.png: truncated")})
-    assert code == 2
-    assert text == "error: rank 1, after step 8: a.png: truncated; nothing was saved yet\n"
-
-
-def test_the_traceback_of_a_rank_carries_its_number(capsys):
-    code, text = tell(capsys, {1: (1, "Traceback\n  here\nerror: ValueError: odd")})
-    assert code == 1 and text.startswith("[rank 1] Traceback\n[rank 1]   here\n")
-    assert text.splitlines()[-1].startswith("error: rank 1, after step 8: ValueError: odd;")
-
-
-def test_what_all_ranks_say_alike_is_said_once(capsys):
-    ends = {0: (2, "error: no data folder"), 1: (2, "error: no data folder")}
-    assert tell(capsys, ends) == (2, "error: no data folder\n")
-
-
-def test_a_stop_on_request_has_its_own_code(capsys):
-    ends = {0: (PREEMPTED, "stopped after step 8"), 1: (1, "Traceback\nerror: gone")}
-    assert tell(capsys, {0: ends[0], 1: (PREEMPTED, "other")}) == (75, "stopped after step 8\n")
-    assert tell(capsys, {1: (-15, "")}, steps=(0, 0), stop_requested=True)[0] == 143
+def test_the_checkpoint_to_go_on_from_is_named_and_a_stop_before_the_first(capsys, tmp_path):
+    last = tmp_path / "last.pdparams"
+    last.touch()
+    assert launch.report_endings({1: (3, "")}, [7, 8], str(last), False) == 3
+    assert capsys.readouterr().err.endswith(f"; -resume auto goes on from {last}\n")
+    assert launch.report_endings({1: (-15, "")}, [0, 0], str(last), True) == 143
 
 
 # ------------------------------------------------------------------------------- joining

@@ -178,15 +178,8 @@ def test_opts(watch):
     rng, accepted = random.Random(3), 0
     keys = [b"TRAIN.BASE_LR", b"DATA.IMAGE_SIZE", b"TRAIN.CROP_SCALE", b"AMP", b"SAVE", b"TRAIN"]
     values = [b"0.1", b"32", b"(0.1, 1.0)", b"True", b"x", b"[1, 2]", b"{a: 1}", b"None"]
-    words = [
-        *YAML_WORDS,
-        b"__import__('os').system('touch ran')",
-        b"(",
-        b"(" * 5000,
-        b".",
-        b"lambda",
-    ]
-    words += [b"2**9**9", b"'a'*9**9", b"()", b"(1,)*9999999"]
+    words = [b"__import__('os').system('touch ran')", b"(", b"(" * 5000, b".", b"lambda", b"()"]
+    words += [*YAML_WORDS, b"2**9**9", b"'a'*9**9", b"(1,)*9999999"]
     for _ in range(3 * COUNT):
         key, value = rng.choice(keys), rng.choice(values)
         if rng.random() < 0.2:
