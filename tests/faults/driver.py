@@ -102,7 +102,7 @@ class _HalfPickle:
 
 
 rendezvous.BEAT, rendezvous.SILENCE = 0.5, 10.0
-before("step", learner.Learner, "step")
+before("step", engine.Trainer, "_train_step")
 after("forward", learner.Learner, "forward")
 before("evaluation", engine.Trainer, "evaluate")
 before("snapshot", saving.Saver, "snapshot")
