@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from cpu import resample, setup
 from loading import archives
 from loading.classes import UNKNOWN, ClassNames, run_classes
 from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder
-from loading.images import BadImage, read_pixels, simplejpeg_is_right
+from loading.images import BadImage, read_image, read_pixels, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
 from storage.files import shorten, unreachable
@@ -148,6 +149,9 @@ def build_loader(
     resample.prepare(log if told else lambda line: None)  # before workers are forked
     if not simplejpeg_is_right() and told:
         log("JPEGs are decoded by Pillow, slower: no simplejpeg with the pixels of this Pillow")
+    if told:
+        with suppress(DataError):  # what it warns of is then said here, and not by every worker
+            read_image(dataset.files.path(0))
     for note in dataset.files.notes:
         log(note)
     _warn_of_empty_classes(config, split, dataset, log)

@@ -240,6 +240,18 @@ def test_one_class_is_a_warning(config, tmp_path):
     assert lines == ["warning: there is one class: an accuracy of 100 % says nothing"]
 
 
+def test_dark_grey_of_16_bits_is_warned_of_once_before_workers_are_forked(
+    config, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(images, "dark_grey", [])
+    for number in range(NUM_IMAGES):
+        grey = np.full((SIZE, SIZE), 4000, np.uint16)
+        Image.fromarray(grey).save(tmp_path / f"train/{number}.png")
+    config.DATA.NUM_WORKERS = 2
+    passes(config)
+    assert [record.process for record in caplog.records] == [os.getpid()]
+
+
 def test_a_missing_decoder_is_one_line(config, monkeypatch):
     monkeypatch.setattr(images, "simplejpeg", None)
     images.simplejpeg_is_right.cache_clear()
