@@ -36,18 +36,19 @@ def plot_metrics(
     write_file(output_png, render(figure, "png"))
     if output_html:
         svg = render(figure, "svg").decode("utf-8")
-        sections = [("Results", _results(runs)), ("Curves", svg[svg.index("<svg") :])]
+        sections = [
+            ("Results", html_table(_HEADER, map(_summary, runs))),
+            ("Curves", svg[svg.index("<svg") :]),
+        ]
         title = "Training run" + ("s " if len(runs) > 1 else " ") + ", ".join(r.name for r in runs)
         write_file(output_html, html_page(title, sections))
 
 
-def _results(runs: list[Run]) -> str:
-    header = ("run", "epochs", "train loss", "val loss", "best top-1", "best EMA top-1", "images/s")
-    return html_table(header, [_summary(run) for run in runs])
+_HEADER = ("run", "epochs", "train loss", "val loss", "best top-1", "best EMA top-1", "images/s")
 
 
 def _summary(run: Run) -> list[str]:
-    """A run in numbers: its name, then the cells that `_results` names."""
+    """A run in numbers, the cells under `_HEADER`."""
 
     def last(key: str) -> str:
         _, values = run.values("epoch", key)
