@@ -25,6 +25,7 @@ from multiprocessing.connection import wait
 import paddle.distributed as dist
 
 from cli.errors import ConfigError, UserError
+from cli.progress import line_start
 from engine import run
 from parallel.process import (
     PREEMPTED,
@@ -250,7 +251,8 @@ def report_endings(endings: dict, steps: list[int], last: str, stop_requested: b
 def _print_ending(text: str, code: int) -> int:
     """Prints what there is to say, if anything; returns the code."""
     with suppress(OSError):  # of `2>&1 | tee`: Ctrl-C has ended that too
-        print(text, end="\n" * bool(text), file=sys.stderr, flush=True)
+        if text:
+            print(f"{line_start(sys.stderr)}{text}", file=sys.stderr, flush=True)
     return code
 
 

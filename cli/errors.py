@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Callable
+
+from cli.progress import line_start
 
 
 class UserError(Exception):
@@ -37,10 +40,13 @@ def run_as_script(main: Callable[[], int | None]) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the very end)
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("resmlp")  # until a run opens its own: bare lines, not Paddle's form
+    log.propagate = False
+    log.addHandler(logging.StreamHandler())
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"{line_start(sys.stderr)}error: {error}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130

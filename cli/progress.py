@@ -6,6 +6,8 @@ import shutil
 import sys
 import time
 
+CLEAR = "\r\033[K"  # a terminal's line, and begins it anew
+
 
 class ProgressLine:
     """A progress bar that overwrites itself on a terminal, and is silent anywhere else.
@@ -32,4 +34,9 @@ class ProgressLine:
     def end(self) -> None:
         """Clears the line."""
         if self.show:
-            print("\r\033[K", end="", flush=True)
+            print(CLEAR, end="", flush=True)
+
+
+def line_start(stream) -> str:
+    """What to print before a line, so that it does not go on behind a progress bar."""
+    return CLEAR if stream.isatty() else ""

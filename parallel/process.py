@@ -16,6 +16,7 @@ import paddle
 import paddle.distributed as dist
 
 from cli.errors import UserError
+from cli.progress import line_start
 from cpu import setup
 from parallel import rendezvous
 
@@ -109,7 +110,7 @@ def _open_log(process: Process) -> None:
         _log.removeHandler(handler)
     handler = logging.StreamHandler(sys.stdout)
     handler.setLevel(logging.INFO if process.main else logging.WARNING)
-    label = "" if process.main else f"[rank {process.rank}] "
+    label = line_start(sys.stdout) + ("" if process.main else f"[rank {process.rank}] ")
     handler.setFormatter(logging.Formatter(f"{label}%(message)s"))
     handler.handleError = lambda record: None  # a terminal that is gone: training goes on
     _log.addHandler(handler)

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -46,13 +46,13 @@ def published_file(name: str | os.PathLike) -> Path | None:
     try:
         return download(weights.hub_url)
     except WeightsError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        print(f"warning: {error}; trying another host", file=sys.stderr, flush=True)
     try:
         return download(weights.url)
     except WeightsError as error:
         raise WeightsError(
-            f"{name}: no such file here, and {error}: get it where there is a network; `python "
-            f"port_weights/load_timm_weights.py -checkpoint {weights.file}` then makes "
+            f"{name}: no such file here, and {error}; get it elsewhere, then `python "
+            f"port_weights/load_timm_weights.py -checkpoint {weights.file}` makes "
             f"{weights.name}.pdparams of it"
         ) from None
 
@@ -136,11 +136,10 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
                 )
             write_atomically(f"{found['sha256']}\n".encode(), f"{path}.sha256")
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise WeightsError(
-            f"{url}: cannot be downloaded to {path.parent}: {str(reason) or type(error).__name__}; "
-            f"a file from elsewhere can be given by its path"
-        ) from None
+        reason = getattr(error, "reason", None) or error
+        reason = str(getattr(reason, "strerror", None) or reason) or type(error).__name__
+        where = "" if isinstance(error, URLError) else f" to {path.parent}"  # a full disk, say
+        raise WeightsError(f"{url}: cannot be downloaded{where}: {reason}") from None
     finally:
         bar.end()
     how = how or f"sha256 {found['sha256']}, of which the host says nothing"

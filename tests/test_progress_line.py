@@ -1,11 +1,14 @@
 """cli/progress.py: a line that fits the terminal, and is cleared."""
 
+import logging
 import os
 import re
+import sys
 
 import pytest
 
 from cli import progress
+from parallel.process import prepare_process
 
 
 @pytest.mark.parametrize("columns", [80, 40, 20, 5])
@@ -21,3 +24,11 @@ def test_the_line_fits_the_terminal_and_is_cleared(monkeypatch, capsys, columns)
     assert len(re.findall("#", shown)) == {80: 15, 40: 10}.get(columns, 0)
     bar.end()
     assert capsys.readouterr().out == "\r\033[K"
+
+
+def test_a_line_of_the_log_clears_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    prepare_process()
+    capsys.readouterr()
+    logging.getLogger("resmlp").info("epoch 1/1")
+    assert capsys.readouterr().out == "\r\033[Kepoch 1/1\n"
