@@ -40,8 +40,7 @@ _VALUES = np.arange(256)
 
 
 def _by_value(tables_of):
-    """The pixel function of what sees one value at a time: `tables_of(pixels, argument)` gives 256
-    output values, or 256 for each channel; fractions are cut off."""
+    """The pixel function of `tables_of(pixels, argument)`: 256 values, or 256 for each channel."""
 
     def function(pixels, argument, *_):
         tables = np.broadcast_to(tables_of(pixels, argument), (3, 256))
@@ -210,8 +209,9 @@ RAND_INCREASING_OPS = [
 
 
 def op_argument(name: str, level: float, sign: int = 1) -> float | None:
-    """The argument of an operation (a key of `OPS`) at a level: degrees, bits, a threshold, a
-    factor, ...; None where it has none. `sign`: +1 or -1, the direction of one that has two.
+    """The argument of an operation at a level: degrees, bits, a threshold, a factor or None.
+
+    `sign` +1 or -1 is the direction of an operation that has two.
     """
     argument = OPS[name].argument
     return None if argument is None else argument(level / MAX_LEVEL, sign)
@@ -224,13 +224,9 @@ def apply_op(
     resample: int = RESAMPLE.BICUBIC,
     fill: tuple[int, int, int] = (128, 128, 128),
 ) -> np.ndarray:
-    """One operation (a key of `OPS`) on an image, pixel by pixel as timm's.
+    """One operation (a key of `OPS`) on ``uint32 [H, W]`` pixels (`cpu.resample`), as timm's.
 
-    Args:
-        pixels: ``uint32 [H, W]``, see `cpu.resample`.
-        argument: As `op_argument` returns it.
-        resample: Interpolation of an operation that moves pixels.
-        fill: Colour of what comes into view from outside.
+    `argument` is of `op_argument`; `fill` is the colour of what comes into view from outside.
     """
     return OPS[name].pixels(pixels, argument, resample, fill)
 
@@ -288,12 +284,10 @@ def rand_augment(
     probability: float = 0.5,
     **kwargs,
 ) -> Policy:
-    """RandAugment (arXiv:1909.13719) with timm's magnitude noise.
+    """RandAugment (arXiv:1909.13719) with timm's magnitude noise; the rest as in `Policy`.
 
-    Args:
-        layers, level_std, level_max, kwargs: See `Policy`.
-        increasing: Every operation gets stronger with the level.
-        probability: With which each drawn operation is then applied.
+    `increasing`: every operation gets stronger with the level. `probability` is that with which a
+    drawn operation is applied.
     """
     names = RAND_INCREASING_OPS if increasing else RAND_OPS
     choices = [[(name, probability, level)] for name in names]
@@ -386,13 +380,9 @@ def _read_sections(sections: Sequence[str], known: dict, where: str) -> dict:
 def build_policy(text: str, key: str, **kwargs) -> Policy:
     """The policy that a string of timm's names; `kwargs`: `resamples` and `fill` of `Policy`.
 
-    Args:
-        text: `rand` (with sections `m` level, `n` layers, `p` probability, `mstd`, `mmax`, `inc`;
-            timm's defaults) or one of `POLICIES` (with `mstd`), sections joined by `-`.
-        key: The config key it comes from, for the error.
-
-    Raises:
-        ConfigError: An unknown policy or section.
+    `text` is `rand` (with sections `m` level, `n` layers, `p` probability, `mstd`, `mmax`, `inc`;
+    timm's defaults) or one of `POLICIES` (with `mstd`), sections joined by `-`. A ConfigError names
+    the config key `key`.
     """
     policy, *sections = text.split("-")
     where = f"{key} is {text!r}"

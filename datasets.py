@@ -79,15 +79,10 @@ class ImageDataset:
 
 
 def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDataset:
-    """Reads the list file, or scans the folders, of a split.
+    """Reads the list file, or scans the folders, of a split: ``train`` or ``val``.
 
-    Args:
-        split: ``"train"`` (random transforms) or ``"val"`` (the evaluation transform).
-        weights: the classes of the weights; labels become theirs, see `run_classes`.
-
-    Raises:
-        DataError: a missing data folder, list or first image; a bad line; labels or class folders
-            that do not fit MODEL.NUM_CLASSES, or are other classes than the weights'.
+    Labels become those of ``weights``, see `run_classes`. DataError if data folder, list or first
+    image is missing, a line is bad, or labels or class folders do not fit.
     """
     root = config.DATA.DATA_PATH
     if not archives.is_folder(root):
@@ -139,10 +134,9 @@ def build_loader(
     log: Callable[[str], None] = print,
     weights: ClassNames = UNKNOWN,
 ) -> Loader:
-    """The `Loader` of a split (see `build_dataset`) for process `rank` of `world`.
+    """The `Loader` of a split for process `rank` of `world`.
 
-    Raises:
-        DataError: as `build_dataset`; also a training set smaller than one step.
+    DataError as `build_dataset`; also if a training set is smaller than one step.
     """
     dataset = build_dataset(config, split, weights)
     told = split == "train" or config.EVAL  # once a run
@@ -186,10 +180,9 @@ def loader_of(
     log: Callable[[str], None] = print,
     say_workers: bool = True,
 ) -> Loader:
-    """A `Loader` with the workers that the config asks for, but not more than there are batches.
+    """A `Loader` with DATA.NUM_WORKERS workers, but not more than there are batches.
 
-    DATA.NUM_WORKERS ``auto``: one for each core that this process may use, less one for the process
-    itself; at least 1, and for their memory at most 16.
+    ``auto``: one per core that this process may use, less its own; 1 to 16, for their memory.
     """
     data, cores = config.DATA, setup.usable_cores()
     auto = data.NUM_WORKERS == "auto"

@@ -44,8 +44,7 @@ def resized_size(width: int, height: int, short: int) -> tuple[int, int]:
 def center_box(width: int, height: int, size: int) -> Box:
     """The central square of `size`, which sticks out (evenly) where the image is smaller.
 
-    Odd margins are split as torchvision does: rounded to even inside, the smaller half to the left
-    and top outside.
+    Odd margins as torchvision: rounded to even inside, the smaller half to the left or top outside.
     """
     margins = width - size, height - size
     left, top = (round(margin / 2) if margin >= 0 else -(-margin // 2) for margin in margins)
@@ -58,11 +57,9 @@ _LONGEST = 100
 
 @dataclass(eq=False)
 class EvalTransform:
-    """Resize the short side to `floor(size / crop_pct)`, as timm does, and crop the centre: the
-    pixels of torchvision's on PIL. `exif_orientation` is for an image of Pillow's.
+    """Resizes the short side to `floor(size / crop_pct)` and crops the centre, as timm does on PIL.
 
-    Raises:
-        BadImage: When called, the resized image would be more than 100 times as long as the crop.
+    BadImage if the resized image would be more than 100 times as long as the crop.
     """
 
     size: int
@@ -100,12 +97,8 @@ def draw_crop(
 ) -> Box:
     """The box of a random resized crop (Inception; torchvision's and timm's formula).
 
-    Args:
-        scale: Smallest and largest part of the area.
-        ratio: Smallest and largest width / height, drawn log-uniformly.
-
-    Returns:
-        A box inside the image. After ten draws that do not fit: the largest central one.
+    `scale` bounds its part of the area, `ratio` width / height (log-uniform). After ten draws that
+    do not fit inside the image it is the largest central one.
     """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -129,9 +122,7 @@ def draw_crop(
 
 @dataclass(eq=False)
 class ColorJitter:
-    """Brightness, contrast and saturation, in random order, each by a factor of 1 +- strength:
-    torchvision's `ColorJitter(s, s, s)`.
-    """
+    """torchvision's `ColorJitter(s, s, s)`: brightness, contrast, saturation, in random order."""
 
     OPS = ("Brightness", "Contrast", "Color")  # of augment.py
 
@@ -189,13 +180,8 @@ def build_eval_transform(config) -> EvalTransform:
 
 
 def build_augmentations(config) -> list[Policy | ColorJitter]:
-    """The augmentations behind crop and flips, as the config switches them.
-
-    The first of these that is on: THREE_AUGMENT (with colour jitter, as DeiT III), RAND_AUGMENT,
-    AUTO_AUGMENT, and colour jitter alone.
-
-    Raises:
-        ConfigError: An unknown policy, a bad section of its string.
+    """The augmentations behind crop and flips: the first that is on of THREE_AUGMENT (with colour
+    jitter, as DeiT III), RAND_AUGMENT, AUTO_AUGMENT, colour jitter alone. ConfigError: bad policy.
     """
     train = config.TRAIN
     common = {
@@ -226,11 +212,7 @@ def build_augmentations(config) -> list[Policy | ColorJitter]:
 
 
 def build_train_transform(config) -> TrainTransform:
-    """The training pipeline: `(image, np.random.Generator) -> uint8 [H, W, 3]`.
-
-    Raises:
-        ConfigError: As `build_augmentations`.
-    """
+    """The training pipeline: `(image, np.random.Generator) -> uint8 [H, W, 3]`."""
     data, train = config.DATA, config.TRAIN
     Image.MAX_IMAGE_PIXELS = data.MAX_IMAGE_PIXELS  # for `read_pixels`, in this process
     return TrainTransform(

@@ -3,10 +3,9 @@
     data/train.tar/cat/1.jpg              a member of a tar
     ILSVRC2012_img_train.tar/n01440764.tar/n01440764_18.JPEG        a tar in a tar
 
-An archive is indexed once, in one pass. The index is kept beside it (``.train.tar.index.npz``), or
-in the cache folder where that cannot be written, and made anew when the archive has changed. Reads
-are positioned (``pread``), so that forked loader workers share nothing but the open file. Nothing
-is extracted.
+An archive is indexed in one pass. The index is kept beside it (``.train.tar.index.npz``), or in the
+cache folder, and made anew when the archive has changed. Reads are positioned (``pread``), so that
+forked loader workers share nothing but the open file.
 """
 
 from __future__ import annotations
@@ -60,9 +59,8 @@ class Member(NamedTuple):
 
 
 def split(path: str) -> tuple[str, str] | None:
-    """A path cut behind its archive: ``("data/train.tar", "cat/1.jpg")``; None if it has none.
-
-    A folder may be called ``x.tar`` too: only a file is an archive.
+    """A path cut behind its archive: ``("data/train.tar", "cat/1.jpg")``; None if it has none. (A
+    folder may be called ``x.tar`` too.)
     """
     path = os.fspath(path)
     text = path.replace(os.sep, "/")
@@ -111,9 +109,7 @@ def open_archive(path: str) -> Archive:
 
 @cache
 def _allow_open_files() -> None:
-    """Lets this process keep more files open than the usual 1,024 (256 on a Mac): ImageNet may
-    come as 1,000 tars.
-    """
+    """More open files than the usual 1,024 (256 on a Mac): ImageNet may come as 1,000 tars."""
     with suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         import resource
 
@@ -125,11 +121,8 @@ def _allow_open_files() -> None:
 class Archive:
     """The members of a ``.tar`` (also of tars) or ``.zip``: names in order, and where each lies.
 
-    1.28 million members take about 100 MB, in arrays that forked workers share. An empty folder is
-    a member too, whose name ends with a slash.
-
-    Raises:
-        DataError: damaged, compressed as a whole, or with members that cannot be used.
+    1.28 million members take about 100 MB, in arrays that forked workers share. The name of an
+    empty folder ends with a slash. DataError if it is damaged, compressed, or has unusable members.
     """
 
     def __init__(self, path: str):
@@ -171,8 +164,8 @@ class Archive:
         return None
 
     def under(self, folder: str, empty: bool = False) -> Iterator[str]:
-        """The names of the members in a folder, at any depth, sorted; ``""`` is the whole. `empty`:
-        also the empty folders there.
+        """The names of the members in a folder, at any depth, sorted; ``""`` is the whole. `empty`
+        adds the empty folders.
         """
         prefix = os.fsencode(f"{folder}/" if folder else "")
         for number in range(self._search(prefix), len(self)):
@@ -185,17 +178,13 @@ class Archive:
         return not folder or next(self.under(folder, empty=True), None) is not None
 
     def folders(self, folder: str) -> list[str]:
-        """The names of the folders directly in a folder, sorted."""
         start = len(folder) + 1 if folder else 0
         names = (name[start:] for name in self.under(folder, empty=True))
         return sorted({name.partition("/")[0] for name in names if "/" in name})
 
     def read(self, name: str) -> bytes:
-        """The bytes of a member.
-
-        Raises:
-            OSError: there is none of that name, or it is damaged.
-            DataError: the archive has changed since it was indexed.
+        """The bytes of a member; OSError if it is missing or damaged, DataError if the archive has
+        changed since it was indexed.
         """
         member, state = self.find(name), None
         if member is None:
@@ -339,9 +328,7 @@ def _tar_members(
 
 
 def _check_end(tar: tarfile.TarFile, name: str) -> None:
-    """Refuses what tarfile takes for a whole archive: one that ends in the middle, and one with
-    more behind its end, where it was damaged or where another was put into the same file.
-    """
+    """Refuses what tarfile takes for whole: an end in the middle, or more behind the end."""
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
         raise tarfile.ReadError(f"{name} ends in the middle")
@@ -372,9 +359,7 @@ def _bare_name(info: zipfile.ZipInfo) -> bytes:
 
 
 def _encoding_of_names(members: list[zipfile.ZipInfo]) -> str:
-    """Of names that are not marked as UTF-8, which Info-ZIP writes all the same, and Windows in
-    China GB 2312; others are read as zipfile reads them, in the code page of DOS.
-    """
+    """Unmarked names are UTF-8 (Info-ZIP), GB 2312 (Windows in China) or as zipfile reads them."""
     names = [_bare_name(info) for info in members if not info.flag_bits & _UTF8]
     for encoding in ("utf-8", "gb2312"):
         with suppress(UnicodeDecodeError):

@@ -1,7 +1,5 @@
 """The classes of a data set, of weights, of a teacher: their names, and what to do where two meet.
 
-A label is a number only inside one file. `ClassNames` says what the numbers of a file mean:
-
     data, weights = data_classes(config), read_weights(path).classes
     labels, line = data.labels_in(weights)  # raises where these are other classes
 
@@ -33,11 +31,8 @@ _EVALUATION_ADVICE = "evaluate weights of these classes, or call these as the we
 class ClassNames:
     """The names of classes by label; false where nobody knows them.
 
-    Attributes:
-        names: name i is that of label i.
-        source: the file or folder that says so, for messages.
-        folders: the class folders, where the images lie in such. They tell which class it is, even
-            where `names` are others, for people.
+    `source` is the file or folder that says so, for messages. `folders` are the class folders, if
+    there are any: they tell which class it is, even where `names` are others, for people.
     """
 
     names: tuple[str, ...] = ()
@@ -57,15 +52,12 @@ class ClassNames:
 
         Args:
             other: the set whose labels count, such as the weights'.
-            advice: ends the message of the error.
+            advice: ends the message of the DataError that other names raise.
             subset: these may be some of the other's classes only.
 
         Returns:
             Each label's label in ``other``, and a line for the log; None and an empty line where
             both are equal, or one is unknown.
-
-        Raises:
-            DataError: other names; it shows the first difference.
         """
         if difference := self.difference(other, subset):
             raise DataError(difference + (advice and f"; {advice}"))
@@ -152,9 +144,7 @@ class ClassNames:
 
     @classmethod
     def beside(cls, weights: str | os.PathLike) -> ClassNames:
-        """The ``classes.txt`` beside a weight file, which counts where the file itself says
-        nothing; unknown where there is none, or it cannot be read.
-        """
+        """The ``classes.txt`` beside a weight file; unknown if there is none that can be read."""
         path = os.path.join(os.path.dirname(weights), "classes.txt")
         try:
             return cls(tuple(read_class_names(path)), path)
@@ -200,8 +190,7 @@ def _look_alike(one: str, other: str) -> str:
 def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
     """Reads a text file of class names, line i the name of label i.
 
-    Raises:
-        DataError: unreadable, a line without a name, or not `num_classes` lines (``auto``: any).
+    DataError if it is unreadable, a line has no name, or there are not `num_classes` lines.
     """
     try:
         regular_size(path)
@@ -220,9 +209,6 @@ def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
 def data_classes(config) -> ClassNames:
     """The classes of a config's data, by the data's own labels: DATA.CLASS_NAMES, else
     ``classes.txt`` in the data folder, else the folders of an `imagefolder` tree.
-
-    Raises:
-        DataError: what is there cannot be read, or does not have MODEL.NUM_CLASSES names.
     """
     names, source = _given_names(config)
     if config.DATA.DATASET != "imagefolder" or not archives.is_folder(config.DATA.DATA_PATH):
@@ -241,16 +227,9 @@ def _given_names(config) -> tuple[tuple[str, ...], str]:
 def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list[int] | None, str]:
     """The classes of a run by the labels of its model, which are those of the weights.
 
-    Args:
-        config: of the run.
-        weights: the classes of the checkpoint or weights that it begins with.
-
-    Returns:
-        The classes, of an `imagefolder` tree with all folders; each label of the data among them
-        and a line for the log, as `ClassNames.labels_in`.
-
-    Raises:
-        DataError: as `data_classes`; the data have other classes than the weights.
+    Returns them (of an `imagefolder` tree with all folders), each label of the data among them and
+    a line for the log, as `ClassNames.labels_in`. DataError as `data_classes`; also if the data
+    have other classes than the weights.
     """
     if config.EVAL and config.DATA.DATASET == "imagefolder":
         root = config.DATA.DATA_PATH
@@ -267,11 +246,9 @@ def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list
 
 
 def _evaluated_folders(config, weights: ClassNames, folders: ClassNames) -> tuple | None:
-    """`run_classes` for class folders to evaluate on, of which there may be some only; None:
-    nobody knows what the weights call theirs.
+    """`run_classes` for folders to evaluate on, maybe of some classes; None: names are unknown.
 
-    1,000 classes of which nothing else is known are ImageNet's, with folders called by their
-    WordNet ids or by their numbers, as in ImageNet-V2.
+    1,000 unknown classes are ImageNet's, by WordNet id or by number, as in ImageNet-V2.
     """
     count, ids = config.MODEL.NUM_CLASSES, wordnet_ids()
     count = len(weights) if weights and count == "auto" else count
@@ -298,12 +275,8 @@ def _evaluated_folders(config, weights: ClassNames, folders: ClassNames) -> tupl
 def with_num_classes(config, weights: ClassNames = UNKNOWN):
     """The config, frozen, with a number where MODEL.NUM_CLASSES is ``auto``.
 
-    That is as many classes as the weights have (``weights``, where these are to stay as they are),
-    else the data, else the largest label of the training list (without one: of the validation
-    list) and one more.
-
-    Raises:
-        DataError: there is no data folder, or what is in there cannot be read.
+    It is the number of classes of ``weights``, else of the data, else the largest label of the
+    training list (or the validation list) and one more. DataError if data cannot be read.
     """
     root, data = config.DATA.DATA_PATH, config.DATA
     if config.MODEL.NUM_CLASSES != "auto":

@@ -46,8 +46,8 @@ _BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 class ImageIndex:
     """The files and labels of a data set, compact: one block of bytes and three arrays.
 
-    1.28 million ImageNet entries take about 75 MB; forked loader workers share them, because
-    nothing in here is a Python object per image whose reference count would touch its page.
+    1.28 million ImageNet entries take about 75 MB; forked loader workers share them, because no
+    Python object per image has a reference count that would touch its page.
     """
 
     def __init__(self, root: str, list_file: str | None = None):
@@ -70,14 +70,12 @@ class ImageIndex:
         self._lines.append(line)
 
     def name(self, index: int) -> bytes:
-        """Path relative to `root`, as it was added."""
         return bytes(self._names[self._ends[index] : self._ends[index + 1]])
 
     def path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.name(index)))
 
     def relabel(self, labels: Sequence[int]) -> None:
-        """Replaces each label ``i`` by ``labels[i]``."""
         self.labels = array("i", [labels[label] for label in self.labels])
 
     def fingerprint(self) -> list[int]:
@@ -104,17 +102,10 @@ class ImageIndex:
 def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) -> ImageIndex:
     """Reads ``relative/path label`` lines: the last field is the label, the rest is the path.
 
-    Blank lines and lines that begin with ``#`` are skipped; fields are separated by spaces or
-    tabs, and paths may contain spaces. Without `allow_outside`, ``..`` is resolved by the text
-    alone: a link may point to another disk, and ``link/..`` is the folder that the link lies in.
-
-    Args:
-        list_file: the text file; paths in any encoding, relative to `root`.
-        num_classes: labels are 0 .. num_classes - 1.
-        allow_outside: accept paths that leave `root` (``../x.jpg``, ``/other/x.jpg``).
-
-    Raises:
-        DataError: the file is missing, empty or has a line that is none of this.
+    Blank lines and ``#`` lines are skipped; paths may contain spaces, in any encoding. Labels go
+    from 0 to `num_classes` - 1. Without `allow_outside` no path may leave `root`; ``..`` is
+    resolved by the text alone: a link may point to another disk. DataError if a line is none of
+    this.
     """
     index = ImageIndex(root, list_file)
     folder = os.path.join(os.path.normpath(index.root), b"")
@@ -154,10 +145,7 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
 def find_classes(root: str) -> list[str]:
     """The class folders of a `DATASET: imagefolder` tree in order: label i is the i-th.
 
-    They are those of ``root/train``, or of ``root/val`` where there is no ``train``.
-
-    Raises:
-        DataError: neither is there, it holds no folders, or as `class_folders`.
+    They are those of ``root/train``, else of ``root/val``. DataError if there are none.
     """
     for split in SPLIT_NAMES:
         folder = split_folder(root, split)
@@ -192,9 +180,7 @@ def split_folder(root: str, split: str) -> str:
 
 
 def evaluation_folder(root: str) -> str:
-    """The folder with the class folders to evaluate on: that of ``val``, or `root` itself where it
-    has no splits, as ImageNet-A and others are published.
-    """
+    """That of ``val``, or `root` itself if it has no splits, as ImageNet-A and others have none."""
     folders = [split_folder(root, split) for split in SPLIT_NAMES]
     return folders[-1] if any(map(archives.is_folder, folders)) else root
 
@@ -205,9 +191,7 @@ def is_split_name(name: str) -> bool:
 
 
 def passed_over(root: str) -> list[str]:
-    """A line that names the folders which nothing is read from: those beside the splits', and
-    those that runs have written into the data folder.
-    """
+    """A line that names unused folders: beside the splits', or written by runs."""
     used = [split_folder(root, split) for split in SPLIT_NAMES]
     others = []
     for folder in filter(os.path.isdir, [root, *used]):
@@ -229,14 +213,8 @@ def scan_folder(
     """Finds the images of ``root/split/<class>/``, at any depth, in the order of their names.
 
     Junk (`is_junk`) is passed over; files without an image's ending too, named in the `notes`.
-
-    Args:
-        num_classes: how many classes there are to be.
-        classes: the class folders by label; None: `find_classes`.
-        folder: where they are; None: `split_folder`.
-
-    Raises:
-        DataError: folders missing or empty, other classes than `num_classes` or than train's.
+    `classes` are the class folders by label (default: `find_classes`), in `folder`
+    (`split_folder`). DataError if there are none, or other classes than `num_classes` or train's.
     """
     classes = [one_name(name) for name in (find_classes(root) if classes is None else classes)]
     if len(classes) != num_classes:
@@ -275,11 +253,8 @@ def is_junk(name: str) -> bool:
 
 
 def list_images(folder: str, others: list[str] | None = None) -> list[str]:
-    """Paths of the image files under a folder, also of an archive, sorted; junk (`is_junk`) is
-    passed over. `others` takes the paths of files that have another ending.
-
-    Raises:
-        DataError: a folder that cannot be read, a link to a folder that it lies in.
+    """The image files under a folder or archive, sorted, without junk; `others` takes the paths of
+    other files. DataError if a folder cannot be read, or is a link to one that it lies in.
     """
     found = []
     if inside := archives.inside(folder):
@@ -345,11 +320,10 @@ def _folders(folder: str) -> list[str]:
 
 
 def class_folders(folder: str) -> list[str]:
-    """The names of the class folders in a folder, as `sort_classes`: all but junk (`is_junk`), and
-    what runs have written there (`is_output`).
+    """The names of the class folders in a folder, as `sort_classes`, without junk and runs'
+    outputs.
 
-    Raises:
-        DataError: the folder cannot be read, or a name is no line of a text file of names.
+    DataError if it cannot be read, or a name is no line of a text file of names.
     """
     on_disk = os.path.isdir(folder)
     names = [n for n in _folders(folder) if not (on_disk and is_output(os.path.join(folder, n)))]
@@ -373,8 +347,8 @@ def one_name(name: str) -> str:
 
 
 def sort_classes(names: Iterable[str], where: str) -> list[str]:
-    """Class names in the order of their labels: by name, but whole numbers by their value.
-    (ImageNet-V2's folders are 0 ... 999; as texts, 10 would come before 2.)
+    """Class names in the order of their labels: by name, but whole numbers by their value, as
+    ImageNet-V2's folders 0 ... 999.
     """
     names = sorted(names)
     if all(re.fullmatch("-?[0-9]{1,9}", name) for name in names):

@@ -70,9 +70,7 @@ class BadImage(DataError):
 
 
 def regular_size(path: str) -> int:
-    """Bytes of a file. OSError: it is missing; or a folder, a device, a pipe, which may block for
-    ever when it is opened.
-    """
+    """Bytes of a file; OSError if it is missing, a folder, or a device or pipe, which may block."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", path)
@@ -82,9 +80,7 @@ def regular_size(path: str) -> int:
 def open_image(path: str) -> Image.Image:
     """Opens an image file, to be used in ``with``; its pixels are decoded when they are asked for.
 
-    Raises:
-        BadImage: missing, unreadable, empty, not an image, larger than the limit.
-        DataError: of the archive that it is in.
+    BadImage if it is missing, unreadable, no image, or larger than the limit.
     """
     try:
         return _open(path, _read(path))
@@ -124,17 +120,10 @@ def _open(path: str, data: bytes) -> Image.Image:
 
 
 def to_pixels(image: Image.Image | np.ndarray, exif_orientation: bool = False) -> np.ndarray:
-    """The pixels of an image, those of ``convert("RGB")``; an array, which is pixels, as it is.
+    """The pixels ``uint32 [H, W]`` (`cpu.resample`) of an image in any mode, as ``convert("RGB")``.
 
-    Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead,
-    with the upper 8 bits, as OpenCV does. Numbers without a known range are refused.
-
-    Args:
-        image: in any mode, read or not.
-        exif_orientation: turn it upright, as its EXIF says the camera was held.
-
-    Returns:
-        ``uint32 [H, W]``, see `cpu.resample`.
+    Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead, as
+    OpenCV does. Numbers without a known range are refused. `exif_orientation` turns it upright.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -228,9 +217,7 @@ def simplejpeg_is_right() -> bool:
 
 
 def read_pixels(path: str, exif_orientation: bool = False) -> np.ndarray:
-    """Decodes an image file as timm does, by `to_pixels`. Pillow need not look at the header of an
-    ordinary JPEG. Raises as `open_image`; BadImage also for truncated or broken files.
-    """
+    """Decodes an image file as timm does, by `to_pixels`; BadImage as `open_image`."""
     try:
         data = _read(path)
         with suppress(ValueError):  # damaged: Pillow decodes it, or says what is wrong

@@ -2,8 +2,7 @@
 
 The workers are Paddle's (`paddle.io.DataLoader`), whose reader copies a batch to a GPU while the
 one before is computed. It hides what a worker raises, waits for ever for one that hangs, lets
-workers outlive a main process that is killed, and leaves their batches in /dev/shm: what is done
-about each stands here. Workers are started for each pass over the data (some 30 ms).
+workers outlive a killed main process, and leaves batches in /dev/shm: this module mends each.
 """
 
 from __future__ import annotations
@@ -66,7 +65,6 @@ class Loader:
 
     Unreadable images that ``DATA.BAD_IMAGE: skip`` replaces (in training) or leaves out are logged
     when the pass ends; `skipped` holds them meanwhile, by index.
-
     """
 
     dataset: Any  # dataset[key] is the `Sample` of a sampler's key
@@ -88,10 +86,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the data.
 
-        Raises:
-            DataError: an unreadable image (too many, if they may be skipped), a failing
-                transform, a worker that died, could not be started, or delivered nothing for
-                `timeout` seconds.
+        DataError if an image is unreadable (too many, if they may be skipped), or a worker died,
+        could not be started, or delivered nothing for `timeout` seconds.
         """
         self.skipped = {}
         batches = self._from_workers() if self.num_workers else self._from_here()
@@ -194,14 +190,8 @@ def _collate(samples: list[Sample]) -> list:
 
 
 def _start(loader: paddle.io.DataLoader):
-    """Starts the workers, without the signal handler that Paddle installs along with them.
-
-    It makes the death of a worker raise SystemError in whatever line the main thread happens to
-    be; without it the death is found when the next batch is asked for. Workers are forked,
-    whatever method another library has chosen: they inherit the data set and what is set up here.
-
-    Raises:
-        DataError: the system allows no more processes or threads.
+    """Starts the workers, without Paddle's handler of SIGCHLD, which raises SystemError in any line
+    of the main thread. They are forked, to inherit the data set.
     """
     handler, method = signal.getsignal(signal.SIGCHLD), multiprocessing.get_start_method(True)
     before = set(multiprocessing.active_children())
@@ -245,11 +235,10 @@ def _first_death(workers: list) -> str:
 
 
 def _start_worker(worker_id: int) -> None:
-    """Prepares a worker: it lives and dies with the main process, and with nothing else.
+    """Prepares a worker, which lives and dies with the main process.
 
-    It stays through the Ctrl-C or SIGTERM that a terminal or a scheduler sends to every process,
-    so that the main process can go on to its next step and save; that ends it then. If the main
-    process is killed, Linux sends the worker SIGUSR2; it would wait for ever else.
+    It outlives the Ctrl-C or SIGTERM that goes to every process, so that the main process can save.
+    If that is killed, Linux sends the worker SIGUSR2; it would wait for ever else.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -280,8 +269,9 @@ def _remove_batches(pid: int) -> None:
 
 
 def shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool:
-    """Whether the batches under way fit into /dev/shm, which containers often keep small: a worker
-    that finds it full dies of a bus error. Logs a line if they do not.
+    """Whether the batches under way fit into /dev/shm; if not, logs a line.
+
+    Containers often keep it small, and a worker that finds it full dies of a bus error.
     """
     if not workers or sys.platform != "linux":  # elsewhere Paddle loads in the main process
         return True

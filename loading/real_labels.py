@@ -18,19 +18,10 @@ from loading.imagenet import val_number
 
 
 def read_real_labels(path: str | os.PathLike, files: ImageIndex, num_classes: int) -> np.ndarray:
-    """The right labels of each image of the validation set.
+    """The right labels of each image, int64 ``[images, most labels]``, filled up with -1.
 
-    Args:
-        path: ``real.json`` as its authors publish it: a list of lists of labels.
-        files: the images, named as ImageNet names them, in any order and folder.
-
-    Returns:
-        int64 ``[images, most labels]``; a row is filled up with -1, and holds nothing else where
-        the image has no label.
-
-    Raises:
-        DataError: the file is not that list; an image has another name or no entry in it; none
-            has a label.
+    ``path`` is ``real.json`` as its authors publish it; the images have ImageNet's names, in any
+    order and folder. DataError if the file is not that list, lacks an image, or labels none.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -2,9 +2,8 @@
 
 An epoch is one global order of *positions* 0, 1, 2, ... that does not depend on the number of
 processes. Position p belongs to rank ``p % world``, so step k of `world` processes with batch B
-covers the positions ``[k * world * B, (k + 1) * world * B)``: exactly what one process with batch
-``world * B`` sees in its step k. The random augmentation of a sample hangs on (seed, epoch,
-position) and on nothing else, so neither processes, workers nor an interruption change it.
+covers the positions ``[k * world * B, (k + 1) * world * B)``, as one process with batch
+``world * B`` does. A sample's random augmentation hangs on (seed, epoch, position) alone.
 """
 
 from __future__ import annotations
@@ -22,18 +21,13 @@ Key = tuple[int, int, int]  # (epoch, position in the epoch's global order, imag
 
 
 def sample_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The generator of one training sample's augmentation.
-
-    The copies that repeated augmentation makes of an image stand at different positions, so each
-    is augmented differently, on one process as on many.
-    """
+    """The generator of a sample's augmentation, other for each repeated copy of an image."""
     return np.random.default_rng((_SAMPLE, seed, epoch, position))
 
 
 def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """As many images as there are labels ``[n]``, of each class equally many (or one less), in
-    rounds of all classes: a class's images are taken in turn, so that none comes twice before all
-    have come.
+    rounds of all classes. A class's images are taken in turn: none comes twice before all have.
     """
     images = rng.permutation(len(labels))
     images = images[np.argsort(labels[images], kind="stable")]  # class by class
@@ -56,16 +50,13 @@ def train_indices(
     """The images that one process trains on in an epoch, in order.
 
     Every rank gets equally many, as collectives need. With ``repeats == 1`` the epoch holds every
-    image for any number of processes; where `world` does not divide `num_images`, the order goes
-    on from its start for the last ``< world`` positions. (`TrainBatchSampler` with ``drop_last``
-    never reaches those.) With ``repeats > 1`` it is repeated augmentation: each image stands
-    `repeats` times in a row in the shuffled order, so its copies land on different ranks, and
-    ``floor(num_images / 256) * 256 / world`` samples are taken per rank (fewer than 256 images:
-    ``ceil(num_images / world)``): an epoch is as long as without it and sees ``1 / repeats`` of the
+    image; where `world` does not divide `num_images`, the order goes on from its start. Otherwise
+    it is repeated augmentation: each image stands `repeats` times in a row, so its copies land on
+    other ranks, and ``floor(num_images / 256) * 256 / world`` samples are taken per rank (fewer
+    than 256 images: ``ceil(num_images / world)``), so that an epoch sees ``1 / repeats`` of the
     images.
 
     Args:
-        repeats: copies of each image in the order.
         labels: ``[num_images]`` class of each image, for a `balanced_order`; None: each image once.
         start: global position to begin at, for whatever `world` that was reached with.
 
@@ -83,11 +74,9 @@ def train_indices(
 
 @dataclass(eq=False)
 class TrainBatchSampler:
-    """Batches of training samples for one process (see `train_indices`); `set_epoch` chooses the
-    place to start from.
+    """Batches of training samples for one process (see `train_indices`), as lists of `Key`.
 
-    Yields lists of `Key`: the epoch travels with each sample, so that a worker process knows it.
-    `len` is the batches from there to the epoch's end, the same on every rank. `drop_last` leaves
+    `len` is the batches from `start` to the epoch's end, the same on every rank. `drop_last` leaves
     out the last step where it is smaller than ``world * batch_size``.
     """
 
@@ -125,8 +114,8 @@ class TrainBatchSampler:
 
 
 class EvalBatchSampler:
-    """Batches of the images that one process evaluates, in a fixed order, as lists of `Key`. Each
-    image is on exactly one rank; some may have none, and the last batch may be small.
+    """Batches of the images that one process evaluates, in a fixed order, as lists of `Key`; each
+    image is on exactly one rank. Some ranks may have none, and the last batch may be small.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world: int = 1):

@@ -22,17 +22,10 @@ from storage.weights import WeightFile, find_file, naming, read_weights
 def load_pretrained(
     model: nn.Layer, config, new_head: bool | str = False, file: WeightFile | None = None
 ) -> list[str]:
-    """Loads the weights that a config names, as its ``MODEL`` section says.
+    """Loads the weights that a config's ``MODEL`` section names; returns lines for the log.
 
-    Args:
-        new_head: see `load_state`: for training on other classes.
-        file: what `read_pretrained` has found there already.
-
-    Returns:
-        Lines for the log: what was read, and each adaptation that was made.
-
-    Raises:
-        WeightsError: the weights cannot be had or read, or do not fit the model.
+    ``new_head`` as in `load_state`; ``file`` is what `read_pretrained` has found there already.
+    WeightsError if the weights cannot be had or read, or do not fit the model.
     """
     file = file or read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
     with naming(file.path):
@@ -45,14 +38,9 @@ def read_pretrained(
 ) -> WeightFile:
     """Reads a weight file, or published weights; PyTorch's get our names and layout.
 
-    Args:
-        name: a file, with or without its suffix; where there is none of that name, a name of the
-            zoo (`port_weights.zoo.find`); or the https address of a published file.
-        key: which weights of a checkpoint, as in `weights.read_weights`.
-        process: of a job of several, in which rank 0 downloads and the others wait.
-
-    Raises:
-        WeightsError: no such weights, or they cannot be read.
+    ``name`` is a file, with or without its suffix, else a name of the zoo (`port_weights.zoo.find`)
+    or the https address of a published file; ``key`` is as in `weights.read_weights`. Of the ranks
+    of ``process``, 0 downloads. WeightsError if there are no such weights, or they cannot be read.
     """
     with main_first(process or Process()) as main:
         path = published_file(name) if main else None
@@ -73,19 +61,15 @@ def load_state(
     new_head: bool | str = False,
     resize_tokens: bool = False,
 ) -> list[str]:
-    """Loads a state dict into the model, all of it or (with an error) nothing.
+    """Loads a state dict into the model: all of it or, with a WeightsError, nothing.
 
     Args:
-        state: parameter name -> array, as `weights.read_weights` returns it.
         new_head: accept weights for another number of classes; the head keeps its initialisation.
             A text: it does in any case, for that reason.
         resize_tokens: accept weights for another image size; token mixing is resampled.
 
     Returns:
         One line for the log about each adaptation that was made.
-
-    Raises:
-        WeightsError: the state dict does not fit; the model is as it was.
     """
     state, notes = adapt_state_dict(state, model, new_head, resize_tokens)
     missing, unexpected = model.set_state_dict(state)  # only warns about what it skips
@@ -100,11 +84,7 @@ def adapt_state_dict(
     new_head: bool | str = False,
     resize_tokens: bool = False,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The state dict as the model needs it; arguments and errors as for `load_state`.
-
-    Returns:
-        The state dict, with exactly the model's names and shapes, and the notes for the log.
-    """
+    """The state dict with exactly the model's names and shapes, and notes; else as `load_state`."""
     state, notes = dict(state), []
     _adapt_head(state, model, new_head, notes)
     _adapt_tokens(state, model, resize_tokens, notes)
@@ -172,11 +152,9 @@ def resample_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A token-mixing layer for another patch grid, as if the tokens were resampled around it.
 
-    The weights are a kernel over four axes (input row and column, output row and column). The
-    new layer is: bring the new grid's tokens to the old grid, mix them, bring the result to the
-    new grid, with bicubic interpolation both ways. So what an output token sums its inputs to is
-    interpolated from the old layer, not multiplied by the number of tokens, and a layer of the
-    same size stays as it is.
+    The new layer brings the new grid's tokens to the old grid, mixes them, and brings the result to
+    the new grid, with bicubic interpolation both ways. So the sum of an output token's weights does
+    not grow with the number of tokens, and a layer of the same size stays as it is.
 
     Args:
         weight, bias: ``[T, T]``, input tokens first (Paddle's layout), and ``[T]``, T a square.
@@ -192,8 +170,7 @@ def resample_tokens(
 def _bicubic(old: int, new: int) -> np.ndarray:
     """Matrix ``[new, old]`` that resamples a line of ``old`` values; its rows sum to one.
 
-    Keys' cubic with a = -0.5, stretched where the line shrinks, renormalised at the borders: as
-    Pillow and (antialiased) PyTorch do.
+    Keys' cubic with a = -0.5, stretched where the line shrinks, as Pillow and PyTorch do.
     """
     stretch = max(old / new, 1.0)
     centers = (np.arange(new) + 0.5) * (old / new) - 0.5  # of the new values, on the old line

@@ -1,7 +1,7 @@
 """Training checkpoints: whole or not there at all, checked on reading, rotated.
 
-A checkpoint is one pickle of plain containers, numbers, text and NumPy arrays, so that
-``paddle.load`` opens it too. Here it is read without running code (weights.safe_load).
+A checkpoint is a pickle of plain containers, numbers, text and NumPy arrays, which ``paddle.load``
+opens too. Here it is read without running code (weights.safe_load).
 """
 
 from __future__ import annotations
@@ -48,13 +48,9 @@ def to_numpy(tree: Any) -> Any:
 def save(state: dict, path: str | os.PathLike, names: Sequence[str] = ()) -> None:
     """Writes a checkpoint so that at every moment ``path`` is the old file or the new one.
 
-    Args:
-        state: containers, numbers, text and arrays (see `to_numpy`).
-        names: what else it is called in its folder (`duplicate`). It gets these names first: once
-            ``path`` is the new file, everything is done.
-
-    Raises:
-        CheckpointError: the file cannot be written; what was there before is untouched.
+    ``state`` holds containers, numbers, text and arrays (see `to_numpy`). It gets the further
+    ``names`` first (`duplicate`): once ``path`` is the new file, everything is done. After a
+    CheckpointError what was there before is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -113,11 +109,7 @@ class Writer:
         self._pending = self._pool.submit(write)
 
     def finish(self, wait: bool = True) -> bool:
-        """Waits for what was started (or only looks whether it is done); raises what it raised.
-
-        Returns:
-            Whether it has ended since the last call.
-        """
+        """Waits for what was started and raises what it raised; whether it has ended just now."""
         if self._pending is None or not (wait or self._pending.done()):
             return False
         pending, self._pending = self._pending, None
@@ -138,11 +130,8 @@ def load(
 ) -> dict:
     """Reads a checkpoint back (with or without ``.pdparams``) and checks that it is whole.
 
-    Args:
-        foreign: reads a file that is none of this project's; None: nor is it another's.
-
-    Raises:
-        CheckpointError: missing, damaged, or not a training checkpoint of this project.
+    ``foreign`` reads a file of another project's; it returns None for what it does not know.
+    CheckpointError if it is missing, damaged, or no training checkpoint.
     """
     path = find(path)
     if os.path.isdir(path):
@@ -171,11 +160,9 @@ def load(
 
 
 def load_newest(folder: str | os.PathLike) -> tuple[dict, Path] | None:
-    """The newest whole checkpoint of a run's folder and its file; None: there is none. It says
-    so when newer ones are damaged.
+    """The newest whole checkpoint of a run's folder, and its file; None if there is none.
 
-    Raises:
-        CheckpointError: there are checkpoints, and none is whole.
+    Damaged ones are logged. CheckpointError if there are checkpoints, and none is whole.
     """
     folder = Path(folder)
     names = [LAST, *map(epoch_name, _kept_epochs(folder)), BEST]
@@ -210,8 +197,8 @@ def rotate(folder: str | os.PathLike, keep: int, keep_every: int) -> None:
 def go_back_to(path: str | os.PathLike, state: dict) -> None:
     """Makes an earlier checkpoint the last one of its folder, for a run that goes on from there.
 
-    Those of later epochs are kept as ``abandoned_...``, which nothing reads: ``-resume auto`` and
-    rotation would mix up two runs. ``best`` is the best of its time again, if that is still there.
+    Later ones are renamed ``abandoned_...``, so that ``-resume auto`` and rotation pass them over.
+    ``best`` is the best of its time again, if that is still there.
     """
     path, place = Path(path), state["place"]
     later = [epoch_name(e) for e in _kept_epochs(path.parent) if e > place["epoch"]]
@@ -250,9 +237,7 @@ def checksum(tree: Any, value: int = 0) -> int:
 
 
 def config_changes(old: str, new: str) -> list[str]:
-    """What differs between two configs dumped as YAML, one ``KEY old -> new`` each; keys that
-    there are no more have no effect, and are left out.
-    """
+    """``KEY old -> new`` for what differs between two YAML configs, without keys that are gone."""
 
     def leaves(tree: dict, prefix: str = "") -> dict:
         found: dict = {}

@@ -37,13 +37,9 @@ def unreachable(path: str | os.PathLike) -> str:
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that appears as ``path`` when it is whole, or not at all.
+    """A file to write that appears as ``path`` when it is whole, or not at all (OSError).
 
-    It lies beside ``path`` under a temporary name, is flushed to the disk and renamed. After an
-    exception a file that was there is left as it was. Folders are made.
-
-    Raises:
-        OSError: the file cannot be written.
+    It lies beside ``path`` under a temporary name, is flushed to the disk and renamed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -67,11 +63,7 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_atomically(data: bytes, path: str | os.PathLike) -> None:
-    """Writes a file by `atomic`.
-
-    Raises:
-        UserError: the file cannot be written; one of that name is left as it was.
-    """
+    """Writes a file by `atomic`; UserError where that fails, an earlier file is left as it was."""
     try:
         with atomic(path) as file:
             file.write(data)
@@ -111,9 +103,7 @@ def shorten(names: list, limit: int = 6) -> str:
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """A name or text from a file for a message: control characters, and whatever is not UTF-8,
-    are escaped; after ``limit`` characters it is cut.
-    """
+    """Text from a file for a message: escaped where it is control characters or not UTF-8."""
     shown = _UNPRINTABLE.sub(_escape, text[:limit])
     return f"{shown}..." if limit is not None and len(text) > limit else shown
 

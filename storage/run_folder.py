@@ -25,10 +25,8 @@ _log = logging.getLogger("resmlp")
 
 
 def choose_folder(config) -> Path:
-    """The folder that a run shall use.
-
-    ``-output`` names it. Without one, a resumed run goes on in its own folder and any other gets
-    ``output/train-<date>`` or ``output/eval-<date>``, as PPViT's do.
+    """The folder of a run: that of ``-output``, else a resumed run's own, else
+    ``output/train-<date>`` or ``output/eval-<date>``, as PPViT's.
     """
     chosen, resume = Path(config.SAVE), config.MODEL.RESUME
     if os.path.normpath(config.SAVE) != os.path.normpath(DEFAULT):
@@ -50,12 +48,8 @@ def choose_folder(config) -> Path:
 class RunFolder:
     """A claimed folder. Only rank 0 writes the shared files; every rank has a log of its own.
 
-    Args:
-        training: evaluation writes beside a training run without disturbing it.
-        resume: ``MODEL.RESUME``. With ``auto``, or a file in the folder, it may hold a run.
-
-    Raises:
-        UserError: the folder cannot be made, holds another run, or one that is still going.
+    An evaluation may write beside a training run. With ``resume`` (``MODEL.RESUME``) ``auto``, or a
+    file in the folder, it may hold a run. UserError if it cannot be made, or is in use.
     """
 
     def __init__(self, path: Path, rank: int, training: bool, resume: str | None = None):
@@ -112,11 +106,7 @@ class RunFolder:
             self._lock = None
 
     def write(self, name: str, text: str | bytes) -> None:
-        """Writes a small text file (UTF-8, or bytes as they are) whole (rank 0).
-
-        Raises:
-            UserError: it cannot be written; one of that name is left as it was.
-        """
+        """Writes a small text file (UTF-8, or bytes as they are) by `write_atomically` (rank 0)."""
         if self.main:
             data = text.encode() if isinstance(text, str) else text
             write_atomically(data, self.path / name)
@@ -142,10 +132,9 @@ class RunFolder:
             self.flush_metrics()
 
     def flush_metrics(self) -> None:
-        """Brings all records to the disk, as there shall be before each checkpoint.
+        """Brings all records to the disk, as before each checkpoint.
 
-        Raises:
-            CheckpointError: that is not possible; the file ends with the last whole record.
+        CheckpointError if that fails; the file then ends with the last whole record.
         """
         if not self._unwritten:
             return

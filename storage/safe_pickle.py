@@ -1,13 +1,10 @@
 """Reads a pickle as data: arrays, containers, numbers and strings, and nothing else.
 
-A pickle is a program for a small stack machine, and Python's own machine calls whatever function
-the file names. This one has only the instructions that build plain data, and only the names that
-the files of Paddle and NumPy need (`_NAMES`); each stands for a function of this module. Every
-other name refuses the file. So nothing that a stranger chose is ever called, and no array is
-larger than the bytes that the file holds for it.
-
-(`pickle.Unpickler` with an allow-list would be shorter, but hashes whatever a file takes for a key:
-a hundred bytes of tuples in tuples keep it busy for hours.)
+A pickle is a program for a stack machine, and Python's own machine calls whatever function the file
+names. This one has only the instructions that build plain data, and only the names that the files
+of Paddle and NumPy need (`_NAMES`), each for a function of this module. No array is larger than the
+bytes that the file holds for it. (`pickle.Unpickler` with an allow-list would be shorter, but
+hashes any key: a hundred bytes of tuples in tuples keep it busy for hours.)
 """
 
 from __future__ import annotations
@@ -140,8 +137,8 @@ class _Machine:
     """The stack machine: `run` carries out one instruction.
 
     Args:
-        budget: how many characters, bytes and items may be handed to functions, in all. What is
-            remembered can be handed over again and again, and most functions copy it.
+        budget: characters, bytes and items that functions may be handed in all: most copy them, and
+            what is remembered can be handed over again and again.
         names: accepted names, see `_NAMES`.
         foreign: beginnings of names that become a `Foreign`.
         persistent: what the tuple of a persistent id stands for; None: files have none.
@@ -290,18 +287,10 @@ def _count(item: Any, depth: int, known: dict[int, int]) -> int:
 
 
 def load(path: str | os.PathLike, **options) -> Any:
-    """Reads the plain data that a pickle file describes; no code of the file runs.
+    """Reads the plain data of a pickle file (protocol 0 to 5); no code of the file runs.
 
-    Args:
-        path: a file written by ``paddle.save`` or ``pickle.dump``, protocol 0 to 5.
-        options: as `read` takes them.
-
-    Returns:
-        Containers, numbers, strings and read-only NumPy arrays. A Paddle tensor inside a
-        container is its array; ``OrderedDict`` becomes ``dict``.
-
-    Raises:
-        WeightsError: the file is damaged, or asks for anything but plain data.
+    A Paddle tensor inside a container is its array, read-only; ``OrderedDict`` becomes ``dict``.
+    ``options`` as in `read`. WeightsError if it is damaged, or asks for anything else.
     """
     try:
         with open(path, "rb") as file:
@@ -311,17 +300,10 @@ def load(path: str | os.PathLike, **options) -> Any:
 
 
 def read(file: BinaryIO, size: int, path: str | os.PathLike, **options) -> Any:
-    """What `load` returns, of an open file.
+    """As `load`, for an open file of ``size`` bytes; ``path`` is for messages.
 
-    Args:
-        file: the pickle, and nothing behind it.
-        size: its bytes.
-        path: for messages.
-        options: ``names``, ``foreign`` and ``persistent`` of the machine: what a pickle inside
-            another format may hold beside plain data.
-
-    Raises:
-        WeightsError: as `load`.
+    ``options`` are ``names``, ``foreign`` and ``persistent`` of the machine: what a pickle inside
+    another format may hold beside plain data.
     """
     try:
         machine = _Machine(4 * size, **options)

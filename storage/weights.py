@@ -42,11 +42,9 @@ _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The weights that a file holds.
+    """The weights that a file holds: parameter name -> float32 array, as the file names them.
 
-    Attributes:
-        state: parameter name -> float32 array, as the file names and shapes them.
-        key: which one of a checkpoint it is (``model``, ``model_ema``); empty: of no checkpoint.
+    ``key`` is which of a checkpoint they are (``model``, ``model_ema``); empty: of no checkpoint.
     """
 
     state: dict[str, np.ndarray]
@@ -61,8 +59,7 @@ class WeightFile:
 def find_file(path: str | os.PathLike) -> Path:
     """The file that is meant, with or without its suffix (PPViT leaves ``.pdparams`` out).
 
-    Raises:
-        WeightsError: there is none; files with a similar name are listed.
+    WeightsError if there is none; it lists files with a similar name.
     """
     path = Path(path)
     for suffix in SUFFIXES:
@@ -85,11 +82,8 @@ def find_file(path: str | os.PathLike) -> Path:
 
 
 def safe_load(path: str | os.PathLike) -> Any:
-    """The containers, numbers, texts and arrays of a ``.pdparams`` or ``.safetensors`` file (with
-    or without its suffix), of which nothing is run. bfloat16 is ``uint16``, as Paddle writes it.
-
-    Raises:
-        WeightsError: no such file; or it is truncated, foreign, or holds more than plain data.
+    """What a ``.pdparams`` or ``.safetensors`` file (with or without its suffix) holds; nothing of
+    it is run. bfloat16 is ``uint16``, as Paddle writes it. WeightsError if it cannot be read.
     """
     return _without_name_table(_load(find_file(path)))
 
@@ -113,11 +107,7 @@ def _load(path: Path) -> Any:
 
 
 def refuse_text(head: bytes, path: str | os.PathLike) -> None:
-    """Refuses what is found in the place of weights, by the first 16 bytes of a file.
-
-    Raises:
-        WeightsError: nothing at all, a git-lfs pointer, a web page.
-    """
+    """WeightsError if a file's first 16 bytes are nothing, a git-lfs pointer or a web page."""
     if not head:
         raise WeightsError(f"{path}: the file is empty")
     if head.startswith(b"version https://"):
@@ -131,13 +121,12 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
 
     Args:
         path: the file, with or without its suffix.
-        key: which weights of a checkpoint: ``model``, ``model_ema``, or ``auto``: ``model_ema``
-            where there is one (which one evaluates and fine-tunes, as with PPViT and timm), else
-            ``model``. timm's ``state_dict_ema`` and ``state_dict`` mean the same.
+        key: ``model``, ``model_ema``, or ``auto``: ``model_ema`` where there is one (which one
+            evaluates and fine-tunes, as with PPViT and timm), else ``model``. timm's
+            ``state_dict_ema`` and ``state_dict`` mean the same.
 
     Raises:
-        WeightsError: see `safe_load`; also no weights, weights that are no floating point
-            numbers, NaN or infinite values.
+        WeightsError: as `safe_load` and `check_state`.
     """
     path = find_file(path)
     content = _load(path)
@@ -156,8 +145,7 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
 def check_state(state: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
     """The state as float32 arrays; ``uint16`` is bfloat16, as Paddle writes it.
 
-    Raises:
-        WeightsError: naming the entries that are something else, or not finite.
+    WeightsError names the entries that are something else, or not finite.
     """
     if not state:
         raise WeightsError(f"{source}: holds no weights")
@@ -181,14 +169,9 @@ def check_state(state: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
 def write_weights(
     state: Mapping[str, Any], path: str | os.PathLike, classes: ClassNames = UNKNOWN
 ) -> None:
-    """Writes a state dict so that the file is either whole or not there.
+    """Writes arrays or tensors as ``*.safetensors``, else in the format of ``paddle.save``.
 
-    Args:
-        state: parameter name -> NumPy array or Paddle tensor.
-        path: ``*.safetensors``, or any other name for the format of ``paddle.save``.
-
-    Raises:
-        UserError: the file cannot be written.
+    The file is either whole or, with a UserError, not there.
     """
     arrays = {
         name: np.ascontiguousarray(value if isinstance(value, np.ndarray) else value.numpy())
@@ -207,7 +190,7 @@ def write_weights(
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Puts the name of the file that the weights are of before a `WeightsError`."""
+    """Puts the name of the weights' file before a `WeightsError`."""
     try:
         yield
     except WeightsError as error:
@@ -234,7 +217,6 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _without_name_table(content: Any) -> Any:
-    """Drops the table of parameter names that ``paddle.save`` adds to a flat state dict."""
     if not isinstance(content, dict):
         return content
     return {
@@ -260,8 +242,7 @@ def _choose(content: dict, key: str, path: Path) -> tuple[dict, str]:
 def without_prefixes(state: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
     """The state dict without the prefixes of wrapped models (``module.``, ``_layers.``, ...).
 
-    Raises:
-        WeightsError: a name is there with a prefix and without.
+    WeightsError if a name is there with a prefix and without.
     """
     result = {_without_prefix(name): value for name, value in state.items()}
     if len(result) != len(state):
