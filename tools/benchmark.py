@@ -160,14 +160,11 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
     """Measures a job, and peers in alternation with it.
 
     Args:
-        rounds: timed steps of each; every step of one is followed by a step of the next.
-        compare: of `PEER_NAMES`, whose precision is in their name, or ``best``.
+        rounds: timed steps of each; a step of one is followed by a step of the next.
+        compare: names of `PEER_NAMES`, which include the precision, or ``best``.
 
-    Returns:
-        The `figures` of Paddle, then of each peer; in mode ``step`` also ``parts_ms``.
-
-    Raises:
-        UserError: a peer that does not do that, or a package that is missing.
+    Returns the `figures` of Paddle, then of each peer; in mode ``step`` also ``parts_ms``. Raises
+    UserError for a peer that cannot do the job or a missing package.
     """
     compare = choose_peers(job, compare)
     if job.mode == "step":
@@ -191,9 +188,8 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
 
 
 def gemm_peak(dtype: str = "float32", threads: int | None = None) -> float:
-    """The rate of a large square matrix product in this process, GFLOP/s: the machine's limit.
-
-    Paddle has no int8 product on a CPU: for int8 it is the float32 rate, which int8 may exceed.
+    """GFLOP/s of a large square matrix product in this process: the machine's limit. For int8 it is
+    the float32 rate, since Paddle has no int8 product on a CPU; int8 may exceed it.
     """
     setup.set_threads(threads)
     size = GEMM_SIZE_GPU if on_gpu() else GEMM_SIZE
@@ -210,10 +206,8 @@ def on_gpu() -> bool:
     return paddle.device.get_device().startswith("gpu")
 
 
-# ---------------------------------------------------------------------------- the Paddle side
 @contextmanager
 def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
-    """A function that does one step of the job."""
     if job.mode == "data":
         yield _data_step(job, files)
         return
@@ -310,12 +304,8 @@ def _peak_memory_mb() -> float:
     return peak_memory_mb()
 
 
-# -------------------------------------------------------------------- a training step, by part
 def measure_parts(job: Job, rounds: int) -> dict:
-    """Times the parts of the run's own training step, the `Learner`'s, each waited for.
-
-    ``backward`` includes clipping the gradients.
-    """
+    """Times the parts of the run's own training step; ``backward`` includes clipping."""
     setup.set_threads(job.threads)
     config, times = job.config.clone(), {part: [] for part in PARTS}
 
@@ -373,7 +363,6 @@ def sample_jpegs(count: int = 16) -> Iterator[Path]:
         yield Path(folder)
 
 
-# ---------------------------------------------------------------------------------- the peers
 class Peer:
     """One of `PEER_NAMES` in a child process, which sleeps while Paddle is measured."""
 
@@ -412,12 +401,10 @@ class Peer:
         return lines[-1] if lines else f"exit code {self._process.returncode}"
 
 
-# ---------------------------------------------------------------------------- time and report
 def alternate(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
     """Seconds of every side, round by round: what disturbs the machine meets all sides.
 
-    A turn begins with a step that is not counted: the one after a pause is slower, and not by the
-    same for all.
+    The first step of a turn is not counted: after a pause a step is slower, by side differently.
     """
     times = [[] for _ in sides]
     for _ in range(rounds):
@@ -444,10 +431,9 @@ def _synchronize() -> None:
 def figures(
     job: Job, label: tuple, times: list, own_times: list, memory_mb: float, peak: float
 ) -> dict:
-    """The result of one side: ``label`` is its backend and dtype, times are seconds a round.
+    """The result of one side, named by ``label`` (backend, dtype); ``times`` are seconds a round.
 
-    ``speedup`` is the median ratio to Paddle's `own_times`; ``peak`` is of `gemm_peak`, 0 where
-    there are no products.
+    ``speedup`` is the median ratio to Paddle's `own_times`; ``peak`` 0: there are no products.
     """
     seconds = statistics.median(times)
     return {

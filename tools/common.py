@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
 
-# ---------------------------------------------------------------------------- trained models
 def run_config(
     pretrained: str | os.PathLike | None = None,
     cfg: str | os.PathLike | None = None,
@@ -31,12 +30,10 @@ def run_config(
 
     Args:
         pretrained: as `storage.adapt.read_pretrained`; None: the config's MODEL.PRETRAINED.
-        cfg: YAML file; None: ``config.yaml`` beside the weights, which a run leaves there, or that
-            of the zoo.
+        cfg: YAML file; None: the run's ``config.yaml`` beside the weights, or that of the zoo.
         opts: ``KEY, VALUE, ...`` on top, as in ``-opts``.
 
-    Raises:
-        UserError: no weights, no config, or either cannot be used.
+    Raises UserError without weights or config, or where either cannot be used.
     """
     if pretrained is None and cfg is None:
         raise UserError("give the model's config with -cfg and its weights with -pretrained")
@@ -83,10 +80,8 @@ def beside_weights(config, name: str) -> Path:
 
 
 def load_model(config):
-    """The model of a config with its weights, in evaluation mode; `classes` are the weights' names.
-
-    Raises:
-        WeightsError: the weights cannot be had or read, or do not fit the model.
+    """The config's model with its weights, in evaluation mode; `classes` are the weights' names.
+    Raises WeightsError where they cannot be read or do not fit the model.
     """
     from resmlp import build_resmlp, load_pretrained  # with Paddle, which not all tools need
     from storage.adapt import read_pretrained
@@ -99,7 +94,6 @@ def load_model(config):
     return model
 
 
-# ------------------------------------------------------------------------------------- pages
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -148,11 +142,7 @@ def require(what: str, packages: Sequence[str]) -> None:
 
 
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:
-    """Writes a text (UTF-8) or bytes, as a whole or not at all; makes the folder.
-
-    Raises:
-        UserError: it cannot be written; a file of that name is left as it was.
-    """
+    """Writes a text (UTF-8) or bytes, as a whole or not at all (UserError); makes the folder."""
     data = data.encode("utf-8") if isinstance(data, str) else data
     path = Path(path)
     if os.path.isfile(path) or not os.path.exists(path):

@@ -53,9 +53,7 @@ def identify(path: Path) -> Weights | None:
 
 def find_files(folder: str) -> list[Path]:
     """The weight files under a folder, without those that an earlier release ported from one.
-
-    Raises:
-        UserError: there are none.
+    Raises UserError if there are none.
     """
     found = sorted(p for p in Path(folder).rglob("*") if p.suffix in SUFFIXES and p.is_file())
     found = [path for path in found if path.with_suffix("") not in found]
@@ -106,10 +104,7 @@ def check_model(path: Path, config) -> None:
 class Evaluation:
     """What was measured so far, kept in ``results.json``, and how to measure more.
 
-    Args:
-        data: name of a set (`SETS`) -> its folder.
-        real: ``real.json``; None: without ReaL.
-        flags: further flags of `main_multi_gpu.py`.
+    ``data`` maps a set of `SETS` to its folder; ``real`` is ``real.json``, None: without ReaL.
     """
 
     def __init__(self, output: str, data: dict[str, str], real: str | None, opts, flags):

@@ -43,8 +43,8 @@ from utils import Normalize
 
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
 VERIFY_IMAGES = 16
-# Percent of images for which int8 must have the eager model's top-1. Trained models kept 99.6 to
-# 99.9; of 1,000 images, the chance that such a one falls below this is one in a thousand.
+# Percent of images for which int8 must have the eager model's top-1. Of 1,000 images, a trained
+# model (99.6 to 99.9) falls below this once in a thousand times.
 MIN_AGREEMENT = 99.0
 AGREEMENT_IMAGES = 1000
 AGREEMENT_BATCH = 32
@@ -71,8 +71,8 @@ class WithPreprocessing(nn.Layer):
 def on_cpu() -> Iterator[None]:
     """The CPU as Paddle's device, and linear layers as plain products.
 
-    GPU builds of Paddle multiply float32 in TF32, off by 1e-4 of the largest output, and from 3.3
-    on they trace a linear layer as ``linear_v2``, which paddle2onnx does not know.
+    GPU builds multiply float32 in TF32, off by 1e-4 of the largest output; from 3.3 on they trace a
+    linear layer as ``linear_v2``, which paddle2onnx does not know.
     """
     device, flags = paddle.get_device(), {}
     with contextlib.suppress(ValueError):  # earlier versions have no such flag
@@ -102,24 +102,22 @@ def export(
     Args:
         pretrained, cfg, opts: as `tools.common.run_config` takes them.
         output: folder for the files ``model.*``; None: ``exported`` beside the weights.
-        formats: of ``paddle`` (for Paddle Inference), ``onnx``, ``onnx_int8`` (see
-            `tools.onnx_graph`) and ``safetensors``. The last is to go on from, here or elsewhere:
-            the weights alone, unfolded, under their own names.
+        formats: of ``paddle`` (Paddle Inference), ``onnx``, ``onnx_int8`` (`tools.onnx_graph`) and
+            ``safetensors`` (the weights alone, unfolded, under their own names).
         with_preprocessing: normalisation and softmax inside the model: uint8 ``[B, H, W, 3]`` in,
             probabilities out; else normalised float32 ``[B, 3, H, W]`` in, logits out.
         images: to verify on, as `verification_images` takes them. int8 needs real ones.
-        class_names: as `predict.find_class_names` takes it; the weights' own come before those of
-            a file beside them.
+        class_names: as `predict.find_class_names` takes it; the weights' own come first.
 
     Returns:
-        The metadata. Its ``largest_difference`` has, for each format, that to the eager model,
-        relative to the largest output; its ``int8``, after that export, ``int8_layers``,
-        ``top1_agreement`` in percent, and what it was ``verified_on``.
+        The metadata. ``largest_difference`` has, for each format, that to the eager model, relative
+            to the largest output; ``int8`` has ``int8_layers``, ``top1_agreement`` in percent, and
+            what it was ``verified_on``.
 
     Raises:
-        UserError: a missing package; weights or images that cannot be used; a file that computes
-            something else (int8: that agrees for less than `MIN_AGREEMENT` percent of the images),
-            which is not left behind.
+        UserError: a missing package; unusable weights or images; a file that computes something
+            else (int8: that agrees for less than `MIN_AGREEMENT` percent of the images); it is
+            removed.
     """
     for name in formats:
         require(f"-format {name}", _EXPORTERS[name][0])
@@ -163,13 +161,11 @@ def export(
 def verification_images(
     config, sources: Iterable[str | os.PathLike] = (), limit: int = VERIFY_IMAGES
 ) -> tuple[np.ndarray, str]:
-    """At most ``limit`` images, cropped as in evaluation, and a line that says what they are.
+    """At most ``limit`` images, uint8 ``[n, H, W, 3]``, cropped as in evaluation; a line about
+    them.
 
-    They are spread over the sources, as `find_images` takes them; without any over the validation
-    data, where the config's data folder is there; else they are smooth and random.
-
-    Returns:
-        uint8 ``[n, H, W, 3]``; the line.
+    They are spread over the sources (see `find_images`), without any over the config's validation
+    data; where that is missing they are smooth and random.
     """
     transform = build_eval_transform(config)
     sources = list(sources)
@@ -224,10 +220,8 @@ class Job:
         return save_for_inference(self.deployed(fold(self.model)), prefix, spec)
 
     def difference(self, name: str, run: Run) -> dict:
-        """The largest difference of an exported file, for a batch and for a single image.
-
-        Raises:
-            UserError: it is above `TOLERANCE`.
+        """The largest difference of an exported file, for a batch and for a single image. Raises
+        UserError if it is above `TOLERANCE`.
         """
         outputs = [run(self.inputs), run(self.inputs[:1])]
         errors = [np.abs(out - self.expected[: len(out)]).max() for out in outputs]
@@ -240,10 +234,8 @@ class Job:
         return {"largest_difference": difference}
 
     def agreement(self, run: Run, images: np.ndarray) -> dict:
-        """How often a file has the eager model's top-1, percent; the largest relative difference.
-
-        Raises:
-            UserError: it is below `MIN_AGREEMENT`.
+        """How often a file has the eager model's top-1, percent, and the largest relative
+        difference. Raises UserError below `MIN_AGREEMENT`.
         """
         same, error, largest = 0, 0.0, 0.0
         for start in range(0, len(images), AGREEMENT_BATCH):
@@ -328,7 +320,6 @@ def _export_safetensors(job: Job, prefix: Path, metadata: dict) -> dict:
 
 
 def _texts(metadata: dict) -> dict[str, str]:
-    """Metadata as ONNX and safetensors take it: a JSON text for each key."""
     return {key: json.dumps(value) for key, value in metadata.items()}
 
 

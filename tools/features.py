@@ -59,16 +59,11 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
 
     Args:
         config: of the model and the data; MODEL.NUM_CLASSES is that of the data.
-        split: ``"train"`` or ``"val"``.
         output: ``.safetensors`` or ``.npy``.
         dtype: ``"float32"`` or ``"float16"``.
 
-    Returns:
-        N, without the images that cannot be read, and C.
-
-    Raises:
-        UserError: weights or data that cannot be used, a feature that is not finite, a file that
-            cannot be written.
+    Returns N, without the images that cannot be read, and C. Raises UserError for weights or data
+    that cannot be used, a feature that is not finite, a file that cannot be written.
     """
     npy = output.endswith(".npy")
     if not npy and not output.endswith(".safetensors"):
@@ -118,7 +113,6 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
 
 
 def _loader(config, split: str):
-    """The index of a split's images, and a loader of them all, cropped as in evaluation."""
     dataset, evaluate = build_dataset(config, split), build_eval_transform(config)
     files = dataset.files
     resample.prepare(lambda line: None)  # before workers are forked
@@ -171,10 +165,8 @@ def _beside(path: str, ending: str) -> str:
 
 
 def read_features(path: str) -> Features:
-    """Opens a file of `write_features`; the features stay on the disk until they are used.
-
-    Raises:
-        DataError: it is no such file, or is not whole.
+    """Opens a file of `write_features`; the features stay on the disk until they are used. Raises
+    DataError if it is no such file, or not whole.
     """
     try:
         regular_size(path)

@@ -15,9 +15,7 @@ from resmlp import ResBlock, ResMLP
 
 
 class FoldedBlock(nn.Layer):
-    """A `ResBlock` as ``x + (W x) * scale + bias``, then ``x + fc2(gelu(fc1(x)))``; its Affine,
-    LayerScale, token and MLP weights are folded in float64.
-    """
+    """``x + (W x) * scale + bias``, then ``x + fc2(gelu(fc1(x)))``; folded in float64."""
 
     def __init__(self, block: ResBlock):
         super().__init__()
@@ -70,10 +68,8 @@ class FoldedResMLP(nn.Layer):
 def fold(model: ResMLP) -> nn.Layer:
     """Folds a model into its exact inference form, float32 and in eval mode.
 
-    The result, ``images [B, 3, S, S] -> logits [B, K]`` (features ``[B, C]`` without a head),
-    computes the model's eval-mode output (equal to 1e-6 relative: only the rounding differs), takes
-    any batch size, and has plain layers and operators only, so that it goes through
-    ``paddle.jit.save(fold(model), path, input_spec=[InputSpec([None, 3, S, S])])``.
+    ``images [B, 3, S, S] -> logits [B, K]`` (features ``[B, C]`` without a head): the same output
+    to 1e-6 relative. It has plain layers and operators only, so that ``paddle.jit.save`` takes it.
     """
     folded = FoldedResMLP(model)
     folded.eval()
@@ -83,8 +79,6 @@ def fold(model: ResMLP) -> nn.Layer:
 
 
 class _Scale(nn.Layer):
-    """``alpha * x + beta`` on ``[B, C]``."""
-
     def __init__(self, alpha, beta):
         super().__init__()
         self.alpha, self.beta = _parameter(self, alpha), _parameter(self, beta)

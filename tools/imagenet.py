@@ -33,12 +33,8 @@ Entry = tuple[str, str]  # (path relative to the data folder, WordNet id)
 def find_imagenet(root: str, log: Callable[[str], None]) -> tuple[list[Entry], list[Entry]] | None:
     """The images to train and to validate on, where a folder has one of ImageNet's own layouts.
 
-    Returns:
-        Two lists, one of which may be empty; None: some other folder, or one folder per class on
-        both sides, which needs nothing of this.
-
-    Raises:
-        DataError: such a layout with images or classes that are not ImageNet's.
+    Either list may be empty. None: some other folder, or one folder per class on both sides. Raises
+    DataError for such a layout with images or classes that are not ImageNet's.
     """
     for folder in ("", "data", "ILSVRC2012_devkit_t12/data"):
         path = os.path.join(root, folder, GROUND_TRUTH)
@@ -87,7 +83,6 @@ def explain_ground_truth(path: str) -> str:
 
 
 def _place(root: str, side: str) -> str | None:
-    """The folder or archive that holds a side."""
     bases = [root, f"{root}/{_KAGGLE}", f"{root}/Data/CLS-LOC", f"{root}/CLS-LOC"]
     for name in sorted(os.listdir(root)):
         if name.lower().endswith(archives.ENDINGS) and "imagenet" in name.lower():
@@ -101,7 +96,7 @@ def _place(root: str, side: str) -> str | None:
 
 
 def _names(folder: str | None, is_wanted: Callable) -> list[str]:
-    """Paths of what lies directly in a folder of the disk. (Tars in a tar are folders there.)"""
+    """What lies directly in a folder of the disk. (Tars in a tar are folders there.)"""
     names = sorted(filter(is_wanted, os.listdir(folder))) if os.path.isdir(folder or "") else []
     return [os.path.join(folder, name) for name in names]
 

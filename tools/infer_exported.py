@@ -44,8 +44,8 @@ _FORMATS = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF: from Pillo
 _KEYS = ("preprocessing_inside", "image_size", "crop_pct", "interpolation", "mean", "std")
 _KEYS += ("class_names",)
 
-# A larger batch goes through onnxruntime in pieces whose activations stay in a CPU's caches: a
-# resmlp_12 in int8 takes a fifth less time for 32 images so, in float32 an eighth less.
+# Larger batches go in pieces whose activations fit a CPU's caches: an eighth (float32) to a fifth
+# (int8) less time for 32 images with resmlp_12.
 _IMAGES_PER_THREAD = 4
 
 Run = Callable[[np.ndarray], np.ndarray]  # an array as the file takes it -> its output [B, K]
@@ -55,15 +55,12 @@ class ModelError(Exception):
     """A model or image that cannot be used; the message is one line."""
 
 
-# ---------------------------------------------------------------------------------- models
 @dataclass(eq=False)
 class ExportedModel:
     """A model with its metadata: ``model(images)`` takes uint8 ``[B, H, W, 3]``.
 
-    Attributes:
-        metadata: what export.py wrote about the model.
-        run: float32 or uint8 array in, as the file takes it -> its output ``[B, K]``.
-        engine: a line that says what runs it, and where.
+    ``run`` takes float32 or uint8, as the file does, and gives ``[B, K]``; ``engine`` is a line
+    that says what runs it, and where.
     """
 
     metadata: dict
@@ -71,10 +68,8 @@ class ExportedModel:
     engine: str = ""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``.
-
-        Raises:
-            ModelError: the model gives NaN or infinite values, or has no name for each class.
+        """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``. Raises
+        ModelError where they are NaN or infinite, or there is no name for each class.
         """
         inside = self.metadata["preprocessing_inside"]
         if not inside:
@@ -105,14 +100,13 @@ def load(
 
     Args:
         path: ``model.onnx`` or ``model.int8.onnx``; or Paddle's ``model.json``, ``model.pdmodel``.
-        bf16: compute in bfloat16 (Paddle and OpenVINO on a CPU), logits to about two digits. Faster
-            or slower, as the processor has it: measure.
+        bf16: compute in bfloat16 (Paddle and OpenVINO on a CPU), logits to about two digits; faster
+            or slower, depending on the processor.
         gpu: run on the first GPU (Paddle and onnxruntime).
         threads: CPU threads; None: one per core that the process may use.
         engine: for ONNX files ``onnxruntime``, which None means, or ``openvino``.
 
-    Raises:
-        ModelError: no such model, no metadata, a missing package, or what the engine cannot do.
+    Raises ModelError: no such model, no metadata, a missing package, what the engine cannot do.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".json", ".pdmodel"):
@@ -142,7 +136,6 @@ def load(
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    """A file that belongs to a Paddle model."""
     file = path.with_suffix(suffix)
     if not file.is_file():
         raise ModelError(f"{file}: not there; copy it together with the model")
@@ -150,9 +143,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _read_metadata(path: Path) -> dict:
-    """What stands beside a Paddle model, whose files must have the checksums that are in there:
-    Paddle reads parameters that are cut short without a word. (Earlier exports have none.)
-    """
+    """What stands beside a Paddle model, with checksums: Paddle reads even files cut short."""
     described = path.with_suffix(".metadata.json")  # its earlier name
     if path.with_suffix(".metadata").is_file() or not described.is_file():
         described = _beside(path, ".metadata")
@@ -251,7 +242,6 @@ def open_paddle(
 
 
 def _engine(name: str, path: Path):
-    """Imports an engine."""
     try:
         return __import__(name)
     except ImportError:
@@ -302,11 +292,9 @@ def notes_to_stderr() -> Iterator[None]:
         os.close(stdout)
 
 
-# ---------------------------------------------------------------------------------- images
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB as training reads it: 16-bit grey by its upper 8 bits, where Pillow would
-    make it white; 32-bit integers and floating point, whose black and white are not known, are a
-    `ModelError`.
+    """The image in RGB as training reads it: of 16-bit grey the upper 8 bits. Raises ModelError for
+    32-bit integers and floating point, whose black and white are not known.
     """
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))[0] if tags else _significant_bits(image)  # also 12
@@ -345,10 +333,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
-    """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, as the
-    evaluation in training does (and timm and torchvision), pixel by pixel; before that the image
-    is turned upright, where training does so. uint8 ``[image_size, image_size, 3]``; a `ModelError`
-    where the image is so narrow that its resized long side would fill the memory.
+    """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle.
+
+    To uint8 ``[image_size, image_size, 3]``, with the pixels of training's evaluation, timm and
+    torchvision. Raises ModelError where the resized long side would fill the memory.
     """
     size = metadata["image_size"]
     short = int(size / metadata["crop_pct"])
@@ -378,8 +366,7 @@ def classify(
     on_bad: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
     """Yields for every image its path and `top_k` of ``(label, probability)``, the likeliest first.
-
-    One that cannot be read is left out, with a line for `on_bad`; without that it is a ModelError.
+    `on_bad` takes a line for each that cannot be read; without it that is a ModelError.
     """
     for start in range(0, len(paths), batch_size):
         batch, images = [], []
@@ -403,9 +390,7 @@ def classify(
 
 
 def find_images(sources: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Files as they are named, and all images of folders by their endings; the other files, and
-    links to folders, which are not followed.
-    """
+    """Files as named and all images of folders; and the rest: other files, linked folders."""
     images, others = [], []
 
     def refuse(error: OSError) -> None:

@@ -33,11 +33,9 @@ def knn_accuracies(
 ) -> dict[int, tuple[float, float]]:
     """Top-1 and top-5 in percent of the weighted k-NN classifier, for each k.
 
-    A neighbour votes for its class with exp(cosine / temperature). (With k below 5, top-5 is top-k;
-    equal votes are counted for the smaller label.)
-
-    Raises:
-        DataError: as `comparable`; fewer than k features to learn from.
+    A neighbour votes for its class with exp(cosine / temperature); of equal votes the smaller label
+    wins, and with k below 5, top-5 is top-k. Raises DataError as `comparable`, and for fewer than k
+    features to learn from.
     """
     val = comparable(train, val)
     if (most := max(ks)) > len(train.labels):
@@ -112,10 +110,8 @@ def probe_accuracies(
 
 
 def comparable(train: Features, val: Features) -> Features:
-    """Features with the labels that their classes have in those to learn from.
-
-    Raises:
-        DataError: other channels, weights or classes.
+    """Features with the labels that their classes have in those to learn from. Raises DataError for
+    other channels, weights or classes.
     """
     here, there = train.features.shape[1], val.features.shape[1]
     if here != there:

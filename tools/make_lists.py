@@ -86,13 +86,11 @@ def make_lists(
     """Splits the images of a folder or CSV file and writes the three files beside them.
 
     Args:
-        verify: first decode every image. Where the lists are there already, check those, and
-            write nothing.
+        verify: first decode every image. Where lists exist, check those and write nothing.
         output: folder for the files; their paths stay relative to the images' folder.
 
-    Raises:
-        DataError: no such layout, unusable names, the same content on both sides, images that
-            cannot be decoded (each is logged), lists that are there already.
+    Raises DataError for no such layout, unusable names, the same content on both sides, images that
+    cannot be decoded (each is logged), lists that exist.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
@@ -135,7 +133,6 @@ def make_lists(
     return split
 
 
-# --------------------------------------------------------------------------- what is there
 def _find(source: str, root: str, log) -> tuple[list[str], dict[str, list[Entry]]]:
     """The classes of a source, and its images: of "train" and "val", or those to be "drawn"."""
     if os.path.basename(source) == imagenet.GROUND_TRUTH:
@@ -204,10 +201,7 @@ def _find_folders(source: str, root: str, log) -> tuple[list[str], dict[str, lis
 
 
 def _read_csv(file: str, root: str, log) -> list[Entry]:
-    """Lines of ``path,label``; paths are relative to the file's folder.
-
-    A first line whose path is neither a file nor an image's name is a header.
-    """
+    """Lines of ``path,label``, relative to the file; a first line without an image is a header."""
     try:
         regular_size(file)
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
@@ -271,12 +265,10 @@ def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
     return sides
 
 
-# ---------------------------------------------------------------------- contents and split
 def contents(root: str, paths: Sequence[str], workers: int | None = None) -> dict[str, bytes]:
     """What tells the contents of files apart, by path: equal where, and only where, they are.
 
-    The first 16 bytes hang on a file's size and `_SAMPLE` bytes of its start, middle and end; a
-    digest of all follows where these agree.
+    16 bytes for the size and samples of start, middle and end; a digest of all where these agree.
     """
     found = dict(zip(paths, map_in_processes(partial(_digest, root, False), paths, workers)))
     counts = Counter(found.values())
@@ -347,10 +339,8 @@ def _draw(
     before: dict[str, list[Entry]],
     log: Callable[[str], None],
 ) -> dict[str, list[Entry]]:
-    """Draws each image by its content; identical files share a side.
-
-    Each class that has two gets one on both sides. What was moved for that in the lists of
-    `before` stays there, whatever images have come.
+    """Draws each image by its content: identical files share a side, and a class of two or more has
+    an image on each. What the lists of `before` moved for that stays there.
     """
     key_of = {path: content[path][:16] for path, _ in entries}
     listed = [(path, side == "val") for side in before for path, _ in before[side]]
@@ -381,7 +371,6 @@ def _draw(
     }
 
 
-# -------------------------------------------------------------------- checking and writing
 def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str], None]) -> None:
     """Decodes every image, in parallel; a `DataError` after a line about each that cannot be."""
     progress, bad = ProgressLine("verify"), []
@@ -424,9 +413,7 @@ def _write_lists(split: Split, folder: str) -> None:
 
 
 def _next_command(split: Split, lists: str | None) -> str:
-    """Fine-tuning on the lists (`lists`: their folder where it is not the images'); of ImageNet its
-    training, or its evaluation where there are no images to train on.
-    """
+    """The next command: fine-tuning on the lists, or ImageNet's training or evaluation."""
     config, flags = "resmlp_finetune", ["-pretrained=resmlp_12_224"]
     if split.classes == list(wordnet_ids()):
         config, flags = "resmlp_12_224", [] if split.train else ["-eval", *flags]

@@ -17,10 +17,8 @@ OPSET = 17
 
 
 def convert(source: Path) -> onnx.ModelProto:
-    """A model that ``paddle.jit.save`` wrote (``.json`` or ``.pdmodel``) as a tidy ONNX model.
-
-    Raises:
-        UserError: paddle2onnx failed.
+    """A tidy ONNX model of what ``paddle.jit.save`` wrote (``.json`` or ``.pdmodel``). Raises
+    UserError if paddle2onnx fails.
     """
     file = str(source.with_suffix(".onnx"))
     try:
@@ -42,10 +40,9 @@ def convert(source: Path) -> onnx.ModelProto:
 
 
 def tidy(graph: onnx.GraphProto) -> None:
-    """Turns constants into initializers, as quantizers and other readers expect weights to be.
+    """Turns constants into initializers, where quantizers and other readers expect weights.
 
-    paddle2onnx writes each weight as a Constant node, some with an Identity node behind it, and
-    constants that nothing uses.
+    paddle2onnx writes a Constant node per weight, some with an Identity, and unused constants.
     """
     outputs = {output.name for output in graph.output}
     source, nodes = {}, []
@@ -65,19 +62,13 @@ def tidy(graph: onnx.GraphProto) -> None:
 
 
 def quantize(model: onnx.ModelProto, depth: int, file: str) -> int:
-    """Writes a model with the two products of every block's MLP in int8.
+    """Writes a model with both products of every block's MLP in int8; returns how many there are.
 
-    By onnxruntime's own dynamic quantization: nothing is calibrated. Patches, token mixing and head
-    stay in float32: together they are less than a tenth of the operations. Weights have 7 bits
-    (`reduce_range`): where a processor adds pairs of 8-bit products in 16 bits (AVX2 without VNNI),
-    8 would overflow.
+    By onnxruntime's dynamic quantization: nothing is calibrated. Patches, token mixing and head,
+    less than a tenth of the operations, stay in float32. Weights have 7 bits (`reduce_range`):
+    where a processor adds pairs of products in 16 bits (AVX2 without VNNI), 8 would overflow.
 
-    Args:
-        model: a folded ResMLP, see `tidy`; its nodes are named.
-        depth: its blocks.
-
-    Returns:
-        The number of layers that are int8.
+    ``model`` is a folded ResMLP of ``depth`` blocks (see `tidy`), its nodes named.
     """
     from onnxruntime.quantization import quantize_dynamic
 

@@ -94,8 +94,7 @@ def pack(
     """Packs the data folder `source` into the folder `output`.
 
     Raises:
-        DataError: the data set cannot be read; pictures that cannot be decoded (each is logged,
-            and no lists are written).
+        DataError: the data set cannot be read, or pictures not decoded (each is logged).
         UserError: `output` holds something else, or cannot be written; as `map_in_processes`.
     """
     splits = _splits(source)
@@ -134,7 +133,6 @@ def pack(
 
 
 def _splits(source: str) -> dict[str, ImageIndex]:
-    """The pictures of each split, from the list files that are there, or from folders."""
     lists = {split: os.path.join(source, f"{split}_list.txt") for split in SPLIT_NAMES}
     if there := {split: path for split, path in lists.items() if os.path.isfile(path)}:
         return {s: read_list(path, source, 10**9, False) for s, path in there.items()}

@@ -25,11 +25,8 @@ def plot_metrics(
     output_png: str | os.PathLike,
     output_html: str | os.PathLike | None = None,
 ) -> None:
-    """Draws loss, top-1, learning rate and speed of runs into one picture, and into one HTML page
-    with a table of the results.
-
-    Raises:
-        UserError: a run has no readable ``metrics.jsonl``, or an output cannot be written.
+    """Draws loss, top-1, learning rate and speed of runs; the HTML page has a table of results too.
+    Raises UserError: a run has no readable ``metrics.jsonl``, an output cannot be written.
     """
     runs = [read_metrics(folder) for folder in folders]
     figure = draw_curves(runs)
@@ -48,8 +45,6 @@ _HEADER = ("run", "epochs", "train loss", "val loss", "best top-1", "best EMA to
 
 
 def _summary(run: Run) -> list[str]:
-    """A run in numbers, the cells under `_HEADER`."""
-
     def last(key: str) -> str:
         _, values = run.values("epoch", key)
         return f"{values[-1]:.4f}" if values else "-"

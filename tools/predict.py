@@ -63,16 +63,13 @@ def predict(
         class_names: text file, one name a line; None: see `find_class_names`.
         grid: PNG file to draw the first images and their classes into.
         show: takes each result as soon as it is there, and the length of the longest path.
-        on_bad: takes the error of each image that cannot be read, which is left out.
+        on_bad: takes the error of each image that cannot be read, which is left out; without it
+            that is a UserError, as are weights, config or names that do not fit.
         amp: mixed precision, as the config's AMP; see `training.precision`.
 
     Returns:
         ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
-        per image, the most likely class first; the confidence is the softmax probability.
-
-    Raises:
-        UserError: no such image or a broken one, without `on_bad`; weights, config or names that
-            do not fit.
+            per image, the likeliest class first; the confidence is the softmax probability.
     """
     if top_k < 1 or batch_size < 1:
         raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
@@ -97,11 +94,8 @@ def predict(
 def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
     """The image files that are meant: files, all images under folders and in archives, patterns.
 
-    A pattern that fits nothing stays as it is: it is named when it is read, as a missing file. A
-    line on standard error counts the files of a folder that have no image's ending.
-
-    Raises:
-        UserError: a folder without images; no source at all.
+    A pattern that fits nothing stays, and is named as a missing file when it is read. Files without
+    an image's ending are counted on standard error. Raises UserError where nothing is found.
     """
     paths = []
     for source in filter(None, map(os.fspath, sources)):
@@ -126,12 +120,9 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
 def find_class_names(
     config, path: str | os.PathLike | None = None, classes: ClassNames = UNKNOWN
 ) -> list[str]:
-    """The name of every class: from the file, else ``classes``, which are those of the weights,
-    else DATA.CLASS_NAMES or the data folder, else ImageNet-1k's where there are 1000 classes, else
-    plain numbers.
-
-    Raises:
-        DataError: the file does not have a name per class.
+    """The name of every class: from the file, else ``classes`` (the weights' own),
+    DATA.CLASS_NAMES, the data folder, ImageNet-1k's where there are 1000 classes, or plain numbers.
+    Raises DataError unless the file has a name per class.
     """
     count = config.MODEL.NUM_CLASSES
     if path:
@@ -152,9 +143,7 @@ def classify(
     batch_size: int,
     on_bad: Callable[[BadImage], None] | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Yields, batch by batch, the paths, what the model saw, uint8 ``[B, H, W, 3]``, and the
-    probabilities, float32 ``[B, K]``; `on_bad` as in `predict`.
-    """
+    """Yields batches: paths, the views (uint8 ``[B, H, W, 3]``), probabilities ``[B, K]``."""
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")
     transform = build_eval_transform(config)
@@ -185,7 +174,6 @@ def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[di
     ]
 
 
-# ---------------------------------------------------------------------------------- output
 def table_rows(result: dict, width: int) -> str:
     lines, path = [], printable(result["image"])
     for entry in result["predictions"]:

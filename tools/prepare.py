@@ -109,7 +109,6 @@ def _cifar(archive: str, files: dict, parts: dict, head: int, names: list) -> It
 
 
 def _flowers(archive: str) -> Iterator[Picture]:
-    """The images of Flowers-102, by the two files beside their archive."""
     beside = Path(archive).parent
     labels = read_mat(beside / "imagelabels.mat").get("labels", np.zeros(0, "uint8"))
     sets = read_mat(beside / "setid.mat")
@@ -143,12 +142,7 @@ def _write_tars(pictures: Iterator[Picture], output: Path) -> dict[str, list[str
 
 
 def read_mat(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The matrices of a MATLAB file by name, each as a flat array.
-
-    Raises:
-        UserError: SciPy is not installed.
-        DataError: the file is missing, or no such file.
-    """
+    """The matrices of a MATLAB file by name, flat. Raises DataError; UserError without SciPy."""
     require("Flowers-102", ("scipy",))
     from scipy.io import loadmat
 

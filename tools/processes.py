@@ -19,13 +19,9 @@ _MOST = 4  # processes a core that may be asked for: more help with slow storage
 def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None) -> Iterator:
     """Yields ``work(task)`` of each task, in order.
 
-    Processes are forked, so that `work` and `tasks` may hold much: only results are copied.
-
-    Args:
-        workers: processes; None, or more than four a core: one a core. No more than tasks.
-
-    Raises:
-        UserError: the system starts no more processes, one of them died, or `work` raised it.
+    Processes (None, or more than four a core: one a core) are forked, so that `work` and `tasks`
+    may hold much: only results are copied. Raises UserError: the system starts no more processes,
+    one of them died, or `work` raised it.
     """
     if workers is not None and workers < 1:
         raise UserError(f"-workers is {workers}; give a number from 1 up")

@@ -46,10 +46,7 @@ class _Texts(yaml.BaseLoader):
 
 def read_study(path: str) -> dict[str, list[str]]:
     """Reads a study: name -> ``[KEY, VALUE, ...]``; the first variant is what others are held to.
-
-    Raises:
-        ConfigError: the file is not a mapping of names to mappings of keys, or two variants
-            have the same folder.
+    Raises ConfigError for anything else, or two variants with the same folder.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -79,21 +76,16 @@ def read_study(path: str) -> dict[str, list[str]]:
 
 
 def _folder(name: str) -> str:
-    """The folder of a variant's runs."""
     return re.sub(r"\W+", "_", name).strip("_")
 
 
 def run_study(
     study: dict[str, list[str]], arguments: list[str], output: str, seeds: int, main: str
 ) -> dict[str, list[float]]:
-    """Trains every variant of `read_study` with every seed, one after another, by a main script
-    with some arguments, into ``output/<variant>/seed_<n>``.
+    """Trains every variant with every seed by a main script, into ``output/<variant>/seed_<n>``.
 
-    Returns:
-        Variant -> top-1 of its runs after the last epoch, percent.
-
-    Raises:
-        UserError: a run failed, left no accuracy, or was begun with other settings.
+    Returns for each variant the top-1 of its runs after the last epoch, percent. Raises UserError:
+    a run failed, left no accuracy, or was begun with other settings.
     """
     results: dict[str, list[float]] = {name: [] for name in study}
     for seed in range(seeds):  # a first column of results comes early

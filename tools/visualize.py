@@ -76,7 +76,6 @@ _TEXTS = {  # picture -> heading, explanation
 }
 
 
-# --------------------------------------------------------------------------------- quantities
 def token_maps(model: ResMLP, layer: int) -> np.ndarray:
     """What each output token takes from each input token, ``[N, grid, grid]``, N = grid * grid."""
     weight = model.mixer_layers[layer].linear_tokens.weight.numpy()  # [tokens in, tokens out]
@@ -101,8 +100,7 @@ def magnitudes(model: ResMLP) -> dict[str, np.ndarray]:
 def contributions(model: ResMLP, images: paddle.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """What each patch adds to each logit, ``[B, grid, grid, K]``, and the logits ``[B, K]``.
 
-    The logits are ``head(mean_n norm(x_n))``, so patch n adds ``norm(x_n) . W[:, k] / N`` to logit
-    k, and the logit is the sum of these terms and the bias.
+    The logits are ``head(mean_n norm(x_n))``: patch n adds ``norm(x_n) . W[:, k] / N`` to logit k.
     """
     x = model.patch_embed(images)
     for block in model.mixer_layers:
@@ -124,7 +122,6 @@ def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
     return augment.normalize.undo(images), targets.numpy()
 
 
-# ----------------------------------------------------------------------------------- pictures
 def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
     """A mosaic of maps for every layer."""
     columns = 2 if len(layers) in (2, 4) else min(len(layers), 3)
@@ -193,8 +190,7 @@ def draw_contributions(
     label: int | None = None,
 ):
     """Each image, and its patches' contributions to its two likeliest classes or to ``label``.
-
-    ``views``, uint8 ``[B, H, W, 3]``, is what the model saw; the rest is from `contributions`.
+    ``views``, uint8 ``[B, H, W, 3]``, is what the model saw.
     """
     classes = (
         np.argsort(-logits, axis=1)[:, :2] if label is None else np.full([len(views), 1], label)
@@ -239,7 +235,6 @@ def draw_batch(images: np.ndarray, targets: np.ndarray, names: Sequence[str]):
     return figure
 
 
-# ---------------------------------------------------------------------------------- the tool
 def visualize(
     pretrained: str | os.PathLike | None = None,
     output: str | os.PathLike | None = None,
@@ -250,7 +245,7 @@ def visualize(
     class_names: str | os.PathLike | None = None,
     opts: Sequence[str] = (),
 ) -> list[Path]:
-    """Draws the pictures, and a page ``index.html`` that gathers them.
+    """Draws the pictures, and a page ``index.html`` that gathers them; returns the files.
 
     Args:
         pretrained, cfg, opts: as `tools.common.run_config` takes them.
@@ -260,11 +255,8 @@ def visualize(
         label: class to explain; None: the two likeliest of each image.
         class_names: text file, one name a line; None: see `predict.find_class_names`.
 
-    Returns:
-        The files. batch.png is among them where the config's training images are there.
-
-    Raises:
-        UserError: weights, images or data that cannot be used; a layer or class that is not there.
+    batch.png is drawn where the config's training images are there. Raises UserError for weights,
+    images or data that cannot be used, and a layer or class that is not there.
     """
     config = run_config(pretrained, cfg, opts)
     model = load_model(config)
