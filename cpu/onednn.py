@@ -1,12 +1,12 @@
 """oneDNN, from Paddle's own wheel, called directly: products, GELU and casts of CPU tensors.
 
-Paddle's eager mode reaches oneDNN on a CPU not at all, and MKL for float32 products only. What it
-lacks is here: bfloat16 products that accumulate in float32, additions and multiplications within a
-product, GELU and its gradient on all threads. Names and numbers are those of oneDNN's C API,
-version 3 (https://uxlfoundation.github.io/oneDNN).
+On a CPU Paddle's eager mode never uses oneDNN, and MKL for float32 products only. Here are bfloat16
+products that accumulate in float32, additions and multiplications within a product, GELU and its
+gradient on all threads. Names and numbers are those of oneDNN's C API, version 3
+(https://uxlfoundation.github.io/oneDNN).
 
-A primitive is made once for each set of shapes and kept as long as the process lives. All calls
-wait for their result. ``RESMLP_ONEDNN=off`` leaves all this unused; `has` tells.
+A primitive is made once per set of shapes and kept. All calls wait for their result.
+``RESMLP_ONEDNN=off`` leaves all this unused; `has` tells.
 """
 
 from __future__ import annotations
@@ -112,9 +112,7 @@ def _log_once(text: str) -> None:
 
 
 def _or_step_by_step(function):
-    """Does what oneDNN refuses to do at once one after another, and bfloat16, which processors
-    without AVX-512 lack, in float32, rounded.
-    """
+    """Does in steps what oneDNN refuses to do at once, and bfloat16 in float32 without AVX-512."""
 
     @functools.wraps(function)
     def attempt(*arguments, then=(), dtype=None, out=None, **options):
@@ -147,15 +145,14 @@ def product(
     """``a @ b + bias``, then GELU, then each of ``then``, in one pass.
 
     Args:
-        a: ``[M, K]`` or ``[B, M, K]`` (transposed ``[..., K, M]``); without B where only ``b`` has
-            it, and likewise ``b``, ``[K, N]`` or ``[B, K, N]``.
+        a: ``[M, K]`` or ``[B, M, K]``; transposed ``[..., K, M]``.
+        b: ``[K, N]`` or ``[B, K, N]``; one of both may lack B.
         bias: ``[N]``.
         then: pairs ``("add" or "multiply", tensor)``; a tensor is broadcast to the result.
         dtype: of the result; None for that of ``a``.
         out: where the result is to be written, contiguous and of this type; None: a new tensor.
 
-    Raises:
-        Unsupported: there is no oneDNN, or it refuses; so do all functions here.
+    Raises Unsupported without oneDNN or where it refuses; so do all functions here.
     """
     tensors = [a, b, *([] if bias is None else [bias]), *(tensor for _, tensor in then)]
     names = tuple(name for name, _ in then)
@@ -199,13 +196,11 @@ def _kinds(tensors) -> tuple:
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
 
 
-# ------------------------------------------------------------------- primitives, by their shapes
 def _once(make):
     """Keeps what ``make`` made of its arguments; it works in a thread of its own.
 
-    Primitives stay, and glibc takes a thread's memory elsewhere than that of the tensors. Among
-    those, each would break up a gap that a later tensor had fitted in: with drop path, whose shapes
-    come one by one, a process grew by a third.
+    glibc then takes primitives' memory elsewhere than the tensors', whose gaps they would break up:
+    with drop path, whose shapes come one by one, a process grew by a third.
     """
     kept = {}
 
@@ -282,7 +277,6 @@ def _multiplication(operands, then, dtype):
 
 @_once
 def _gelu(shape, dtype):
-    """GELU and its gradient."""
     x, zero = _Operand(shape, dtype, len(shape)), ctypes.c_float(0)
     library = _library()
     engine, form = library.engine, (x.descriptor, x.descriptor)
@@ -334,11 +328,8 @@ def _attributes(gelu: bool, then: list):
 
 
 class _Operand:
-    """A contiguous tensor's place in a primitive.
-
-    Attributes:
-        shape: with ones in front, as many as make ``rank`` axes; seen with ``axes`` in that order.
-        descriptor: oneDNN's.
+    """A contiguous tensor's place in a primitive: ``shape`` is padded with ones in front to
+    ``rank`` axes and seen with ``axes`` in that order; ``descriptor`` is oneDNN's.
     """
 
     def __init__(self, shape, dtype, rank: int, axes=()):

@@ -3,29 +3,23 @@
 The same functions as the layers of `resmlp`, to rounding, in about half the time of a training
 step. What the layers lose on a CPU, and what is done here instead:
 
-- Affine and LayerScale sweep over ``[B, N, C]`` activations, forward and backward. Both are
-  linear, so they are folded into the weights, and their gradients come out of the gradients of
-  the folded weights.
-- A bias gradient is a column sum, which Paddle's CPU reduction does ten to a hundred times slower
-  than the same sum written as a product with a row of ones.
+- Affine and LayerScale sweep over ``[B, N, C]``, forward and backward. Both are linear, so they are
+  folded into the weights, and their gradients come out of those of the folded weights.
+- Paddle's CPU reduction takes ten to a hundred times as long for a bias gradient (a column sum) as
+  a product with a row of ones.
 - The patch convolution is a matrix product, once the image is cut.
-- GELU and its gradient run on one thread. oneDNN has them on all (`onednn`), and with them what
-  follows a product: biases, the scales, the residual addition.
-- Drop path multiplies by 0 what was computed for a dropped sample. Here a branch, forward and
-  backward, is computed for the kept samples alone.
-- Within `bfloat16`, products read bfloat16 and accumulate in float32, and what lies between two
-  products, the hidden units and their gradient, is bfloat16. Folds, parameters, their gradients
-  and the residual stream stay float32. A fold of a LayerScale of 1e-6 is safe: bfloat16 has
-  float32's range.
+- GELU runs on one thread; oneDNN (`onednn`) has it on all, and with it what follows a product.
+- Drop path multiplies by 0 what was computed; here only the kept samples are computed.
+- Within `bfloat16`, products read bfloat16 and accumulate in float32; the hidden units and their
+  gradient are bfloat16; folds, parameters, gradients and the residual stream stay float32.
 
-`paddle.grad` must ask for the gradients of all parameters that are trained, not of inputs alone:
-Paddle lets a PyLayer leave out none. ``backward()`` is free of that.
+`paddle.grad` must ask for the gradients of all trained parameters, not of inputs alone: Paddle lets
+a PyLayer leave out none. (``backward()`` is free of that.) On a GPU the layers are used instead: a
+fold of a LayerScale of 1e-6 would underflow in float16 (bfloat16 has float32's range), and
+reductions are fast.
 
-On a GPU the layers are used instead: there AMP casts each product, a fold of a LayerScale of 1e-6
-would underflow in float16, and reductions are fast.
-
-Letters as in `resmlp`: B batch, N tokens, C channels, H hidden units; M = B * N rows.
-``w`` token weight [N, N]; a ``mask`` is what `resmlp.DropPath.mask` draws, [B, 1, 1] or None.
+Letters as in `resmlp`: B batch, N tokens, C channels, H hidden units; M = B * N rows. ``w`` token
+weight [N, N]; a ``mask`` is what `resmlp.DropPath.mask` draws, [B, 1, 1] or None.
 """
 
 from __future__ import annotations
@@ -64,10 +58,8 @@ def has_bfloat16() -> bool:
 
 
 def choose_precision(dtype: str) -> tuple[str, str]:
-    """What AMP with an AMP_DTYPE computes in on a CPU, and a line that says so.
-
-    ``auto``, and float16, which no CPU computes fast, mean bfloat16 where that is fast; bfloat16
-    insists.
+    """What AMP with an AMP_DTYPE computes in on a CPU, and a line that says so. ``bfloat16``
+    insists; ``auto`` and float16, which no CPU computes fast, mean bfloat16 where that is fast.
     """
     if not has_bfloat16():
         return "float32", "AMP: no mixed precision on a CPU without oneDNN, running in float32"
@@ -82,10 +74,9 @@ def choose_precision(dtype: str) -> tuple[str, str]:
 def usable(layer) -> bool:
     """Whether the functions below compute what the parts of ``layer`` would.
 
-    Not while a graph is traced or exported, not on a GPU, not without oneDNN (which knows no
-    float64), not with a dropout that is on, and not when someone listens to a part with a hook
-    (which would never be called) or has put another layer in its place (LoRA, quantization); nor
-    where a slice is a copy, into which nothing can be written (a Paddle flag).
+    Not in a graph being traced or exported, on a GPU, without oneDNN (no float64), with active
+    dropout, or where a part has hooks (never called) or another layer in its place (LoRA,
+    quantization); nor where slices are copies, which cannot be written into (a Paddle flag).
     """
     return (
         paddle.in_dynamic_mode()
@@ -158,7 +149,6 @@ class _Linear(PyLayer):
         return _only_needed(ctx, None, d_weight, _column_sum(grad))
 
 
-# ------------------------------------------------------------- drop path, for kept samples alone
 class _Kept(NamedTuple):
     """The samples of a batch that drop path keeps. None instead of it: all, as they are."""
 
@@ -170,7 +160,6 @@ class _Kept(NamedTuple):
 
 
 def _kept(mask) -> _Kept | None:
-    """What a mask says, see `resmlp.DropPath.mask`."""
     if mask is None:
         return None
     mask = mask.numpy().flatten()
@@ -190,7 +179,6 @@ def _kept(mask) -> _Kept | None:
 
 
 def _take(x, kept, dtype):
-    """The samples of ``x`` that are kept, one after another."""
     if kept is None or not kept.dropped:
         return _cast(x, dtype)
     y = paddle.empty([kept.count, *x.shape[1:]], dtype)
@@ -200,10 +188,8 @@ def _take(x, kept, dtype):
 
 
 def _add_branch(x, kept, branch):
-    """``x`` with a branch added to the samples that are kept.
-
-    ``branch`` computes a slice of them; it takes ``then``, ``dtype`` and ``out`` of
-    `onednn.product`.
+    """``x`` with a branch added to the kept samples; ``branch`` computes a slice of them and takes
+    ``then``, ``dtype`` and ``out`` of `onednn.product`.
     """
     if kept is None or not kept.dropped:
         return branch(slice(None), then=[("add", x)], dtype=x.dtype)
@@ -215,7 +201,6 @@ def _add_branch(x, kept, branch):
     return y
 
 
-# --------------------------------------------------------------------------------- the branches
 def _tokens_forward(x, alpha, beta, w, bias, scale, kept):
     """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
     factor, sums = alpha.flatten() * scale, _column_sum(w)
@@ -342,7 +327,6 @@ class _MixChannels(PyLayer):
         )
 
 
-# -------------------------------------------------------------------------------- operators
 def _narrow(x):
     """``x`` in the precision of products, see `bfloat16`; float64 stays."""
     return _cast(x, _narrow_type(x))
@@ -381,7 +365,6 @@ def _ones(count, dtype):
 
 
 def _rows(x):
-    """``[B, N, C] -> [M, C]``."""
     return x.reshape([-1, x.shape[-1]])
 
 

@@ -1,10 +1,9 @@
 """What training does to the pixels of an image: resize, affine map, saturation, sharpness, tables.
 
-Pixels are ``uint32 [H, W]``: four bytes each, as Pillow keeps them: red, green, blue, unused. Most
-of the processor time of a training image is spent here, so Numba compiles it
-(`resample_kernels`), two to five times faster than Pillow and with the same pixels. When the
-compiled code is loaded it is tried against the Pillow that is installed; where a pixel differs, or
-Numba is missing, `operations` gives those of Pillow: nothing but the time depends on it.
+Pixels are ``uint32 [H, W]``: four bytes each, red, green, blue, unused, as Pillow keeps them. Numba
+compiles it (`resample_kernels`), two to five times faster than Pillow and with the same pixels:
+loaded code is compared with the installed Pillow, and where a pixel differs, or Numba is missing,
+`operations` gives Pillow's.
 
 Environment: ``RESMLP_NUMBA=off`` leaves it all to Pillow.
 """
@@ -39,17 +38,15 @@ class Pillow:
     """The operations as Pillow does them; see `Compiled`."""
 
     def resize(self, pixels: np.ndarray, size: Sequence[int], resample: int, crop=None, box=None):
-        """Resizes what is in `box` to `size` (width, height), and returns what is in `crop` of the
-        result; what lies outside of it is black. Boxes: left, top, right, bottom; None: all.
+        """Resizes `box` to `size` (width, height); returns `crop` of it, black outside. Boxes:
+        left, top, right, bottom; None: all.
         """
         left, top, right, bottom = box or (0, 0, *pixels.shape[::-1])
         image = to_image(pixels[top:bottom, left:right]).resize(size, resample)
         return from_image(image.crop(crop) if crop else image)
 
     def affine(self, pixels: np.ndarray, matrix: Sequence[float], resample: int, fill: tuple):
-        """Output (x, y) shows input (ax + by + c, dx + ey + f), and the colour `fill` outside of
-        the image. `matrix`: (a, b, c, d, e, f); `resample`: nearest, bilinear or bicubic.
-        """
+        """Output (x, y) shows input (ax + by + c, dx + ey + f), outside of it `fill`."""
         image, kind = to_image(pixels), Image.Transform.AFFINE
         options = dict(resample=resample, fillcolor=fill)
         return from_image(image.transform(image.size, kind, matrix, **options))
@@ -84,10 +81,8 @@ class Pillow:
 
 
 class Compiled(Pillow):
-    """The same by `resample_kernels`; interpolation other than bicubic is left to Pillow.
-
-    `height_first` is whether Pillow resizes from (w, h) to (W, H) beginning with the height; the
-    order matters because the pixels in between are rounded.
+    """By `resample_kernels`; interpolation other than bicubic is left to Pillow. `height_first`:
+    Pillow resizes (w, h) to (W, H) height first; the order matters for rounding.
     """
 
     def __init__(self, kernels: ModuleType, height_first: Callable[[int, int, int, int], bool]):
@@ -144,10 +139,7 @@ def operations() -> Pillow:
 
 
 def prepare(log: Callable[[str], None] = print) -> None:
-    """Loads the compiled code, or compiles it once (9 s), and logs a line if there is none.
-
-    To be called before processes are forked, so that they share it.
-    """
+    """Loads or compiles (9 s) the code before processes are forked; logs a line without it."""
     _, reason = load_operations()
     if reason:
         log(f"images are resized and augmented by Pillow, two to three times slower: {reason}")

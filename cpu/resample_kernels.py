@@ -34,10 +34,8 @@ def _cubic(a, b, c, d, t):
 
 @njit(cache=True)
 def _bicubic_weights(old, new, start, stop):
-    """Which pixels of a line of `old` make the pixels `start` to `stop` of `new`: first, count,
-    weights.
-
-    The cubic (a = -0.5) is stretched by the reduction, which is what keeps details from aliasing.
+    """Which pixels of a line of `old` make pixels `start` to `stop` of `new`: first, count,
+    weights. The cubic (a = -0.5) is stretched by the reduction, which prevents aliasing.
     """
     scale = old / new
     stretch = max(scale, 1.0)
@@ -70,8 +68,7 @@ def _bicubic_weights(old, new, start, stop):
 def _mix_lines(lines, first, count, weights, out, total):
     """Every line of `out` as a weighted sum of lines; both ``uint8 [lines, bytes]``.
 
-    Four lines at a time, so that `total`, ``int32 [bytes]``, is read and written less often; those
-    left over from the fours begin the sum.
+    Four at a time, so that `total`, ``int32 [bytes]``, is read and written less often.
     """
     half = np.int32(1 << (_PLACES - 1))  # what follows cuts off
     for i in range(out.shape[0]):
@@ -115,15 +112,9 @@ def source(old, new, start, stop):
 
 @njit(_IMAGE(_READ_ONLY_IMAGE, *_SCALARS), cache=True, nogil=True)
 def resize_height(image, offset, old, new, start, stop):
-    """Bicubic with antialiasing: the lines `start` to `stop` of the `new` ones.
+    """Bicubic with antialiasing: the lines `start` to `stop` of `new`, ``[stop - start, W]``.
 
-    Args:
-        image: the lines of the image from `offset` on, ``[h, W]``.
-        offset, old: where they begin in the whole image, and its height.
-        new: height of the whole result.
-
-    Returns:
-        ``[stop - start, W]``.
+    ``image`` has the lines ``[h, W]`` from `offset` on; `old` and `new` are whole heights.
     """
     first, count, weights = _bicubic_weights(old, new, start, stop)
     out = np.empty((stop - start, image.shape[1]), np.uint32)
@@ -136,9 +127,8 @@ def resize_height(image, offset, old, new, start, stop):
 def resize_width(image, offset, old, new, start, stop):
     """As `resize_height`, for columns: ``[H, w] -> [H, stop - start]``.
 
-    Strips of rows are turned on their side, so that here too whole lines are added up, along which
-    the processor's vector instructions run. Two rows are turned at a time, as numbers of 64 bits,
-    which halves the writes here and the reads there.
+    Strips of rows are transposed, so that vector instructions add whole lines, two rows at a time
+    as 64-bit numbers: half the reads and writes.
     """
     first, count, weights = _bicubic_weights(old, new, start, stop)
     left, right, width = first[0], first[-1] + count[-1], stop - start
@@ -194,14 +184,11 @@ def _with_edges(image):
 
 @njit(cache=True)
 def _places(matrix, y, height, width, first, across, down):
-    """Where the pixels of row y come from.
+    """Where the pixels of row y come from: `first` is filled with the index, in the image with
+    edges, of the first of 4 x 4 neighbours; `across`, `down` with the place between second and
+    third, 0 to 1.
 
-    Args:
-        first: filled with the index, in the image with edges, of the first of 4 x 4 neighbours.
-        across, down: filled with how far they lie from the second to the third, 0 to 1.
-
-    Returns:
-        Start and stop of those inside of the image; whether any lies between columns, between rows.
+    Returns start and stop of those inside; whether any lies between columns, between rows.
     """
     start, stop, stride = width, 0, np.int32(width + 4)
     between_columns = between_rows = False
@@ -240,7 +227,6 @@ def _gather(pixels, index, is_run, out):
 
 @njit(cache=True)
 def _to_bytes(values, out):
-    """Repeats the value of a pixel for each of its bytes."""
     for x in range(len(values)):
         for j in range(4 * x, 4 * x + 4):
             out[j] = values[x]
@@ -265,8 +251,8 @@ def _interpolate_to_bytes(lines, t, out):
 def affine(image, matrix, fill):
     """Bicubic affine map without antialiasing, same size; `matrix` takes output to input pixels.
 
-    The neighbours are first gathered, a row at a time, so that the arithmetic runs along arrays:
-    4 x 4 of them, or 4 where a row lies on whole pixels in one direction (shears and shifts).
+    Neighbours are gathered row by row, so that the arithmetic runs along arrays: 4 x 4, or 4 where
+    a row lies on whole pixels in one direction (shears and shifts).
     """
     height, width = image.shape
     stride = width + 4

@@ -2,19 +2,18 @@
 
 On import, and only where the user has not chosen otherwise:
 
-- ``MKL_DEBUG_CPU_TYPE=5`` on AMD processors: the MKL inside Paddle's wheels otherwise takes its
-  slowest path there (2 to 3 times slower matrix products).
-- glibc's ``malloc`` keeps freed memory: activations are tens of megabytes each, and a fresh page
-  costs about as much as the arithmetic done on it. Resident memory then stays at its peak.
+- ``MKL_DEBUG_CPU_TYPE=5`` on AMD processors, where the MKL inside Paddle's wheels otherwise takes
+  its slowest path (2 to 3 times slower matrix products).
+- glibc's ``malloc`` keeps freed memory, since a fresh page costs about as much as the arithmetic on
+  it. Resident memory then stays at its peak.
 - Paddle's advice to install ccache is silenced: nothing is compiled here.
 
 After Paddle's import, `set_threads` chooses the threads of a matrix product (Paddle's default is
-one). `describe` says what was done. Where Paddle uses a GPU, only the warning is silenced.
+one); `describe` says what was done. Where Paddle uses a GPU, only the warning is silenced.
 
-Environment: ``RESMLP_RUNTIME=off`` leaves the process alone, ``RESMLP_MALLOC=off`` only the
-allocator, ``RESMLP_THREADS`` or ``OMP_NUM_THREADS`` fixes the threads, and ``MKL_DEBUG_CPU_TYPE``
-and ``MALLOC_*_`` keep the user's values. (``RESMLP_NUMBA`` is read by `resample`, ``RESMLP_ONEDNN``
-by `onednn`.)
+Environment: ``RESMLP_RUNTIME=off`` leaves the process alone, ``RESMLP_MALLOC=off`` the allocator;
+``RESMLP_THREADS`` or ``OMP_NUM_THREADS`` fixes the threads; ``MKL_DEBUG_CPU_TYPE`` and
+``MALLOC_*_`` keep the user's values.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ def enabled(switch: str = "RESMLP_RUNTIME") -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether Paddle will use an NVIDIA GPU: it is built for CUDA, and a driver is loaded and not
-    hidden. Told without importing it.
-    """
+    """Whether Paddle will use an NVIDIA GPU: built for CUDA, a visible driver; not imported."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     driver = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")
     return driver and not hidden and is_cuda_build()
@@ -74,10 +71,8 @@ def has_fast_bfloat16() -> bool:
 
 
 def physical_cores() -> int:
-    """Cores this process may run on; two hardware threads of one core count once.
-
-    A container's quota counts too: OpenMP threads that wait for a core by spinning are slower than
-    fewer threads.
+    """Cores this process may run on, hardware threads of one core counted once, within a
+    container's quota: OpenMP threads spinning for a core are slower than fewer threads.
     """
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     cores = {read_text(siblings.format(cpu)) or cpu for cpu in _allowed_cpus()}
@@ -85,9 +80,7 @@ def physical_cores() -> int:
 
 
 def usable_cores() -> int:
-    """Hardware threads that this process may keep busy: affinity and a container's quota, shared
-    among the ranks of this machine.
-    """
+    """Hardware threads for this process: affinity and quota, shared among this machine's ranks."""
     return max(1, int(min(len(_allowed_cpus()), _quota())) // _local_ranks())
 
 
@@ -98,7 +91,6 @@ def _allowed_cpus() -> set[int]:
 
 
 def _quota() -> float:
-    """CPUs that the control groups of this process, version 1 or 2, may keep busy."""
     lowest = float("inf")
     for line in read_text("/proc/self/cgroup").splitlines():  # "4:cpu,cpuacct:/a/b" or "0::/a/b"
         _, controllers, path = line.split(":", 2)
@@ -117,7 +109,6 @@ def _quota() -> float:
 
 
 def _local_ranks() -> int:
-    """Ranks of this job on this machine."""
     ranks = os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or "1"
     return max(1, int(ranks) if ranks.isdigit() else 1)
 
@@ -131,14 +122,11 @@ def default_threads() -> int:
 
 
 def set_threads(n: int | None = None) -> int | None:
-    """Sets the threads of Paddle's CPU matrix products. Call it after Paddle's import.
+    """Sets the threads of Paddle's CPU matrix products; call it after Paddle's import.
 
-    Loader workers pass 1: their work is not matrix products. Ranks of a data-parallel run call it
-    without ``n``, for `default_threads`, once their environment is known, and share the cores.
-
-    Returns:
-        The number set, or None where nothing was: switched off, Paddle not imported, a GPU
-        machine without an ``n``, or a Paddle without this (private) function.
+    Loader workers pass 1. Ranks of a data-parallel run call it without ``n`` once their environment
+    is known, and share the cores. Returns the number set, or None: switched off, no Paddle, a GPU
+    machine without ``n``, a Paddle without this (private) function.
     """
     global threads
     paddle = sys.modules.get("paddle")

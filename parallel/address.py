@@ -41,8 +41,8 @@ def device_of(address: str) -> str:
 
 
 def addresses(master: str, first: bool, own: str = "") -> tuple[str, str]:
-    """This node's address, and the ``host:port`` to name to Paddle's launcher as its master, where
-    ``master`` is that of the first node, and ``own`` an address that the user has chosen.
+    """This node's address, and the ``host:port`` of the launcher's master, given that of the first
+    node (``master``) and an address chosen by the user (``own``).
     """
     host, _, port = master.rpartition(":")
     if not host or not port.isdigit():

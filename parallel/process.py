@@ -30,7 +30,6 @@ class Preempted(Exception):
     """The run was asked to stop, and has saved what it needs to go on."""
 
 
-# --------------------------------------------------------------------------------- processes
 @dataclass(frozen=True)
 class Process:
     """This process among the others of its job."""
@@ -50,11 +49,7 @@ def gpu_count() -> int:
 
 
 def launched_ranks() -> int:
-    """How many ranks the launcher of this process has started; 0 without a launcher.
-
-    Raises:
-        UserError: the environment describes a launcher's process in part.
-    """
+    """How many ranks a launcher started, 0 without one; UserError for half an environment."""
     rank, ranks = (os.environ.get(f"PADDLE_{name}") for name in ("TRAINER_ID", "TRAINERS_NUM"))
     if rank is None and ranks in (None, "1"):
         return 0
@@ -76,11 +71,8 @@ def launched_ranks() -> int:
 
 
 def prepare_process() -> Process:
-    """Chooses the device, joins the other processes where a launcher started several, and opens
-    the log. One process makes no collective calls at all.
-
-    Raises:
-        UserError: as `launched_ranks` and `rendezvous.join`.
+    """Chooses the device, joins the ranks that a launcher started, opens the log. One process makes
+    no collective calls. Raises UserError as `launched_ranks` and `rendezvous.join`.
     """
     on_gpu, warning = gpu_count() > 0, ""
     if launched_ranks() > 1:
@@ -100,9 +92,7 @@ def prepare_process() -> Process:
 
 
 def _open_log(process: Process) -> None:
-    """Rank 0 talks to the terminal, the others only in warnings; each has a file of its own, see
-    storage/run_folder.py. Debug messages go to the files alone.
-    """
+    """Rank 0 logs to the terminal, others only warnings; each to a file (storage/run_folder.py)."""
     _log.setLevel(logging.DEBUG)
     _log.propagate = False
     for handler in list(_log.handlers):  # of an earlier run in this process
@@ -137,10 +127,7 @@ def from_main(value, process: Process):
 
 @contextlib.contextmanager
 def main_first(process: Process):
-    """Rank 0 runs the body for as long as it takes while the others wait for it.
-
-    Yields whether this is rank 0.
-    """
+    """Rank 0 runs the body while the others wait for it; yields whether this is rank 0."""
     try:
         yield process.main
     finally:
@@ -153,10 +140,9 @@ def wait_for_all(process: Process) -> None:
         rendezvous.meet(process.rank, process.world)
 
 
-# ----------------------------------------------------------------------------------- signals
 def stop_signals() -> list[int]:
-    """What asks a run to save and stop: SIGTERM, Ctrl-C, SLURM's warning (SIGUSR1), and a terminal
-    that is closed (SIGHUP), unless `nohup` has said to go on without it.
+    """What asks a run to save and stop: SIGTERM, Ctrl-C, SLURM's warning (SIGUSR1), a closed
+    terminal (SIGHUP) unless `nohup` ignores it.
     """
     names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
     found = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -165,8 +151,8 @@ def stop_signals() -> list[int]:
 
 
 class StopSignal:
-    """Remembers one of `stop_signals` until the training loop looks; a second one exits at once
-    (after `SIGNAL_GRACE`). In a thread it remembers nothing: signals belong to the main thread.
+    """Remembers one of `stop_signals` until the training loop looks; a second exits at once (after
+    `SIGNAL_GRACE`). In a thread it remembers nothing: signals belong to the main thread.
     """
 
     def __init__(self):

@@ -1,6 +1,4 @@
-"""Where the ranks of a job meet: whether they can, that nobody else joins them, and how one learns
-that another is gone.
-"""
+"""How the ranks of a job meet, keep others out, and learn that one of them is gone."""
 
 from __future__ import annotations
 
@@ -33,16 +31,12 @@ meetings = 0
 def join() -> str:
     """Joins the other ranks, as the launcher's environment describes them.
 
-    gloo and NCCL use the device that has this node's address, unless the user has named another.
-    Where all ranks are on this machine, what they open for one another is open to this machine
-    only: that device is the loopback device, and Paddle's key-value store, which listens everywhere
+    gloo and NCCL use the device that has this node's address, unless the user has named another. On
+    one machine that is the loopback device, and Paddle's key-value store, which listens everywhere
     and asks for no password, is tied to it before the ranks meet there.
 
-    Returns:
-        A warning if the store had to be left open to other machines, else an empty string.
-
-    Raises:
-        UserError: rank 0 cannot be reached, or the port that it shall listen on is in use.
+    Returns a warning if the store stays open to other machines, else "". Raises UserError if rank 0
+    cannot be reached, or its port is in use.
     """
     rank = int(os.environ["PADDLE_TRAINER_ID"])
     local = sys.platform == "linux" and on_one_machine()
@@ -74,13 +68,11 @@ def join() -> str:
 def meet(rank: int, world: int) -> None:
     """Returns when every rank has called it, however long that takes.
 
-    They ask the job's key-value store, and do not wait in a collective: gloo gives up on those
-    after 30 seconds, whatever one asks for. Rank 0, whose process is the store, returns last, when
-    the others have their answers: it may end right afterwards, and the store with it.
+    They ask the job's key-value store: gloo gives up on collectives after 30 seconds. Rank 0, whose
+    process is the store, returns last: it may end, and the store with it.
 
-    Raises:
-        ConnectionError: a rank has given no sign of life for `SILENCE` seconds. (On one machine
-            `launch` learns of its end at once; another node's launcher says nothing.)
+    Raises ConnectionError after `SILENCE` seconds without a sign of life of a rank, as of another
+    node. (On one machine `launch` learns of its end at once.)
     """
     global meetings
     meetings += 1
@@ -112,11 +104,7 @@ def _wait_for(key: str, count: int, world: int) -> None:
 
 
 def tally(key: str, more: int = 0) -> int:
-    """Adds to a counter of the store; returns what it has then.
-
-    Raises:
-        ConnectionError: rank 0, whose process is the store, is gone or cannot be reached.
-    """
+    """Adds to a counter of the store; returns the sum. Raises ConnectionError without rank 0."""
     with _store_lock:
         try:
             return _store.add(key, more)
@@ -167,9 +155,7 @@ def address() -> str:
 
 
 def find_rank_0(rank: int) -> int:
-    """Looks whether the ranks can meet; returns the port. Paddle itself would abort, or try for 15
-    minutes.
-    """
+    """Whether the ranks can meet; returns the port. Paddle would abort, or try for 15 minutes."""
     where = address()
     host, _, port = where.rpartition(":")
     deadline = time.monotonic() + JOIN_TIMEOUT
@@ -195,9 +181,7 @@ def find_rank_0(rank: int) -> int:
 
 
 def _open_store() -> None:
-    """Opens the store that `init_parallel_env` takes; there the call would wait for the other ranks
-    and let nothing else run.
-    """
+    """Opens the store that `init_parallel_env` takes; there the wait for others would block all."""
     world = os.environ["PADDLE_TRAINERS_NUM"]
     os.environ["PADDLE_TRAINERS_NUM"] = "0"  # nobody to wait for
     try:

@@ -24,10 +24,7 @@ class Architecture(NamedTuple):
     mlp_ratio: float
 
     def differences(self, config: Any) -> list[str]:
-        """The config keys that describe another model, with both values.
-
-        A file without a head fits any number of classes.
-        """
+        """The config keys that describe another model, both values; no head fits all classes."""
         data, model, mixer = config.DATA, config.MODEL, config.MODEL.MIXER
         keys = (
             ("DATA.IMAGE_SIZE", data.IMAGE_SIZE, self.image_size),
@@ -42,10 +39,8 @@ class Architecture(NamedTuple):
 
 
 def infer(state: Mapping[str, np.ndarray]) -> Architecture:
-    """Reads the architecture off a state dict with Paddle's names and layout.
-
-    Raises:
-        WeightsError: tensors that show it are missing or cannot be ResMLP's.
+    """Reads the architecture off a Paddle state dict. Raises WeightsError where it cannot be
+    ResMLP's.
     """
     blocks = [re.match(r"mixer_layers\.(\d+)\.", name) for name in state]
     numbers = {int(block[1]) for block in blocks if block}

@@ -33,10 +33,8 @@ _TIMEOUT = 30  # seconds without a byte
 
 
 def published_file(name: str | os.PathLike) -> Path | None:
-    """The kept file of an address, or of a name of the zoo that no file here has; else None.
-
-    Raises:
-        WeightsError: as `download`; the line says how to get the zoo's file in another way.
+    """The kept file of an address, or of a name of the zoo that no file here has; else None. Raises
+    WeightsError as `download`, with how to get the zoo's file in another way.
     """
     if str(name).startswith(("https://", "http://")):
         return download(str(name))
@@ -61,15 +59,13 @@ def download(address: str, hosts: tuple[str, ...] | None = None) -> Path:
     """The file behind an address, from the cache or from its host.
 
     Args:
-        address: begins with one of the hosts; ``#sha256=<64 digits>`` at its end says what the
-            file must be. Without that, what the host says is compared: Hugging Face gives the
-            sha256 of its large files (``X-Linked-Etag``), S3 the MD5 of what was uploaded in one
-            part (``ETag``), and both the length.
+        address: begins with one of the hosts; ``#sha256=<64 digits>`` at its end says what the file
+            must be. Else what the host says is compared: the length, and Hugging Face's sha256 of
+            large files (``X-Linked-Etag``) or S3's MD5 of uploads in one part (``ETag``).
         hosts: beginnings of addresses, each with the slash behind the host; None: ``zoo.HOSTS``.
 
-    Raises:
-        WeightsError: another host; no network; not what it must be, or perhaps not whole. Nothing
-            is kept then.
+    Raises WeightsError, and keeps nothing, for another host, without a network, or where the file
+    is not what it must be, or perhaps not whole.
     """
     url, _, fragment = address.partition("#")
     hosts = hosts or zoo.HOSTS

@@ -25,12 +25,9 @@ def export(
 ) -> None:
     """Exports a weight file, proves it where timm is installed, and reads it back.
 
-    Args:
-        output: ``.safetensors`` (no torch needed), or any other suffix for ``torch.load``.
-        target: ``timm`` or ``facebook`` (facebookresearch/deit) names.
-
-    Raises:
-        WeightsError: the file is no whole ResMLP; timm's outputs differ; it cannot be written.
+    ``output`` is ``.safetensors`` (no torch needed) or any other suffix for ``torch.load``;
+    ``target`` is ``timm`` or ``facebook``. Raises WeightsError: the file is no whole ResMLP, timm's
+    outputs differ, it cannot be written.
     """
     file = read_weights(pretrained, key)
     with naming(file.path):

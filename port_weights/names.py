@@ -90,11 +90,7 @@ def to_paddle(
 def from_paddle(
     state: Mapping[str, np.ndarray], target: str
 ) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """The way back: a Paddle state dict with the names and the layout of ``target``.
-
-    Raises:
-        WeightsError: a name that is not ResMLP's.
-    """
+    """The way back, to names and layout of ``target``. Raises WeightsError for other names."""
     foreign = [name for name in state if translate(name, "paddle", target) is None]
     if foreign:
         raise WeightsError(f"not parameters of ResMLP: {shorten(foreign)}")

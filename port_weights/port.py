@@ -32,9 +32,8 @@ def port(
         proof: ``timm`` compares outputs, ``keys`` lists the tensors, ``auto`` compares where torch
             and timm are installed and lists otherwise.
 
-    Raises:
-        WeightsError: the state dict is not a whole ResMLP, does not fit ``cfg``, or the ported
-            model differs from timm's. Nothing is written then.
+    Raises WeightsError, and writes nothing, where the state dict is not a whole ResMLP, does not
+    fit ``cfg``, or the ported model differs from timm's.
     """
     source = names.torch_format(state)
     if "patch_embed.patch_embed.weight" in state:

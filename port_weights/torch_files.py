@@ -30,17 +30,11 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
 
 def read_torch_weights(path: str, key: str = "auto") -> tuple[dict[str, np.ndarray], str]:
-    """Reads a state dict with PyTorch's names.
+    """Reads a state dict with PyTorch's names, in float32, and the key that was taken ("": none).
 
-    Args:
-        key: which state dict of a training checkpoint; ``auto`` takes the first that is there of
-            model_ema, state_dict_ema, model, state_dict.
-
-    Returns:
-        The state dict in float32, and the key that was taken (empty: the file is a state dict).
-
-    Raises:
-        WeightsError: no such file; it holds no weights, or more than weights; torch is missing.
+    ``key`` says which of a training checkpoint; ``auto`` takes the first that is there of
+    model_ema, state_dict_ema, model, state_dict. Raises WeightsError: no such file; it holds no
+    weights, or more than weights; torch is missing.
     """
     if not os.path.isfile(path):
         raise WeightsError(f"{path}: {unreachable(path) or 'no such file'}")
@@ -59,10 +53,8 @@ def read_torch_weights(path: str, key: str = "auto") -> tuple[dict[str, np.ndarr
 
 
 def write_torch_weights(state: Mapping[str, np.ndarray], path: str) -> None:
-    """Writes ``.safetensors``, or with any other suffix a file for ``torch.load``.
-
-    Raises:
-        WeightsError: the file cannot be written; torch is needed and missing.
+    """Writes ``.safetensors``, or with any other suffix a file for ``torch.load``. Raises
+    WeightsError if it cannot be written, or torch is needed and missing.
     """
     if Path(path).suffix == ".safetensors":
         write_weights(state, path)
@@ -99,9 +91,7 @@ def _load(path: str) -> Any:
 
 
 def _read_zip(path: str) -> Any:
-    """The content of a file of PyTorch 1.6 and later: a pickle, of which nothing is run, and the
-    numbers beside it.
-    """
+    """The pickle of a file of PyTorch 1.6 and later, of which nothing is run, with its numbers."""
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]

@@ -79,12 +79,8 @@ def timm_model(architecture: Architecture):
 def compare_with_timm(
     model, torch_state: Mapping[str, np.ndarray], architecture: Architecture, images: int = 2
 ) -> Comparison:
-    """Runs a Paddle model and timm's, which reads the PyTorch state dict by its own code.
-
-    The images, at least 2, are seeded normal noise; our model becomes float64.
-
-    Raises:
-        WeightsError: timm refuses the state dict.
+    """Runs a Paddle model, in float64, and timm's, which reads the state dict by its own code. The
+    ``images``, at least 2, are seeded normal noise. Raises WeightsError where timm refuses.
     """
     import paddle
     import torch
@@ -120,8 +116,8 @@ def compare_outputs(expected: Outputs, found: Outputs) -> Comparison:
 
 
 def check(comparison: Comparison) -> None:
-    """Raises WeightsError where the models differ by more than `TOLERANCE` (or are not finite), and
-    where they could not: features that are the same for every image prove nothing.
+    """Raises WeightsError where the models differ by more than `TOLERANCE` or are not finite, and
+    where features that are the same for every image prove nothing.
     """
     if comparison.features.spread == 0:
         raise WeightsError(

@@ -111,8 +111,8 @@ class Measure(NamedTuple):
     data: str  # the set that it is measured on, as `tools/evaluate_zoo.py` calls it
     key: str  # of eval.json
     images: int  # of the whole set
-    # Percent that timm's own results of one of these weights changed by, from release to release of
-    # timm, PyTorch, CUDA and Pillow (2021 to 2025), at most, rounded up to 0.01.
+    # The largest change (percent, rounded up to 0.01) of timm's own results of one of these weights
+    # from release to release of timm, PyTorch, CUDA and Pillow (2021 to 2025).
     spread: float
 
 
@@ -126,8 +126,8 @@ MEASURES = {
     "r": Measure("R", "r", "subset_top1", 30000, 0.10),
 }
 
-# Top-1 by name: with ImageNet-ReaL's labels; on ImageNet-V2 (matched frequency) and -Sketch; on -A
-# and -R among their 200 classes. timm's results/results-imagenet-real.csv and so on.
+# Top-1 with ImageNet-ReaL's labels; on ImageNet-V2 (matched frequency), -Sketch, -A and -R (the
+# last two among their 200 classes): timm's results/results-imagenet-*.csv.
 OTHER_SETS = {
     "resmlp_12_224": (83.566, 64.330, 25.526, 7.067, 38.450),
     "resmlp_24_224": (85.277, 67.700, 27.570, 12.467, 40.677),

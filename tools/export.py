@@ -107,17 +107,12 @@ def export(
         with_preprocessing: normalisation and softmax inside the model: uint8 ``[B, H, W, 3]`` in,
             probabilities out; else normalised float32 ``[B, 3, H, W]`` in, logits out.
         images: to verify on, as `verification_images` takes them. int8 needs real ones.
-        class_names: as `predict.find_class_names` takes it; the weights' own come first.
+        class_names: as `predict.find_class_names` takes it, after the weights' own.
 
-    Returns:
-        The metadata. ``largest_difference`` has, for each format, that to the eager model, relative
-            to the largest output; ``int8`` has ``int8_layers``, ``top1_agreement`` in percent, and
-            what it was ``verified_on``.
-
-    Raises:
-        UserError: a missing package; unusable weights or images; a file that computes something
-            else (int8: that agrees for less than `MIN_AGREEMENT` percent of the images); it is
-            removed.
+    Returns the metadata: ``largest_difference`` to the eager model, relative to the largest output,
+    of each format; ``int8``: ``int8_layers``, ``top1_agreement`` in percent, ``verified_on``.
+    Raises UserError, and removes the file, where one computes something else (int8: agrees for less
+    than `MIN_AGREEMENT` percent), and for missing packages and unusable weights or images.
     """
     for name in formats:
         require(f"-format {name}", _EXPORTERS[name][0])
@@ -161,8 +156,7 @@ def export(
 def verification_images(
     config, sources: Iterable[str | os.PathLike] = (), limit: int = VERIFY_IMAGES
 ) -> tuple[np.ndarray, str]:
-    """At most ``limit`` images, uint8 ``[n, H, W, 3]``, cropped as in evaluation; a line about
-    them.
+    """At most ``limit`` images, uint8 ``[n, H, W, 3]``, as evaluation crops them; a line on them.
 
     They are spread over the sources (see `find_images`), without any over the config's validation
     data; where that is missing they are smooth and random.
