@@ -15,9 +15,7 @@ from utils import Normalize, to_device
 class BatchAugment:
     """Turns a batch as the loader yields it into what the model and the loss take.
 
-    Args:
-        config: ``DATA.IMAGENET_MEAN/STD``, ``TRAIN.RANDOM_ERASE_*``, ``TRAIN.MIXUP_*`` and
-            ``CUTMIX_*`` are used; parts that are off cost nothing.
+    Of DATA it uses IMAGENET_MEAN/STD, of TRAIN RANDOM_ERASE_*, MIXUP_* and CUTMIX_*.
     """
 
     def __init__(self, config):
@@ -26,15 +24,9 @@ class BatchAugment:
         self.mix = Mixup.from_config(config)
 
     def __call__(self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
-        """Augments a batch.
+        """uint8 images ``[B, H, W, 3]``, int64 labels ``[B]`` -> float32 ``[B, 3, H, W]``, targets.
 
-        Args:
-            images: uint8 ``[B, H, W, 3]``.
-            labels: int64 ``[B]``.
-            rng: for boxes and shares; erasing noise comes from Paddle's generator.
-
-        Returns:
-            float32 images ``[B, 3, H, W]``, and targets: the labels, or after mixing ``[B, K]``.
+        These are the labels, or after mixing ``[B, K]``. Erasing noise is of Paddle's generator.
         """
         batch, height, width, channels = images.shape
         images, erasing, mixing = self.normalize(images), [], []

@@ -279,13 +279,9 @@ _OLD_NAMES = {  # PPViT's first releases
 
 # ------------------------------------------------------------------------------ public API
 def get_config(cfg_file: str | None = None) -> CN:
-    """Returns the default config, merged with a YAML file if one is given.
+    """The default config, merged with a YAML file (its ``BASE`` files first) if one is given.
 
-    Args:
-        cfg_file: path of a YAML file; its ``BASE`` files are merged before it.
-
-    Raises:
-        ConfigError: an unreadable file, an unknown key, a value of the wrong type or range.
+    ConfigError if a file cannot be read, a key is unknown, a value has the wrong type or range.
     """
     config = _C.clone()
     if cfg_file:
@@ -295,11 +291,7 @@ def get_config(cfg_file: str | None = None) -> CN:
 
 
 def update_config(config: CN, args: argparse.Namespace) -> CN:
-    """Merges parsed command-line arguments (see `get_arguments`) into ``config``; returns it.
-
-    Raises:
-        ConfigError: as `get_config`; the message names the flag.
-    """
+    """Merges parsed command-line arguments into ``config``; a ConfigError names the flag."""
     config.defrost()
     if getattr(args, "cfg", None):
         _merge_file(config, args.cfg)
@@ -318,10 +310,7 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
 
 
 def resolve_config(args: argparse.Namespace) -> CN:
-    """The frozen config of a run, from the arguments of a main (`get_arguments`).
-
-    Prints the line of `note_on_defaults`; raises as `update_config`.
-    """
+    """The frozen config of a run, from a main's arguments; prints `note_on_defaults`."""
     config = update_config(get_config(), args)
     if note := note_on_defaults(config, args):
         print(note, flush=True)
@@ -333,10 +322,6 @@ def note_on_defaults(config: CN, args: argparse.Namespace) -> str | None:
     """One line on unset keys that PPViT has other defaults for; None: there is nothing to say.
 
     Our own YAML files, and those that build on one of them, hold the recipe that they mean.
-
-    Args:
-        config: the resolved config of a training.
-        args: the arguments that it was resolved from.
     """
     files: list[str] = []
     if config.EVAL or not args.cfg:
@@ -377,8 +362,7 @@ _FLAGS = {  # group -> flag -> how help names its value, and the keys that it se
 def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") -> argparse.Namespace:
     """Parses the flags of the mains. Each works with one dash or two, with ``_`` or ``-``.
 
-    Raises:
-        ConfigError: an unknown flag, or one without its value.
+    ConfigError if a flag is unknown, or has no value.
     """
     parser = Parser(description)
     for title, flags in _FLAGS.items():
@@ -431,10 +415,7 @@ def _settle(config: CN, where: str) -> None:
 
 
 def _merge_file(config: CN, path: str, chain: tuple = (), merged: list | None = None) -> None:
-    """Merges a YAML file, its BASE files first.
-
-    ``chain`` holds the files that led here, ``merged`` all files so far, each as often as it came.
-    """
+    """Merges a YAML file, BASE files first; ``chain`` led here, ``merged`` are all files so far."""
     path = os.path.expanduser(path)
     real = os.path.realpath(path)
     if real in chain:
@@ -483,10 +464,7 @@ def _read_yaml(path: str) -> yaml.Node | None:
 
 
 def _entries(node: yaml.Node | None, path: str, prefix: str, lines: dict[str, int]):
-    """Yields ``(dotted key, value, 'file:line')`` for every leaf of a YAML mapping.
-
-    ``lines`` holds where each key stands in the file, whatever its spelling.
-    """
+    """Yields ``(dotted key, value, 'file:line')`` of a YAML mapping; fills ``lines`` by key."""
     if node is None:
         return
     for key_node, value_node in node.value:

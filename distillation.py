@@ -1,11 +1,8 @@
 """The teacher of a distillation: a frozen network that sees the images as it was trained to.
 
-TRAIN.TEACHER_MODEL is one of
-
-- the prefix of a network saved by ``paddle.jit.save`` (``PREFIX.json`` or ``PREFIX.pdmodel``, with
-  ``PREFIX.pdiparams``), weights included;
-- a YAML file of another ResMLP, with TRAIN.TEACHER_PRETRAINED;
-- a name of ``paddle.vision.models``, with TRAIN.TEACHER_PRETRAINED.
+TRAIN.TEACHER_MODEL is the prefix of a network saved by ``paddle.jit.save`` (``PREFIX.json`` or
+``PREFIX.pdmodel``, with ``PREFIX.pdiparams``); or, with TRAIN.TEACHER_PRETRAINED, a YAML file of
+another ResMLP or a name of ``paddle.vision.models``.
 
 Build it after the student and its optimizer: a network built earlier shifts the automatic names of
 Paddle's parameters, by which optimizer states are stored.
@@ -35,12 +32,9 @@ from storage.weights import WeightFile, read_weights
 
 
 class Teacher:
-    """A frozen network, with its own normalisation and input size.
+    """A frozen network (images -> logits ``[B, K]``), with its own normalisation and input size.
 
-    Args:
-        network: images -> logits ``[B, K]`` (or a tuple that begins with them).
-        image_size: H and W of its input, in pixels.
-        mean, std: normalisation of its input; ``student_...``: of the images it is given.
+    ``mean`` and ``std`` are of its input, ``student_...`` those of the images it is given.
     """
 
     def __init__(
@@ -69,8 +63,7 @@ class Teacher:
     def match(self, student: ClassNames) -> str:
         """Brings the logits into the order of the student's classes; a line for the log, if any.
 
-        Raises:
-            DataError: the teacher has other classes.
+        DataError if the teacher has other classes.
         """
         labels, line = student.labels_in(self.classes, "a teacher has the student's classes")
         self._labels = labels and paddle.to_tensor(labels)
@@ -93,14 +86,10 @@ class Teacher:
 def build_teacher(config) -> Teacher:
     """Builds the teacher of TRAIN.TEACHER_* and tries it on two blank images.
 
-    Args:
-        config: the student's. Its DATA.IMAGE_SIZE, IMAGENET_MEAN and IMAGENET_STD stand in for a
-            TRAIN.TEACHER_IMAGE_SIZE, _MEAN or _STD of None, except where the teacher is a YAML
-            file or an export with metadata: those have their own.
-
-    Raises:
-        ConfigError: no such teacher, no weights for it, or it does not fit images or classes.
-        WeightsError: its weights cannot be read, or do not fit.
+    The student's DATA.IMAGE_SIZE, IMAGENET_MEAN and IMAGENET_STD stand in for a
+    TRAIN.TEACHER_IMAGE_SIZE, _MEAN or _STD of None, unless the teacher has its own: a YAML file or
+    an export with metadata. ConfigError if there is none or it does not fit images or classes,
+    WeightsError for its weights.
     """
     train, data = config.TRAIN, config.DATA
     name, count = train.TEACHER_MODEL, config.MODEL.NUM_CLASSES
@@ -187,9 +176,7 @@ def _saved_prefix(name: str) -> str | None:
 
 
 def _metadata(prefix: str, size: int, mean: list, std: list) -> tuple:
-    """Size, mean, standard deviation and classes of a network of tools/export.py, which says them
-    in ``PREFIX.metadata``; of any other network those given, and nothing of classes.
-    """
+    """Size, mean, deviation and classes, of tools/export.py's ``PREFIX.metadata`` or as given."""
     path = Path(prefix + ".metadata")
     if not path.is_file():
         return size, mean, std, UNKNOWN

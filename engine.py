@@ -1,9 +1,4 @@
-"""Training and evaluation: the only loops of the project, the same for one process and many.
-
-    run(config)
-
-`run` reads top to bottom: process, folder, data, model, learner, loop.
-"""
+"""Training and evaluation: the only loops of the project, the same for one process and many."""
 
 from __future__ import annotations
 
@@ -39,13 +34,8 @@ def run(
 ) -> Result:
     """Trains, or with ``config.EVAL`` evaluates, as a frozen config says.
 
-    Args:
-        on_step: called with the number of optimizer steps done, for a supervisor.
-        folder: of the run; None for `choose_folder`.
-
-    Raises:
-        UserError: anything that the user can mend, in one line.
-        Preempted: after SIGTERM or Ctrl-C, when everything is saved.
+    ``on_step`` is called with the number of optimizer steps done. UserError is what the user can
+    mend; Preempted comes after SIGTERM or Ctrl-C, when everything is saved.
     """
     process = prepare_process()
     weights = None
@@ -213,10 +203,7 @@ class Trainer:
         return ema or raw
 
     def evaluate(self, models: dict[str, Callable]) -> list[Metrics]:
-        """Evaluates models, by labels for the log, in one pass over the validation images.
-
-        Saves nothing, and stops when asked to.
-        """
+        """Metrics of models, by labels for the log, on the validation images; saves nothing."""
         bar = ProgressLine(f"{next(iter(models))}: evaluation", self.process.main)
         found = evaluate(
             [partial(self.learner.predict, model=model) for model in models.values()],

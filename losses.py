@@ -34,9 +34,7 @@ def class_weights(config, labels: Sequence[int] = ()) -> paddle.Tensor | None:
 
     ``balanced`` weights a class by the inverse of its share of the labels, so that the mean weight
     of an image is 1 (scikit-learn's formula, over the classes that occur; the others have 1).
-
-    Raises:
-        ConfigError: another number of weights than of classes.
+    ConfigError if there are not K numbers.
     """
     weights, classes = config.TRAIN.CLASS_WEIGHTS, config.MODEL.NUM_CLASSES
     if weights == "none":
@@ -66,15 +64,11 @@ def build_distillation_loss(config) -> DistillationLoss | None:
 class CrossEntropy:
     """Cross-entropy ``[B, K]``, ``[B]`` -> the mean over images, float32.
 
-    Targets are labels (int64 ``[B]``), which are smoothed here, or shares of the classes
-    ``[B, K]``, which mixup has smoothed already.
-
-    Args:
-        smoothing: see `smooth_one_hot`.
-        weights: ``[K]``; the loss of an image is multiplied by the weight of its class, that of a
-            mixed one is the sum over its classes of share times weight times loss. (PyTorch weighs
-            the targets' sum over classes instead, in which the smoothed share of a rare class, the
-            same in every image, can outweigh the labels.) The mean stays one over images.
+    Targets are labels (int64 ``[B]``), which are smoothed here, or the classes' shares ``[B, K]``,
+    which mixup has smoothed already. With ``weights`` ``[K]`` the loss of an image is multiplied by
+    the weight of its class, that of a mixed one is the sum over its classes of share times weight
+    times loss. (PyTorch weighs the targets' sum over classes, in which the smoothed share of a rare
+    class, the same in every image, can outweigh the labels.)
     """
 
     smoothing: float = 0.0
@@ -92,13 +86,9 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """One yes-or-no question for each class, as in ResNet strikes back (arXiv 2110.00476).
 
-    Equal to timm's ``BinaryCrossEntropy``: the mean over images *and* classes.
-
-    Args:
-        smoothing, weights: as for `CrossEntropy`.
-        target_threshold: targets above it become 1 and all others 0, so that every class in a
-            mixed image counts as fully present (the article; its training used 0.2). None: the
-            targets stay soft.
+    The mean is over images *and* classes, as timm's. Targets above ``target_threshold`` become 1
+    and all others 0, so that every class in a mixed image counts as fully present (the article; its
+    training used 0.2); with None they stay soft.
     """
 
     smoothing: float = 0.0
@@ -118,18 +108,12 @@ class BinaryCrossEntropy:
 
 @dataclass(eq=False)
 class DistillationLoss:
-    """Adds what a teacher says to the loss of the labels, on the same output of the student.
+    """``(1 - alpha) * loss of the labels + alpha * distillation``, on the student's one output.
 
-    ``(1 - alpha) * loss + alpha * distillation``. ResMLP's distilled models (paper, sections
-    3.1 and 3.2) use ``hard`` with alpha 0.5: the mean of the two losses.
-
-    Args:
-        kind: ``hard``: cross-entropy to the teacher's most probable class. ``soft``: divergence
-            KL(teacher || student) of the two distributions at temperature tau, times tau squared
-            (which keeps the size of its gradient), *averaged over images and classes* as DeiT's
-            code does it: K times smaller than a mean over images, so choose alpha near 1.
-        alpha: share of the distillation, 0 to 1.
-        tau: temperature of ``soft``.
+    ``hard`` is cross-entropy to the teacher's most probable class; ResMLP's distilled models
+    (paper, sections 3.1 and 3.2) use it with alpha 0.5. ``soft`` is KL(teacher || student) at
+    temperature tau, times tau squared (which keeps the size of its gradient), *averaged over images
+    and classes* as in DeiT's code: K times smaller than a mean over images, so choose alpha near 1.
     """
 
     kind: str = "hard"
@@ -161,9 +145,7 @@ def _dense(targets: paddle.Tensor, logits: paddle.Tensor, smoothing: float) -> p
 
 
 def _weigh(targets: paddle.Tensor, weights: paddle.Tensor | None, smoothing: float) -> tuple:
-    """Targets ``[B, K]`` in which the shares of a mixed image count by the weights of their
-    classes, and the weight of each image, ``[B]``, or None.
-    """
+    """Targets ``[B, K]``, a mixed image's shares weighted, and image weights ``[B]`` or None."""
     if weights is None:
         return targets, None
     even = smoothing / targets.shape[1]

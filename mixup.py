@@ -1,10 +1,9 @@
-"""Mixup and CutMix of a whole batch on the device, and the smoothed targets.
+"""Mixup and CutMix of a whole batch on the device, and the smoothed targets, as timm's ``Mixup``.
 
 Both are one operation: every pixel of an image moves towards the same pixel of its partner by a
 share that is constant inside a box and zero outside. Mixup (arXiv 1710.09412) is a share of
 1 - lambda and a box as large as the image; CutMix (arXiv 1905.04899) is a share of 1 and a smaller
-box. The boxes are drawn by NumPy on the host; the device does one interpolation, whatever the mode.
-Distributions and targets are those of timm's ``Mixup``.
+box. The boxes are drawn by NumPy on the host.
 """
 
 from __future__ import annotations
@@ -23,18 +22,15 @@ from utils import to_device
 
 
 def smooth_one_hot(labels: paddle.Tensor, num_classes: int, smoothing: float) -> paddle.Tensor:
-    """Targets ``[B, K]`` of labels ``[B]``: 1 - smoothing + smoothing / K at the label, else
-    smoothing / K.
-    """
+    """Targets ``[B, K]``: smoothing / K, and 1 - smoothing more at the label."""
     return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 class Mix(NamedTuple):
     """What happens to ``n`` images: one row for the whole batch (n = 1), or one for each image.
 
-    Attributes:
-        boxes: ``[n, 4]`` top, bottom, left, right in pixels; bottom and right are exclusive.
-        strength: ``[n]`` the partner's share of a pixel inside the box; 0: not mixed.
+    ``boxes`` ``[n, 4]``: top, bottom, left, right in pixels; bottom and right are exclusive.
+    ``strength`` ``[n]``: the partner's share of a pixel inside the box; 0: not mixed.
     """
 
     boxes: np.ndarray
@@ -47,9 +43,8 @@ class Mix(NamedTuple):
 
 
 def cutmix_boxes(rng: np.random.Generator, own_share: np.ndarray, height: int, width: int):
-    """Boxes ``[n, 4]`` of the image's shape, with a centre anywhere, cut off at its edges.
-
-    ``own_share`` is lambda, ``[n]``: a whole box covers 1 - lambda of the image.
+    """Boxes ``[n, 4]`` of the image's shape, with a centre anywhere, cut off at its edges; a whole
+    one covers 1 - lambda of the image. ``own_share`` is lambda, ``[n]``.
     """
     ratio = np.sqrt(1 - own_share)
     bounds = []
@@ -78,19 +73,15 @@ def cutmix_boxes_minmax(
 class Mixup:
     """Mixes the images and targets of a batch with those of the batch in reverse order.
 
-    With an odd batch the image in the middle is its own partner and stays as it is. (timm refuses
-    odd batches.)
+    The image in the middle of an odd batch stays as it is. (timm refuses odd batches.)
 
     Args:
-        num_classes: K of the targets.
         mixup_alpha: lambda of mixup is drawn from Beta(alpha, alpha); 0: no mixup.
         cutmix_alpha: the same for the area of CutMix; 0: no CutMix.
         cutmix_minmax: smallest and largest share of a side, instead of ``cutmix_alpha``.
         prob: probability that a row of the plan (batch, pair or image) is mixed at all.
         switch_prob: probability of CutMix where both are on.
-        mode: what shares a plan: the whole ``batch``, both images of a ``pair``, or nothing: each
-            image (``elem``) has its own.
-        smoothing: of the targets, see `smooth_one_hot`.
+        mode: what shares a plan: the ``batch``, a ``pair`` of images, or nothing (``elem``).
     """
 
     num_classes: int
@@ -175,9 +166,5 @@ class Mixup:
         return images, paddle.lerp(paddle.index_select(targets, partner), targets, own)
 
     def __call__(self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
-        """Mixes a batch by itself.
-
-        Returns:
-            The mixed images and ``[B, K]`` float32 targets; the arguments are left as they were.
-        """
+        """Mixed images and float32 targets ``[B, K]``; the arguments are left as they were."""
         return self.apply(images, labels, to_device(self.plan(rng, len(labels), *images.shape[2:])))

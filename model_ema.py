@@ -13,9 +13,8 @@ from paddle import nn
 class ModelEma:
     """Keeps a second model whose weights trail those of the first.
 
-    Build it after pretrained weights are loaded: it starts from what the model holds then. It is
-    evaluated as it is, nothing is swapped. In data-parallel runs every rank makes the same update
-    from the same weights, so it is the same everywhere without communication.
+    Build it after pretrained weights are loaded: it starts from what the model holds then. Every
+    rank makes the same update from the same weights, without communication.
 
     Args:
         model: the model in training (not wrapped).
@@ -52,8 +51,8 @@ class ModelEma:
 
     @paddle.no_grad()
     def update(self, step: int, applied: paddle.Tensor | None = None) -> None:
-        """Moves the average towards the model, after ``step`` optimizer steps and this one;
-        ``applied`` says, on the device, whether a loss scaler let it happen.
+        """Moves the average towards the model, after ``step`` optimizer steps and this one, if
+        ``applied`` (on the device) says that a loss scaler let it happen.
         """
         weight = paddle.full([], 1.0 - self.decay_at(step))  # of a number lerp_ makes one for each
         if applied is not None:

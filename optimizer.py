@@ -31,8 +31,7 @@ def learning_rate(config, epoch: float, total_batch: int) -> float:
     images of an optimizer step, over all processes and accumulated batches.
 
     Source: timm's schedulers in epoch mode, as DeiT uses them: the warmup replaces the first
-    epochs of the curve rather than preceding it. DeiT scales the base rate only, by
-    total_batch / LINEAR_SCALED_LR; the warmup start and the floor stay as given.
+    epochs of the curve. DeiT scales the base rate only, by total_batch / LINEAR_SCALED_LR.
     """
     train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
     base = scaled_rate(config, total_batch)
@@ -51,10 +50,7 @@ def learning_rate(config, epoch: float, total_batch: int) -> float:
 
 
 class Schedule:
-    """How a run is divided into steps, and the learning rate of each.
-
-    An epoch has so many ``batches`` on each of ``world`` processes, ``images`` in all.
-    """
+    """The steps of a run (``batches`` an epoch on each of ``world`` processes) and their rates."""
 
     def __init__(self, config, batches: int, world: int, images: float = math.inf):
         self.config, self.accum_iter = config, min(config.TRAIN.ACCUM_ITER, batches)
@@ -79,7 +75,7 @@ class Schedule:
 # ---------------------------------------------------------------------------------- roles
 def decayed_parameters(model: nn.Layer) -> set[str]:
     """Names of the parameters that weight decay applies to: the weights of linear layers and of
-    the patch convolution. Biases, Affine and LayerScale are left alone (DeiT, LAMB's usual set).
+    the patch convolution, not biases, Affine and LayerScale (DeiT, LAMB's usual set).
     """
     return {
         f"{prefix}.weight" if prefix else "weight"
@@ -116,10 +112,9 @@ OPTIMIZERS = {  # TRAIN.OPTIMIZER.NAME -> Paddle's class, what that keeps for ea
 
 
 def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
-    """Builds one of `OPTIMIZERS` (SGD is Nesterov's); the engine sets its rate at every step.
+    """Builds one of `OPTIMIZERS` (SGD is Nesterov's); the engine sets its rate and clips.
 
-    One flat parameter list: Paddle clips and schedules groups one by one. Clipping is not in here,
-    see `clip_gradients`.
+    It has one flat parameter list: Paddle clips and schedules groups one by one.
     """
     settings, decay = config.TRAIN.OPTIMIZER, config.TRAIN.WEIGHT_DECAY
     everything = dict(model.named_parameters())
@@ -163,10 +158,9 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
 
 @paddle.no_grad()
 def clip_gradients(parameters: list, max_norm: float | None) -> paddle.Tensor:
-    """Scales all gradients together so that their global norm is at most ``max_norm``.
+    """Scales all gradients together to a global norm of at most ``max_norm`` (None: only measures).
 
-    Returns:
-        The norm before clipping, a float32 scalar on the device. ``max_norm`` None only measures.
+    Returns the norm before clipping, a float32 scalar on the device.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     on_gpu = paddle.get_device() != "cpu"  # where a copy costs less than a launch a parameter
@@ -196,13 +190,10 @@ def optimizer_state(optimizer, model: nn.Layer) -> dict:
 
 
 def by_parameter(state: dict, names: dict[str, str]) -> dict:
-    """The state dict of a Paddle optimizer, by parameter: ``{parameter: {slot: value}}``.
+    """A Paddle optimizer's state by parameter: ``{parameter: {slot: value}}``.
 
-    In ``state`` keys are ``<Paddle's name>_<slot>``; ``names`` leads from Paddle's names to the
-    model's.
-
-    Raises:
-        CheckpointError: an entry belongs to no parameter.
+    Keys of ``state`` are ``<Paddle's name>_<slot>``; ``names`` leads from Paddle's names to the
+    model's. CheckpointError if an entry belongs to no parameter.
     """
     result: dict = {}
     for key, value in state.items():
@@ -215,11 +206,7 @@ def by_parameter(state: dict, names: dict[str, str]) -> dict:
 
 
 def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
-    """Puts back what `optimizer_state` returned (as arrays or tensors).
-
-    Raises:
-        CheckpointError: the state is of another model or optimizer.
-    """
+    """Puts back what `optimizer_state` returned; CheckpointError for another model or optimizer."""
     parameters = trainable_parameters(model)
     if not state:  # saved before the first step
         return

@@ -24,15 +24,12 @@ TRIES = 10
 def draw_boxes(
     rng: np.random.Generator, batch: int, height: int, width: int, prob: float, max_count: int = 1
 ) -> np.ndarray:
-    """Draws the boxes to erase.
+    """Boxes to erase: int64 ``[B, max_count, 4]``, top, bottom, left, right; the second and last
+    exclusive. A box that is not there is empty.
 
     An image is chosen with probability ``prob`` and gets 1 to ``max_count`` boxes, among which the
     area is divided. Area and aspect ratio (uniform, log-uniform) are drawn until the box fits;
     after `TRIES` there is none.
-
-    Returns:
-        ``[B, max_count, 4]`` int64: top, bottom, left, right, the second and last exclusive. A box
-        that is not there is empty.
     """
     count = rng.integers(1, max_count + 1, size=(batch, 1))
     wanted = (rng.random((batch, 1)) < prob) & (np.arange(max_count) < count)
@@ -60,8 +57,7 @@ class RandomErasing:
         mode: what a box is filled with: ``const`` zero, the mean of the normalised data; ``rand``
             a random colour, normal in each channel; ``pixel`` normal noise.
         max_count: boxes of an image at most.
-        split: leave the first half of a batch alone, for losses that compare clean and augmented
-            halves (timm's two splits).
+        split: leave the first half of a batch alone (timm's two splits).
     """
 
     prob: float = 0.25
@@ -85,8 +81,8 @@ class RandomErasing:
     def plan(self, rng, batch: int, channels: int, height: int, width: int) -> list[np.ndarray]:
         """What `apply` needs on the device, int32: four arrays for each box that an image may have.
 
-        With R the rows of pixels that boxes cross, of the B * C * H of a batch: the rows ``[R]``,
-        their planes ``[R]`` of B * C and images ``[R]``, and the columns inside, ``[B, W]``.
+        With R the rows of pixels that boxes cross, they are the rows ``[R]`` of B * C * H, their
+        planes ``[R]`` of B * C and images ``[R]``, and the columns inside, ``[B, W]``.
         """
         boxes = draw_boxes(rng, batch, height, width, self.prob, self.max_count)
         if self.split:
@@ -103,10 +99,7 @@ class RandomErasing:
         return [array.astype("int32") for array in arrays]
 
     def apply(self, images: paddle.Tensor, plan: list[paddle.Tensor]) -> paddle.Tensor:
-        """Erases boxes of normalised images ``[B, C, H, W]``; noise comes from Paddle's generator.
-
-        The argument is left as it was.
-        """
+        """Erases boxes of images ``[B, C, H, W]``, not in place; noise is of Paddle's generator."""
         if not plan:
             return images
         width = images.shape[3]

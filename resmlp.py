@@ -40,8 +40,7 @@ def default_layer_scale(depth: int) -> float:
 def _linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer initialised as in the official code: normal 0.02, zero bias.
 
-    (Its ``trunc_normal_`` cuts at -2 and 2, a hundred deviations away; Paddle's versions disagree
-    on where theirs cuts.)
+    (Its ``trunc_normal_`` cuts at -2 and 2, a hundred deviations away.)
     """
     return nn.Linear(
         in_features,
@@ -64,8 +63,8 @@ class Affine(nn.Layer):
 
 
 class DropPath(nn.Layer):
-    """Drops a sample's residual branch with probability ``rate`` while training, and scales what is
-    kept by 1/(1-rate) (stochastic depth, arXiv 1603.09382).
+    """Stochastic depth (arXiv 1603.09382): in training drops a sample's residual branch with
+    probability ``rate``, and scales what is kept by 1/(1-rate).
     """
 
     def __init__(self, rate: float = 0.0):
@@ -165,18 +164,13 @@ class ResBlock(nn.Layer):
 
 
 class ResMLP(nn.Layer):
-    """ResMLP image classifier.
+    """ResMLP image classifier; ConfigError if the patches do not fill the image.
 
     Args:
-        image_size, patch_size: height and width, pixels; a multiple of each other.
+        image_size, patch_size: height and width, pixels.
         num_classes: K; 0 leaves out the head, and the model returns features ``[B, C]``.
-        embed_dim: C.
-        depth: blocks.
         layer_scale_init: None chooses by depth (`default_layer_scale`).
         drop_path: rate of stochastic depth, the same for every block (official code).
-
-    Raises:
-        ConfigError: ``image_size`` is not a multiple of ``patch_size``.
     """
 
     def __init__(
@@ -214,12 +208,10 @@ class ResMLP(nn.Layer):
         self.head = _linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def freeze(self, part: int | str) -> None:
-        """Takes layers out of training: no gradient reaches them, an optimizer (`build_optimizer`)
-        does not know them, and drop path and dropout are off in them.
+        """Takes layers out of training: no gradient, not in the optimizer, no drop path or dropout.
 
-        Args:
-            part: N: the patch embedding and the first N blocks, 0: nothing; ``backbone``: all but
-                the head.
+        ``part`` is N: the patch embedding and the first N blocks (0: nothing), or ``backbone``: all
+        but the head.
         """
         layers = [self.patch_embed, *self.mixer_layers, self.norm]
         if part != "backbone":
@@ -262,11 +254,7 @@ class ResMLP(nn.Layer):
 
 
 def build_resmlp(config) -> ResMLP:
-    """Builds the model that a config describes (``config.MODEL``, ``config.DATA.IMAGE_SIZE``).
-
-    Raises:
-        ConfigError: MODEL.NUM_CLASSES is still ``auto`` (`loading.classes.with_num_classes`).
-    """
+    """Builds the model of ``config.MODEL``; ConfigError while MODEL.NUM_CLASSES is ``auto``."""
     if config.MODEL.NUM_CLASSES == "auto":
         raise ConfigError(
             "MODEL.NUM_CLASSES is auto, and only a run counts the classes of its data: set the "

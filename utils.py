@@ -32,10 +32,9 @@ def seed_everything(seed: int) -> None:
 
 
 def step_rng(seed: int, rank: int, epoch: int, step: int) -> np.random.Generator:
-    """The randomness of one training step, a function of its arguments alone.
+    """The randomness of one training step, a function of its arguments alone, so that runs resume.
 
-    Seeds Paddle's generators (dropout, drop path, erasing noise) and returns a NumPy generator
-    (boxes, lambdas), so that a resumed run continues as if it had never stopped.
+    Seeds Paddle's generators (dropout, drop path, erasing noise) and returns a NumPy generator.
     """
     rng = np.random.default_rng((3, seed, rank, epoch, step))  # 3: loading/samplers.py uses 1 and 2
     paddle.seed(int(rng.integers(2**31)))
@@ -44,11 +43,7 @@ def step_rng(seed: int, rank: int, epoch: int, step: int) -> np.random.Generator
 
 # ------------------------------------------------------------------------------------ device
 class Normalize:
-    """uint8 ``[B, H, W, 3]`` -> float32 ``[B, 3, H, W]``: ``(x / 255 - mean) / std``.
-
-    Args:
-        mean, std: a number per channel, for values from 0 to 1.
-    """
+    """uint8 ``[B, H, W, 3]`` -> float32 ``[B, 3, H, W]``: ``(x / 255 - mean) / std``."""
 
     def __init__(self, mean: list[float], std: list[float]):
         mean, std = np.array(mean, "float64"), np.array(std, "float64")
@@ -70,7 +65,7 @@ _underway: deque = deque(maxlen=64)  # far more batches than a GPU's queue holds
 
 
 def to_device(arrays: Sequence[np.ndarray]) -> list[paddle.Tensor]:
-    """Arrays of float32 and int32 as tensors, in one copy; on a GPU one that waits for nothing.
+    """Arrays of float32 and int32 as tensors, in one copy that, on a GPU, waits for nothing.
 
     (There, `paddle.to_tensor` of an array waits until all that was started before is done.)
     """

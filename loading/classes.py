@@ -208,7 +208,8 @@ def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
 
 def data_classes(config) -> ClassNames:
     """The classes of a config's data, by the data's own labels: DATA.CLASS_NAMES, else
-    ``classes.txt`` in the data folder, else the folders of an `imagefolder` tree.
+    ``classes.txt`` in the data folder, else the folders of an `imagefolder` tree. DataError if it
+    cannot be read, or does not have MODEL.NUM_CLASSES names.
     """
     names, source = _given_names(config)
     if config.DATA.DATASET != "imagefolder" or not archives.is_folder(config.DATA.DATA_PATH):

@@ -213,8 +213,8 @@ def scan_folder(
     """Finds the images of ``root/split/<class>/``, at any depth, in the order of their names.
 
     Junk (`is_junk`) is passed over; files without an image's ending too, named in the `notes`.
-    `classes` are the class folders by label (default: `find_classes`), in `folder`
-    (`split_folder`). DataError if there are none, or other classes than `num_classes` or train's.
+    `classes` are the class folders by label (None: `find_classes`); `folder` defaults to
+    `split_folder`. DataError if there are none, or other classes than `num_classes` or train's.
     """
     classes = [one_name(name) for name in (find_classes(root) if classes is None else classes)]
     if len(classes) != num_classes:
@@ -320,8 +320,7 @@ def _folders(folder: str) -> list[str]:
 
 
 def class_folders(folder: str) -> list[str]:
-    """The names of the class folders in a folder, as `sort_classes`, without junk and runs'
-    outputs.
+    """The names of a folder's class folders, as `sort_classes`, without junk and runs' outputs.
 
     DataError if it cannot be read, or a name is no line of a text file of names.
     """

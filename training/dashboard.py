@@ -1,8 +1,5 @@
 """Scalars, histograms and images for TensorBoard or VisualDL, behind one small writer.
 
-    dashboard = build_dashboard(config.DASHBOARD, folder)  # none, tensorboard, visualdl
-    dashboard.scalar("train/loss", 2.31, step)
-
 Look at a run with ``tensorboard --logdir output`` or ``visualdl --logdir output``. Where the
 package is missing, a line in the log says so and the run goes on without. (No Paddle in here.)
 """

@@ -27,11 +27,9 @@ _SCALE = 2**30  # confidences are summed as integers: exact, in any order, up to
 class Calibration:
     """Counts how confident a classifier is and how right; its memory does not grow with images.
 
-    Attributes:
-        bins: int64 ``[BINS, 3]``: images, right ones and sum of confidence in units of 1 / 2**30
-            of each bin; bin i holds confidences in (i / BINS, (i + 1) / BINS].
-        mistakes: float64 ``[n, 4]``: confidence, image, label and prediction of the most
-            confident mistakes, the most confident first.
+    ``bins``, int64 ``[BINS, 3]``: images, right ones, sum of confidence in units of 1 / 2**30; bin
+    i holds confidences in (i / BINS, (i + 1) / BINS]. ``mistakes``, float64 ``[n, 4]``: confidence,
+    image, label and prediction, the most confident first.
     """
 
     def __init__(self):
@@ -110,8 +108,7 @@ def class_scores(counts: np.ndarray) -> dict[str, float]:
     """Scores that weigh classes equally, in percent, from `Metrics.counts`.
 
     Balanced accuracy is the mean over classes with images of the share of them that is right.
-    Macro F1 is the mean over classes that occur, as label or prediction, of
-    2 * right / (images + predictions).
+    Macro F1 is the mean over classes that occur of 2 * right / (images + predictions).
     """
     images, right, predictions = counts
     both = images + predictions
@@ -122,20 +119,12 @@ def class_scores(counts: np.ndarray) -> dict[str, float]:
 
 
 def write_report(metrics, names: Sequence[str], folder: Path, files=None) -> list[Path]:
-    """Writes the files of a report; see docs/tools.md.
+    """Writes the files of a report (docs/tools.md) and returns them; UserError if it cannot.
 
     Args:
         metrics: `Metrics` of an evaluation with ``confusion=True``, of K classes.
         names: of the classes; none: their numbers.
-        folder: where the files go.
         files: the `ImageIndex` evaluated; given, its most confident mistakes are listed and shown.
-
-    Returns:
-        The files: ``per_class.csv``, ``report.json``, ``reliability.png``; up to `PICTURE_CLASSES`
-        ``confusion.png``; ``mistakes.csv`` and ``mistakes.png``.
-
-    Raises:
-        UserError: one cannot be written.
     """
     calibration, classes = metrics.calibration, metrics.counts.shape[1]
     names = names or [str(label) for label in range(classes)]
@@ -164,10 +153,7 @@ def write_report(metrics, names: Sequence[str], folder: Path, files=None) -> lis
 
 
 def _per_class(metrics, names: Sequence[str]) -> bytes:
-    """Rows of each class, in percent; what has no images or predictions is empty.
-
-    Top-1 is its recall: the share of its images that is right.
-    """
+    """Rows of each class, in percent; empty without images or predictions. Top-1 is its recall."""
     labels, predictions, counts = metrics.confusion.T
     wrong = labels != predictions
     mistakes = {}  # label -> its most frequent wrong prediction (the first of several), and images

@@ -22,8 +22,7 @@ _log = logging.getLogger("resmlp")
 def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightFile) -> Result:
     """Evaluates weights on the validation images; eval.json holds what it finds.
 
-    Raises:
-        UserError: weights, data or labels that do not fit; the report cannot be written.
+    UserError if weights, data or labels do not fit, or the report cannot be written.
     """
     share = process.rank, process.world
     loader = build_loader(config, "val", *share, _log.info, weights.classes)

@@ -76,9 +76,8 @@ class Metrics:
 
 @dataclass
 class Result:
-    """What a run ends with; ``result["top1"]`` reads as ``result.top1``.
-
-    The numbers are of the last evaluation, of the EMA where there is one; None without any.
+    """What a run ends with, the numbers of its last evaluation (of the EMA where there is one),
+    None without any; ``result["top1"]`` reads as ``result.top1``.
     """
 
     folder: Path
@@ -183,7 +182,7 @@ def evaluate(
     accepted: np.ndarray | None = None,
     subset: list[int] | None = None,
 ) -> list[Metrics] | None:
-    """Evaluates classifiers in one pass over a loader's whole data set.
+    """Evaluates classifiers in one pass over a loader's whole data set; all ranks call together.
 
     Sums stay on the device and are reduced once, as integers and float64, so the counts are the
     same for any number of processes and any batch size. `confusion` and `accepted` read each
@@ -191,11 +190,8 @@ def evaluate(
 
     Args:
         models: each makes of uint8 images ``[B, H, W, 3]`` logits ``[B, K]``.
-        loader: this rank's share of the images (datasets.build_loader, split ``val``).
-        process: this process; all ranks must call together.
         num_classes: K; top-5 is top-K where K is smaller.
-        confusion: also count labels against predictions (`Metrics.confusion`) and confidences
-            (`Metrics.calibration`).
+        confusion: also count `Metrics.confusion` and `Metrics.calibration`.
         stop: called before each batch: whether to break off.
         accepted: int64 ``[images, M]``, labels that count as right, filled up with -1: also
             measures ``real_top1`` and ``real_top5`` (a right one is among the predictions).
@@ -203,10 +199,8 @@ def evaluate(
             with the other logits left out, as the authors of ImageNet-A and -R do.
 
     Returns:
-        The metrics of each model, the same on every rank; None when any rank broke off.
-
-    Raises:
-        UserError: a logit is not finite.
+        The metrics of each model, the same on every rank; None when any rank broke off. UserError
+        if a logit is not finite.
     """
     start, seen, stopped = time.monotonic(), 0, False
     sums = [_Sums(num_classes, confusion, accepted, subset) for _ in models]

@@ -38,12 +38,8 @@ class Learner:
     """A model in training, and its optimizer `step`.
 
     The order of building matters: the EMA starts from the weights that the model holds, and a
-    teacher draws random numbers and shifts Paddle's names, so it comes last.
-
-    Args:
-        model: with its first weights; those of a checkpoint that goes on.
-        saved: what `state` returned, from that checkpoint.
-        labels: of the training images, for TRAIN.CLASS_WEIGHTS.
+    teacher draws random numbers and shifts Paddle's names, so it comes last. ``saved`` is what
+    `state` returned, from a checkpoint; ``labels`` are for TRAIN.CLASS_WEIGHTS.
     """
 
     def __init__(self, config, process: Process, model, saved=None, labels=()):
@@ -67,20 +63,13 @@ class Learner:
     def step(
         self, window: Sequence, lr: float, rng, number: int, stop_requested: bool = False
     ) -> StepRecord:
-        """Makes an optimizer step along the mean gradient of an accumulation window.
+        """Makes an optimizer step along the mean gradient of an accumulation window of batches.
 
         Where the numbers are read at once, on a CPU and under NONFINITE skip, a step that is not
         finite leaves the weights as they were. float16's scaler does so by itself.
 
-        Args:
-            window: batches of the training loader (loading.loader.Batch).
-            lr: learning rate.
-            rng: of the step, for erasing and mixing (utils.step_rng).
-            number: optimizer steps before this one.
-            stop_requested: of this rank; all ranks learn of it with the numbers.
-
-        Returns:
-            What it found: the same on all ranks but this rank's own loss and images.
+        ``number`` counts the steps before this one. What it returns is the same on all ranks but
+        this rank's own loss and images; so they learn of a ``stop_requested``.
         """
         loss, norm = self.gradients(window, rng)
         record = self._record(window, lr, number, loss, norm, stop_requested)
@@ -100,9 +89,8 @@ class Learner:
     def gradients(self, window: Sequence, rng: np.random.Generator) -> tuple:
         """Leaves the clipped gradients in the parameters; arguments as those of `step`.
 
-        Returns:
-            On the device: the sum of the losses of this rank's images, float64; the norm of the
-            gradient over all ranks before clipping, float32.
+        Returns, on the device, the sum of the losses of this rank's images, float64, and the norm
+        of the gradient over all ranks before clipping, float32.
         """
         total = sum(len(batch.indices) for batch in window)
         fused = self.config.TRAIN.RECOMPUTE and self.process.world > 1

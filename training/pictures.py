@@ -13,11 +13,7 @@ _log = logging.getLogger("resmlp")
 
 
 def new_figure(width: float, height: float, **options):
-    """A Matplotlib figure (inches) outside of pyplot: no window, no state that others share.
-
-    Raises:
-        UserError: Matplotlib is not installed.
-    """
+    """A Matplotlib figure (inches) outside of pyplot; UserError if Matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -28,8 +24,7 @@ def new_figure(width: float, height: float, **options):
 def render(figure, format: str = "png") -> bytes:
     """The file of a figure. A dollar sign in a text is one, not the beginning of a formula.
 
-    Characters that Matplotlib's own font lacks are drawn with installed fonts; if there is none,
-    one line of the log says so.
+    Characters that Matplotlib's own font lacks are drawn with installed fonts, or logged once.
     """
     from matplotlib.text import Text
 

@@ -75,11 +75,8 @@ _PANELS = (  # title, unit, curves
 def read_metrics(folder: str | os.PathLike) -> Run:
     """Reads ``metrics.jsonl`` of a run's folder (or the file itself).
 
-    What was logged twice, because a run was resumed from an earlier step, counts as it was logged
-    last. A last line that an interrupted write has torn is left out.
-
-    Raises:
-        UserError: no such file, no records, a line that is no record.
+    Of a step that was logged twice, because a run was resumed, the last record counts. A torn last
+    line is left out. UserError if there is no such file, no record, or another bad line.
     """
     path = Path(folder)
     name = path.resolve().name if path.is_dir() else path.resolve().parent.name
@@ -126,10 +123,7 @@ def _is_record(record: object) -> bool:
 def draw_curves(runs: Sequence[Run]):
     """Loss, top-1, learning rate and speed of runs in one figure, for `pictures.render`.
 
-    One run has a colour per curve, several have a colour per run.
-
-    Raises:
-        UserError: Matplotlib is not installed.
+    One run has a colour per curve, several have a colour per run. UserError without Matplotlib.
     """
     figure = new_figure(12, 8, layout="constrained")
     from matplotlib.lines import Line2D

@@ -23,14 +23,10 @@ _EPOCH = re.compile(r"Epoch-(\d+)-Loss-")  # in the names of PPViT's files
 
 
 def load(path: Path, config) -> dict | None:
-    """Reads a checkpoint of PPViT's; None: it is no such file.
+    """Reads a checkpoint of PPViT's; None: it is no such file. UserError if it is damaged.
 
-    Returns:
-        What `Learner.state` names, as arrays, with ``epoch`` (epochs done) and ``notes``: a line
-        for the log about each thing that was not carried over.
-
-    Raises:
-        UserError: the file is damaged, or says no epoch.
+    Returns what `Learner.state` names, as arrays, with ``epoch`` (epochs done) and ``notes``: a
+    line for the log about each thing that was not carried over.
     """
     content, pair = _read(path) if path.suffix == ".pdparams" else None, path.with_suffix(".pdopt")
     if not isinstance(content, dict):

@@ -22,9 +22,7 @@ def choose_precision(config, on_gpu: bool) -> tuple[str, str]:
     """What AMP computes in here, by AMP_DTYPE, and a line for the log; ("float32", "") without AMP.
 
     ``auto`` is bfloat16 where the device computes it, else float16 on a GPU and float32 on a CPU.
-
-    Raises:
-        ConfigError: AMP_DTYPE names what this GPU does not compute.
+    ConfigError if AMP_DTYPE names what this GPU does not compute.
     """
     if not config.AMP:
         return "float32", ""

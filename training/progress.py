@@ -52,8 +52,8 @@ class Progress:
         return self.stale == 0
 
     def ended(self, epochs: int, patience: int) -> bool:
-        """Whether all epochs are done, or ``patience`` (0: any number of) evaluations in a row
-        have found no better one (TRAIN.EARLY_STOP).
+        """Whether all epochs are done, or ``patience`` (0: any number of) evaluations in a row have
+        found no better one (TRAIN.EARLY_STOP).
         """
         return self.epoch >= epochs or 0 < patience <= self.stale
 
@@ -93,10 +93,6 @@ class Monitor:
     The numbers are read when they are due, and always before a report or a save: no checkpoint
     holds what a step that is not finite has left.
 
-    Args:
-        folder: of the run, for the facts of a step that is not finite.
-        files: index of the training images, to name them there.
-
     Attributes:
         norm: gradient norm of the last step that was read.
         stop: whether any rank had been asked to stop by then; the same on every rank.
@@ -121,9 +117,8 @@ class Monitor:
     def count_or_raise(self) -> None:
         """Reads what is still on the device, in one copy, and counts it in the progress.
 
-        Raises:
-            TrainingError: a step was not finite and TRAIN.NONFINITE says stop, or too many in a
-                row were. A step of a finite loss that float16's scaler leaves out is one to skip.
+        TrainingError if a step was not finite and TRAIN.NONFINITE says stop, or too many in a row
+        were. A step of a finite loss that float16's scaler leaves out is one to skip.
         """
         records, self._records = self._records, []
         unread = [record for record in records if record.values is None]

@@ -22,9 +22,7 @@ _log = logging.getLogger("resmlp")
 class Report:
     """Writes the reports of a training run; nothing in it changes the run but its clock.
 
-    Args:
-        schedule: of the run (optimizer.Schedule).
-        step: optimizer steps done, of a run that is resumed.
+    ``step`` is the optimizer steps done, of a run that is resumed.
     """
 
     def __init__(self, config, process: Process, folder: RunFolder, schedule, step: int = 0):

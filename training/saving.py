@@ -24,10 +24,7 @@ _log = logging.getLogger("resmlp")
 class Saver:
     """Saves and resumes one run. The writing thread sees copies; it changes nothing of the run.
 
-    Rank 0 writes; the others wait until it has copied the state.
-
-    Attributes:
-        saved: whether there is a checkpoint of this run.
+    Rank 0 writes; the others wait until it has copied the state. ``saved``: there is a checkpoint.
     """
 
     def __init__(self, config, process: Process, folder: RunFolder):
@@ -38,9 +35,8 @@ class Saver:
 
     # -------------------------------------------------------------------------------- resuming
     def choose(self) -> dict | None:
-        """Reads what ``MODEL.RESUME`` names, on every rank; None to start anew.
-
-        Its ``classes`` are `ClassNames`, from the checkpoint or from beside it.
+        """Reads what ``MODEL.RESUME`` names, on every rank; None to start anew. Its ``classes`` are
+        `ClassNames`, from the checkpoint or from beside it.
         """
         resume = self.config.MODEL.RESUME
         if not resume:
@@ -67,9 +63,7 @@ class Saver:
     def resume(self, state: dict, start: Progress) -> Progress:
         """Puts the folder back to where a checkpoint stands, says so, and returns where that is.
 
-        Args:
-            state: from `choose`.
-            start: the beginning of the first epoch that the checkpoint does not have.
+        ``start`` is the beginning of the first epoch that the checkpoint does not have.
         """
         if "place" not in state:  # PPViT's
             if (self.folder.path / checkpoints.LAST).exists():
@@ -153,9 +147,8 @@ class Saver:
             _log.error(str(error))
 
     def stop(self, what: str) -> NoReturn:
-        """Ends the run on every rank, when the last save has ended.
-
-        No rank ends before: a launcher that sees one end gives the others seconds to follow.
+        """Ends the run on every rank when the last save has ended; no rank ends before: a launcher
+        that sees one end gives the others seconds to follow.
         """
         with main_first(self.process):
             self.finish()
@@ -166,8 +159,8 @@ class Saver:
 def first_weights(
     config, saved: dict | None, process: Process
 ) -> tuple[WeightFile | None, ClassNames]:
-    """The file of MODEL.PRETRAINED, for a run without a checkpoint, and the classes that the run
-    goes on with: of the checkpoint, or of that file if the data have these.
+    """The file of MODEL.PRETRAINED, for a run without a checkpoint, and the classes that it goes on
+    with: the checkpoint's, or those of that file if the data have these.
     """
     if saved or not config.MODEL.PRETRAINED:
         return None, saved["classes"] if saved else UNKNOWN
@@ -181,11 +174,7 @@ def first_model(
 ):
     """The model with the weights that the run begins with: a checkpoint's, pretrained, or new.
 
-    Args:
-        config: of the run.
-        saved: the checkpoint.
-        weights: of MODEL.PRETRAINED. If its classes are others, the model has a new head.
-        classes: of the training images.
+    If the classes of ``weights`` (MODEL.PRETRAINED) are others, the model has a new head.
     """
     model = build_resmlp(config)
     if saved:
