@@ -20,7 +20,6 @@ dependencies = ["paddle", "numpy", "yacs", "yaml"]  # paddle.hub checks them
 
 
 def _published(name: str) -> str:
-    """Where the file of a model is."""
     weights = next(weights for weights in _ZOO if weights.name == name)
     if not weights.paddle:
         return f"{name}.pdparams is ported from {weights.url} (docs/porting.md)"

@@ -66,16 +66,14 @@ _log = logging.getLogger("resmlp")
 def run_here(config) -> int:
     """Runs this process's part of a run; shows how it ends, unless all went well.
 
-    Returns:
-        0; 2 after a user's mistake; `PREEMPTED` when it saved and stopped on request; 1 after an
-        unexpected error, whose traceback is shown.
+    Returns 0; 2 after a user's mistake; `PREEMPTED` when it saved and stopped on request; 1 after
+    an unexpected error, with its traceback.
     """
     code, text = _run(config)
     return _print_ending(text, code)
 
 
 def _run(config, on_step: Callable[[int], None] = lambda step: None, folder: str | None = None):
-    """The exit code of this process's part of a run, and what there is to say about it."""
     try:
         result = run(config, on_step, folder)
         if result["rank"] == 0 and not config.EVAL:
@@ -120,16 +118,11 @@ def _plot(folder) -> None:
 def launch(config) -> int:
     """Runs a config in as many processes as it asks for.
 
-    One process runs right here. Under ``python -m paddle.distributed.launch`` this process is one
-    rank of many already. Otherwise `DIST.NPROCS` processes are spawned, by default one a visible
-    GPU.
+    One runs right here; under ``python -m paddle.distributed.launch`` this process is one rank of
+    many already. Otherwise `DIST.NPROCS` processes are spawned, by default one a visible GPU.
 
-    Returns:
-        The exit code: 0, or that of the first process that failed.
-
-    Raises:
-        UserError: more processes than GPUs or than the system starts, or a launcher's environment
-            in part.
+    Returns 0 or the exit code of the first process that failed. Raises UserError for more processes
+    than GPUs or than the system starts, or half a launcher's environment.
     """
     if launched_ranks():
         return run_launched(config)
@@ -141,7 +134,6 @@ def launch(config) -> int:
 
 
 def _spawn(config, count: int) -> int:
-    """Runs ``count`` ranks of a job on this machine; see `launch`."""
     folder, begin = str(choose_folder(config)), time.time()
     os.environ.setdefault("GLOG_minloglevel", "2")  # no progress notes of the key-value store
     warnings.filterwarnings("ignore", message=".*CPUONLY mode", category=UserWarning)
@@ -181,9 +173,9 @@ def watch_ranks(
 ) -> dict[int, tuple[int, str]]:
     """Waits until every rank has ended, or one has failed and the others had time to say why.
 
-    ``readers`` are pipes from the ranks, with their exit codes and texts; ``signals`` the times of
-    those passed on to them; ``saving`` says whether rank 0 has a checkpoint to finish. Returns code
-    and text of the ranks that have ended; a killed one has no text.
+    ``readers`` are pipes from the ranks, with exit codes and texts; ``signals`` the times of those
+    passed on; ``saving``: rank 0 has a checkpoint to finish. Returns code and text of the ranks
+    that have ended; a killed one has no text.
     """
     endings: dict[int, tuple[int, str]] = {}
     deadline = float("inf")
@@ -228,8 +220,7 @@ def report_endings(endings: dict, steps: list[int], last: str, stop_requested: b
     if not failed:
         return _print_ending(preempted[0], PREEMPTED) if preempted else 0
 
-    # One rank's failure breaks the connections of the others: name the cause, not a consequence.
-    # SIGABRT is how Paddle ends when another rank is gone.
+    # One rank's failure breaks the others' connections (SIGABRT in Paddle): name the cause.
     order = {-signal.SIGABRT: 3, 1: 2, 2: 1}
     rank = min(failed, key=lambda rank: order.get(failed[rank][0], 0))
     code, text = failed[rank]
@@ -249,7 +240,6 @@ def report_endings(endings: dict, steps: list[int], last: str, stop_requested: b
 
 
 def _print_ending(text: str, code: int) -> int:
-    """Prints what there is to say, if anything; returns the code."""
     with suppress(OSError):  # of `2>&1 | tee`: Ctrl-C has ended that too
         if text:
             print(f"{line_start(sys.stderr)}{text}", file=sys.stderr, flush=True)
@@ -265,9 +255,8 @@ def _flush() -> None:
 def run_launched(config) -> int:
     """Runs one rank that Paddle's launcher has started.
 
-    What it has to say at the end goes to its output: of a node's first rank that is the launcher's
-    terminal, of the others a file in the launcher's log folder. Of a rank that is killed the
-    launcher tells.
+    Its last words go to its output: the terminal for a node's first rank, else a file in the
+    launcher's log folder. Of a rank that is killed the launcher tells.
     """
     end = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
     threading.Thread(target=_follow_parent, args=(setup.PARENT, end), daemon=True).start()
@@ -288,8 +277,8 @@ def run_launched(config) -> int:
 
 
 def _before_abort(explain: Callable[[], None]) -> None:
-    """Calls ``explain`` before C++ aborts the process, as it does in backward where gloo loses the
-    connection to a rank: Python has no say in that.
+    """Calls ``explain`` before C++ aborts, as in backward where gloo loses the connection to a
+    rank.
     """
     handler = ctypes.CFUNCTYPE(None)
     with suppress(OSError, AttributeError):  # another C++ library
@@ -312,7 +301,6 @@ def _follow_parent(parent: int, end: Callable[[], None]) -> None:
 
 
 def _worker(config, folder: str, steps, writers) -> None:
-    """One rank of a spawned job."""
     if sys.platform == "linux":  # Paddle leaves `spawn` behind: loader workers would get a copy of
         multiprocessing.set_start_method("fork", force=True)  # the data set each
     end = lambda: os._exit(1)  # noqa: E731

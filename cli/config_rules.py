@@ -18,7 +18,6 @@ _short = reprlib.Repr()  # a hostile value may be huge
 _short.maxlevel = 2
 
 
-# ------------------------------------------------------------------------------------ rules
 def integer(low, high=2**31 - 1):
     def rule(value):
         value = _number(value)
@@ -86,8 +85,6 @@ path.takes_text = True
 
 
 def choice(*names):
-    """One of a few names, whatever their case."""
-
     def rule(value):
         by_lower = {name.lower(): name for name in names}
         if not isinstance(value, str) or value.lower() not in by_lower:
@@ -182,14 +179,8 @@ STD = sequence(real(0.0, open_low=True), 3, list)
 def coerce(key: str, rule, value, where: str):
     """Returns ``value`` in the type that a rule takes.
 
-    Args:
-        key: dotted config key, for the message.
-        rule: what it takes.
-        value: a value as YAML, the command line or Python gave it.
-        where: where it came from, for the message: ``file:line`` or a flag.
-
-    Raises:
-        ConfigError: the value has the wrong type or is out of range.
+    ``key`` (dotted) and ``where`` (``file:line`` or a flag) are for the message of the ConfigError
+    for a wrong type or range.
     """
     try:
         return rule(value)
@@ -205,11 +196,7 @@ def _show(value) -> str:
 
 
 def check_consistency(config, where: str = "config") -> None:
-    """Checks what joins several keys.
-
-    Raises:
-        ConfigError: naming both keys.
-    """
+    """Checks what joins several keys; the ConfigError names both."""
     size, patch = config.DATA.IMAGE_SIZE, config.MODEL.MIXER.PATCH_SIZE
     if size % patch:
         below, above = size // patch * patch, -(-size // patch) * patch

@@ -20,9 +20,8 @@ def _path(value: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags with one dash or two, with ``_`` or ``-``; a mistake is one line.
-
-    A value whose ``metavar`` is FILE or DIR is a path: ``~`` is expanded.
+    """Flags with one dash or two, with ``_`` or ``-``; a mistake is one line. A value whose
+    ``metavar`` is FILE or DIR is a path: ``~`` is expanded.
     """
 
     def __init__(self, description: str):
@@ -35,7 +34,6 @@ class Parser(argparse.ArgumentParser):
         self._part = self
 
     def group(self, title: str) -> None:
-        """Puts the flags that follow under a title."""
         self._part = self.add_argument_group(title)
 
     def flag(self, name: str, help: str, **kwargs) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# PaddleViT's image_classification/ResMLP/config.py and main_multi_gpu.py; only what changes a
-# training's result. It has no repeated augmentation, which is 1 here.
+# PaddleViT's image_classification/ResMLP/config.py and main_multi_gpu.py, where that changes a
+# result. It has no repeated augmentation, which is 1 here.
 PPVIT = {
     "MODEL.DROPPATH": 0.1,
     "MODEL.MIXER.EMBED_DIM": 768,
@@ -19,12 +19,7 @@ PPVIT = {
 
 
 def differences(config, given: set[str]) -> list[str]:
-    """Each key that nobody set and that PPViT has another default for, with both values.
-
-    Args:
-        config: the resolved config.
-        given: the keys that were set.
-    """
+    """Keys not in ``given`` (set by nobody) where PPViT's default differs, with both values."""
     texts = []
     for key, theirs in PPVIT.items():
         value = config

@@ -10,11 +10,8 @@ CLEAR = "\r\033[K"  # a terminal's line, and begins it anew
 
 
 class ProgressLine:
-    """A progress bar that overwrites itself on a terminal, and is silent anywhere else.
-
-    Args:
-        label: what is going on.
-        show: False on ranks other than 0.
+    """A progress bar that overwrites itself on a terminal, and is silent anywhere else and without
+    ``show`` (ranks other than 0).
     """
 
     def __init__(self, label: str, show: bool = True):
@@ -32,7 +29,6 @@ class ProgressLine:
             self._next = time.monotonic() + 0.2
 
     def end(self) -> None:
-        """Clears the line."""
         if self.show:
             print(CLEAR, end="", flush=True)
 

@@ -182,7 +182,6 @@ def gelu_gradient(gradient, x, **_):
 
 
 def cast(x, dtype, out=None):
-    """``x`` in another type."""
     return reorder(x, x.shape, range(len(x.shape)), dtype, out)
 
 

@@ -23,13 +23,11 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def from_image(image: Image.Image) -> np.ndarray:
-    """The pixels of an RGB image."""
     pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
     return pixels.reshape(image.height, image.width)
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """Pillow's RGB image of pixels."""
     data = np.ascontiguousarray(pixels)
     return Image.frombytes("RGB", pixels.shape[::-1], data, "raw", "RGBX")
 
@@ -139,7 +137,7 @@ def operations() -> Pillow:
 
 
 def prepare(log: Callable[[str], None] = print) -> None:
-    """Loads or compiles (9 s) the code before processes are forked; logs a line without it."""
+    """Loads or compiles (9 s) the code before processes are forked; logs a line if that fails."""
     _, reason = load_operations()
     if reason:
         log(f"images are resized and augmented by Pillow, two to three times slower: {reason}")

@@ -60,7 +60,6 @@ def is_cuda_build() -> bool:
 
 
 def is_amd() -> bool:
-    """Whether the processor is AMD's."""
     return "AuthenticAMD" in (read_text("/proc/cpuinfo") or platform.processor())  # Windows
 
 

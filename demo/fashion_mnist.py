@@ -32,23 +32,13 @@ SPLITS = {"train": "train", "val": "t10k"}  # ImageNet's name of a split -> the 
 
 
 class Split(NamedTuple):
-    """Half of the data set."""
-
     images: np.ndarray  # uint8 [n, 28, 28]
     labels: np.ndarray  # uint8 [n]
 
 
 def read(source: str | Path) -> dict[str, Split]:
-    """Reads both splits.
-
-    Args:
-        source: a folder of the four idx files, gzipped or not, or a tar archive of them.
-
-    Returns:
-        ``train`` (the official training set) and ``val`` (the official test set).
-
-    Raises:
-        DataError: files are missing, or are not what their names say.
+    """Reads ``train`` and ``val`` (the official test set) from a folder of the four idx files,
+    gzipped or not, or a tar archive. Raises DataError where files are missing or wrong.
     """
     source = Path(source)
     files = _read_folder(source) if source.is_dir() else _read_archive(source)
@@ -83,7 +73,6 @@ def write_archive(splits: Mapping[str, Split], path: str | Path) -> None:
 
 
 def fingerprint(splits: Mapping[str, Split]) -> str:
-    """A hash of every pixel and label."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for array in splits[split]:

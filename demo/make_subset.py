@@ -26,10 +26,8 @@ SEED = 0
 
 
 def cut(split: Split, per_class: int, rng: np.random.Generator) -> Split:
-    """Chooses ``per_class`` images of each class, class after class, in the original order.
-
-    Raises:
-        DataError: a class has fewer images.
+    """Chooses ``per_class`` images of each class, class after class, in the original order. Raises
+    DataError where a class has fewer.
     """
     chosen = []
     for label, name in enumerate(CLASSES):

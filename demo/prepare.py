@@ -33,13 +33,8 @@ _MARK = ".fashion_mnist"  # in a folder that this script made: the fingerprint o
 
 
 def prepare(splits: Mapping[str, Split], output: str | Path) -> bool:
-    """Lays the splits out under ``output``.
-
-    Returns:
-        False if they were there already.
-
-    Raises:
-        DataError: ``output`` holds something that this script did not make, or is not writable.
+    """Lays the splits out under ``output``; False if they were there already. Raises DataError
+    where it holds something else or is not writable.
     """
     output, mark = Path(output), fingerprint(splits)
     if _mark_of(output) == mark:

@@ -32,8 +32,6 @@ class Preempted(Exception):
 
 @dataclass(frozen=True)
 class Process:
-    """This process among the others of its job."""
-
     rank: int = 0
     world: int = 1
     on_gpu: bool = False

@@ -24,7 +24,7 @@ class Architecture(NamedTuple):
     mlp_ratio: float
 
     def differences(self, config: Any) -> list[str]:
-        """The config keys that describe another model, both values; no head fits all classes."""
+        """Config keys that describe another model, both values; without a head any classes fit."""
         data, model, mixer = config.DATA, config.MODEL, config.MODEL.MIXER
         keys = (
             ("DATA.IMAGE_SIZE", data.IMAGE_SIZE, self.image_size),

@@ -84,7 +84,6 @@ def download(address: str, hosts: tuple[str, ...] | None = None) -> Path:
 
 
 def cache_file(url: str) -> Path:
-    """Where the file of an address is kept."""
     parts = urlsplit(url)
     host, names = parts.netloc.replace(":", "_"), unquote(parts.path).strip("/")
     return cache_folder() / "weights" / host / names

@@ -50,7 +50,6 @@ class Comparison(NamedTuple):
 
 
 def have_timm() -> bool:
-    """Whether torch and timm can be imported."""
     try:
         import timm  # noqa: F401
         import torch  # noqa: F401

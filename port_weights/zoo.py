@@ -25,7 +25,6 @@ class Shared(NamedTuple):
 
     @property
     def links(self) -> str:
-        """Both places, as Markdown."""
         drive = f"https://drive.google.com/file/d/{self.drive}/view?usp=sharing"
         baidu = f"https://pan.baidu.com/s/{self.baidu}?pwd={self.code}"
         return f"[google]({drive}) [baidu]({baidu})"
@@ -52,7 +51,6 @@ class Weights(NamedTuple):
 
     @property
     def url(self) -> str:
-        """Where facebookresearch/deit's file is."""
         return f"{HOSTS[0]}deit/{self.file}"
 
     @property

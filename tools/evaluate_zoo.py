@@ -208,7 +208,6 @@ def measure_row(name: str, measure: str, found: dict) -> dict:
 
 
 def evaluate_zoo(folder: str, evaluation: Evaluation) -> None:
-    """Evaluates the weight files of a folder, one after another."""
     files = {p.relative_to(folder).as_posix().replace("/", "__"): p for p in find_files(folder)}
     evaluation.results = {n: r for n, r in evaluation.results.items() if n in files}
     for name, path in files.items():

@@ -206,7 +206,6 @@ class Job:
         return model
 
     def save(self, prefix: Path) -> Path:
-        """Saves the folded model for Paddle Inference."""
         size = self.config.DATA.IMAGE_SIZE
         spec = InputSpec([None, 3, size, size], "float32", "image")
         if self.with_preprocessing:

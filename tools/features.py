@@ -43,8 +43,6 @@ _TYPES = {"float32": "F32", "float16": "F16"}  # NumPy's name -> that of safeten
 
 
 class Features(NamedTuple):
-    """The features of a data set, as a file holds them."""
-
     features: np.ndarray  # [N, C], float32 or float16, mapped: read from the disk where it is used
     labels: np.ndarray  # int64 [N]
     weights: str = ""  # the name of their file, and at the end the SHA-256 of their values

@@ -65,8 +65,6 @@ Entry = tuple[str, str]  # (path relative to the data folder, class name)
 
 @dataclass
 class Split:
-    """The images of a data folder, by side."""
-
     root: str
     classes: list[str]  # by label; empty where lists that were there have been checked
     train: list[Entry]

@@ -30,8 +30,6 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Part(NamedTuple):
-    """One kind of layer, all blocks together."""
-
     name: str
     layers: int
     shape: tuple[int, ...]  # of one layer's weight
@@ -41,14 +39,11 @@ class Part(NamedTuple):
 
 
 class ModelInfo(NamedTuple):
-    """What a model is made of."""
-
     parts: list[Part]
     gelus: int  # GELU evaluations for one image
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
         return sum(part.parameters for part in self.parts)
 
     @property

@@ -65,8 +65,6 @@ class Settings:
 
 
 class Shard(NamedTuple):
-    """A tar to be made, of some pictures of a split."""
-
     path: str
     files: ImageIndex
     indices: range
@@ -77,8 +75,6 @@ class Shard(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What became of one shard."""
-
     bad: list[str]
     read: int  # bytes of the originals
     psnr: list[float]  # dB, of the pictures that were compared

@@ -123,7 +123,6 @@ def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
-    """A mosaic of maps for every layer."""
     columns = 2 if len(layers) in (2, 4) else min(len(layers), 3)
     rows = -(-len(layers) // columns)
     figure = new_figure(4 * columns, 4.2 * rows, layout="constrained")

@@ -16,8 +16,6 @@ _COMMAND = re.compile(r"(\w+=\S* )*(python3?|sh|pip|srun|sbatch|tensorboard|visu
 
 
 class Command(NamedTuple):
-    """Something to run: a line of shell, or a block of Python."""
-
     page: Path
     line: int  # of the page
     language: str  # sh or python
@@ -29,9 +27,7 @@ class Command(NamedTuple):
 
 
 def commands(page: Path) -> list[Command]:
-    """The commands of a page: its ``sh`` blocks, a line each (continued lines are one), its
-    ``python`` blocks, and what between backticks in the text begins like a command.
-    """
+    """A page's commands: ``sh`` lines, ``python`` blocks, and those between backticks in text."""
     text, found = page.read_text(encoding="utf-8"), []
     for match in _BLOCK_OR_SPAN.finditer(text):
         language, block, span = match.groups()
@@ -48,7 +44,6 @@ def commands(page: Path) -> list[Command]:
 
 
 def _lines(block: str):
-    """The lines of a shell block with their numbers: joined where they go on, without comments."""
     number, lines = 1, block.replace("\\\n", "\\\0").splitlines()
     for line in lines:
         command = re.sub(r"(^|\s+)#.*", "", line.replace("\\\0", " ")).strip()

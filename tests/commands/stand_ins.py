@@ -36,7 +36,6 @@ _PROGRAMS = {"srun": 'exec "$@"', "scontrol": "echo 127.0.0.1"}
 
 
 def make(folder: Path) -> None:
-    """Writes everything into ``folder``, laid out as beside and inside of the repository."""
     rng = np.random.default_rng(0)
     repository = folder / "repository"
     _imagenet(folder / "dataset" / "imagenet", folder / "shared", rng)
@@ -56,9 +55,7 @@ def make(folder: Path) -> None:
 
 
 def _imagenet(root: Path, images: Path, rng: np.random.Generator) -> None:
-    """Folders of 1,000 classes, with images of four. They are links: nobody writes there. Beside
-    them a set of two of the classes.
-    """
+    """1,000 classes of links to images of four, where nobody writes; and a set of two classes."""
     root.mkdir(parents=True)
     for name in wordnet_ids():
         (images / "train" / name).mkdir(parents=True)
@@ -91,7 +88,6 @@ def _weights(repository: Path) -> None:
 
 
 def _demo(repository: Path, images: Path) -> None:
-    """What `run_demo.sh` leaves, with few images to train on, and of one epoch."""
     data = images / "demo"
     splits = read(ARCHIVE)
     few = {name: Split(s.images[::94], s.labels[::94]) for name, s in splits.items()}
@@ -109,7 +105,6 @@ def _demo(repository: Path, images: Path) -> None:
 
 
 def copy(stand_ins: Path, folder: Path) -> Path:
-    """A clone of the repository with the stand-ins, in ``folder``; returns the clone's root."""
     shutil.copytree(stand_ins, folder, symlinks=True, ignore=lambda *_: {"shared"})
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     for name in os.fsdecode(tracked.stdout).rstrip("\0").split("\0"):

@@ -103,25 +103,21 @@ LEAVES = {
 
 
 def fitting(table: dict, command: str) -> list:
-    """The entries of a table whose pattern is found in a command."""
     return [entry for pattern, entry in table.items() if re.search(pattern, command)]
 
 
 def missing(command: str) -> list[str]:
-    """The packages that a command needs and that are not installed."""
     names = [name for names in fitting(NEEDS, command) for name in names]
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def leaves(command: str) -> list[str]:
-    """The files that a command makes."""
     names = [name for names in fitting(LEAVES, command) for name in names]
     drawn = importlib.util.find_spec("matplotlib") is not None
     return [name for name in names if drawn or not name.endswith(".png")]
 
 
 def elsewhere(command: str) -> str | None:
-    """Why a command is not run here; None: it is."""
     return next((why for pattern, why in ELSEWHERE.items() if re.fullmatch(pattern, command)), None)
 
 

@@ -46,7 +46,6 @@ def clone_for(tmp_path_factory):
 
 
 def start(repository: Path, shell: str) -> subprocess.Popen:
-    """Starts a line of shell as somebody would type it in the clone's folder."""
     programs = [repository.parent / "bin", Path(sys.executable).parent, os.environ["PATH"]]
     return subprocess.Popen(
         ["sh", "-c", shell],

@@ -1,7 +1,6 @@
-"""Every parser against mutated input: refused by one clear error, or read as it stands.
-
-An audit hook watches meanwhile that no input makes the process run a program, unpickle a class,
-write a file or open a connection; a timer that none keeps it busy.
+"""Every parser against mutated input: refused by one clear error, or read as it stands. An audit
+hook sees that no input makes the process run a program, unpickle a class, write a file or open a
+connection; a timer that none keeps it busy.
 """
 
 from __future__ import annotations

@@ -45,10 +45,7 @@ def whole(request, data, tmp_path_factory):
 
 
 def test_twenty_kills_at_random_times_leave_no_trace(tmp_path, data, whole):
-    """Of the whole process group: as when a machine goes down. Workers: 0 and 2 in turn.
-
-    A run that gets to its end between two kills is compared, and the next one begins.
-    """
+    """Of the process group, as when a machine goes down; a run that ends early is compared."""
     nprocs, reference = whole
     times, kills, runs = random.Random(nprocs), 0, 0
     while kills < (20 if nprocs == 1 else 8):
@@ -91,7 +88,6 @@ PLACES = [  # where, at which call of it: a first step, mid-epoch, evaluation, p
 
 
 def test_a_kill_at_each_critical_place_leaves_no_trace(tmp_path, data, whole):
-    """One run, killed at one place after the other, resumed each time."""
     nprocs, reference = whole
     for place in PLACES if nprocs == 1 else PLACES[::2]:  # every second, to save time
         words = job(data, tmp_path, *RESUME, nprocs=nprocs)

@@ -31,7 +31,6 @@ print(json.dumps(sizes))
 
 @pytest.mark.parametrize("epochs, amp", [(20, []), (4, HALF)])
 def test_memory_grows_by_less_than_2_percent_after_the_first_epoch(tmp_path, epochs, amp):
-    """Everything on, evaluation and saving at every epoch's end."""
     data = make_data(tmp_path / "data", train=200, val=30)
     opts = [*RECIPE, "TRAIN.ACCUM_ITER", 1, "SAVE_STEPS", 50, "REPORT_FREQ", 20]
     opts += ["DATA.BATCH_SIZE", 2, "DATA.NUM_WORKERS", 1, "TRAIN.NUM_EPOCHS", epochs, *amp]

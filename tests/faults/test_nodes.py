@@ -105,7 +105,6 @@ def job(hosts, data, tmp_path):
 
 
 def begun(job, nodes):
-    """Waits for the first checkpoint."""
     deadline = time.monotonic() + 90
     while not (job.folder / "run" / "last.pdparams").exists():
         assert all(node.poll() is None for node in nodes), [finish(node, LIMIT) for node in nodes]

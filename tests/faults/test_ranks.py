@@ -80,7 +80,6 @@ def wait_for_ranks(process, folder):
 
 
 def all_end(folder, seconds):
-    """Whether nothing that was started for a folder lives on after some seconds."""
     deadline = time.monotonic() + seconds
     while alive(str(folder)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -88,7 +87,6 @@ def all_end(folder, seconds):
 
 
 def children(parent, word):
-    """Processes that another has started, and whose command line has a word."""
     pids = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
     return [pid for pid in pids if word in Path(f"/proc/{pid}/cmdline").read_text()]
 
@@ -278,7 +276,6 @@ def test_another_number_of_processes_goes_on_where_the_first_stopped(tmp_path, d
     assert steps == list(range(1, 3 + 6 + 12 + 12 + 1))  # the rest of 48 images in steps of 4
 
 
-# -------------------------------------------------------------- python -m paddle.distributed.launch
 def launcher(words, log, *arguments):
     """The command of a launcher around a command of ours (without -nprocs)."""
     position = words.index("-nprocs")

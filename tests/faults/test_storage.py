@@ -29,7 +29,6 @@ def mount(target, *arguments):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 1 MB."""
     folder = tmp_path / "disk"
     mount(folder, "-t", "tmpfs", "-o", "size=1m", "tmpfs")
     yield folder
@@ -37,7 +36,6 @@ def small_disk(tmp_path):
 
 
 def fill(folder, leave):
-    """Fills a disk but for ``leave`` bytes."""
     stat = os.statvfs(folder)
     (folder / "filler").write_bytes(bytes(max(0, stat.f_bavail * stat.f_frsize - leave)))
 

@@ -24,8 +24,6 @@ CAPABILITY = {"float16": (7, 5), "bfloat16": (8, 0)}  # what AMP_DTYPE auto goes
 
 
 class _Place:
-    """Of a tracer: what AMP asks it for."""
-
     def __init__(self, tracer):
         object.__setattr__(self, "tracer", tracer)
 
@@ -80,13 +78,7 @@ def _arithmetic(original):
 
 
 def install(set_attribute=setattr, capability=(8, 0), count: int = 1) -> None:
-    """Puts the stand-ins in place.
-
-    Args:
-        set_attribute: as ``setattr``; that of pytest's monkeypatch takes them away again.
-        capability: compute capability of the GPU.
-        count: GPUs.
-    """
+    """Puts the stand-ins in place, for ``count`` GPUs; ``set_attribute`` may be monkeypatch's."""
     matmul, linear, gelu = paddle.matmul, F.linear, F.gelu
     tracer = paddle.base.framework._dygraph_tracer
 

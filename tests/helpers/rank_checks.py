@@ -124,7 +124,6 @@ def helpers(process: Process) -> None:
 
 
 def gradients(process: Process) -> None:
-    """Gradients of N ranks against one process with all images, also with frozen layers."""
     config = get_config()
     config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES, config.MODEL.DROPPATH = 16, CLASSES, 0.0
     mixer = config.MODEL.MIXER
@@ -176,7 +175,6 @@ def main_leaves_a_meeting_last(process: Process) -> None:
 
 
 def nobody_else_can_connect(process: Process) -> None:
-    """What a rank listens on is a loopback address, or tied to the loopback device."""
     listening = []
     for found in rendezvous.tcp_sockets():
         if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

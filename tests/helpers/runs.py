@@ -32,7 +32,6 @@ HALF = ["AMP", True, "AMP_DTYPE", "bfloat16"]  # on a CPU too, fast there or not
 
 
 def command(data: Path, output: Path, *opts, main="main_single_gpu.py", nprocs: int = 0) -> list:
-    """The command line that trains on ``data`` into ``output``; opts are KEY VALUE pairs."""
     config = output.parent / "tiny.yaml"
     config.write_text(CONFIG)
     flags = ["-cfg", config, "-data_path", data, "-output", output]
@@ -70,7 +69,6 @@ def run(words: list, fault: str = "", seconds: float = 120, **environment) -> tu
 
 
 def error_line(output: str) -> str:
-    """The one line of an output that says what was wrong."""
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in output, output
     return lines[0]
@@ -87,7 +85,6 @@ def alive(marker: str) -> list[int]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The records of a run without those fields that measure speed."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
 

@@ -46,7 +46,6 @@ def make_data(folder: Path, train: int = 24, val: int = 9) -> Path:
 
 
 def make_config(folder: Path, data: Path, *opts):
-    """A frozen config that trains on ``data`` into ``folder/run``; opts are KEY VALUE pairs."""
     path = folder / "tiny.yaml"
     path.write_text(CONFIG)
     config = get_config(str(path))

@@ -27,9 +27,7 @@ MODEL: {NUM_CLASSES: 4, MIXER: {PATCH_SIZE: 4, EMBED_DIM: 12, DEPTH: 2, MLP_RATI
 
 
 def make_run(folder: Path) -> Path:
-    """Writes config.yaml, classes.txt and best.pdparams, as a training run does; all weights are
-    random, so that no two images, patches or classes are alike. Returns the weight file.
-    """
+    """Writes config.yaml, classes.txt and best.pdparams (random), and returns the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(_CONFIG)
     (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
@@ -41,7 +39,6 @@ def make_run(folder: Path) -> Path:
 
 
 def make_images(folder: Path, count: int) -> list[str]:
-    """Photograph-like PNG files of several sizes and shapes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     paths = []

@@ -15,7 +15,6 @@ CLASSES = 50
 
 
 def both(ours, theirs, logits, targets):
-    """Loss and gradient of the logits, by Paddle and by PyTorch."""
     x = paddle.to_tensor(logits, stop_gradient=False)
     loss = ours(x, paddle.to_tensor(targets))
     loss.backward()

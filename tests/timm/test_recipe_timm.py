@@ -23,7 +23,6 @@ OURS = {"lamb": "lamb", "adamw": "adamw", "sgd": "nesterov"}
 
 
 def pair(depth=3):
-    """The same small model in timm and here, with the same random weights."""
     torch.manual_seed(0)
     theirs = MlpMixer(
         img_size=32,

@@ -50,15 +50,12 @@ def photo(width, height, seed=0):
 
 
 def changed(name, image, *arguments):
-    """`apply_op` for an image of Pillow's."""
     return to_image(apply_op(name, from_image(image), *arguments))
 
 
 def hwc(tensor):
     return tensor.numpy().transpose(1, 2, 0)
 
-
-# ---- evaluation --------------------------------------------------------------------------------
 
 SIZES = [
     *((500, 375), (375, 500), (500, 333), (333, 500), (640, 427), (1024, 683), (257, 256)),
@@ -103,11 +100,7 @@ def test_the_centre_crop_of_any_margin_equals_torchvisions(size):
     assert np.array_equal(ours(image), F.center_crop(image, [64, 64]))
 
 
-# ---- the pixels of the training pipeline -------------------------------------------------------
-
-
 def timm_op(name, image, level, sign, resample, fill, monkeypatch):
-    """The pixels of timm's operation and the argument that it computes from the level."""
     monkeypatch.setattr(timm_auto_augment, "_randomly_negate", lambda value: sign * value)
     level_to_arg = timm_auto_augment.LEVEL_TO_ARG[name]
     arguments = level_to_arg(level, {}) if level_to_arg else ()
@@ -182,9 +175,6 @@ def test_the_steps_of_colour_jitter_equal_torchvisions():
             assert np.array_equal(changed(op, image, factor), their(image, factor))
 
 
-# ---- distributions -----------------------------------------------------------------------------
-
-
 def assert_same_frequencies(ours, theirs):
     """Chi-square test that two samples of hashable things come from one distribution."""
     ours, theirs = Counter(ours), Counter(theirs)
@@ -242,11 +232,9 @@ def test_policies_draw_what_timms_draw(text):
     rng = np.random.default_rng(0)
     ours = [[op[:2] for op in policy.draw(rng)] for _ in range(DRAWS)]
 
-    # Which operations, how many, in which order:
     assert_same_frequencies(
         *([tuple(name for name, _ in draw) for draw in draws] for draws in (ours, theirs))
     )
-    # How strong each is:
     arguments = [{}, {}]
     for found, draws in zip(arguments, (ours, theirs)):
         for name, argument in (op for draw in draws for op in draw):
