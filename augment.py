@@ -195,8 +195,8 @@ OPS = {
     "GaussianBlur": _Op(_blur, spread=(0.1, 2.0)),
 }
 
-# RandAugment's set (arXiv:1909.13719, table 6, without Identity and Cutout), where 10 is not always
-# the strongest level, and timm's "increasing" variant of it, where it is.
+# RandAugment's set (arXiv:1909.13719, table 6, without Identity and Cutout), whose strongest level
+# is not always 10, and timm's "increasing" variant, where it is.
 RAND_OPS = [
     *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
     *("Color", "Contrast", "Brightness", "Sharpness"),
@@ -286,8 +286,7 @@ def rand_augment(
 ) -> Policy:
     """RandAugment (arXiv:1909.13719) with timm's magnitude noise; the rest as in `Policy`.
 
-    `increasing`: every operation gets stronger with the level. `probability` is that with which a
-    drawn operation is applied.
+    `increasing`: operations get stronger with the level; each is applied with `probability`.
     """
     names = RAND_INCREASING_OPS if increasing else RAND_OPS
     choices = [[(name, probability, level)] for name in names]
@@ -381,8 +380,7 @@ def build_policy(text: str, key: str, **kwargs) -> Policy:
     """The policy that a string of timm's names; `kwargs`: `resamples` and `fill` of `Policy`.
 
     `text` is `rand` (with sections `m` level, `n` layers, `p` probability, `mstd`, `mmax`, `inc`;
-    timm's defaults) or one of `POLICIES` (with `mstd`), sections joined by `-`. A ConfigError names
-    the config key `key`.
+    timm's defaults) or one of `POLICIES` (with `mstd`), joined by `-`. A ConfigError names `key`.
     """
     policy, *sections = text.split("-")
     where = f"{key} is {text!r}"

@@ -54,8 +54,6 @@ from cli.ppvit_defaults import differences
 
 
 class Key(NamedTuple):
-    """What a key is declared with."""
-
     default: Any
     rule: Callable  # for its values
     meaning: str

@@ -88,8 +88,7 @@ def build_teacher(config) -> Teacher:
 
     The student's DATA.IMAGE_SIZE, IMAGENET_MEAN and IMAGENET_STD stand in for a
     TRAIN.TEACHER_IMAGE_SIZE, _MEAN or _STD of None, unless the teacher has its own: a YAML file or
-    an export with metadata. ConfigError if there is none or it does not fit images or classes,
-    WeightsError for its weights.
+    an export with metadata. ConfigError or, of its weights, WeightsError if it does not fit.
     """
     train, data = config.TRAIN, config.DATA
     name, count = train.TEACHER_MODEL, config.MODEL.NUM_CLASSES

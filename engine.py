@@ -90,7 +90,6 @@ class Trainer:
         self.monitor = Monitor(config, process, self.progress, scaler, folder.path, files)
 
     def fit(self, on_step: Callable[[int], None] = lambda step: None) -> Result:
-        """Trains to the last epoch; see `run`."""
         progress, metrics = self.progress, None
         try:
             datasets = self.train_loader.dataset, self.val_loader.dataset

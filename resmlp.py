@@ -210,8 +210,7 @@ class ResMLP(nn.Layer):
     def freeze(self, part: int | str) -> None:
         """Takes layers out of training: no gradient, not in the optimizer, no drop path or dropout.
 
-        ``part`` is N: the patch embedding and the first N blocks (0: nothing), or ``backbone``: all
-        but the head.
+        ``part``: N, the patch embedding and the first N blocks; or ``backbone``, all but the head.
         """
         layers = [self.patch_embed, *self.mixer_layers, self.norm]
         if part != "backbone":

@@ -164,8 +164,9 @@ class Archive:
         return None
 
     def under(self, folder: str, empty: bool = False) -> Iterator[str]:
-        """The names of the members in a folder, at any depth, sorted; ``""`` is the whole. `empty`
-        adds the empty folders.
+        """The names of the members in a folder (``""``: all), at any depth, sorted.
+
+        `empty`: also the empty folders there.
         """
         prefix = os.fsencode(f"{folder}/" if folder else "")
         for number in range(self._search(prefix), len(self)):
@@ -183,9 +184,7 @@ class Archive:
         return sorted({name.partition("/")[0] for name in names if "/" in name})
 
     def read(self, name: str) -> bytes:
-        """The bytes of a member; OSError if it is missing or damaged, DataError if the archive has
-        changed since it was indexed.
-        """
+        """A member's bytes; OSError if there is none or it is damaged, DataError after a change."""
         member, state = self.find(name), None
         if member is None:
             raise FileNotFoundError(errno.ENOENT, "No such member", f"{self.path}/{name}")
@@ -232,7 +231,7 @@ def _load_index(path: str) -> dict[str, np.ndarray]:
         os.path.join(folder, f".{name}.index.npz"),
         str(cache_folder() / f"{name}.{digest}.index.npz"),
     ]
-    # The last is set by the system: whoever replaces a file can give it the old one's other time.
+    # A file that replaces another can be given its mtime, but not its ctime.
     stamp = [_VERSION, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     for file in files:
         broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)

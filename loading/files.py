@@ -102,10 +102,9 @@ class ImageIndex:
 def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) -> ImageIndex:
     """Reads ``relative/path label`` lines: the last field is the label, the rest is the path.
 
-    Blank lines and ``#`` lines are skipped; paths may contain spaces, in any encoding. Labels go
-    from 0 to `num_classes` - 1. Without `allow_outside` no path may leave `root`; ``..`` is
-    resolved by the text alone: a link may point to another disk. DataError if a line is none of
-    this.
+    Blank lines and ``#`` lines are skipped; paths may contain spaces, in any encoding. Labels are
+    below `num_classes`. Without `allow_outside` no path may leave `root`; ``..`` is resolved by the
+    text alone: a link may point to another disk. DataError if a line is none of this.
     """
     index = ImageIndex(root, list_file)
     folder = os.path.join(os.path.normpath(index.root), b"")
@@ -143,9 +142,8 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
 
 
 def find_classes(root: str) -> list[str]:
-    """The class folders of a `DATASET: imagefolder` tree in order: label i is the i-th.
-
-    They are those of ``root/train``, else of ``root/val``. DataError if there are none.
+    """The class folders of a `DATASET: imagefolder` tree in order, from ``root/train`` or, where
+    there is none, ``root/val``: label i is the i-th. DataError if there are none.
     """
     for split in SPLIT_NAMES:
         folder = split_folder(root, split)

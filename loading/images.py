@@ -189,7 +189,7 @@ def _warn_of_dark_grey(path: str) -> None:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """The pixels of an ordinary JPEG; None: it is for Pillow. ValueError: it is damaged."""
+    """The pixels of an ordinary JPEG; None: Pillow must decode it. ValueError: it is damaged."""
     if not data.startswith(_JPEG) or not simplejpeg_is_right():
         return None
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)

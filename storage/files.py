@@ -25,7 +25,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def unreachable(path: str | os.PathLike) -> str:
-    """Why it cannot even be known whether a path exists; empty where it can."""
+    """Why the system cannot tell whether a path exists; empty if it can."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -81,7 +81,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what can be had again is kept: ``resmlp`` in ``XDG_CACHE_HOME`` (``~/.cache``)."""
+    """Files that can be made again: ``resmlp`` in ``XDG_CACHE_HOME`` (``~/.cache``)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache").expanduser(), "resmlp")
 
 

@@ -27,8 +27,7 @@ class Metrics:
     top5: float
     images: int
     seconds: float
-    # int64 [pairs, 3]: label, prediction and its images, of the pairs that occur, in order. All
-    # K * K would take gigabytes for some thousand classes.
+    # int64 [pairs, 3]: label, prediction, images, in order (K * K would take gigabytes)
     confusion: np.ndarray | None = None
     calibration: Calibration | None = None
     # with several right labels an image; images without any are left out
@@ -116,7 +115,6 @@ class _Sums:
         self.real, self.pairs, self.calibration = np.zeros(3, "int64"), [], Calibration()
 
     def add(self, logits: paddle.Tensor, labels: paddle.Tensor, indices) -> None:
-        """Counts a batch."""
         logits, classes = logits.astype("float32"), self.num_classes
         own = paddle.take_along_axis(logits, labels.unsqueeze(-1), 1)[:, 0]
         # (Paddle's log-softmax ends at 64 on a CPU.)
@@ -199,8 +197,10 @@ def evaluate(
             with the other logits left out, as the authors of ImageNet-A and -R do.
 
     Returns:
-        The metrics of each model, the same on every rank; None when any rank broke off. UserError
-        if a logit is not finite.
+        The metrics of each model, the same on every rank; None when any rank broke off.
+
+    Raises:
+        UserError: a logit is not finite.
     """
     start, seen, stopped = time.monotonic(), 0, False
     sums = [_Sums(num_classes, confusion, accepted, subset) for _ in models]

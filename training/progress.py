@@ -106,7 +106,6 @@ class Monitor:
         self._records: list[StepRecord] = []  # of the steps since the last count
 
     def add(self, record: StepRecord) -> None:
-        """Takes the record of a step."""
         self._records.append(record)
 
     def due(self) -> bool:

@@ -34,7 +34,7 @@ class Report:
     def log_start(
         self, learner: Learner, progress: Progress, train: ImageDataset, val: ImageDataset
     ) -> None:
-        """Leaves classes and config in the folder, and says what is going to be trained."""
+        """Writes classes and config to the folder, and logs what is trained."""
         config, schedule = self.config, self.schedule
         older = self.folder.path / "classes.txt"  # of older checkpoints, which it names
         if train.classes and not (progress.step and older.exists()):
@@ -134,7 +134,6 @@ class Report:
                 self.dashboard.scalar(prefix + name, value, step)
 
     def done(self, progress: Progress, ema: bool) -> None:
-        """Says how the run ended."""
         if progress.epoch < self.schedule.total_epochs:
             _log.info(
                 f"stopped early: {progress.stale} evaluations without a better one "

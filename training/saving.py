@@ -140,7 +140,7 @@ class Saver:
         self._writer.finish(wait)
 
     def close(self) -> None:
-        """At the end of a run: what has broken it off comes before a save that fails too."""
+        """Ends the last save; its error is only logged, so that it hides no earlier one."""
         try:
             self._writer.finish()
         except CheckpointError as error:
