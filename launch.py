@@ -277,9 +277,7 @@ def run_launched(config) -> int:
 
 
 def _before_abort(explain: Callable[[], None]) -> None:
-    """Calls ``explain`` before C++ aborts, as in backward where gloo loses the connection to a
-    rank.
-    """
+    """Calls ``explain`` before C++ aborts, as where gloo loses a rank in backward."""
     handler = ctypes.CFUNCTYPE(None)
     with suppress(OSError, AttributeError):  # another C++ library
         set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE  # std::set_terminate

@@ -10,9 +10,7 @@ CLEAR = "\r\033[K"  # a terminal's line, and begins it anew
 
 
 class ProgressLine:
-    """A progress bar that overwrites itself on a terminal, and is silent anywhere else and without
-    ``show`` (ranks other than 0).
-    """
+    """A progress bar on a terminal; silent anywhere else, and without ``show`` (ranks but 0)."""
 
     def __init__(self, label: str, show: bool = True):
         self.label, self.show = label, show and sys.stdout.isatty()

@@ -36,9 +36,7 @@ class Pillow:
     """The operations as Pillow does them; see `Compiled`."""
 
     def resize(self, pixels: np.ndarray, size: Sequence[int], resample: int, crop=None, box=None):
-        """Resizes `box` to `size` (width, height); returns `crop` of it, black outside. Boxes:
-        left, top, right, bottom; None: all.
-        """
+        """`box` at `size` (width, height), then its `crop`; boxes: left, top, right, bottom."""
         left, top, right, bottom = box or (0, 0, *pixels.shape[::-1])
         image = to_image(pixels[top:bottom, left:right]).resize(size, resample)
         return from_image(image.crop(crop) if crop else image)

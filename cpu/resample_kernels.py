@@ -66,10 +66,7 @@ def _bicubic_weights(old, new, start, stop):
 
 @njit(cache=True, inline="always")
 def _mix_lines(lines, first, count, weights, out, total):
-    """Every line of `out` as a weighted sum of lines; both ``uint8 [lines, bytes]``.
-
-    Four at a time, so that `total`, ``int32 [bytes]``, is read and written less often.
-    """
+    """Weighted sums of lines, ``uint8 [lines, bytes]``: four at a time, to sweep `total` less."""
     half = np.int32(1 << (_PLACES - 1))  # what follows cuts off
     for i in range(out.shape[0]):
         a, w, rest = lines[first[i]], weights[i], count[i] % 4

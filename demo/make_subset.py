@@ -26,9 +26,7 @@ SEED = 0
 
 
 def cut(split: Split, per_class: int, rng: np.random.Generator) -> Split:
-    """Chooses ``per_class`` images of each class, class after class, in the original order. Raises
-    DataError where a class has fewer.
-    """
+    """``per_class`` images of each class in turn, in the original order; DataError for too few."""
     chosen = []
     for label, name in enumerate(CLASSES):
         members = np.flatnonzero(split.labels == label)

@@ -41,9 +41,7 @@ def device_of(address: str) -> str:
 
 
 def addresses(master: str, first: bool, own: str = "") -> tuple[str, str]:
-    """This node's address, and the ``host:port`` of the launcher's master, given that of the first
-    node (``master``) and an address chosen by the user (``own``).
-    """
+    """This node's address (``own`` if given), and the launcher's ``host:port`` for the master."""
     host, _, port = master.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError("expected host:port of the first node, such as 10.0.0.1:6170")

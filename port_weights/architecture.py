@@ -39,9 +39,7 @@ class Architecture(NamedTuple):
 
 
 def infer(state: Mapping[str, np.ndarray]) -> Architecture:
-    """Reads the architecture off a Paddle state dict. Raises WeightsError where it cannot be
-    ResMLP's.
-    """
+    """Reads the architecture off a Paddle state dict; WeightsError if it cannot be ResMLP's."""
     blocks = [re.match(r"mixer_layers\.(\d+)\.", name) for name in state]
     numbers = {int(block[1]) for block in blocks if block}
     _, tokens = _shape(state, "mixer_layers.0.linear_tokens.weight", 2)

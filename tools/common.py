@@ -80,9 +80,7 @@ def beside_weights(config, name: str) -> Path:
 
 
 def load_model(config):
-    """The config's model with its weights, in evaluation mode; `classes` are the weights' names.
-    Raises WeightsError where they cannot be read or do not fit the model.
-    """
+    """The config's model and weights, in evaluation mode; WeightsError if they do not fit."""
     from resmlp import build_resmlp, load_pretrained  # with Paddle, which not all tools need
     from storage.adapt import read_pretrained
 

@@ -52,9 +52,7 @@ def identify(path: Path) -> Weights | None:
 
 
 def find_files(folder: str) -> list[Path]:
-    """The weight files under a folder, without those that an earlier release ported from one.
-    Raises UserError if there are none.
-    """
+    """The weight files under a folder, without those ported from one; UserError if none."""
     found = sorted(p for p in Path(folder).rglob("*") if p.suffix in SUFFIXES and p.is_file())
     found = [path for path in found if path.with_suffix("") not in found]
     if not found:

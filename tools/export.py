@@ -213,9 +213,7 @@ class Job:
         return save_for_inference(self.deployed(fold(self.model)), prefix, spec)
 
     def difference(self, name: str, run: Run) -> dict:
-        """The largest difference of an exported file, for a batch and for a single image. Raises
-        UserError if it is above `TOLERANCE`.
-        """
+        """The largest difference for a batch and a single image; UserError above `TOLERANCE`."""
         outputs = [run(self.inputs), run(self.inputs[:1])]
         errors = [np.abs(out - self.expected[: len(out)]).max() for out in outputs]
         difference = float(max(errors) / np.abs(self.expected).max())

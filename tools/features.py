@@ -163,9 +163,7 @@ def _beside(path: str, ending: str) -> str:
 
 
 def read_features(path: str) -> Features:
-    """Opens a file of `write_features`; the features stay on the disk until they are used. Raises
-    DataError if it is no such file, or not whole.
-    """
+    """Opens a file of `write_features`, mapped from the disk; DataError if it is not whole."""
     try:
         regular_size(path)
         if path.endswith(".npy"):

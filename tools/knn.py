@@ -110,9 +110,7 @@ def probe_accuracies(
 
 
 def comparable(train: Features, val: Features) -> Features:
-    """Features with the labels that their classes have in those to learn from. Raises DataError for
-    other channels, weights or classes.
-    """
+    """``val`` with the labels of ``train``; DataError for other channels, weights or classes."""
     here, there = train.features.shape[1], val.features.shape[1]
     if here != there:
         raise DataError(f"features of {here} and {there} channels: they are of different models")

@@ -17,9 +17,7 @@ OPSET = 17
 
 
 def convert(source: Path) -> onnx.ModelProto:
-    """A tidy ONNX model of what ``paddle.jit.save`` wrote (``.json`` or ``.pdmodel``). Raises
-    UserError if paddle2onnx fails.
-    """
+    """A tidy ONNX model of what ``paddle.jit.save`` wrote; UserError if paddle2onnx fails."""
     file = str(source.with_suffix(".onnx"))
     try:
         import paddle2onnx

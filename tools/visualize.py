@@ -188,9 +188,7 @@ def draw_contributions(
     names: Sequence[str],
     label: int | None = None,
 ):
-    """Each image, and its patches' contributions to its two likeliest classes or to ``label``.
-    ``views``, uint8 ``[B, H, W, 3]``, is what the model saw.
-    """
+    """Views (uint8 ``[B, H, W, 3]``) and contributions to ``label`` or two likely classes."""
     classes = (
         np.argsort(-logits, axis=1)[:, :2] if label is None else np.full([len(views), 1], label)
     )

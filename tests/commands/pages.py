@@ -53,7 +53,6 @@ def _lines(block: str):
 
 
 def unmarked(page: Path) -> list[str]:
-    """Lines that look like commands in blocks that say neither ``sh`` nor ``python``."""
     blocks = [m.groups()[:2] for m in _BLOCK_OR_SPAN.finditer(page.read_text(encoding="utf-8"))]
     lines = [line for lang, text in blocks if text and not lang for line in text.splitlines()]
     return [line for line in lines if _COMMAND.match(line.strip().removeprefix("$ "))]

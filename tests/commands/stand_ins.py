@@ -74,7 +74,6 @@ def _photo(path: Path, rng: np.random.Generator) -> None:
 
 
 def _weights(repository: Path) -> None:
-    """The published files under their names, with weights as they are before any training."""
     for name in ("resmlp_12_224", "resmlp_24_224", "resmlp_24_distilled_224"):
         config = get_config(str(ROOT / "configs" / f"{name}.yaml"))
         config.MODEL.MIXER.DEPTH = tables.DEPTH

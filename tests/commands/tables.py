@@ -1,6 +1,5 @@
-"""What is not run, what is changed to be small, what a command needs and what it leaves.
-
-Patterns are regular expressions; ``test_docs.py`` fails where one fits no command any more.
+"""What is not run, what is changed, what a command needs and leaves, by regular expressions;
+``test_docs.py`` fails where one fits no command any more.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ NEEDS = {
     r"-format (paddle )?onnx|-backend onnx|/exported/": ("paddle2onnx", "onnx", "onnxruntime"),
 }
 
-# Files (patterns, from the repository's root) that a command makes or makes anew; no pictures where
-# Matplotlib is missing.
+# Files (patterns, from the root) that a command makes anew; without Matplotlib no pictures.
 _LISTS = ("train_list.txt", "val_list.txt", "classes.txt")
 _RUN = ("config.yaml", "log.txt", "metrics.jsonl", "curves.png", "last.pdparams", "best.pdparams")
 _PICTURES = ("index.html", "token_mixing.png", "magnitudes.png", "contributions.png", "batch.png")

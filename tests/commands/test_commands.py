@@ -1,8 +1,5 @@
-"""Every command of README.md and docs/*.md is run, in the order of its page, in a clone of its own.
-
-Each page gets a copy of the repository's files with the stand-ins of `stand_ins.py`; its commands
-run there one after another, so that a later one may use what an earlier one left. `tables.py` says
-what is changed to make them small, and what is not run.
+"""Every command of README.md and docs/*.md is run, in the order of its page, in a clone of its own
+with the stand-ins of `stand_ins.py`; `tables.py` says what is made small or not run.
 """
 
 from __future__ import annotations

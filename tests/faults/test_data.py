@@ -35,7 +35,6 @@ BAD = {
 
 
 def with_lists(folder, train=24, val=9):
-    """A data set with list files; returns it and the paths of its training images, by index."""
     data = make_data(folder / "data", train, val)
     for split in ("train", "val"):
         paths = sorted(data.glob(f"{split}/*/*.png"))

@@ -76,7 +76,6 @@ def watch():
 
 
 def mutate(rng: random.Random, data: bytes, words: list[bytes]) -> bytes:
-    """One change, or up to four: flipped, cut, repeated, overwritten or inserted bytes."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
         place = rng.randrange(len(data) + 1)

@@ -1,6 +1,4 @@
-"""Two hosts, each a network namespace with its own address and a name that means 127.0.1.1, as on
-Debian and Ubuntu: they train as one, and end when one of them fails or cannot be reached.
-"""
+"""Two hosts (network namespaces named 127.0.1.1, as on Debian) train and fail as one."""
 
 import json
 import os
@@ -66,8 +64,6 @@ def hosts():
 
 
 class Job:
-    """A run on two hosts, started by the script as on two machines that share a file system."""
-
     def __init__(self, hosts, data, folder):
         self.hosts, self.data, self.folder, self.nodes = hosts, data, folder, []
         self.one_host = command(data, folder / "one", main="main_multi_gpu.py", nprocs=2)

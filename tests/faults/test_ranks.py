@@ -70,7 +70,6 @@ def test_rank_1_dies_while_rank_0_saves(tmp_path, data):
 
 
 def wait_for_ranks(process, folder):
-    """Process ids by rank, once the first checkpoint is there."""
     deadline = time.monotonic() + 90
     while not (folder / "run" / "last.pdparams").exists():
         assert process.poll() is None, process.communicate()[0]
@@ -277,7 +276,6 @@ def test_another_number_of_processes_goes_on_where_the_first_stopped(tmp_path, d
 
 
 def launcher(words, log, *arguments):
-    """The command of a launcher around a command of ours (without -nprocs)."""
     position = words.index("-nprocs")
     words = words[1:position] + words[position + 2 :]
     flags = ["-m", "paddle.distributed.launch", "--log_dir", str(log), *map(str, arguments)]

@@ -1,7 +1,5 @@
-"""A GPU that is not there: the branches for one are run on a CPU, in half precision.
-
-There are stand-ins for the kernels that a CPU has in float32 alone, and for what tells of a GPU.
-Paddle's own lists of operators, loss scaler, autograd, optimizers and reducer do the rest.
+"""A GPU that is not there: its branches are run on a CPU, in half precision. Stand-ins are what
+tells of a GPU and kernels that a CPU has in float32 alone; the rest is Paddle's own.
 """
 
 from __future__ import annotations

@@ -90,7 +90,6 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two runs: every bit of their checkpoints, and the metrics."""
     names = [
         sorted(p.name for p in folder.glob("*.pdparams") if not p.name.startswith("abandoned_"))
         for folder in (one, other)

@@ -32,7 +32,6 @@ REPORT_FREQ: 1
 
 
 def make_data(folder: Path, train: int = 24, val: int = 9) -> Path:
-    """Writes noise images of three colours as ``train/<class>`` and ``val/<class>``."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for number in range(count):

@@ -51,7 +51,6 @@ def make_images(folder: Path, count: int) -> list[str]:
 
 
 def run_tool(name: str, *arguments, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
-    """Runs ``tools/NAME.py`` from another folder, as a user does."""
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
         cwd=cwd,

@@ -70,7 +70,6 @@ def write_mat(path, matrices, compress=True):
 
 
 def flowers102(folder):
-    """Nine images of three classes: two sets of two to train on, five to test."""
     images = {}
     for number in range(1, 10):
         file = io.BytesIO()

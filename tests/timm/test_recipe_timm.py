@@ -41,7 +41,6 @@ def pair(depth=3):
 
 
 def optimizer_of_timm(theirs, name, lr, decay, clip):
-    """timm's optimizer with decay off for Affine, LayerScale and biases, and its own clipping."""
     decayed, kept = [], []
     for key, parameter in theirs.named_parameters():
         matrix = key.endswith(".weight")

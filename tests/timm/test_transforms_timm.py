@@ -1,7 +1,5 @@
-"""Image pipelines against timm and torchvision: equal pixels, equally distributed decisions.
-
-The draws are compared with fixed seeds, so that a test passes or fails the same way every time; a
-p-value below `ALPHA` means that the distributions differ.
+"""Image pipelines against timm and torchvision: equal pixels, equally distributed decisions. Draws
+have fixed seeds; a p-value below `ALPHA` means that distributions differ.
 """
 
 from __future__ import annotations
@@ -176,7 +174,6 @@ def test_the_steps_of_colour_jitter_equal_torchvisions():
 
 
 def assert_same_frequencies(ours, theirs):
-    """Chi-square test that two samples of hashable things come from one distribution."""
     ours, theirs = Counter(ours), Counter(theirs)
     keys = sorted(ours | theirs, key=repr)
     table = np.array([[count[key] for key in keys] for count in (ours, theirs)])
@@ -188,7 +185,6 @@ def assert_same_frequencies(ours, theirs):
 
 
 def assert_same_distribution(ours, theirs):
-    """KS test for real numbers, chi-square for the values of a table."""
     if len(set(ours)) < 100:
         assert_same_frequencies(ours, theirs)
     else:
