@@ -122,7 +122,7 @@ def launch(config) -> int:
     many already. Otherwise `DIST.NPROCS` processes are spawned, by default one a visible GPU.
 
     Returns 0 or the exit code of the first process that failed. Raises UserError for more processes
-    than GPUs or than the system starts, or half a launcher's environment.
+    than GPUs or than the system starts, and where a launcher's variables are incomplete.
     """
     if launched_ranks():
         return run_launched(config)

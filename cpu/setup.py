@@ -43,7 +43,7 @@ def enabled(switch: str = "RESMLP_RUNTIME") -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether Paddle will use an NVIDIA GPU: built for CUDA, a visible driver; not imported."""
+    """Whether Paddle will use an NVIDIA GPU, told without importing it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     driver = os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")
     return driver and not hidden and is_cuda_build()

@@ -47,7 +47,7 @@ def gpu_count() -> int:
 
 
 def launched_ranks() -> int:
-    """How many ranks a launcher started, 0 without one; UserError for half an environment."""
+    """How many ranks a launcher started; 0: none. UserError if its variables are incomplete."""
     rank, ranks = (os.environ.get(f"PADDLE_{name}") for name in ("TRAINER_ID", "TRAINERS_NUM"))
     if rank is None and ranks in (None, "1"):
         return 0

@@ -71,8 +71,8 @@ def meet(rank: int, world: int) -> None:
     They ask the job's key-value store: gloo gives up on collectives after 30 seconds. Rank 0, whose
     process is the store, returns last: it may end, and the store with it.
 
-    Raises ConnectionError after `SILENCE` seconds without a sign of life of a rank, as of another
-    node. (On one machine `launch` learns of its end at once.)
+    Raises ConnectionError after `SILENCE` seconds without a sign of life from a rank. (On one
+    machine `launch` learns of its end at once; another node's launcher says nothing.)
     """
     global meetings
     meetings += 1

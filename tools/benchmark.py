@@ -404,7 +404,7 @@ class Peer:
 def alternate(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
     """Seconds of every side, round by round: what disturbs the machine meets all sides.
 
-    The first step of a turn is not counted: after a pause a step is slower, by side differently.
+    A turn's first step is not counted: after a pause it is slower, not by the same for all.
     """
     times = [[] for _ in sides]
     for _ in range(rounds):

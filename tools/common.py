@@ -140,7 +140,7 @@ def require(what: str, packages: Sequence[str]) -> None:
 
 
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:
-    """Writes a text (UTF-8) or bytes, as a whole or not at all (UserError); makes the folder."""
+    """Writes text (UTF-8) or bytes whole or not at all (UserError); makes the folder."""
     data = data.encode("utf-8") if isinstance(data, str) else data
     path = Path(path)
     if os.path.isfile(path) or not os.path.exists(path):

@@ -1,4 +1,4 @@
-"""Two hosts (network namespaces named 127.0.1.1, as on Debian) train and fail as one."""
+"""Two hosts (network namespaces; names mean 127.0.1.1) train, and fail, as one."""
 
 import json
 import os
