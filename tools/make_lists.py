@@ -307,7 +307,7 @@ def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict, log)
     if alike:
         kept = ": each stays on one side" if "drawn" in sides else ""
         pair = " and ".join(map(printable, alike[0][:2]))
-        log(f"{len(alike)} groups of identical files (such as {pair}){kept}")
+        log(f"{len(alike)} group{'s' * (len(alike) > 1)} of identical files (such as {pair}){kept}")
     lines = Counter((path, side) for group in groups for path, _, side in group)
     if again := [f"{path} in {side}" for (path, side), count in lines.items() if count > 1]:
         log(f"warning: {len(again)} images are listed more than once: {shorten(again, 3)}")
@@ -421,7 +421,7 @@ def _next_command(split: Split, lists: str | None) -> str:
     cfg = os.path.normpath(f"{here}/configs/{config}.yaml")
     name = os.path.basename(os.path.abspath(split.root))
     words = ["python", main, f"-cfg={cfg}", f"-data_path={split.root}", *flags]
-    words += [f"-output=output/{name}", "-opts", "MODEL.NUM_CLASSES", str(len(split.classes))]
+    words += [f"-output=output/{name}", *(["-opts"] if lists else [])]
     for key, file in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES if lists else ()):
         words += [f"DATA.{key}", os.path.join(lists, file)]
     return shlex.join(words)

@@ -41,9 +41,10 @@ class Report:
             self.folder.write("classes.txt", train.classes.text())
         self.folder.write("config.yaml", config.dump())
         count = sum(int(np.prod(p.shape)) for p in learner.model.parameters())
+        steps = f"{schedule.steps_per_epoch} step{'s' * (schedule.steps_per_epoch > 1)}"
         _log.info(
             f"{config.MODEL.NAME}: {count:,} parameters; {len(train)} training and {len(val)} "
-            f"validation images; {schedule.steps_per_epoch} steps of {schedule.samples_per_step} "
+            f"validation images; {steps} of {schedule.samples_per_step} "
             f"images an epoch on {self.process.world} process{'es' * (self.process.world > 1)}; "
             f"base learning rate {schedule.base_rate:.3g}; output in {self.folder.path}"
         )
