@@ -476,6 +476,18 @@ def test_an_output_that_is_not_finite_or_has_no_names_is_an_error(inside, wrong)
         model(UNSEEN[:1])
 
 
+def test_an_output_that_is_closed_early_ends_it_quietly(monkeypatch):
+    """As by `... | head`."""
+
+    def closed(args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(infer_module, "_arguments", lambda: None)
+    monkeypatch.setattr(infer_module, "_print_classes", closed)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert infer_module.main() == 0
+
+
 def test_names_that_the_output_cannot_encode_are_shown_escaped(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     path = os.fsdecode(b"caf\xe9.jpg")

@@ -450,6 +450,8 @@ def main() -> int:
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `... | head` closed the output: nothing left to say
+        sys.stderr.close()
     return 0
 
 
