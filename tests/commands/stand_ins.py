@@ -20,6 +20,7 @@ from demo.fashion_mnist import Split, read, write_archive
 from demo.make_subset import ARCHIVE
 from demo.prepare import prepare
 from loading.imagenet import wordnet_ids
+from port_weights import zoo
 from port_weights.names import from_paddle
 from port_weights.torch_files import write_torch_weights
 from resmlp import build_resmlp
@@ -74,16 +75,19 @@ def _photo(path: Path, rng: np.random.Generator) -> None:
 
 
 def _weights(repository: Path) -> None:
+    states = {}
     for name in ("resmlp_12_224", "resmlp_24_224", "resmlp_24_distilled_224"):
         config = get_config(str(ROOT / "configs" / f"{name}.yaml"))
         config.MODEL.MIXER.DEPTH = tables.DEPTH
         state = {key: value.numpy() for key, value in build_resmlp(config).state_dict().items()}
+        states[name] = state
         write_weights(state, repository / f"{name}.pdparams")
     write_weights(state, repository / "weights" / f"{name}.pdparams")
     write_torch_weights(from_paddle(state, "timm")[0], repository / "model.safetensors")
     if importlib.util.find_spec("torch"):
-        theirs = from_paddle(state, "facebook")[0]
-        write_torch_weights(theirs, repository / "resmlp_24_dist.pth")
+        for name in ("resmlp_12_224", "resmlp_24_distilled_224"):
+            theirs = from_paddle(states[name], "facebook")[0]
+            write_torch_weights(theirs, repository / zoo.find(name).file)
 
 
 def _demo(repository: Path, images: Path) -> None:

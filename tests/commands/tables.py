@@ -81,6 +81,7 @@ LEAVES = {
     r"-cfg=output/photos/config\.yaml": [f"output/photos/{name}" for name in _REPORT],
     r"-grid=predictions\.png": ["predictions.png"],
     r"photos/best\.pdparams -format onnx": ["output/photos/exported/model.onnx"],
+    r"-checkpoint resmlp_12_no_dist\.pth": ["resmlp_12_224.pdparams"],
     r"-checkpoint resmlp_24_dist\.pth": ["resmlp_24_distilled_224.pdparams"],
     r"-checkpoint model\.safetensors": ["x.pdparams"],
     r"export_timm_weights\.py .*\.safetensors": ["x.safetensors"],
