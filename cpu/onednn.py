@@ -72,12 +72,12 @@ class _Library:
         self.call("primitive_desc_query", descriptor, _QUERY_IMPLEMENTATION, 0, ctypes.byref(name))
         return name.value
 
-    def has_gemm(self, descriptor: ctypes.c_void_p) -> bool:
-        """Moves a product's descriptor on to oneDNN's plain product, if there is one."""
-        while not self.implementation(descriptor).startswith(b"gemm"):
+    def implemented_by(self, name: bytes, descriptor: ctypes.c_void_p) -> ctypes.c_void_p | None:
+        """The descriptor, moved on to an implementation of that name; None where there is none."""
+        while not self.implementation(descriptor).startswith(name):
             if self._functions.dnnl_primitive_desc_next_impl(descriptor):
-                return False
-        return True
+                return None
+        return descriptor
 
     def new(self, name: str, *arguments) -> ctypes.c_void_p:
         """What a ``..._create`` function puts where its first argument points."""
@@ -251,7 +251,7 @@ def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
     if hidden or (transpose_a and rank == 2):
         # For a weight gradient, and for the gradient of an MLP's hidden units, oneDNN's first
         # choice takes longer than its plain product: by a tenth, and by 2 to 7 % (AVX-512).
-        descriptor = descriptor if _library().has_gemm(descriptor) else create()
+        descriptor = _library().implemented_by(b"gemm", descriptor) or create()
     arguments = [(_SRC, a), (_WEIGHTS, b), *([(_BIAS, bias)] if has_bias else [])]
     return _fast(descriptor, [*arguments, *zip(names, others), (_DST, result)]), shape
 

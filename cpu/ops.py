@@ -127,9 +127,7 @@ def mix_channels(x, norm, mlp, layer_scale, mask):
     parameters = norm.alpha, norm.beta, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
     if _wants_gradient(x, *parameters, scale):
         return _MixChannels.apply(x, *parameters, scale, kept)
-    if kept is None and x.size < mlp.fc1.weight.size:
-        return _channels_of_few(x, *parameters, scale)
-    return _channels_forward(x, *parameters, scale, kept)[0]
+    return _channels_forward(x, *parameters, scale, kept, _gelu_of_product)[0]
 
 
 class _Linear(PyLayer):
@@ -252,38 +250,28 @@ class _MixTokens(PyLayer):
         )
 
 
-def _channels_of_few(x, alpha, beta, w1, bias1, w2, bias2, scale):
-    """The branch for a batch smaller than its weights: nothing is folded into these."""
-    shift = [("add", beta.flatten())]
-    rows = _narrow(onednn.multiply(x, alpha.flatten(), then=shift))
-    hidden = onednn.product(rows, _narrow(w1), bias=bias1, gelu=True)
-    then = [("multiply", scale), ("add", x)]
-    return onednn.product(hidden, _narrow(w2), bias=bias2, then=then, dtype=x.dtype)
+def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, kept, first_half):
+    """With alpha and beta in the first linear layer, and scale in the second.
 
-
-def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable=False):
-    """With alpha and beta in the first linear layer, and scale in the second."""
+    ``first_half`` makes the hidden units, and what else comes of them is returned too.
+    """
     folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
     folded2 = _narrow(onednn.multiply(w2, scale))  # [H, C]
-    narrow, before = _take(x, kept, _narrow_type(x)), None
+    narrow = _take(x, kept, _narrow_type(x))
     bias1, bias2 = bias1 + paddle.matmul(beta.flatten(), w1), bias2 * scale
-    if differentiable:
-        before = onednn.product(narrow, folded1, bias=bias1)
-        hidden = onednn.gelu(before)  # [kept, N, H]
-    else:
-        hidden = onednn.product(narrow, folded1, bias=bias1, gelu=True)
+    hidden, *rest = first_half(narrow, folded1, bias1)  # [kept, N, H]
 
     def branch(part, **last):
         return onednn.product(hidden[part], folded2, bias=bias2, **last)
 
-    return _add_branch(x, kept, branch), narrow, folded1, folded2, hidden, before
+    return _add_branch(x, kept, branch), narrow, folded1, folded2, hidden, *rest
 
 
 class _MixChannels(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, kept):
         y, narrow, folded1, folded2, *ctx.gelu = _channels_forward(
-            x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable=True
+            x, alpha, beta, w1, bias1, w2, bias2, scale, kept, _differentiable_gelu_of_product
         )
         ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, folded1, folded2)
         ctx.kept = kept
@@ -294,7 +282,7 @@ class _MixChannels(PyLayer):
     @once_differentiable
     def backward(ctx, grad):
         x, alpha, beta, w1, w2, bias2, scale, folded1, folded2 = ctx.saved_tensor()
-        hidden, before_gelu = ctx.gelu
+        hidden, gelu_gradient = ctx.gelu
         del ctx.gelu
         wide = grad.dtype
         branch = _take(grad, ctx.kept, x.dtype)  # [kept, N, C]
@@ -303,9 +291,8 @@ class _MixChannels(PyLayer):
         )  # [H, C]
         del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_hidden = onednn.product(branch, folded2, transpose_b=True)
-        d_before = onednn.gelu_gradient(d_hidden, before_gelu)  # [kept, N, H]
-        del before_gelu, d_hidden
+        d_before = gelu_gradient(onednn.product(branch, folded2, transpose_b=True))  # [kept, N, H]
+        del gelu_gradient
         d_folded1 = onednn.product(
             _rows(x), _rows(d_before), transpose_a=True, dtype=wide
         )  # [C, H]
@@ -325,6 +312,17 @@ class _MixChannels(PyLayer):
             d_bias2 * scale,
             _column_sum(d_folded2 * w2) + d_bias2 * bias2,
         )
+
+
+def _gelu_of_product(rows, weight, bias):
+    """``gelu(rows @ weight + bias)``, alone in a tuple."""
+    return (onednn.product(rows, weight, bias=bias, gelu=True),)
+
+
+def _differentiable_gelu_of_product(rows, weight, bias):
+    """The same, and the function that leads a gradient back to before the GELU."""
+    before = onednn.product(rows, weight, bias=bias)
+    return onednn.gelu(before), lambda gradient: onednn.gelu_gradient(gradient, before)
 
 
 def _narrow(x):

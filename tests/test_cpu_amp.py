@@ -117,8 +117,8 @@ def test_small_gradients_of_36_layers_do_not_vanish():
     assert abs(expected["mixer_layers.0.mlp_channels.fc1.weight"]).max() < 1e-4
     assert_near(found, expected)
     for name, value in expected.items():
-        large = abs(value) > 0.01 * abs(value).max()  # what is near 0 may cancel out
-        assert (found[name][large] != 0).all(), name
+        vanished = (found[name] == 0) & (value != 0)
+        assert vanished.mean() < 1e-4, name  # a sum may cancel out
 
 
 @pytest.mark.parametrize(

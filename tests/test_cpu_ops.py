@@ -136,9 +136,8 @@ def test_paddle_grad_gives_the_same_as_backward():
     assert_equal({"output": y.numpy(), **found}, expected)
 
 
-@pytest.mark.parametrize("batch", [3, 8], ids=["fewer values than weights", "more"])
-def test_eval_mode_equals_the_layers_with_and_without_gradients(batch, layers_only):
-    block, x = random_block(drop_path=0.5), paddle.randn([batch, 5, 6])
+def test_eval_mode_equals_the_layers_with_and_without_gradients(layers_only):
+    block, x = random_block(drop_path=0.5), paddle.randn([3, 5, 6])
     block.eval()
     expected = layers_only(block, x).numpy()
     np.testing.assert_allclose(block(x).numpy(), expected, rtol=1e-12)

@@ -149,7 +149,7 @@ def _read_metadata(path: Path) -> dict:
         described = _beside(path, ".metadata")
     with _one_line(f"{described}: not from export.py"):
         metadata = dict(json.loads(described.read_text(encoding="utf-8")))
-    for suffix, expected in metadata.get("sha256", {}).items():
+    for suffix, expected in (metadata.get("sha256") or {}).items():
         file = _beside(path, suffix)
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise ModelError(
