@@ -116,9 +116,8 @@ def test_small_gradients_of_36_layers_do_not_vanish():
     expected, found = gradients(model, images, False), gradients(model, images, True)
     assert abs(expected["mixer_layers.0.mlp_channels.fc1.weight"]).max() < 1e-4
     assert_near(found, expected)
-    for name, value in expected.items():
-        vanished = (found[name] == 0) & (value != 0)
-        assert vanished.mean() < 1e-4, name  # a sum may cancel out
+    vanished = [((found[name] == 0) & (value != 0)).sum() for name, value in expected.items()]
+    assert sum(vanished) <= 2  # of 323,781: a sum may cancel out
 
 
 @pytest.mark.parametrize(
