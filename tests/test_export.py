@@ -482,8 +482,8 @@ def test_an_output_that_is_closed_early_ends_it_quietly(monkeypatch):
     def closed(args):
         raise BrokenPipeError
 
-    monkeypatch.setattr(infer_module, "_arguments", lambda: None)
-    monkeypatch.setattr(infer_module, "_print_classes", closed)
+    monkeypatch.setattr(sys, "argv", ["infer_exported", "model.onnx", "x.jpg"])
+    monkeypatch.setattr(infer_module, "find_images", closed)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert infer_module.main() == 0
 
