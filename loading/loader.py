@@ -8,6 +8,7 @@ workers outlive a killed main process, and leaves batches in /dev/shm: this modu
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import shutil
@@ -196,6 +197,7 @@ def _start(loader: paddle.io.DataLoader):
     handler, method = signal.getsignal(signal.SIGCHLD), multiprocessing.get_start_method(True)
     before = set(multiprocessing.active_children())
     multiprocessing.set_start_method("fork", force=True)
+    gc.freeze()  # a worker that collected an old reader of Paddle's would join its threads: SIGABRT
     try:
         return iter(loader)
     except (OSError, RuntimeError) as error:
@@ -206,6 +208,7 @@ def _start(loader: paddle.io.DataLoader):
             "system or container limits processes: DATA.NUM_WORKERS 0 loads without any"
         ) from None
     finally:
+        gc.unfreeze()
         multiprocessing.set_start_method(method, force=True)
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 

@@ -1,5 +1,6 @@
 """Worker processes: how they end, and what a fault in one of them becomes."""
 
+import gc
 import glob
 import multiprocessing
 import os
@@ -157,6 +158,26 @@ def test_a_thread_that_the_system_refuses_is_one_error(watched_workers, monkeypa
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(DataError, match="can't start new thread"):
         run(numbers_loader())
+
+
+def test_a_worker_leaves_to_the_main_process_what_that_has_to_collect(tmp_path):
+    """Of Paddle's readers, whose threads a worker does not have, it would die."""
+
+    class Reader:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Reader()
+        run(numbers_loader(gc.collect))
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_a_loader_can_be_used_again_after_an_error(watched_workers, tmp_path):

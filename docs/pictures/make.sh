@@ -50,7 +50,7 @@ picture.save(sheet)
 CROPS
 "$python" tools/make_lists.py "$work/photos" -force
 "$python" main_single_gpu.py -cfg=configs/resmlp_small_photos.yaml -data_path="$work/photos" -output="$work/run" \
-    -resume=auto -opts TRAIN.NUM_EPOCHS 40 TRAIN.EARLY_STOP 10
+    -resume=auto -opts TRAIN.NUM_EPOCHS 15 VALIDATE_FREQ 1
 "$python" main_single_gpu.py -cfg="$work/run/config.yaml" -eval -pretrained="$work/run/best" -output="$work/run" \
     -opts EVAL_REPORT True MODEL.RESUME None
 "$python" tools/predict.py "$work"/photos/*/00[01].jpg -pretrained="$work/run/best.pdparams" -grid="$work/grid.png"
