@@ -79,8 +79,11 @@ class ImageIndex:
         self.labels = array("i", [labels[label] for label in self.labels])
 
     def fingerprint(self) -> list[int]:
-        """How many images there are, and a CRC-32 of their paths and labels."""
-        return [len(self), zlib.crc32(self.labels, zlib.crc32(self._names))]
+        """How many images there are, and a CRC-32 of their labels and paths: the same in a folder
+        and in its archive.
+        """
+        names = self._names.replace(b".tar/", b"/").replace(b".zip/", b"/")
+        return [len(self), zlib.crc32(self.labels, zlib.crc32(names))]
 
     def open_archives(self) -> None:
         """Indexes the archives that files are in, so that workers forked later share it all."""
