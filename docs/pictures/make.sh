@@ -61,3 +61,11 @@ cp "$work/run/confusion.png" "$pages/finetune_confusion.png"
 cp "$work/run/mistakes.png" "$pages/finetune_mistakes.png"
 cp "$work/grid.png" "$pages/finetune_predictions.png"
 cp "$work/photographs/batch.png" "$pages/finetune_batch.png"
+"$python" - "$pages"/*.png <<'SMALL' # 256 colours: a third of the bytes
+import sys
+
+from PIL import Image
+
+for path in sys.argv[1:]:
+    Image.open(path).convert("RGB").quantize(256, dither=0).save(path, optimize=True)
+SMALL
