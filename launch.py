@@ -278,13 +278,14 @@ def run_launched(config) -> int:
 
 def _before_abort(explain: Callable[[], None]) -> None:
     """Calls ``explain`` before C++ aborts, as where gloo loses a rank in backward."""
-    handler = ctypes.CFUNCTYPE(None)
+    handler, rank_pid = ctypes.CFUNCTYPE(None), os.getpid()
     with suppress(OSError, AttributeError):  # another C++ library
         set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE  # std::set_terminate
         set_terminate.restype, set_terminate.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 
         def terminate():
-            explain()
+            if os.getpid() == rank_pid:  # a loader worker is no rank
+                explain()
             before()
 
         _kept.append(handler(terminate))
