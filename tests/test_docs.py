@@ -43,7 +43,7 @@ def help_of(script):
 @pytest.mark.parametrize("page", [*PAGES, *CHINESE], ids=lambda page: page.name)
 def test_relative_links_lead_to_files_and_headings(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"(?:\]\(|srcset=\")([^)\s\"]+)[)\"]", text):
         if re.match(r"https?:", target):
             continue
         path, _, heading = target.partition("#")

@@ -13,6 +13,15 @@ work=output/pictures
 
 sh run_demo.sh
 cp output/demo/curves.png "$pages/curves.png"
+"$python" - "$pages/curves.png" "$pages/curves_dark.png" <<'DARK' # light and dark change places, colours stay
+import sys
+
+from PIL import Image
+
+light, *colours = Image.open(sys.argv[1]).convert("YCbCr").split()
+dark = light.point(lambda value: 255 - value * 238 // 255)
+Image.merge("YCbCr", [dark, *colours]).convert("RGB").save(sys.argv[2])
+DARK
 cp output/demo/predictions.png "$pages/predict_grid.png"
 "$python" tools/visualize.py -pretrained output/demo/last.pdparams -output "$work/demo" \
     -images demo/data/val/0_t_shirt_top/00000.png demo/data/val/8_bag/00960.png
