@@ -20,7 +20,15 @@ from . import stand_ins, tables
 from .pages import PAGES, Command, commands
 
 SECONDS = 180  # at most, for one command
-ALL = [command for page in PAGES for command in commands(page)]
+ALL = [
+    pytest.param(
+        command,
+        id=f"{command.where} {command.text[:60]!r}",
+        marks=pytest.mark.xdist_group(page.name),
+    )  # a page's share a clone
+    for page in PAGES
+    for command in commands(page)
+]
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +84,7 @@ def shell_line(command: Command) -> str:
     return "python - <<'END'\n{}\nEND".format("\n".join(blocks))
 
 
-@pytest.mark.parametrize("command", ALL, ids=[f"{c.where} {c.text[:60]!r}" for c in ALL])
+@pytest.mark.parametrize("command", ALL)
 def test_a_command_works_and_leaves_what_the_page_says(clone_for, command):
     if reason := tables.elsewhere(command.text):
         pytest.skip(reason)
