@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from cli.errors import DataError
 from cpu import resample, setup
 from loading import archives
 from loading.classes import UNKNOWN, ClassNames, run_classes
-from loading.files import ImageIndex, evaluation_folder, read_list, scan_folder
+from loading.files import ImageIndex, read_list, scan_folder
 from loading.images import BadImage, read_image, read_pixels, simplejpeg_is_right
 from loading.loader import VERIFY_HINT, Batch, Loader, Sample, shared_memory_fits
 from loading.samplers import EvalBatchSampler, Key, TrainBatchSampler, sample_rng
@@ -89,15 +90,13 @@ def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDat
         raise DataError(f"{root}: no such data folder; set it with `-data_path`")
     classes, labels, line = run_classes(config, weights)
     if config.DATA.DATASET == "imagefolder":
-        folder = evaluation_folder(root) if config.EVAL else None
-        folders = list(classes.folders)
-        files = scan_folder(root, split, config.MODEL.NUM_CLASSES, folders, folder)
+        files = scan_folder(root, split, config.MODEL.NUM_CLASSES, classes.folders)
     else:
         name = config.DATA.TRAIN_LIST if split == "train" else config.DATA.VAL_LIST
         outside = config.DATA.ALLOW_OUTSIDE_PATHS
         files = read_list(os.path.join(root, name), root, config.MODEL.NUM_CLASSES, outside)
         if labels:
-            files.relabel(labels)
+            files.labels = array("i", [labels[label] for label in files.labels])
     if line and (split == "train" or config.EVAL):  # once a run
         files.notes.append(line)
     files.exif_orientation = config.DATA.EXIF_ORIENTATION

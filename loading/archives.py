@@ -21,9 +21,11 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -59,14 +61,13 @@ class Member(NamedTuple):
 
 
 def split(path: str) -> tuple[str, str] | None:
-    """A path cut behind its archive: ``("data/train.tar", "cat/1.jpg")``; None if it has none. (A
-    folder may be called ``x.tar`` too.)
-    """
+    """A path cut behind its archive, ``("data/train.tar", "cat/1.jpg")``; None if it has none."""
     path = os.fspath(path)
     text = path.replace(os.sep, "/")
     for match in _CUT.finditer(text):
-        if path[: match.end()] in _opened or os.path.isfile(path[: match.end()]):
-            return path[: match.end()], text[match.end() :].strip("/")
+        archive = path[: match.end()]
+        if archive in _opened or os.path.isfile(archive):  # a folder may be called x.tar too
+            return archive, text[match.end() :].strip("/")
     return None
 
 
@@ -81,7 +82,7 @@ def is_folder(path: str) -> bool:
     if os.path.isdir(path):
         return True
     found = inside(path)
-    return found is not None and found[0].has_folder(found[1])
+    return found is not None and (not found[1] or any(found[0].under(found[1], empty=True)))
 
 
 def exists(path: str) -> bool:
@@ -144,39 +145,22 @@ class Archive:
         """The name at a place of the sorted index."""
         return self._names[self._ends[number] : self._ends[number + 1]]
 
-    def _search(self, wanted: bytes) -> int:
-        """`bisect_left` for the names, in half of its time: every image that is read needs it."""
-        names, ends, low, high = self._names, self._ends, 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if names[ends[middle] : ends[middle + 1]] < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
     def find(self, name: str) -> Member | None:
         """Where the member of a name lies; None if there is none."""
         wanted = os.fsencode(name)
-        number = self._search(wanted)
+        number = bisect_left(self, wanted)
         if number < len(self) and self[number] == wanted:
             return Member(*self._where[number].tolist())
         return None
 
     def under(self, folder: str, empty: bool = False) -> Iterator[str]:
-        """The names of the members in a folder (``""``: all), at any depth, sorted.
-
-        `empty`: also the empty folders there.
-        """
+        """The members in a folder (``""``: all), at any depth, sorted; `empty`: and empty folders."""
         prefix = os.fsencode(f"{folder}/" if folder else "")
-        for number in range(self._search(prefix), len(self)):
+        for number in range(bisect_left(self, prefix), len(self)):
             if not self[number].startswith(prefix):
                 return
             if empty or self[number][-1:] != b"/":
                 yield os.fsdecode(self[number])
-
-    def has_folder(self, folder: str) -> bool:
-        return not folder or next(self.under(folder, empty=True), None) is not None
 
     def folders(self, folder: str) -> list[str]:
         start = len(folder) + 1 if folder else 0
@@ -199,10 +183,8 @@ class Archive:
             start += _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(self._at(start, 30)))
         data = self._at(start, member.size)
         if member.method == _DEFLATED:
-            try:
+            with suppress(zlib.error):  # then its checksum is not right
                 data = zlib.decompressobj(-15).decompress(data, member.length)
-            except zlib.error:
-                data = b""
         whole = len(data) == member.length
         if not whole or (member.method >= 0 and zlib.crc32(data) != member.crc):
             raise OSError(errno.EIO, "The member is damaged", f"{self.path}/{name}")
@@ -225,12 +207,10 @@ def _state(path: str) -> list[int]:
 # ----------------------------------------------------------------------------------- the index
 def _load_index(path: str) -> dict[str, np.ndarray]:
     """The index that is kept for an archive, else a new one, which is then kept where it can be."""
-    (folder, name), status = os.path.split(os.path.abspath(path)), os.stat(path)
+    file, status = Path(path).absolute(), os.stat(path)
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
-    files = [
-        os.path.join(folder, f".{name}.index.npz"),
-        str(cache_folder() / f"{name}.{digest}.index.npz"),
-    ]
+    beside = file.with_name(f".{file.name}.index.npz")
+    files = [beside, cache_folder() / f"{file.name}.{digest}.index.npz"]
     # A file that replaces another can be given its mtime, but not its ctime.
     stamp = [_VERSION, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     for file in files:

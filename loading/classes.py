@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from cli.errors import DataError
 from loading import archives
@@ -48,16 +49,9 @@ class ClassNames:
     def labels_in(
         self, other: ClassNames, advice: str = "", subset: bool = False
     ) -> tuple[list[int] | None, str]:
-        """Compares two sets where they meet; NFC and NFD are one name.
-
-        Args:
-            other: the set whose labels count, such as the weights'.
-            advice: ends the message of the DataError that other names raise.
-            subset: these may be some of the other's classes only.
-
-        Returns:
-            Each label's label in ``other``, and a line for the log; None and an empty line where
-            both are equal, or one is unknown.
+        """Each label's label in ``other``, and a line for the log; None and "" where both are equal
+        (NFC and NFD are one name), or one is unknown. DataError, ended by ``advice``, for other
+        names; with ``subset`` these may be some of the other's classes only.
         """
         if difference := self.difference(other, subset):
             raise DataError(difference + (advice and f"; {advice}"))
@@ -115,14 +109,11 @@ class ClassNames:
 
     def moved(self, labels: Sequence[int]) -> ClassNames:
         """This set with the labels that `labels_in` gave."""
-        order = sorted(range(len(labels)), key=labels.__getitem__)
-        names = tuple(self.names[i] for i in order)
-        folders = tuple(self.folders[i] for i in order) if self.folders else ()
+        names, folders = (
+            tuple(name for _, name in sorted(zip(labels, names)))
+            for names in (self.names, self.folders)
+        )
         return ClassNames(names, self.source, folders)
-
-    def text(self) -> str:
-        """The content of a ``classes.txt``."""
-        return "".join(f"{name}\n" for name in self.names)
 
     def record(self) -> dict:
         """What a checkpoint, weight file or export keeps, of lists and texts; see `of_record`."""
@@ -157,10 +148,8 @@ UNKNOWN = ClassNames()
 
 def _agree(mine: list[str], theirs: list[str], subset: bool) -> bool:
     """Whether every class of the one is found, once, in the other."""
-    if mine == theirs:
-        return True
-    same = set(mine) <= set(theirs) if subset else set(mine) == set(theirs)
-    return same and len(mine) == len(set(mine)) and (subset or len(mine) == len(theirs))
+    once = len(set(mine)) == len(mine) and (subset or len(mine) == len(theirs))
+    return mine == theirs or (once and set(mine) <= set(theirs))
 
 
 def _look_alike(one: str, other: str) -> str:
@@ -170,21 +159,20 @@ def _look_alike(one: str, other: str) -> str:
         name = unicodedata.normalize("NFKC", name).casefold()
         return "".join(c for c in name if unicodedata.category(c)[0] not in "CZ")
 
-    def code(name: str, place: int) -> str:
-        if place == len(name):
-            return "the end"
-        return f"U+{ord(name[place]):04X} {unicodedata.name(name[place], '')}".strip()
+    def code(character: str) -> str:
+        name = character and f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
+        return name or "the end"
 
     def script(character: str) -> str:
         return unicodedata.name(character, "").split(" ")[0]
 
-    differ = [(a, b) for a, b in zip(one, other) if a != b]
-    foreign = len(one) == len(other) and all(script(a) != script(b) for a, b in differ)
+    pairs = zip_longest(one, other, fillvalue="")
+    differ = [(place, a, b) for place, (a, b) in enumerate(pairs, 1) if a != b]
+    foreign = len(one) == len(other) and all(script(a) != script(b) for _, a, b in differ)
     if bare(one) != bare(other) and not foreign:
         return ""
-    place = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
-    place = min(len(one), len(other)) if place is None else place
-    return f" (character {place + 1} is {code(one, place)} here, {code(other, place)} there)"
+    place, here, there = differ[0]
+    return f" (character {place} is {code(here)} here, {code(there)} there)"
 
 
 def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
@@ -211,18 +199,18 @@ def data_classes(config) -> ClassNames:
     ``classes.txt`` in the data folder, else the folders of an `imagefolder` tree. DataError if it
     cannot be read, or does not have MODEL.NUM_CLASSES names.
     """
-    names, source = _given_names(config)
-    if config.DATA.DATASET != "imagefolder" or not archives.is_folder(config.DATA.DATA_PATH):
-        return ClassNames(names, source)
-    folders = tuple(find_classes(config.DATA.DATA_PATH))
-    return ClassNames(names or folders, config.DATA.DATA_PATH, folders)
+    given, root = _given_names(config), config.DATA.DATA_PATH
+    if config.DATA.DATASET != "imagefolder" or not archives.is_folder(root):
+        return given
+    folders = tuple(find_classes(root))
+    return ClassNames(given.names or folders, root, folders)
 
 
-def _given_names(config) -> tuple[tuple[str, ...], str]:
+def _given_names(config) -> ClassNames:
     path = config.DATA.CLASS_NAMES or os.path.join(config.DATA.DATA_PATH, "classes.txt")
     if not config.DATA.CLASS_NAMES and not os.path.lexists(path):
-        return (), path
-    return tuple(read_class_names(path, config.MODEL.NUM_CLASSES)), path
+        return UNKNOWN
+    return ClassNames(tuple(read_class_names(path, config.MODEL.NUM_CLASSES)), path)
 
 
 def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list[int] | None, str]:
@@ -232,13 +220,9 @@ def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list
     a line for the log, as `ClassNames.labels_in`. DataError as `data_classes`; also if the data
     have other classes than the weights.
     """
-    if config.EVAL and config.DATA.DATASET == "imagefolder":
-        root = config.DATA.DATA_PATH
-        folder = evaluation_folder(root)
-        if archives.is_folder(folder) and (folders := tuple(class_folders(folder))):
-            found = _evaluated_folders(config, weights, ClassNames(folders, folder, folders))
-            if found is not None:
-                return found
+    folders = config.EVAL and config.DATA.DATASET == "imagefolder"
+    if folders and (found := _evaluated_folders(config, weights)):
+        return found
     own, advice = data_classes(config), _EVALUATION_ADVICE if config.EVAL else _TRAINING_ADVICE
     labels, line = own.labels_in(weights, advice)
     if not own and len(weights) == config.MODEL.NUM_CLASSES:
@@ -246,29 +230,30 @@ def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list
     return own if labels is None else own.moved(labels), labels, line
 
 
-def _evaluated_folders(config, weights: ClassNames, folders: ClassNames) -> tuple | None:
+def _evaluated_folders(config, weights: ClassNames) -> tuple | None:
     """`run_classes` for folders to evaluate on, maybe of some classes; None: names are unknown.
 
     1,000 unknown classes are ImageNet's, by WordNet id or by number, as in ImageNet-V2.
     """
     count, ids = config.MODEL.NUM_CLASSES, wordnet_ids()
-    count = len(weights) if weights and count == "auto" else count
-    known = []
+    folder = evaluation_folder(config.DATA.DATA_PATH)
+    names = tuple(class_folders(folder)) if archives.is_folder(folder) else ()
+    folders, given, known = ClassNames(names, folder, names), _given_names(config).names, []
     if len(weights) == count and weights.names != ids:
         known = [weights]
     elif count == len(ids):
         numbers = list(map(str, range(count)))
-        for name in folders.names:
+        for name in names:
             if name.isdecimal() and int(name) < count:
                 numbers[int(name)] = name  # which may be 0007
         known = [ClassNames(x, "ImageNet", x) for x in (ids, tuple(numbers))]
-    given, _ = _given_names(config)
+    if not names or not known:
+        return None
     for classes in known:
         if not folders.difference(classes, subset=True):
-            names = given or classes.names
-            found = ClassNames(names, folders.source, classes.folders or classes.names)
-            return found, *folders.labels_in(classes, subset=True)
-    if not known or (given and not weights.folders and given == weights.names):
+            among = ClassNames(given or classes.names, folder, classes.folders or classes.names)
+            return among, *folders.labels_in(classes, subset=True)
+    if given and not weights.folders and given == weights.names:
         return None
     return folders.labels_in(known[0], _EVALUATION_ADVICE, subset=True)  # raises
 
@@ -287,7 +272,7 @@ def with_num_classes(config, weights: ClassNames = UNKNOWN):
             f"{root}: no such data folder, and MODEL.NUM_CLASSES auto counts the classes there; "
             "set it with `-data_path` (tools: -opts DATA.DATA_PATH DIR), or set the number"
         )
-    count = len(weights) or len(run_classes(config)[0])
+    count = len(weights or data_classes(config))
     if not count:
         lists = [os.path.join(root, name) for name in (data.TRAIN_LIST, data.VAL_LIST)]
         path = next(filter(os.path.isfile, lists), lists[0])

@@ -19,7 +19,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,7 +31,6 @@ from storage.files import printable
 # What splits are called, in any case, the first name before the others. A `test` folder is neither:
 # its images are for the very end, or have no labels.
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-_TEST_NAMES = ("test", "testing")
 
 # Folders of operating systems, network drives and notebooks, which hold copies of images.
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__")
@@ -74,9 +73,6 @@ class ImageIndex:
 
     def path(self, index: int) -> str:
         return os.fsdecode(os.path.join(self.root, self.name(index)))
-
-    def relabel(self, labels: Sequence[int]) -> None:
-        self.labels = array("i", [labels[label] for label in self.labels])
 
     def fingerprint(self) -> list[int]:
         """How many images there are, and a CRC-32 of their labels and paths: the same in a folder
@@ -151,14 +147,13 @@ def find_classes(root: str) -> list[str]:
     for split in SPLIT_NAMES:
         folder = split_folder(root, split)
         if archives.is_folder(folder):
-            classes = class_folders(folder)
-            if not classes:
-                loose = len(list_images(folder))
-                found = f"{loose} images without a class" if loose else "no class folders"
-                raise DataError(
-                    f"{folder}: {found}; expected {split}/<class>/<image>, a folder for each class"
-                )
-            return classes
+            if classes := class_folders(folder):
+                return classes
+            loose = len(list_images(folder))
+            found = f"{loose} images without a class" if loose else "no class folders"
+            raise DataError(
+                f"{folder}: {found}; expected {split}/<class>/<image>, a folder for each class"
+            )
     raise DataError(
         f"{root}: expected train/<class>/<image> and val/<class>/<image>; "
         "tools/make_lists.py splits a folder that has only classes"
@@ -186,36 +181,25 @@ def evaluation_folder(root: str) -> str:
     return folders[-1] if any(map(archives.is_folder, folders)) else root
 
 
-def is_split_name(name: str) -> bool:
-    """Whether a folder's name is one that splits have, so that it is hardly a class."""
-    return any(name.lower() in names for names in (*SPLIT_NAMES.values(), _TEST_NAMES))
-
-
 def passed_over(root: str) -> list[str]:
     """A line that names unused folders: beside the splits', or written by runs."""
-    used = [split_folder(root, split) for split in SPLIT_NAMES]
-    others = []
+    used, others = [split_folder(root, split) for split in SPLIT_NAMES], []
     for folder in filter(os.path.isdir, [root, *used]):
-        for path in (os.path.join(folder, name) for name in _folders(folder)):
-            beside = folder == root and any(map(archives.is_folder, used))
-            if path not in used and (beside or is_output(path)):
-                others.append(path)
+        beside = folder == root and any(map(archives.is_folder, used))
+        paths = [os.path.join(folder, name) for name in _folders(folder)]
+        others += [path for path in paths if path not in used and (beside or is_output(path))]
     shown = ", ".join(f"{printable(os.path.relpath(path, root))}/" for path in others)
     return [f"{root}: not used: {shown}"] if others else []
 
 
 def scan_folder(
-    root: str,
-    split: str,
-    num_classes: int,
-    classes: list[str] | None = None,
-    folder: str | None = None,
+    root: str, split: str, num_classes: int, classes: Iterable[str] | None = None
 ) -> ImageIndex:
     """Finds the images of ``root/split/<class>/``, at any depth, in the order of their names.
 
     Junk (`is_junk`) is passed over; files without an image's ending too, named in the `notes`.
-    `classes` are the class folders by label (None: `find_classes`); `folder` defaults to
-    `split_folder`. DataError if there are none, or other classes than `num_classes` or train's.
+    `classes` are the class folders by label (None: `find_classes`). DataError if there are none,
+    or other classes than `num_classes` or train's.
     """
     classes = [one_name(name) for name in (find_classes(root) if classes is None else classes)]
     if len(classes) != num_classes:
@@ -223,7 +207,7 @@ def scan_folder(
             f"{root}: {len(classes)} class folders but MODEL.NUM_CLASSES is {num_classes}; "
             f"set it with `-opts MODEL.NUM_CLASSES {len(classes)}`"
         )
-    folder = folder or split_folder(root, split)
+    folder = split_folder(root, "train") if split == "train" else evaluation_folder(root)
     if not archives.is_folder(folder):
         raise DataError(f"{folder}: no such folder; expected {split}/<class>/<image>")
     there = {one_name(name): name for name in class_folders(folder)}
@@ -238,13 +222,13 @@ def scan_folder(
     if len(found) < num_classes:
         index.subset = [label for label, _ in found]
     if not len(index):
-        there = f"; {index.notes[0]}" if others else ""
+        why = f"; {index.notes[0]}" if others else ""
         if loose := len(list_images(folder)):
-            there = (
+            why = (
                 f" in class folders; {loose} images lie in it without one. tools/make_lists.py "
                 "knows the labels of ImageNet's validation images, and reads others from a CSV file"
             )
-        raise DataError(f"{folder}: no images ({' '.join(EXTENSIONS)}){there}")
+        raise DataError(f"{folder}: no images ({' '.join(EXTENSIONS)}){why}")
     return index
 
 
@@ -309,14 +293,10 @@ def is_output(folder: str) -> bool:
 
 def _folders(folder: str) -> list[str]:
     """The names of the folders in a folder, without junk (`is_junk`)."""
-    try:
-        if inside := archives.inside(folder):
-            names = inside[0].folders(inside[1])
-        else:
-            with os.scandir(folder) as entries:
-                names = [entry.name for entry in entries if entry.is_dir()]
-    except OSError as error:
-        _refuse(error)
+    if inside := archives.inside(folder):
+        names = inside[0].folders(inside[1])
+    else:
+        _, names, _ = next(os.walk(folder, onerror=_refuse))
     return sorted(name for name in names if not is_junk(name))
 
 

@@ -77,7 +77,7 @@ def test_a_head_for_other_classes_is_initialised_and_one_for_the_same_ones_kept(
     if not inside:  # as runs of earlier commits left them: beside the weights
         file = read_weights(pretrained)
         write_weights(file.state, tmp_path / "weights.pdparams")
-        (tmp_path / "classes.txt").write_text(file.classes.text())
+        (tmp_path / "classes.txt").write_text("\n".join(file.classes.names))
         pretrained = tmp_path / "weights.pdparams"
     weights = read_weights(pretrained)
     head, found = weights.state["head.weight"], []

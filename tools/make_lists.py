@@ -42,7 +42,6 @@ from loading.files import (
     class_folders,
     describe_others,
     find_classes,
-    is_split_name,
     list_images,
     passed_over,
     read_list,
@@ -58,6 +57,7 @@ from tools.processes import map_in_processes
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SAMPLE = 4096  # bytes at three places of a file by which it is drawn
+_NO_CLASSES = {"test", "testing"}.union(*SPLIT_NAMES.values())  # names of folders
 _MISSING = ("nan", "null", "none", "na", "n/a", "#n/a", "?")  # labels that tables mean as no label
 
 Entry = tuple[str, str]  # (path relative to the data folder, class name)
@@ -175,7 +175,7 @@ def _find_folders(source: str, root: str, log) -> tuple[list[str], dict[str, lis
     there = [side for side, folder in folders.items() if archives.is_folder(folder)]
     if there == ["val"]:
         raise DataError(f"{folders['val']}: there is no train/ beside it to train on")
-    besides = [name for name in class_folders(source) if not is_split_name(name)]
+    besides = [name for name in class_folders(source) if name.lower() not in _NO_CLASSES]
     if there == ["train"] and len(besides) > 1 and not class_folders(folders["train"]):
         there = []  # trains among buses and cars
     classes = find_classes(source) if there else class_folders(source)

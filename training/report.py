@@ -38,7 +38,8 @@ class Report:
         config, schedule = self.config, self.schedule
         older = self.folder.path / "classes.txt"  # of older checkpoints, which it names
         if train.classes and not (progress.step and older.exists()):
-            self.folder.write("classes.txt", train.classes.text())
+            names = "".join(f"{name}\n" for name in train.classes.names)
+            self.folder.write("classes.txt", names)
         self.folder.write("config.yaml", config.dump())
         count = sum(int(np.prod(p.shape)) for p in learner.model.parameters())
         steps = f"{schedule.steps_per_epoch} step{'s' * (schedule.steps_per_epoch > 1)}"
