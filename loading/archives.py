@@ -154,7 +154,7 @@ class Archive:
         return None
 
     def under(self, folder: str, empty: bool = False) -> Iterator[str]:
-        """The members in a folder (``""``: all), at any depth, sorted; `empty`: and empty folders."""
+        """The members in a folder (``""``: all), at any depth, sorted; with `empty` folders too."""
         prefix = os.fsencode(f"{folder}/" if folder else "")
         for number in range(bisect_left(self, prefix), len(self)):
             if not self[number].startswith(prefix):
