@@ -12,30 +12,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
-import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import reduce
 from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode as CN
 
 from cli.config_rules import (
-    ALPHA,
-    COUNT,
-    INTERPOLATION,
-    MEAN,
-    NATURAL,
-    NOT_NEGATIVE,
-    POSITIVE,
-    RATE,
-    SHARE,
-    SIDE,
-    STD,
     boolean,
-    check_consistency,
     choice,
     coerce,
     either,
@@ -46,11 +33,11 @@ from cli.config_rules import (
     path,
     real,
     sequence,
+    settle,
     text,
 )
 from cli.errors import ConfigError, run_as_script
 from cli.parser import Parser
-from cli.ppvit_defaults import differences
 
 
 class Key(NamedTuple):
@@ -63,6 +50,18 @@ def key(default, rule, meaning: str) -> tuple:  # a plain one, which is all that
     """Declares a key; a default of None makes None a value that may be given."""
     return default, optional(rule) if default is None else rule, meaning
 
+
+COUNT = integer(1)
+NATURAL = integer(0)
+SHARE = real(0.0, 1.0)  # probabilities and shares
+RATE = real(0.0, 0.999)  # dropout and drop path: 1.0 would drop everything
+POSITIVE = real(0.0, open_low=True)
+NOT_NEGATIVE = real(0.0)
+SIDE = integer(1, 8192)  # pixels
+ALPHA = real(0.0, 1000.0)  # of Beta(alpha, alpha)
+MEAN = sequence(SHARE, 3, list)
+STD = sequence(POSITIVE, 3, list)
+INTERPOLATION = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 _C = CN()
 _C.BASE = key([""], files, "YAML files to merge first, relative to the file that names them")
@@ -250,19 +249,22 @@ _C.DASHBOARD = key(
 )
 
 
-def _split(node: CN, prefix: str = "") -> dict[str, Key]:
-    """Leaves the defaults in the tree; returns the declarations by dotted key."""
-    keys = {}
+KEYS: dict[str, Key] = {}  # by dotted name
+_SECTIONS: dict[str, CN] = {}
+
+
+def _index(node: CN, prefix: str = "") -> None:
+    """Fills `KEYS` and `_SECTIONS`, and leaves the defaults in the tree."""
     for name, declared in node.items():
         if isinstance(declared, CN):
-            keys.update(_split(declared, f"{prefix}{name}."))
+            _SECTIONS[prefix + name] = declared
+            _index(declared, f"{prefix}{name}.")
         else:
-            keys[prefix + name] = Key(*declared)
-            node[name] = keys[prefix + name].default
-    return keys
+            KEYS[prefix + name] = Key(*declared)
+            node[name] = declared[0]
 
 
-KEYS = _split(_C)
+_index(_C)
 # Keys that nothing here reads, most of them PPViT's: accepted, and left out of the tree
 _IGNORED = ("MODEL.TYPE", "MODEL.ATTENTION_DROPOUT", "TRAIN.MODEL_EMA_FORCE_CPU")
 _IGNORED += ("TAG", "LOCAL_RANK", "NGPUS", "SAVE_FAILURE")
@@ -273,64 +275,71 @@ _OLD_NAMES = {  # PPViT's first releases
     "MODEL.MIXER.HIDDEN_SIZE": "MODEL.MIXER.EMBED_DIM",
     "MODEL.MIXER.NUM_LAYERS": "MODEL.MIXER.DEPTH",
 }
+# PPViT's defaults where they are not ours, which a YAML written for it may count on: PaddleViT's
+# image_classification/ResMLP/config.py and main_multi_gpu.py, where that changes a result. It has
+# no repeated augmentation, which is 1 here.
+PPVIT = {
+    "MODEL.DROPPATH": 0.1,
+    "MODEL.MIXER.EMBED_DIM": 768,
+    "TRAIN.NUM_EPOCHS": 300,
+    "TRAIN.WARMUP_EPOCHS": 20,
+    "TRAIN.WEIGHT_DECAY": 0.1,
+    "TRAIN.BASE_LR": 0.001,
+    "TRAIN.LINEAR_SCALED_LR": 512,
+    "TRAIN.GRAD_CLIP": None,
+    "TRAIN.OPTIMIZER.NAME": "adamw",
+    "TRAIN.REPEATED_AUG": 1,
+}
 
 
 # ------------------------------------------------------------------------------ public API
-def get_config(cfg_file: str | None = None) -> CN:
-    """The default config, merged with a YAML file (its ``BASE`` files first) if one is given.
+def get_config(cfg_file: str | None = None, opts: Sequence[str] = ()) -> CN:
+    """The default config, merged with a YAML file (its ``BASE`` files first), then with ``opts``:
+    ``KEY, VALUE, ...``.
 
     ConfigError if a file cannot be read, a key is unknown, a value has the wrong type or range.
     """
-    config = _C.clone()
-    if cfg_file:
-        _merge_file(config, cfg_file)
-        _settle(config, where=cfg_file)
-    return config
+    return _resolve(cfg_file, _pairs(opts))[0]
 
 
-def update_config(config: CN, args: argparse.Namespace) -> CN:
-    """Merges parsed command-line arguments into ``config``; a ConfigError names the flag."""
-    config.defrost()
-    if getattr(args, "cfg", None):
-        _merge_file(config, args.cfg)
-    for flag, (_, *keys) in itertools.chain(*(flags.items() for flags in _FLAGS.values())):
-        value = getattr(args, flag, None)
-        if value is not None and value is not False:
-            for name in keys:
-                _set(config, name, _parse(value, name, f"-{flag}"), where=f"-{flag}")
-    opts = getattr(args, "opts", None) or []
-    if len(opts) % 2:
-        raise ConfigError(f"-opts takes KEY VALUE pairs, found an odd count: {' '.join(opts)}")
-    for key, value in zip(opts[::2], opts[1::2]):
-        _set(config, key, _parse(value, key, "-opts"), where="-opts")
-    _settle(config, where="config")
-    return config
+def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
+    """The frozen config of a run, from a main's arguments.
 
-
-def resolve_config(args: argparse.Namespace) -> CN:
-    """The frozen config of a run, from a main's arguments; prints `note_on_defaults`."""
-    config = update_config(get_config(), args)
-    if note := note_on_defaults(config, args):
-        print(note, flush=True)
+    Prints one line on unset keys that PPViT has other defaults for, unless ``quiet``. Our own YAML
+    files, and those that build on one of them, hold the recipe that they mean.
+    """
+    settings = []
+    for flags in _FLAGS.values():
+        for flag, (_, *keys) in flags.items():
+            if value := getattr(args, flag):
+                settings += [(key, value, f"-{flag}") for key in keys]
+    config, given, files = _resolve(args.cfg, settings + _pairs(args.opts))
+    ours = any(os.path.dirname(path) == _OURS for path in files)
+    if files and not (ours or config.EVAL or quiet):
+        values = {key: reduce(dict.get, key.split("."), config) for key in PPVIT.keys() - given}
+        differ = [key for key in PPVIT if key in values and values[key] != PPVIT[key]]
+        if differ:
+            told = ", ".join(f"{key} {values[key]} (PPViT {PPVIT[key]})" for key in differ)
+            print(f"not set in {args.cfg}, so our default: {told}", flush=True)
     config.freeze()
     return config
 
 
-def note_on_defaults(config: CN, args: argparse.Namespace) -> str | None:
-    """One line on unset keys that PPViT has other defaults for; None: there is nothing to say.
+def _pairs(opts: Sequence[str]) -> list[tuple[str, str, str]]:
+    if len(opts) % 2:
+        raise ConfigError(f"-opts takes KEY VALUE pairs, found an odd count: {' '.join(opts)}")
+    return [(key, value, "-opts") for key, value in zip(opts[::2], opts[1::2])]
 
-    Our own YAML files, and those that build on one of them, hold the recipe that they mean.
-    """
-    files: list[str] = []
-    if config.EVAL or not args.cfg:
-        return None
-    _merge_file(_C.clone(), args.cfg, merged=files)
-    if any(os.path.dirname(path) == _OURS for path in files):
-        return None
-    given = {key for path in files for key, _, _ in _entries(_read_yaml(path), path, "", {})}
-    given |= set((args.opts or [])[::2])  # no flag sets any of them
-    unset = differences(config, {_OLD_NAMES.get(key, key) for key in given})
-    return f"not set in {args.cfg}, so our default: {', '.join(unset)}" if unset else None
+
+def _resolve(cfg_file: str | None, settings: list) -> tuple[CN, set[str], list[str]]:
+    """A config of a file and settings ``(dotted key, text, where)``; keys set; files merged."""
+    config, files = _C.clone(), []
+    entries = list(_read_entries(cfg_file, files)) if cfg_file else []
+    entries += [(key, _parse(text, key, where), where) for key, text, where in settings]
+    for key, value, where in entries:
+        _set(config, key, value, where)
+    settle(config, where="config" if settings else cfg_file or "config")
+    return config, {_OLD_NAMES.get(key, key) for key, _, _ in entries}, files
 
 
 _FLAGS = {  # group -> flag -> how help names its value, and the keys that it sets
@@ -370,7 +379,7 @@ def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") ->
                 parser.flag(flag, "YAML config (default: the keys of config.py)", metavar=metavar)
                 continue
             default, rule, help = KEYS[keys[0]]
-            options = dict(metavar=metavar or "{" + ",".join(getattr(rule, "names", ())) + "}")
+            options = dict(metavar=metavar or "{" + ",".join(rule.names) + "}")
             if rule is boolean:
                 options = dict(action="store_true")
             elif default is not None:
@@ -394,47 +403,28 @@ def describe_keys() -> str:
 
 
 # -------------------------------------------------------------------------------- merging
-def _settle(config: CN, where: str) -> None:
-    """Judges what joins several keys, when all are known: a base file, or a flag, may mend them."""
-    check_consistency(config, where)
-    train = config.TRAIN
-    schedule, fits = train.LR_SCHEDULER.NAME, train.WARMUP_EPOCHS < train.NUM_EPOCHS
-    if fits or config.EVAL or schedule == "cosine":  # which has no warmup
-        return
-    outcome = "the learning rate does not come to TRAIN.BASE_LR"
-    warmup = train.WARMUP_EPOCHS
-    if schedule == "warmupcosine":  # the others go on after any warmup
-        train.WARMUP_EPOCHS = train.NUM_EPOCHS / 2
-        outcome = f"shortened to {train.WARMUP_EPOCHS:g}"
-    logging.getLogger("resmlp").warning(
-        f"{where}: TRAIN.WARMUP_EPOCHS {warmup:g} does not fit into "
-        f"TRAIN.NUM_EPOCHS {train.NUM_EPOCHS}; {outcome}"
-    )
+def _read_entries(path: str, files: list[str], chain: tuple = ()) -> Iterator[tuple]:
+    """Yields ``(dotted key, value, 'file:line')`` of a YAML file, those of its BASE files first.
 
-
-def _merge_file(config: CN, path: str, chain: tuple = (), merged: list | None = None) -> None:
-    """Merges a YAML file, BASE files first; ``chain`` led here, ``merged`` are all files so far."""
+    ``files``: all that were read so far; ``chain``: those that led here.
+    """
     path = os.path.expanduser(path)
     real = os.path.realpath(path)
     if real in chain:
         raise ConfigError(f"{path}: BASE leads back to this file: {' -> '.join([*chain, real])}")
-    merged = [] if merged is None else merged
-    merged.append(real)
-    if len(merged) > _MAX_FILES:
+    files.append(real)
+    if len(files) > _MAX_FILES:
         raise ConfigError(f"{path}: BASE leads to more than {_MAX_FILES} files; name each once")
-    root = _read_yaml(path)
-    entries = list(_entries(root, path, "", {}))
+    entries = list(_entries(_read_yaml(path), path, "", {}))
     for key, value, where in entries:
         if key == "BASE":
             for base in filter(None, coerce(key, KEYS[key].rule, value, where)):
                 base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-                _merge_file(config, base_path, (*chain, real), merged)
-    for key, value, where in entries:
-        if key != "BASE":
-            _set(config, key, value, where)
+                yield from _read_entries(base_path, files, (*chain, real))
+    yield from (entry for entry in entries if entry[0] != "BASE")
 
 
-def _read_yaml(path: str) -> yaml.Node | None:
+def _read_yaml(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
     text = ""
     try:
         with open(path, encoding="utf-8") as file:
@@ -458,14 +448,12 @@ def _read_yaml(path: str) -> yaml.Node | None:
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}")
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: expected `KEY: value` lines, found a {root.id}")
-    return root
+    return root.value if root else []
 
 
-def _entries(node: yaml.Node | None, path: str, prefix: str, lines: dict[str, int]):
-    """Yields ``(dotted key, value, 'file:line')`` of a YAML mapping; fills ``lines`` by key."""
-    if node is None:
-        return
-    for key_node, value_node in node.value:
+def _entries(pairs: list, path: str, prefix: str, lines: dict[str, int]):
+    """What `_read_entries` yields, of a YAML mapping; fills ``lines`` by key."""
+    for key_node, value_node in pairs:
         line = key_node.start_mark.line + 1
         where = f"{path}:{line}"
         if not isinstance(key_node, yaml.ScalarNode):
@@ -479,8 +467,8 @@ def _entries(node: yaml.Node | None, path: str, prefix: str, lines: dict[str, in
         if isinstance(value_node, yaml.MappingNode):
             if key in KEYS:
                 raise ConfigError(f"{where}: {key} takes a value, found a section")
-            _locate(_C, key, where)
-            yield from _entries(value_node, path, f"{key}.", lines)
+            _require_known(key, where)
+            yield from _entries(value_node.value, path, f"{key}.", lines)
             continue
         try:
             value = yaml.SafeLoader("").construct_object(value_node, deep=True)
@@ -496,27 +484,24 @@ def _set(config: CN, key: str, value, where: str) -> None:
         return
     if key == "BASE":
         raise ConfigError(f"{where}: BASE belongs in a YAML file; name the file itself with -cfg")
-    node, name = _locate(config, key, where)
-    if isinstance(node[name], CN):
-        if value is None:  # an empty section in a YAML file
-            return
-        raise ConfigError(f"{where}: {key} is a section; set one of {', '.join(node[name])}")
-    node[name] = coerce(key, KEYS[key].rule, value, where)
+    _require_known(key, where)
+    if key in KEYS:
+        *sections, name = key.split(".")
+        reduce(dict.get, sections, config)[name] = coerce(key, KEYS[key].rule, value, where)
+    elif value is not None:  # as an empty section in a YAML file is
+        names = ", ".join(_SECTIONS[key])
+        raise ConfigError(f"{where}: {key} is a section; set one of {names}")
 
 
-def _locate(config: CN, key: str, where: str) -> tuple[CN, str]:
-    """Finds the node that holds a dotted key, or says which known key is nearest."""
-    node, names = config, key.split(".")
-    for depth, name in enumerate(names):
-        if not isinstance(node, CN) or name not in node:
-            known = [*KEYS, *sorted({key.rpartition(".")[0] for key in KEYS} - {""})]
-            same_name = [k for k in known if k.rsplit(".", 1)[-1] == names[-1].upper()]
-            raise ConfigError(
-                f"{where}: unknown config key {_show(key)}{_suggest(key, same_name or known)}"
-            )
-        if depth < len(names) - 1:
-            node = node[name]
-    return node, names[-1]
+def _require_known(key: str, where: str) -> None:
+    """Says which known key is nearest, if a dotted key is none."""
+    if key not in KEYS and key not in _SECTIONS:
+        known = [*KEYS, *_SECTIONS]
+        name = key.rpartition(".")[2].upper()
+        same_name = [k for k in known if k.rpartition(".")[2] == name]
+        raise ConfigError(
+            f"{where}: unknown config key {_show(key)}{_suggest(key, same_name or known)}"
+        )
 
 
 def _suggest(name: str, known: list[str]) -> str:
@@ -528,7 +513,7 @@ def _suggest(name: str, known: list[str]) -> str:
 def _parse(text, key: str, where: str):
     """Reads a value of the command line: a text as it stands, anything else as YAML."""
     declared = KEYS.get(_OLD_NAMES.get(key, key))
-    if getattr(declared and declared.rule, "takes_text", False) or not isinstance(text, str):
+    if text is True or (declared and declared.rule.takes_text):  # True: a flag
         return text
     try:
         return yaml.safe_load(text)

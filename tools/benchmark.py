@@ -21,7 +21,6 @@ if not __package__:
 
 from cpu import setup  # noqa: F401  isort: skip
 
-import argparse
 import itertools
 import json
 import statistics
@@ -43,7 +42,7 @@ from PIL import Image
 
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
-from config import get_config, update_config
+from config import get_config
 from cpu import onednn, ops
 from datasets import build_loader
 from loading.images import read_pixels
@@ -483,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError("-rounds is at least 1")
-    config = update_config(get_config(), argparse.Namespace(cfg=args.cfg, opts=args.opts))
+    config = get_config(args.cfg, args.opts)
     config.freeze()
     threads = setup.default_threads() if args.threads is None else args.threads
     job = Job(config, args.mode, args.batch_size, threads, args.dtype, args.backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import importlib.util
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cli.errors import UserError, WeightsError
-from config import get_config, update_config
+from config import get_config
 from loading.classes import with_num_classes
 from port_weights.zoo import find
 from storage.files import write_atomically
@@ -39,9 +38,8 @@ def run_config(
         raise UserError("give the model's config with -cfg and its weights with -pretrained")
     weights = None if pretrained is None else _weights_file(pretrained)
     cfg = cfg or _config_of(pretrained, weights)
-    opts = [str(opt) for opt in opts or ()]
-    arguments = argparse.Namespace(cfg=str(cfg), pretrained=weights or pretrained, opts=opts)
-    config = update_config(get_config(), arguments)
+    named = ["MODEL.PRETRAINED", weights or pretrained] if pretrained else []
+    config = get_config(str(cfg), [str(opt) for opt in [*named, *(opts or ())]])
     if not config.MODEL.PRETRAINED:
         raise UserError("give the model's weights with -pretrained")
     config.MODEL.PRETRAINED = _weights_file(config.MODEL.PRETRAINED) or config.MODEL.PRETRAINED

@@ -14,7 +14,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import argparse
 import csv
 import hashlib
 import io
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from cli.errors import UserError, WeightsError, run_as_script
 from cli.parser import Parser
-from config import get_config, update_config
+from config import get_config
 from datasets import build_dataset
 from loading import archives
 from port_weights.architecture import infer
@@ -62,7 +61,7 @@ def find_files(folder: str) -> list[Path]:
 
 def data_config(cfg: Path, root: str, opts: list[str]):
     """The config of an evaluation on a set: its list file where it has one, else its folders."""
-    config = update_config(get_config(), argparse.Namespace(cfg=str(cfg), opts=opts))
+    config = get_config(str(cfg), opts)
     listed = os.path.isfile(os.path.join(root, config.DATA.VAL_LIST))
     config.DATA.DATASET = "imagenet2012" if listed else "imagefolder"
     config.DATA.DATA_PATH, config.EVAL = root, True
@@ -126,8 +125,7 @@ class Evaluation:
         left = [s for s in keys if s not in self.results[name]]
         try:
             if left:
-                arguments = argparse.Namespace(cfg=str(cfg), opts=self.opts)
-                check_model(path, update_config(get_config(), arguments))
+                check_model(path, get_config(str(cfg), self.opts))
             for s in left:
                 print(f"{name}: {s}", flush=True)
                 scores = self._run(cfg, path, s, self.output / name / s)

@@ -12,7 +12,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import argparse
 import math
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ import paddle
 
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
-from config import get_config, update_config
+from config import get_config
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, build_resmlp
 
@@ -149,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.cfg and not args.zoo:
         raise UserError("give -cfg FILE ... or -zoo")
     for path in args.cfg:
-        config = update_config(get_config(), argparse.Namespace(cfg=path, opts=args.opts))
+        config = get_config(path, args.opts)
         print(describe(config.MODEL.NAME, config), end="\n\n")
     if args.zoo:
         print(zoo_table())

@@ -10,14 +10,13 @@ import random
 import resource
 import signal
 import sys
-from argparse import Namespace
 
 import numpy as np
 import pytest
 from PIL import Image, features
 
 from cli.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
-from config import KEYS, get_config, update_config
+from config import KEYS, get_config
 from loading.files import read_list
 from loading.images import read_image
 from resmlp import build_resmlp, load_state
@@ -185,7 +184,7 @@ def test_opts(watch):
         if rng.random() < 0.9:
             value = mutate(rng, value, words)
         opts = [key.decode("utf-8", "replace"), value.decode("utf-8", "replace")]
-        config = watch(update_config, get_config(), Namespace(opts=opts))
+        config = watch(get_config, None, opts)
         if isinstance(config, UserError):
             assert isinstance(config, ConfigError)
         else:

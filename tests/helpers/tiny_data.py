@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import get_config, update_config
+from config import get_config
 
 CONFIG = """
 DATA: {DATASET: imagefolder, IMAGE_SIZE: 16, CROP_PCT: 1.0, BATCH_SIZE: 8, NUM_WORKERS: 0}
@@ -47,13 +47,7 @@ def make_data(folder: Path, train: int = 24, val: int = 9) -> Path:
 def make_config(folder: Path, data: Path, *opts):
     path = folder / "tiny.yaml"
     path.write_text(CONFIG)
-    config = get_config(str(path))
-    config.DATA.DATA_PATH, config.SAVE = str(data), str(folder / "run")
-
-    class Arguments:
-        pass
-
-    Arguments.opts = [str(item) for item in opts]
-    update_config(config, Arguments)
+    places = ["DATA.DATA_PATH", data, "SAVE", folder / "run"]
+    config = get_config(str(path), [str(item) for item in [*places, *opts]])
     config.freeze()
     return config
