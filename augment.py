@@ -1,7 +1,7 @@
 """RandAugment, AutoAugment and 3-Augment: what is drawn, and what it does to the pixels.
 
-Drawing and doing are separate. `Policy.draw` is a pure function of a random generator and returns
-the operations with their arguments; `apply_op` turns one of them into pixels and draws nothing.
+`Policy.draw` is a pure function of a random generator; the operations (`OPS`) draw nothing. Pixels
+are ``uint32 [H, W]`` (`cpu.resample`).
 
 A *level* is timm's "magnitude": 10 is the strongest that the papers use. Ranges and names follow
 timm, so that its strings (``rand-m9-mstd0.5-inc1``) mean the same here. Imports no Paddle.
@@ -21,9 +21,6 @@ from PIL import Image, ImageFilter
 from cli.errors import ConfigError
 from cpu.resample import from_image, operations, to_image
 
-MAX_LEVEL = 10.0
-RESAMPLE = Image.Resampling  # an operation that moves pixels interpolates with one of these
-
 
 class DrawnOp(NamedTuple):
     """One decision: the operation, its argument (None where it has none), its interpolation."""
@@ -33,8 +30,15 @@ class DrawnOp(NamedTuple):
     resample: int
 
 
-# ---- pixels ------------------------------------------------------------------------------------
+class _Op(NamedTuple):
+    pixels: Callable  # (pixels, argument, resample, fill) -> pixels, as timm's
+    argument: Callable | None = None  # (level / 10, sign) -> argument
+    signed: bool = False  # half of the draws go the other way
+    moves: bool = False  # interpolates between pixels; `fill` comes into view from outside
+    spread: tuple[float, float] | None = None  # the argument is uniform in here, at any level
 
+
+# ---- pixels ------------------------------------------------------------------------------------
 
 _VALUES = np.arange(256)
 
@@ -53,7 +57,8 @@ def _by_value(tables_of):
 def _auto_contrast(pixels, _):
     """From the darkest to the brightest value of each channel, as ImageOps.autocontrast."""
     tables = np.tile(_VALUES, (3, 1))
-    for i, (low, high) in enumerate(operations().extremes(pixels)):
+    for i, counts in enumerate(operations().histogram(pixels)):
+        low, high = counts.nonzero()[0][[0, -1]]
         if low < high:
             scale = 255.0 / (high - low)
             tables[i] = (_VALUES * scale - low * scale).clip(0, 255)
@@ -112,12 +117,16 @@ def _sharpness(pixels, factor, *_):
     return operations().sharpen(pixels, factor)
 
 
-def _affine(matrix_of):
-    """The pixel function of a map; `matrix_of(argument, width, height)` takes output to input."""
+def _affine(largest, matrix_of):
+    """The operation of a map: its argument is up to +- `largest`, and `matrix_of(argument, width,
+    height)` takes output to input.
+    """
 
-    return lambda pixels, argument, resample, fill: operations().affine(
-        pixels, matrix_of(argument, *pixels.shape[::-1]), resample, fill
-    )
+    def function(pixels, argument, resample, fill):
+        matrix = matrix_of(argument, *pixels.shape[::-1])
+        return operations().affine(pixels, matrix, resample, fill)
+
+    return _Op(function, lambda strength, sign: sign * (strength * largest), True, moves=True)
 
 
 def _rotation(degrees, width, height):
@@ -133,18 +142,6 @@ def _blur(pixels, radius, *_):
 
 
 # ---- level -> argument -------------------------------------------------------------------------
-
-
-class _Op(NamedTuple):
-    pixels: Callable  # (pixels, argument, resample, fill) -> pixels
-    argument: Callable | None = None  # (level / 10, sign) -> argument
-    signed: bool = False  # half of the draws go the other way
-    moves: bool = False  # interpolates between pixels
-    spread: tuple[float, float] | None = None  # the argument is uniform in here, at any level
-
-
-def _signed(largest: float) -> Callable:
-    return lambda strength, sign: sign * (strength * largest)
 
 
 def _factor(strength, _sign):
@@ -165,13 +162,11 @@ def _threshold(strength, _sign):
     return min(256, int(strength * 256))
 
 
-_MOVES = {"signed": True, "moves": True}
-
 OPS = {
     "AutoContrast": _Op(_auto_contrast),
     "Equalize": _Op(_equalize),
     "Invert": _Op(_by_value(lambda *_: 255 - _VALUES)),
-    "Rotate": _Op(_affine(_rotation), _signed(30.0), **_MOVES),
+    "Rotate": _affine(30.0, _rotation),
     "Posterize": _Op(_posterize, _bits),
     "PosterizeIncreasing": _Op(_posterize, lambda strength, sign: 4 - _bits(strength, sign)),
     "PosterizeOriginal": _Op(_posterize, lambda strength, sign: 4 + _bits(strength, sign)),
@@ -186,11 +181,11 @@ OPS = {
     "BrightnessIncreasing": _Op(_brightness, _factor_increasing, signed=True),
     "Sharpness": _Op(_sharpness, _factor),
     "SharpnessIncreasing": _Op(_sharpness, _factor_increasing, signed=True),
-    "ShearX": _Op(_affine(lambda shear, w, h: (1, shear, 0, 0, 1, 0)), _signed(0.3), **_MOVES),
-    "ShearY": _Op(_affine(lambda shear, w, h: (1, 0, 0, shear, 1, 0)), _signed(0.3), **_MOVES),
+    "ShearX": _affine(0.3, lambda shear, w, h: (1, shear, 0, 0, 1, 0)),
+    "ShearY": _affine(0.3, lambda shear, w, h: (1, 0, 0, shear, 1, 0)),
     # Translations are a part of the width or height, not a number of pixels.
-    "TranslateXRel": _Op(_affine(lambda x, w, h: (1, 0, x * w, 0, 1, 0)), _signed(0.45), **_MOVES),
-    "TranslateYRel": _Op(_affine(lambda y, w, h: (1, 0, 0, 0, 1, y * h)), _signed(0.45), **_MOVES),
+    "TranslateXRel": _affine(0.45, lambda x, w, h: (1, 0, x * w, 0, 1, 0)),
+    "TranslateYRel": _affine(0.45, lambda y, w, h: (1, 0, 0, 0, 1, y * h)),
     "Grayscale": _Op(lambda pixels, *_: _color(pixels, 0)),
     "GaussianBlur": _Op(_blur, spread=(0.1, 2.0)),
 }
@@ -214,21 +209,7 @@ def op_argument(name: str, level: float, sign: int = 1) -> float | None:
     `sign` +1 or -1 is the direction of an operation that has two.
     """
     argument = OPS[name].argument
-    return None if argument is None else argument(level / MAX_LEVEL, sign)
-
-
-def apply_op(
-    name: str,
-    pixels: np.ndarray,
-    argument: float | None = None,
-    resample: int = RESAMPLE.BICUBIC,
-    fill: tuple[int, int, int] = (128, 128, 128),
-) -> np.ndarray:
-    """One operation (a key of `OPS`) on ``uint32 [H, W]`` pixels (`cpu.resample`), as timm's.
-
-    `argument` is of `op_argument`; `fill` is the colour of what comes into view from outside.
-    """
-    return OPS[name].pixels(pixels, argument, resample, fill)
+    return None if argument is None else argument(level / 10, sign)
 
 
 # ---- decisions ---------------------------------------------------------------------------------
@@ -241,12 +222,12 @@ class Policy:
     choices: Sequence[Sequence[tuple[str, float, float]]]  # of (operation, probability, level)
     layers: int = 1  # how many of the choices an image gets, drawn with replacement
     level_std: float = 0.0  # of the level; infinite: uniform from 0 to the level
-    level_max: float = MAX_LEVEL  # the drawn level is clamped to 0 ... level_max
-    resamples: Sequence[int] = (RESAMPLE.BICUBIC,)  # that an operation draws from
+    level_max: float = 10.0  # the drawn level is clamped to 0 ... level_max
+    resamples: Sequence[int] = (Image.Resampling.BICUBIC,)  # that an operation draws from
     fill: tuple[int, int, int] = (128, 128, 128)  # colour of what comes into view from outside
 
     def draw(self, rng: np.random.Generator) -> list[DrawnOp]:
-        """The operations of one image, in order: a pure function of the generator's state."""
+        """The operations of one image, in order."""
         drawn = []
         for choice in rng.integers(len(self.choices), size=self.layers):
             for name, probability, level in self.choices[choice]:
@@ -271,15 +252,15 @@ class Policy:
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for name, argument, resample in self.draw(rng):
-            pixels = apply_op(name, pixels, argument, resample, self.fill)
+            pixels = OPS[name].pixels(pixels, argument, resample, self.fill)
         return pixels
 
 
 def rand_augment(
     layers: int = 2,
-    level: float = MAX_LEVEL,
+    level: float = 10.0,
     level_std: float = 0.0,
-    level_max: float = MAX_LEVEL,
+    level_max: float = 10.0,
     increasing: bool = False,
     probability: float = 0.5,
     **kwargs,
@@ -346,17 +327,13 @@ POLICIES = {
 }
 
 
-def _level_std(text: str) -> float:
-    value = float(text)
-    return math.inf if value > 100 else value  # as timm: more than 100 means uniform
-
-
 # Section of a `rand-...` string -> the argument of `rand_augment`, and how to read it.
 _RAND_SECTIONS = {
     "m": ("level", int),
     "n": ("layers", int),
     "p": ("probability", float),
-    "mstd": ("level_std", _level_std),
+    # as timm: more than 100 means uniform
+    "mstd": ("level_std", lambda text: float(text) if float(text) <= 100 else math.inf),
     "mmax": ("level_max", int),
     "inc": ("increasing", lambda text: bool(int(text))),
 }

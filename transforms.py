@@ -1,9 +1,8 @@
 """Image pipelines: pixels ``uint32 [H, W]`` (`read_pixels`) in, a uint8 array ``[H, W, 3]`` out.
 
-An image of Pillow's, read or not and in any mode, is made pixels first. Normalising, random erasing
-and mixing happen later, in batches, on the device. Everything random comes from the
-`numpy.random.Generator` that the caller passes, and what is drawn (`draw_crop`, `ColorJitter.draw`,
-`Policy.draw`) is separate from what is done to the pixels. (No Paddle.)
+Normalising, random erasing and mixing happen later, in batches, on the device. Everything random
+comes from the `numpy.random.Generator` that the caller passes, and what is drawn (`draw_crop`,
+`ColorJitter.draw`, `Policy.draw`) is separate from what is done to the pixels. (No Paddle.)
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from augment import Policy, apply_op, build_policy, rand_augment
+from augment import OPS, Policy, build_policy, rand_augment
 from cpu.resample import operations
-from loading.images import BadImage, to_pixels
+from loading.images import BadImage
 
 _RESAMPLE = {
     name: Image.Resampling[name.upper()]
@@ -26,7 +25,6 @@ _RESAMPLE = {
 # Affine operations can interpolate with the first three only; `random` draws one per operation.
 _TRAIN_RESAMPLES = {name: (_RESAMPLE[name],) for name in ("nearest", "bilinear", "bicubic")}
 _TRAIN_RESAMPLES["random"] = (_RESAMPLE["bilinear"], _RESAMPLE["bicubic"])
-
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
 
@@ -57,26 +55,21 @@ _LONGEST = 100
 
 @dataclass(eq=False)
 class EvalTransform:
-    """Resizes the short side to `floor(size / crop_pct)` and crops the centre, as timm does on PIL.
+    """Resizes the short side to `short` and crops the centre, as timm does on PIL.
 
-    BadImage if the resized image would be more than 100 times as long as the crop.
+    BadImage, naming `path`, if the resized image would be over 100 times as long as the crop.
     """
 
     size: int
-    crop_pct: float
+    short: int
     resample: int
-    exif_orientation: bool = False
 
-    def __post_init__(self):
-        self.short = math.floor(self.size / self.crop_pct)
-
-    def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        pixels = to_pixels(image, self.exif_orientation)
+    def __call__(self, pixels: np.ndarray, path: str = "image") -> np.ndarray:
         height, width = pixels.shape
         size = resized_size(width, height, self.short)
         if max(size) > _LONGEST * self.size:
             raise BadImage(
-                getattr(image, "filename", "image"),
+                path,
                 f"{width} x {height} pixels, too narrow: resized to {size[0]} x "
                 f"{size[1]}, longer than {_LONGEST} crops of {self.size}; cut it or leave it out",
             )
@@ -124,19 +117,19 @@ def draw_crop(
 class ColorJitter:
     """torchvision's `ColorJitter(s, s, s)`: brightness, contrast, saturation, in random order."""
 
-    OPS = ("Brightness", "Contrast", "Color")  # of augment.py
+    NAMES = ("Brightness", "Contrast", "Color")  # among `OPS` of augment.py
 
     strength: float
 
     def draw(self, rng: np.random.Generator) -> list[tuple[int, float]]:
-        """Index into `OPS` and factor, in the order of application."""
-        order = rng.permutation(len(self.OPS))
-        factors = rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, len(self.OPS))
+        """Index into `NAMES` and factor, in the order of application."""
+        order = rng.permutation(len(self.NAMES))
+        factors = rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, len(self.NAMES))
         return [(int(op), float(factor)) for op, factor in zip(order, factors)]
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for op, factor in self.draw(rng):
-            pixels = apply_op(self.OPS[op], pixels, factor)
+            pixels = OPS[self.NAMES[op]].pixels(pixels, factor)
         return pixels
 
 
@@ -151,10 +144,8 @@ class TrainTransform:
     vflip: float
     resamples: Sequence[int]  # that the crop draws from
     augmentations: Sequence[Policy | ColorJitter]
-    exif_orientation: bool = False  # as in `EvalTransform`
 
-    def __call__(self, image: np.ndarray | Image.Image, rng: np.random.Generator) -> np.ndarray:
-        pixels = to_pixels(image, self.exif_orientation)
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         box = draw_crop(*pixels.shape[::-1], self.scale, self.ratio, rng)
         resample = self.resamples[rng.integers(len(self.resamples))]
         pixels = operations().resize(pixels, (self.size, self.size), resample, box=box)
@@ -172,11 +163,11 @@ class TrainTransform:
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """The evaluation pipeline: `image -> uint8 [H, W, 3]`."""
+    """The evaluation pipeline: `pixels -> uint8 [H, W, 3]`."""
     data = config.DATA
     Image.MAX_IMAGE_PIXELS = data.MAX_IMAGE_PIXELS  # for `read_pixels`, in this process
-    resample = _RESAMPLE[data.INTERPOLATION]
-    return EvalTransform(data.IMAGE_SIZE, data.CROP_PCT, resample, data.EXIF_ORIENTATION)
+    short = math.floor(data.IMAGE_SIZE / data.CROP_PCT)
+    return EvalTransform(data.IMAGE_SIZE, short, _RESAMPLE[data.INTERPOLATION])
 
 
 def build_augmentations(config) -> list[Policy | ColorJitter]:
@@ -212,7 +203,7 @@ def build_augmentations(config) -> list[Policy | ColorJitter]:
 
 
 def build_train_transform(config) -> TrainTransform:
-    """The training pipeline: `(image, np.random.Generator) -> uint8 [H, W, 3]`."""
+    """The training pipeline: `(pixels, np.random.Generator) -> uint8 [H, W, 3]`."""
     data, train = config.DATA, config.TRAIN
     Image.MAX_IMAGE_PIXELS = data.MAX_IMAGE_PIXELS  # for `read_pixels`, in this process
     return TrainTransform(
@@ -223,5 +214,4 @@ def build_train_transform(config) -> TrainTransform:
         vflip=train.VFLIP,
         resamples=_TRAIN_RESAMPLES[data.TRAIN_INTERPOLATION],
         augmentations=build_augmentations(config),
-        exif_orientation=data.EXIF_ORIENTATION,
     )

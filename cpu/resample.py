@@ -59,10 +59,6 @@ class Pillow:
         """Another value for each of a channel; tables ``uint8 [3, 256]``."""
         return from_image(to_image(pixels).point(tables.ravel().tolist()))
 
-    def extremes(self, pixels: np.ndarray) -> np.ndarray:
-        """The lowest and the highest value of each channel, ``[3, 2]``."""
-        return np.array(to_image(pixels).getextrema())
-
     def histogram(self, pixels: np.ndarray) -> np.ndarray:
         """How often each channel has each value, ``[3, 256]``."""
         return np.reshape(to_image(pixels).histogram(), (3, 256))
@@ -83,8 +79,11 @@ class Compiled(Pillow):
 
     def __init__(self, kernels: ModuleType, height_first: Callable[[int, int, int, int], bool]):
         self.kernels, self.height_first = kernels, height_first
-        self.look_up, self.to_rgb = kernels.look_up, kernels.to_rgb
-        self.extremes, self.histogram = kernels.extremes, kernels.histogram
+        self.look_up, self.histogram, self.to_rgb = (
+            kernels.look_up,
+            kernels.histogram,
+            kernels.to_rgb,
+        )
 
     def resize(self, pixels, size, resample, crop=None, box=None):
         if resample != _BICUBIC:
@@ -119,7 +118,7 @@ class Compiled(Pillow):
         return self.kernels.blend(self.kernels.smooth(pixels), pixels, factor)
 
     def mean_gray(self, pixels):
-        return self.kernels.sum_gray(pixels) / pixels.size
+        return (self.kernels.gray(pixels) & 255).mean()
 
 
 # When Pillow resizes the height first.
@@ -169,7 +168,7 @@ def _gives_pillows_pixels(compiled: Compiled) -> bool:
         pixels = from_image(Image.fromarray(rng.integers(0, 256, [h, w, 3], dtype=np.uint8)))
         tables = rng.integers(0, 256, [3, 256], dtype=np.uint8)
         calls = [("resize", (W, H), _BICUBIC, None, (3, 2, w - 1, h - 4)), ("look_up", tables)]
-        calls += [(name,) for name in ("extremes", "histogram", "mean_gray", "to_rgb")]
+        calls += [(name,) for name in ("histogram", "mean_gray", "to_rgb")]
         for factor in (0.0, 0.37, 1.9):
             calls += [("saturate", factor), ("sharpen", factor)]
         for matrix in ((1.0, 0.2, -3.3, 0.0, 1.0, 0.0), (0.9, 0.3, 2.5, -0.3, 0.9, 7.1)):

@@ -307,29 +307,6 @@ def gray(image):
     return out
 
 
-@njit(types.int64(_READ_ONLY_IMAGE), cache=True, nogil=True)
-def sum_gray(image):
-    """The sum of the brightnesses that `gray` makes."""
-    pixels, total = gray(image).reshape(image.size), 0
-    for i in range(len(pixels)):
-        total += pixels[i] & 255
-    return total
-
-
-@njit(types.Array(types.uint32, 2, "C")(_READ_ONLY_IMAGE), cache=True, nogil=True)
-def extremes(image):
-    """The lowest and the highest value of each channel, ``[3, 2]``."""
-    out = np.empty((3, 2), np.uint32)
-    pixels = image.reshape(image.size)
-    for channel in range(3):
-        shift, low, high = np.uint32(8 * channel), np.uint32(255), np.uint32(0)
-        for i in range(len(pixels)):
-            value = pixels[i] >> shift & np.uint32(255)
-            low, high = min(low, value), max(high, value)
-        out[channel, 0], out[channel, 1] = low, high
-    return out
-
-
 @njit(types.Array(types.int64, 2, "C")(_READ_ONLY_IMAGE), cache=True, nogil=True)
 def histogram(image):
     """How often each channel has each value, ``[3, 256]``."""

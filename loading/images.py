@@ -1,4 +1,4 @@
-"""One image file: opened, decoded to RGB, turned upright. (No Paddle.)"""
+"""One image file: read, decoded to RGB, turned upright. (No Paddle.)"""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ try:
 except ImportError:
     pass
 
-_JPEG = b"\xff\xd8\xff"  # how one begins
 _ORIENTATION = 0x112  # EXIF's tag: how the camera was held
 _TURNS = {
     2: lambda pixels: pixels[:, ::-1],
@@ -54,8 +53,9 @@ _TURNS = {
 }
 # Brands of files that begin with the box "ftyp": what phones write, at times under another name.
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+dark_grey: list[str] = []  # workers are forked with what was said before
 
-# Pillow warns above its limit and raises above twice the limit; `open_image` raises above it.
+# Pillow warns above its limit and raises above twice the limit; `_open` raises above it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Corrupt EXIF data, transparent palettes: the pixels are right, and no warning names its file.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -77,14 +77,40 @@ def regular_size(path: str) -> int:
     return info.st_size
 
 
-def open_image(path: str) -> Image.Image:
-    """Opens an image file, to be used in ``with``; its pixels are decoded when they are asked for.
+def read_pixels(path: str, exif_orientation: bool = False) -> np.ndarray:
+    """Decodes an image file, of any mode, to RGB: ``uint32 [H, W]`` (`cpu.resample`).
 
-    BadImage if it is missing, unreadable, no image, or larger than the limit.
+    As timm and ``convert("RGB")``, but for 16-bit grey: Pillow would cut it at 255, which makes it
+    white; it is scaled by its range instead, as OpenCV does. `exif_orientation` turns it upright.
+    BadImage if it is missing, no image, larger than the limit, or of numbers of unknown range.
     """
+    return _decode(path, exif_orientation)[0]
+
+
+def read_image(path: str) -> Image.Image:
+    """As `read_pixels`, as an RGB image of Pillow's with its EXIF: to show it, to save it."""
+    pixels, info = _decode(path, with_info=True)
+    image = to_image(pixels)
+    image.info = info
+    return image
+
+
+def _decode(path: str, exif_orientation: bool = False, with_info: bool = False) -> tuple:
     try:
-        return _open(path, _read(path))
-    except Exception as error:
+        data, pixels = _read(path), None
+        if data.startswith(b"\xff\xd8\xff") and simplejpeg_is_right():
+            with suppress(ValueError):  # damaged: Pillow decodes it, or says what is wrong
+                pixels = _decode_jpeg(data, Image.MAX_IMAGE_PIXELS or math.inf)
+        if pixels is not None and not exif_orientation and not with_info:
+            return pixels, {}
+        with _open(path, data) as image:
+            if pixels is None:
+                pixels = from_image(_to_rgb(path, image))
+            if exif_orientation:  # asked for last: Pillow turns a TIFF by itself
+                with suppress(Exception):  # no such entry, or any error from broken EXIF data
+                    pixels = np.ascontiguousarray(_TURNS[image.getexif()[_ORIENTATION]](pixels))
+            return pixels, image.info
+    except Exception as error:  # decoders raise whatever a broken file leads them to
         raise _bad_image(path, error) from None
 
 
@@ -109,38 +135,16 @@ def _open(path: str, data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:  # above twice the limit
         raise BadImage(path, f"{re.findall('[0-9]+', str(error))[0]} {too_large}") from None
-    image.filename = path  # as for one that is opened by its name
+    image.filename = path  # as for one that is opened by its name: Pillow then maps some TIFFs
     pixels = image.width * image.height
-    if 0 < pixels <= limit:
-        return image
-    image.close()
-    raise BadImage(
-        path, f"{pixels} {too_large}" if pixels else f"{image.width} x {image.height} pixels"
-    )
+    if pixels > limit:
+        raise BadImage(path, f"{pixels} {too_large}")
+    if pixels <= 0:
+        raise BadImage(path, f"{image.width} x {image.height} pixels")
+    return image
 
 
-def to_pixels(image: Image.Image | np.ndarray, exif_orientation: bool = False) -> np.ndarray:
-    """The pixels ``uint32 [H, W]`` (`cpu.resample`) of an image in any mode, as ``convert("RGB")``.
-
-    Pillow would cut 16-bit grey at 255, which makes it white: it is scaled by its range instead, as
-    OpenCV does. Numbers without a known range are refused. `exif_orientation` turns it upright.
-    """
-    if isinstance(image, np.ndarray):
-        return image
-    pixels = None
-    if image.format == "JPEG" and image.mode == "RGB" and image.tile:  # not read yet
-        with suppress(ValueError):  # what simplejpeg finds damaged is for Pillow
-            image.fp.seek(0)
-            pixels = _decode_jpeg(image.fp.read())
-    if pixels is None:
-        pixels = from_image(_to_rgb(image))
-    if exif_orientation:  # asked for last: Pillow turns a TIFF by itself
-        with suppress(Exception):  # no such entry; or broken EXIF data, on which it raises anything
-            pixels = _TURNS[image.getexif()[_ORIENTATION]](pixels)
-    return np.ascontiguousarray(pixels)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(path: str, image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     # BitsPerSample of a TIFF: 12 of a microscope or scanner
     bits = tags.get(258, (16,))[0] if tags else _significant_bits(image)
@@ -151,54 +155,38 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int32)
         if values.max() >> bits:
             bits = 16  # as PNG asks for: the range is all 16 bits, whatever is significant in them
-        elif bits == 16 and 0 < values.max() < 4096:
-            _warn_of_dark_grey(getattr(image, "filename", "an image"))
+        elif bits == 16 and 0 < values.max() < 4096 and not dark_grey:
+            dark_grey.append(path)
+            logging.getLogger("resmlp").warning(
+                f"warning: {printable(path)}: 16 bits of which at most 12 are used: it is nearly "
+                "black (others may be too; this is said once); save such images with 8 bits, or "
+                "scaled to 16"
+            )
         grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
         inverted = tags.get(262) == 0  # WhiteIsZero, which Pillow heeds in 8 bits alone
         return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImage(
-            getattr(image, "filename", "image"),
-            f"{'floating point' if image.mode == 'F' else '32-bit integers'}, whose black and "
-            "white are not known; save it with 8 or 16 bits",
-        )
+        kind = "floating point" if image.mode == "F" else "32-bit integers"
+        reason = f"{kind}, whose black and white are not known; save it with 8 or 16 bits"
+        raise BadImage(path, reason)
     return image.convert("RGB")
 
 
 def _significant_bits(image: Image.Image) -> int:
     """Of 16-bit grey: what the chunk sBIT of a PNG says, which Pillow passes over; else 16."""
-    if image.format != "PNG" or not image.tile or not image.mode.startswith("I"):
+    if image.format != "PNG" or not image.mode.startswith("I"):
         return 16
     end = image.fp.tell()  # of the chunks before the pixels
     image.fp.seek(0)
     found = re.search(rb"\0\0\0\x01sBIT([\x08-\x10])", image.fp.read(end))
-    image.fp.seek(end)
     return found[1][0] if found else 16
 
 
-dark_grey: list[str] = []  # workers are forked with what was said before
-
-
-def _warn_of_dark_grey(path: str) -> None:
-    if not dark_grey:
-        dark_grey.append(path)
-        logging.getLogger("resmlp").warning(
-            f"warning: {printable(path)}: 16 bits of which at most 12 are used: it is nearly black "
-            "(others may be too; this is said once); save such images with 8 bits, or scaled to 16"
-        )
-
-
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, limit: float) -> np.ndarray | None:
     """The pixels of an ordinary JPEG; None: Pillow must decode it. ValueError: it is damaged."""
-    if not data.startswith(_JPEG) or not simplejpeg_is_right():
-        return None
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    if colors != "YCbCr" or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+    if colors != "YCbCr" or width * height > limit:
         return None
-    return _by_simplejpeg(data, height, width)
-
-
-def _by_simplejpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
     pixels = np.empty((height, width), np.uint32)
     decoded = simplejpeg.decode_jpeg(data, "RGBA", buffer=pixels.view("u1"))
     return pixels if decoded.shape[:2] == pixels.shape else None
@@ -207,43 +195,13 @@ def _by_simplejpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
 @cache
 def simplejpeg_is_right() -> bool:
     """Whether simplejpeg is installed, with a libjpeg-turbo that gives this Pillow's pixels."""
+    if simplejpeg is None:
+        return False
     rng, file = np.random.default_rng(0), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, [9, 13, 3], dtype=np.uint8)).save(file, "JPEG")
     with Image.open(file, formats=["JPEG"]) as image:
         expected = image.tobytes()
-    if simplejpeg is None:
-        return False
-    return to_image(_by_simplejpeg(file.getvalue(), 9, 13)).tobytes() == expected
-
-
-def read_pixels(path: str, exif_orientation: bool = False) -> np.ndarray:
-    """Decodes an image file as timm does, by `to_pixels`; BadImage as `open_image`."""
-    try:
-        data = _read(path)
-        with suppress(ValueError):  # damaged: Pillow decodes it, or says what is wrong
-            pixels = None if exif_orientation else _decode_jpeg(data)
-            if pixels is not None:
-                return pixels
-        with _open(path, data) as image:
-            return to_pixels(image, exif_orientation)
-    except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise _bad_image(path, error) from None
-
-
-def read_image(path: str) -> Image.Image:
-    """As `read_pixels`, as an RGB image of Pillow's with its EXIF: to show it, to save it."""
-    try:
-        with open_image(path) as image:
-            rgb = to_image(to_pixels(image))
-            rgb.info, rgb.filename = image.info, path
-            return rgb
-    except Exception as error:
-        raise _bad_image(path, error) from None
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image in RGB, turned as its EXIF orientation says; with none, as it is."""
-    return to_image(to_pixels(image, exif_orientation=True))
+    return to_image(_decode_jpeg(file.getvalue(), math.inf)).tobytes() == expected
 
 
 def _bad_image(path: str, error: Exception) -> DataError:

@@ -316,7 +316,7 @@ def test_a_key_sets_the_largest_image(tmp_path, monkeypatch, split):
 
 
 def test_an_image_too_narrow_to_be_evaluated_is_named_with_its_line(config, tmp_path, monkeypatch):
-    transform = EvalTransform(SIZE, 1.0, Image.Resampling.BICUBIC)
+    transform = EvalTransform(SIZE, SIZE, Image.Resampling.BICUBIC)
     monkeypatch.setattr(datasets, "build_eval_transform", lambda config: transform)
     Image.new("RGB", (1, 101)).save(tmp_path / "val/7.png")
     with pytest.raises(DataError, match=r"val_list.txt:8: .*val/7.png: 1 x 101 pixels, too narrow"):

@@ -18,8 +18,9 @@ import tools.export as export_module
 import tools.infer_exported as infer_module
 from cli.errors import DataError, UserError
 from config import get_config
+from cpu.resample import from_image
 from loading.classes import ClassNames
-from loading.images import read_image
+from loading.images import read_image, read_pixels
 from storage.weights import read_weights, write_weights
 from tools.common import load_model, run_config
 from tools.export import export, verification_images
@@ -328,7 +329,7 @@ def test_verification_prefers_given_images_then_the_validation_data(weights, tmp
     assert described == "2 given images" and batch.shape == (2, 16, 16, 3)
     batch, described = verification_images(config)
     assert described == "16 validation images"
-    last = build_eval_transform(config)(read_image(paths[-1]))
+    last = build_eval_transform(config)(read_pixels(paths[-1]))
     np.testing.assert_array_equal(batch[-1], last)  # spread over all of them
     assert verification_images(config, limit=1000)[1] == "20 validation images"
 
@@ -345,7 +346,7 @@ def test_images_are_prepared_as_in_training_pixel_by_pixel(size, crop_pct, inter
     rng = np.random.default_rng(0)
     for height, width in [(16, 16), (33, 50), (51, 34), (300, 17), (257, 255), (20, 20)]:
         image = Image.fromarray(rng.integers(0, 256, [height, width, 3], dtype=np.uint8))
-        np.testing.assert_array_equal(preprocess(image, metadata), transform(image))
+        np.testing.assert_array_equal(preprocess(image, metadata), transform(from_image(image)))
 
 
 @pytest.mark.parametrize("shape, fits", [((1, 100), True), ((1, 101), False), ((101, 1), False)])
@@ -360,7 +361,7 @@ def test_an_image_too_narrow_to_resize_is_refused_as_in_training(shape, fits):
     with pytest.raises(ModelError, match="100 crops of 16"):
         preprocess(image, metadata)
     with pytest.raises(DataError, match="100 crops of 16"):
-        build_eval_transform(config)(image)
+        build_eval_transform(config)(from_image(image))
 
 
 def test_classes_are_those_of_predict(exported, weights, tmp_path):

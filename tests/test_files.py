@@ -15,7 +15,7 @@ from cpu.resample import to_image
 from loading import images
 from loading.classes import read_class_names
 from loading.files import find_classes, list_images, read_list, scan_folder
-from loading.images import BadImage, open_image, read_image, read_pixels, upright
+from loading.images import BadImage, read_image, read_pixels
 from storage.files import printable
 
 
@@ -454,8 +454,7 @@ def test_a_damaged_or_turned_jpeg_is_what_pillow_makes_of_it(tmp_path, change):
         with pytest.raises(ValueError):
             images.simplejpeg.decode_jpeg(path.read_bytes())
     expected = Image.open(path).convert("RGB")
-    with open_image(str(path)) as image:
-        found = upright(image)
+    found = to_image(read_pixels(str(path), True))
     assert found.tobytes() == expected.transpose(Image.Transpose.ROTATE_270).tobytes()
     assert read_image(str(path)).tobytes() == expected.tobytes()
 

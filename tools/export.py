@@ -30,7 +30,7 @@ from paddle.static import InputSpec
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from datasets import build_dataset
-from loading.images import read_image
+from loading.images import read_pixels
 from resmlp import build_resmlp, load_state
 from storage.files import file_sha256
 from storage.weights import read_weights
@@ -174,7 +174,8 @@ def verification_images(
         images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size].astype("uint8")
         return images, f"{limit} generated images"
     chosen = np.linspace(0, len(paths) - 1, min(limit, len(paths))).astype(int)
-    images = np.stack([transform(read_image(paths[i])) for i in chosen])
+    upright = config.DATA.EXIF_ORIENTATION
+    images = np.stack([transform(read_pixels(paths[i], upright), paths[i]) for i in chosen])
     return images, f"{len(images)} {described}"
 
 

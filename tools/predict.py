@@ -29,7 +29,7 @@ from cli.parser import Parser
 from loading import archives
 from loading.classes import UNKNOWN, ClassNames, data_classes, read_class_names
 from loading.files import describe_others, list_images
-from loading.images import BadImage, read_image
+from loading.images import BadImage, read_pixels
 from parallel.process import gpu_count
 from storage.files import printable
 from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
@@ -153,7 +153,8 @@ def classify(
         found, images = [], []
         for path in paths[start : start + batch_size]:
             try:
-                images.append(transform(read_image(path)))
+                pixels = read_pixels(path, config.DATA.EXIF_ORIENTATION)
+                images.append(transform(pixels, path))
             except BadImage as error:
                 if on_bad is None:
                     raise

@@ -28,7 +28,7 @@ from cli.parser import Parser
 from datasets import build_loader
 from loading import archives
 from loading.files import split_folder
-from loading.images import read_image
+from loading.images import read_pixels
 from mixup import smooth_one_hot
 from resmlp import ResMLP
 from tools.common import (
@@ -268,7 +268,8 @@ def visualize(
             raise UserError(f"class {label}: the model has classes 0 to {model.num_classes - 1}")
         transform = build_eval_transform(config)
         normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-        views = np.stack([transform(read_image(path)) for path in paths])
+        upright = config.DATA.EXIF_ORIENTATION
+        views = np.stack([transform(read_pixels(path, upright), path) for path in paths])
         terms, logits = contributions(model, normalize(paddle.to_tensor(views)))
         figures["contributions"] = draw_contributions(views, terms, logits, names, label)
     if has_training_images(config.DATA):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loading.images import read_image, upright
+from cpu.resample import to_image
+from loading.images import read_pixels
 from parallel.process import Process, sum_over_ranks
 from storage.files import printable, write_atomically
 from training.pictures import new_figure, render
@@ -92,8 +93,7 @@ class Calibration:
         for axes in grid:
             axes.axis("off")
         for axes, (confidence, index, label, prediction) in zip(grid, self.mistakes):
-            image = read_image(files.path(int(index)))
-            image = upright(image) if files.exif_orientation else image
+            image = to_image(read_pixels(files.path(int(index)), files.exif_orientation))
             image.thumbnail([224, 224])
             axes.imshow(image)
             said, true = (names[int(c)][:24] for c in (prediction, label))
