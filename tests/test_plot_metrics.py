@@ -123,7 +123,7 @@ def test_a_run_in_its_first_epoch_is_drawn_over_steps(write_run):
 
 def test_several_runs_have_a_colour_each(run, write_run):
     figure = draw_curves([read_metrics(run), read_metrics(write_run("second", [epoch(1)]))])
-    colors = [line.get_color() for line in figure.axes[0].lines if line.get_alpha() == 1.0]
+    colors = [line.get_color() for line in figure.axes[0].lines if not line.get_alpha()]
     assert len(colors) == len(set(colors)) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -28,47 +29,25 @@ class Run:
         """Optimizer steps; None before the first epoch has ended."""
         return self.epoch[-1]["step"] / self.epoch[-1]["epoch"] if self.epoch else None
 
-    @property
-    def last_step(self) -> int:
-        return max(record["step"] for record in self.step + self.epoch)
-
     def values(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Optimizer steps and values of the records that have ``key``."""
         found = [r for r in getattr(self, kind) if is_number(r.get(key))]
         return [r["step"] for r in found], [r[key] for r in found]
 
 
-@dataclass(frozen=True)
-class Curve:
-    key: str
-    label: str
-    kind: str = "epoch"
-    style: str = "-"
-    color: str = _COLORS[0]  # where the figure shows one run; several have a colour each
-    alpha: float = 1.0
-
-
-_PANELS = (  # title, unit, curves
-    (
-        "Loss",
-        "loss",
-        (
-            Curve("loss", "training, per report", "step", color=_COLORS[0], alpha=0.3),
-            Curve("train_loss", "training", color=_COLORS[0]),
-            Curve("val_loss", "validation", style="--", color=_COLORS[1]),
-            Curve("ema_loss", "validation, EMA weights", style=":", color=_COLORS[2]),
-        ),
-    ),
-    (
-        "Top-1 accuracy, validation",
-        "%",
-        (
-            Curve("val_top1", "weights as trained", style="--", color=_COLORS[1]),
-            Curve("ema_top1", "EMA weights", style=":", color=_COLORS[2]),
-        ),
-    ),
-    ("Learning rate", "learning rate", (Curve("lr", "learning rate", "step"),)),
-    ("Speed of training", "images/s", (Curve("images_per_second", "images/s", "step"),)),
+_TRAINING, _VALIDATION = dict(color=_COLORS[0]), dict(linestyle="--", color=_COLORS[1])
+_EMA = dict(linestyle=":", color=_COLORS[2])
+_UNITS = {"Loss": "loss", "Top-1 accuracy, validation": "%", "Learning rate": "learning rate"}
+_UNITS["Speed of training"] = "images/s"
+_CURVES = (  # panel, records' kind and key, label, how it is drawn
+    ("Loss", "step", "loss", "training, per report", {**_TRAINING, "alpha": 0.3}),
+    ("Loss", "epoch", "train_loss", "training", _TRAINING),
+    ("Loss", "epoch", "val_loss", "validation", _VALIDATION),
+    ("Loss", "epoch", "ema_loss", "validation, EMA weights", _EMA),
+    ("Top-1 accuracy, validation", "epoch", "val_top1", "weights as trained", _VALIDATION),
+    ("Top-1 accuracy, validation", "epoch", "ema_top1", "EMA weights", _EMA),
+    ("Learning rate", "step", "lr", "", _TRAINING),
+    ("Speed of training", "step", "images_per_second", "", _TRAINING),
 )
 
 
@@ -96,7 +75,11 @@ def read_metrics(folder: str | os.PathLike) -> Run:
             if number == len(lines):
                 break
             record = None
-        if not _is_record(record):
+        if not (
+            isinstance(record, dict)
+            and record.get("kind") in ("step", "epoch")
+            and all(is_number(record.get(key)) and record[key] >= 1 for key in ("step", "epoch"))
+        ):
             raise UserError(f"{path}:{number}: not a record of a run: {line[:60]!r}")
         records = getattr(run, record["kind"])
         while records and records[-1]["step"] >= record["step"]:
@@ -112,71 +95,46 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e100
 
 
-def _is_record(record: object) -> bool:
-    return (
-        isinstance(record, dict)
-        and record.get("kind") in ("step", "epoch")
-        and all(is_number(record.get(key)) and record[key] >= 1 for key in ("step", "epoch"))
-    )
-
-
 def draw_curves(runs: Sequence[Run]):
     """Loss, top-1, learning rate and speed of runs in one figure, for `pictures.render`.
 
     One run has a colour per curve, several have a colour per run. UserError without Matplotlib.
     """
-    figure = new_figure(12, 8, layout="constrained")
+    figure, many = new_figure(12, 8, layout="constrained"), len(runs) > 1
     from matplotlib.lines import Line2D
 
     in_epochs = all(run.steps_per_epoch for run in runs)
     scales = [run.steps_per_epoch if in_epochs else 1 for run in runs]
-    end = max(run.last_step / scale for run, scale in zip(runs, scales))
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # inches
     figure.set(edgecolor="#8c959f", linewidth=2)  # a frame, on light pages and dark ones
-    for axes, (title, unit, curves) in zip(figure.subplots(2, 2).flat, _PANELS):
-        shown = []
-        for curve in curves:
-            for number, run in enumerate(runs):
-                steps, values = run.values(curve.kind, curve.key)
-                if not steps:
-                    continue
-                shown += [curve] if curve not in shown else []
-                color = curve.color if len(runs) == 1 else _COLORS[number % len(_COLORS)]
-                axes.plot(
-                    [step / scales[number] for step in steps],
-                    values,
-                    curve.style,
-                    color=color,
-                    alpha=curve.alpha,
-                    marker="." if len(steps) < 2 else None,
-                )
+    for axes, (title, unit) in zip(figure.subplots(2, 2).flat, _UNITS.items()):
+        keys = {}  # for the legend, by label: black where the colours stand for the runs
+        for panel, kind, key, label, style in _CURVES:
+            for run, scale, color in zip(runs, scales, itertools.cycle(_COLORS)):
+                steps, values = run.values(kind, key)
+                if steps and panel == title:
+                    drawn = {**style, "color": color} if many else style
+                    marker = "." if len(steps) < 2 else None
+                    axes.plot([step / scale for step in steps], values, marker=marker, **drawn)
+                    keys[label] = Line2D([], [], **{**style, "color": "black"} if many else style)
         axes.set(title=title, ylabel=unit, xlabel="epoch" if in_epochs else "optimizer step")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(0, 1.02 * end)
+        ends = [max(r["step"] for r in run.step + run.epoch) for run in runs]
+        axes.set_xlim(0, 1.02 * max(end / scale for end, scale in zip(ends, scales)))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if shown and title.startswith("Speed"):
+        if keys and title.startswith("Speed"):
             axes.set_ylim(0, axes.dataLim.ymax * 1.1)  # from zero: a dip shows in its true size
-        if not shown:
+        if not keys:
             axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center")
-        elif len(curves) > 1:
-            axes.legend(
-                [_key(Line2D, curve, many=len(runs) > 1) for curve in shown],
-                [curve.label for curve in shown],
-                frameon=False,
-            )
-    if len(runs) > 1:
+        elif "" not in keys:
+            axes.legend(keys.values(), keys, frameon=False)
+    if many:
         figure.legend(
-            [Line2D([], [], color=_COLORS[i % len(_COLORS)]) for i in range(len(runs))],
+            [Line2D([], [], color=color) for _, color in zip(runs, itertools.cycle(_COLORS))],
             [run.name.replace("$", r"\$") for run in runs],
             loc="outside upper center",
             ncols=min(len(runs), 5),
             frameon=False,
         )
     return figure
-
-
-def _key(line, curve: Curve, many: bool):
-    """A line for the legend: black where the colours stand for the runs."""
-    color = "black" if many else curve.color
-    return line([], [], linestyle=curve.style, color=color, alpha=curve.alpha)
