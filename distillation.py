@@ -15,7 +15,6 @@ from cpu import setup  # noqa: F401  isort: skip
 import difflib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import paddle
@@ -34,27 +33,18 @@ from storage.weights import WeightFile, read_weights
 class Teacher:
     """A frozen network (images -> logits ``[B, K]``), with its own normalisation and input size.
 
-    ``mean`` and ``std`` are of its input, ``student_...`` those of the images it is given.
+    ``mean`` and ``std`` are of its input, ``student`` the two of the images it is given.
     """
 
-    def __init__(
-        self,
-        network: paddle.nn.Layer,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        student_mean: Sequence[float],
-        student_std: Sequence[float],
-        classes: ClassNames = UNKNOWN,
-    ):
+    def __init__(self, network, image_size: int, mean, std, student, classes=UNKNOWN):
         network.eval()
         for parameter in network.parameters():
             parameter.stop_gradient = True
         self.network, self.image_size = network, image_size
         self.classes, self._labels = classes, None
         # ((x * student_std + student_mean) - mean) / std, as one scale and one shift
-        scale = [old / new for old, new in zip(student_std, std)]
-        shift = [(old - new) / s for old, new, s in zip(student_mean, mean, std)]
+        scale = [old / new for old, new in zip(student[1], std)]
+        shift = [(old - new) / s for old, new, s in zip(student[0], mean, std)]
         self.scale = self.shift = None
         if any(s != 1 for s in scale) or any(shift):
             self.scale = paddle.to_tensor(scale, dtype="float32").reshape([1, -1, 1, 1])
@@ -91,45 +81,29 @@ def build_teacher(config) -> Teacher:
     an export with metadata. ConfigError or, of its weights, WeightsError if it does not fit.
     """
     train, data = config.TRAIN, config.DATA
-    name, count = train.TEACHER_MODEL, config.MODEL.NUM_CLASSES
+    name, weights = train.TEACHER_MODEL, train.TEACHER_PRETRAINED
     size, mean, std = data.IMAGE_SIZE, data.IMAGENET_MEAN, data.IMAGENET_STD
+    student = mean, std
     if not name:
         raise ConfigError(
             f"TRAIN.DISTILLATION_TYPE is {train.DISTILLATION_TYPE}, but TRAIN.TEACHER_MODEL is None"
         )
     if Path(name).suffix in (".yaml", ".yml"):
-        teacher_config = get_config(name)
-        own = teacher_config.DATA
-        size, mean, std = own.IMAGE_SIZE, own.IMAGENET_MEAN, own.IMAGENET_STD
-        network, classes = _resmlp(teacher_config, name, train.TEACHER_PRETRAINED, count)
+        own = get_config(name)
+        size, mean, std = own.DATA.IMAGE_SIZE, own.DATA.IMAGENET_MEAN, own.DATA.IMAGENET_STD
+        file, network = _teacher_weights(name, weights), build_resmlp(own)
+        load_state(network, file.state)
+        classes = file.classes
     elif (prefix := _saved_prefix(name)) is not None:
         size, mean, std, classes = _metadata(prefix, size, mean, std)
-        network = _saved_network(prefix, train.TEACHER_PRETRAINED)
+        network = _saved_network(prefix, weights)
     else:
-        network, classes = _vision_model(name, train.TEACHER_PRETRAINED, count)
-    teacher = Teacher(
-        network,
-        train.TEACHER_IMAGE_SIZE or size,
-        train.TEACHER_MEAN or mean,
-        train.TEACHER_STD or std,
-        data.IMAGENET_MEAN,
-        data.IMAGENET_STD,
-        classes,
-    )
+        network, classes = _vision_model(name, weights, config.MODEL.NUM_CLASSES)
+    size = train.TEACHER_IMAGE_SIZE or size
+    mean, std = train.TEACHER_MEAN or mean, train.TEACHER_STD or std
+    teacher = Teacher(network, size, mean, std, student, classes)
     _try_out(teacher, name, config)
     return teacher
-
-
-def _resmlp(teacher_config, name: str, weights: str | None, classes: int) -> tuple:
-    found = teacher_config.MODEL.NUM_CLASSES
-    if found != classes:
-        raise ConfigError(
-            f"TRAIN.TEACHER_MODEL {name} has MODEL.NUM_CLASSES {found}, the student {classes}"
-        )
-    file = _teacher_weights(name, weights)
-    network = build_resmlp(teacher_config)
-    load_state(network, file.state)
-    return network, file.classes
 
 
 def _vision_model(name: str, weights: str | None, classes: int) -> tuple:
@@ -145,8 +119,7 @@ def _vision_model(name: str, weights: str | None, classes: int) -> tuple:
     network = getattr(paddle.vision.models, name)(pretrained=False, num_classes=classes)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     found = {key: value.shape for key, value in file.state.items()}
-    differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
-    if differ:
+    if differ := [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]:
         raise WeightsError(
             f"{weights}: not the weights of {name} with {classes} classes (MODEL.NUM_CLASSES); "
             f"missing, unexpected or of another shape: {shorten(differ)}"
@@ -190,10 +163,9 @@ def _metadata(prefix: str, size: int, mean: list, std: list) -> tuple:
             f"TRAIN.TEACHER_MODEL {prefix} has its preprocessing inside and gives probabilities; "
             "a teacher gives logits: export it without -with_preprocessing"
         )
-    classes = ClassNames.of_record(found.get("classes"), str(path))
-    if "classes" not in found and names != [f"class {label}" for label in range(len(names or ()))]:
-        classes = ClassNames.of_record({"names": names}, str(path))
-    return size, mean, std, classes
+    invented = names == [f"class {label}" for label in range(len(names or ()))]
+    record = found.get("classes", {"names": [] if invented else names})
+    return size, mean, std, ClassNames.of_record(record, str(path))
 
 
 def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:

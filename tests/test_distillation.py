@@ -47,7 +47,7 @@ def make_config(**train):
 
 
 def make_teacher(**kwargs):
-    settings = dict(image_size=8, mean=MEAN, std=STD, student_mean=MEAN, student_std=STD)
+    settings = dict(image_size=8, mean=MEAN, std=STD, student=(MEAN, STD))
     return Teacher(Probe(), **{**settings, **kwargs})
 
 
@@ -196,7 +196,7 @@ def test_an_export_says_its_own_size_and_normalisation(tmp_path):
     (tmp_path / "model.metadata").write_text(json.dumps(said))
     options = {"TEACHER_MODEL": str(tmp_path / "model")}
     teacher = build_teacher(make_config(**options))
-    like = Teacher(teacher.network, 16, said["mean"], said["std"], MEAN, STD)
+    like = Teacher(teacher.network, 16, said["mean"], said["std"], (MEAN, STD))
     images = paddle.to_tensor(make_images(32))
     np.testing.assert_array_equal(teacher(images).numpy(), like(images).numpy())
     assert teacher.classes.names == tuple("abcde")
@@ -228,7 +228,7 @@ def refuse(match, error=ConfigError, **train):
         ("not the weights of squeezenet1_1 with 5", "squeezenet1_1", "WEIGHTS", {}),
         ("not the weights .* _conv9.weight, _conv9.bias", "squeezenet1_1", "SEVEN", {}),
         (r"gives \[7\] values .* MODEL.NUM_CLASSES 5", "POOL", None, {}),
-        ("NUM_CLASSES 6, the student 5", "SIX", "WEIGHTS", {}),
+        ("the weights are for 5 classes, the model has 6", "SIX", "WEIGHTS", {}),
         ("images of 24 pixels.*set TRAIN.TEACHER", "YAML", "WEIGHTS", {"TEACHER_IMAGE_SIZE": 24}),
         ("holds its own weights", "POOL", "x.pdparams", {}),
     ],
