@@ -6,8 +6,6 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 from cli.errors import ConfigError, TrainingError
 from datasets import build_loader
@@ -17,10 +15,9 @@ from parallel.process import Preempted, Process, from_main, main_first, prepare_
 from storage import checkpoints
 from storage.adapt import read_pretrained
 from storage.run_folder import RunFolder, choose_folder
-from training.eval_run import run_evaluation
-from training.evaluation import Metrics, Result, evaluate
+from training.evaluation import Metrics, Result, evaluate, run_evaluation
 from training.learner import Learner
-from training.precision import choose_precision
+from training.precision import choose_precision, predictor
 from training.progress import Monitor, Progress
 from training.report import Report
 from training.saving import Saver, first_model, first_weights
@@ -47,7 +44,7 @@ def run(
     if process.main and folder is None:
         folder = str(choose_folder(config))
     folder = from_main(folder, process)
-    folder = RunFolder(Path(folder), process.rank, not config.EVAL, config.MODEL.RESUME)
+    folder = RunFolder(folder, process.rank, not config.EVAL, config.MODEL.RESUME)
     with contextlib.closing(folder):
         if config.AMP:
             if config.AMP_LEVEL != "O1":
@@ -90,39 +87,35 @@ class Trainer:
         self.monitor = Monitor(config, process, self.progress, scaler, folder.path, files)
 
     def fit(self, on_step: Callable[[int], None] = lambda step: None) -> Result:
-        progress, metrics = self.progress, None
+        config, process, progress = self.config, self.process, self.progress
+        epochs, metrics = self.schedule.total_epochs, None
         try:
             datasets = self.train_loader.dataset, self.val_loader.dataset
             self.report.log_start(self.learner, progress, *datasets)
-            teacher = self.learner.objective.teacher
-            if line := teacher.match(datasets[0].classes) if teacher else "":
-                _log.info(line)
-            if teacher is not None and progress.epoch < self.schedule.total_epochs:
-                self.evaluate({"teacher": teacher})
-            while not self._ended():
+            if teacher := self.learner.objective.teacher:
+                if line := teacher.match(datasets[0].classes):
+                    _log.info(line)
+                if progress.epoch < epochs:
+                    self.evaluate({"teacher": teacher})
+            # rank 0 decides: it may alone know the best score
+            while not from_main(progress.ended(epochs, config.TRAIN.EARLY_STOP), process):
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
-            self.saver.finish()
+            self.saver.writer.finish()
         except Preempted:
-            if self.process.world > 1:  # this rank's own signal may come later than another's
+            if process.world > 1:  # this rank's own signal may come later than another's
                 self.monitor.signal.ignore()
             raise
         except TrainingError:  # of all ranks: a launcher would end rank 0 when another has ended
-            with main_first(self.process):
+            with main_first(process):
                 self.saver.close()
             raise
         finally:
             self.saver.close()
-            self.report.dashboard.close()
+            self.report.close()
             self.monitor.signal.close()
         self.report.done(progress, self.learner.ema is not None)
-        best = progress.best_top1
-        return Result.of(self.report.folder.path, self.process.rank, metrics, best)
-
-    def _ended(self) -> bool:
-        """Whether the run is over: rank 0 decides, which may alone know the best score."""
-        ended = self.progress.ended(self.schedule.total_epochs, self.config.TRAIN.EARLY_STOP)
-        return from_main(ended, self.process)
+        return Result.of(self.report.folder.path, process.rank, metrics, progress.best_top1)
 
     def _train_epoch(self, on_step: Callable[[int], None]) -> None:
         """Trains the rest of an epoch, from where `progress` stands."""
@@ -138,43 +131,35 @@ class Trainer:
             for step in range(steps - -(-len(loader) // accum), steps):
                 with meter.waiting():
                     window = list(itertools.islice(batches, accum))
-                lr = self._train_step(step, window, meter)
-                on_step(progress.step)
-                self._after_step(step, lr, meter)
+                self._train_step(step, window, meter, on_step)
                 bar(step + 1, steps)
             next(batches, None)  # lets the loader end its pass: it then lists skipped images
         bar.end()
 
-    def _train_step(self, step: int, window: list, meter: Meter) -> float:
-        """One optimizer step over an accumulation window; returns its learning rate."""
-        progress = self.progress
-        key = self.config.SEED, self.process.rank, progress.epoch, step
+    def _train_step(self, step: int, window: list, meter: Meter, on_step: Callable) -> None:
+        """One optimizer step over an accumulation window; reports, saves and stops where due."""
+        config, progress, monitor = self.config, self.progress, self.monitor
+        key = config.SEED, self.process.rank, progress.epoch, step
         if progress.samples == 0:
             self.report.images(self.learner, window[0], step_rng(*key), progress.step)
-        lr = self.schedule.rate(progress.epoch, step)
-        stop = self.monitor.signal.received
+        lr, stop = self.schedule.rate(progress.epoch, step), monitor.signal.received
         record = self.learner.step(window, lr, step_rng(*key), progress.step, stop)
-        self.monitor.add(record)
+        due = monitor.add(record)
         meter.images += len(record.indices)
         progress.step += 1
         progress.samples += self.schedule.samples_per_step
-        return lr
-
-    def _after_step(self, step: int, lr: float, meter: Meter) -> None:
-        """Reports, saves and stops where that is due."""
-        config, progress = self.config, self.progress
+        on_step(progress.step)
         end = step + 1 == self.schedule.steps_per_epoch
         report = end or (step + 1) % config.REPORT_FREQ == 0
-        save = bool(config.SAVE_STEPS) and progress.step % config.SAVE_STEPS == 0
-        if report or save or self.monitor.due():
-            self.monitor.count_or_raise()
-        stop = self.monitor.stop
+        save = not end and config.SAVE_STEPS and progress.step % config.SAVE_STEPS == 0
+        if report or save or due:
+            monitor.count_or_raise()
         if report:
-            self.saver.finish(wait=False)
-            self.report.step(progress, self.monitor.norm, meter, step, lr)
-        if stop or (save and not end):
+            self.saver.writer.finish(wait=False)
+            self.report.step(progress, monitor.norm, meter, step, lr)
+        if save or monitor.stop:
             self.saver.save(self.learner, progress)
-        if stop:
+        if monitor.stop:
             self.saver.stop(f"stopped after step {progress.step}")
 
     def _finish_epoch(self) -> Metrics | None:
@@ -197,7 +182,8 @@ class Trainer:
         if last or epoch % config.SAVE_FREQ == 0:
             names.append(checkpoints.epoch_name(epoch))
         self.report.epoch(learner, progress, raw, ema)
-        progress.start_next_epoch()
+        progress.epoch, progress.samples, progress.seconds = epoch, 0, 0.0
+        progress.epoch_loss, progress.epoch_count, progress.timed_images = 0.0, 0, 0
         self.saver.save(learner, progress, *names)
         return ema or raw
 
@@ -205,7 +191,7 @@ class Trainer:
         """Metrics of models, by labels for the log, on the validation images; saves nothing."""
         bar = ProgressLine(f"{next(iter(models))}: evaluation", self.process.main)
         found = evaluate(
-            [partial(self.learner.predict, model=model) for model in models.values()],
+            [predictor(self.config, self.process.on_gpu, model) for model in models.values()],
             self.val_loader,
             self.process,
             self.config.MODEL.NUM_CLASSES,

@@ -118,13 +118,11 @@ def class_scores(counts: np.ndarray) -> dict[str, float]:
     }
 
 
-def write_report(metrics, names: Sequence[str], folder: Path, files=None) -> list[Path]:
-    """Writes the files of a report (docs/tools.md) and returns them; UserError if it cannot.
+def write_report(metrics, names: Sequence[str], folder: Path, files=None) -> None:
+    """Writes the files of a report (docs/tools.md); UserError if it cannot.
 
-    Args:
-        metrics: `Metrics` of an evaluation with ``confusion=True``, of K classes.
-        names: of the classes; none: their numbers.
-        files: the `ImageIndex` evaluated; given, its most confident mistakes are listed and shown.
+    ``metrics`` are of an evaluation with ``confusion=True``; without ``names`` the classes have
+    numbers. Of ``files``, the `ImageIndex` evaluated, the most confident mistakes are shown.
     """
     calibration, classes = metrics.calibration, metrics.counts.shape[1]
     names = names or [str(label) for label in range(classes)]
@@ -149,13 +147,12 @@ def write_report(metrics, names: Sequence[str], folder: Path, files=None) -> lis
         contents["mistakes.png"] = calibration.draw_mistakes(files, names)
     for name, data in contents.items():
         write_atomically(data, folder / name)
-    return [folder / name for name in contents]
+        _log.info(f"wrote {folder / name}")
 
 
 def _per_class(metrics, names: Sequence[str]) -> bytes:
     """Rows of each class, in percent; empty without images or predictions. Top-1 is its recall."""
-    labels, predictions, counts = metrics.confusion.T
-    wrong = labels != predictions
+    wrong = metrics.confusion[:, 0] != metrics.confusion[:, 1]
     mistakes = {}  # label -> its most frequent wrong prediction (the first of several), and images
     for label, other, count in metrics.confusion[wrong].tolist():
         if count > mistakes.get(label, (0, 0))[1]:

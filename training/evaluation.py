@@ -1,7 +1,9 @@
-"""Evaluation: every image once, exact counts over all ranks."""
+"""Evaluation: every image once, exact counts over all ranks; and the run of ``-eval``."""
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +14,17 @@ import paddle
 import paddle.nn.functional as F
 
 from cli.errors import UserError
+from datasets import build_loader
+from loading.real_labels import read_real_labels
 from parallel.process import Process, sum_over_ranks, wait_for_all
-from training.eval_report import Calibration, class_scores
+from resmlp import build_resmlp, load_pretrained
+from storage.run_folder import RunFolder
+from storage.weights import WeightFile
+from training.eval_report import Calibration, class_scores, write_report
+from training.precision import predictor
+from utils import ProgressLine
 
+_log = logging.getLogger("resmlp")
 _SCORES = ("top1", "top5", "loss", "images", "classes", "balanced_accuracy")
 
 
@@ -144,27 +154,27 @@ class _Sums:
         """The sums over all ranks as `Metrics`; None when any rank broke off."""
         own = [float(self.loss), seen, stopped, *self.real, *self.counts.numpy()]
         loss, total, stopped, *rest = sum_over_ranks(own, process)
-        real, (top1, topk, *inner), counts = rest[:3], rest[3:7], rest[7:]
         if stopped:
             return None
         if not np.isfinite(loss):
             raise UserError(
                 "evaluation: the loss is not finite; the weights hold or produce inf or NaN"
             )
-        metrics = Metrics(loss / total, 100 * top1 / total, 100 * topk / total, int(total), 0.0)
-        metrics.counts = np.array(counts, "int64").reshape(3, self.num_classes)
+        top1, topk, *inner = [100 * hits / total for hits in rest[3:7]]
+        metrics = Metrics(loss / total, top1, topk, int(total), time.monotonic() - start)
+        metrics.counts = np.array(rest[7:], "int64").reshape(3, self.num_classes)
         if self.confusion:
             self.calibration.reduce(process)
             metrics.calibration = self.calibration
             metrics.confusion = _count_pairs(self.pairs, self.num_classes, process)
         if self.accepted is not None:
-            metrics.real_images = int(real[2])
-        if real[2]:
-            metrics.real_top1, metrics.real_top5 = 100 * real[0] / real[2], 100 * real[1] / real[2]
+            *right, labelled = rest[:3]
+            metrics.real_images = int(labelled)
+            if labelled:
+                metrics.real_top1, metrics.real_top5 = (100 * hits / labelled for hits in right)
         if self.subset:
-            metrics.subset_top1, metrics.subset_top5 = (100 * hits / total for hits in inner)
+            metrics.subset_top1, metrics.subset_top5 = inner
             metrics.subset_classes = len(self.subset)
-        metrics.seconds = time.monotonic() - start
         return metrics
 
 
@@ -226,3 +236,36 @@ def _count_pairs(pairs: list[np.ndarray], num_classes: int, process: Process) ->
     every[start : start + len(own)] = own
     cells, images = np.unique(sum_over_ranks(every, process), return_counts=True)
     return np.stack([*np.divmod(cells.astype("int64"), num_classes), images], axis=1)
+
+
+def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightFile) -> Result:
+    """The run of ``-eval``: measures weights on the validation images, writes eval.json.
+
+    UserError if weights, data or labels do not fit, or the report cannot be written.
+    """
+    share = process.rank, process.world
+    loader = build_loader(config, "val", *share, _log.info, weights.classes)
+    model, count = build_resmlp(config), config.MODEL.NUM_CLASSES
+    for note in load_pretrained(model, config, file=weights):
+        _log.info(note)
+    model.eval()
+    dataset, accepted = loader.dataset, None
+    if config.EVAL_REAL_LABELS:
+        accepted = read_real_labels(config.EVAL_REAL_LABELS, dataset.files, count)
+    progress = ProgressLine("evaluation", process.main)
+    (metrics,) = evaluate(
+        [predictor(config, process.on_gpu, model)],
+        loader,
+        process,
+        count,
+        config.EVAL_REPORT,
+        progress=progress,
+        accepted=accepted,
+        subset=dataset.files.subset,
+    )
+    progress.end()
+    _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
+    folder.write("eval.json", json.dumps(metrics.scores(), indent=1) + "\n")
+    if config.EVAL_REPORT and process.main:
+        write_report(metrics, dataset.classes.names, folder.path, dataset.files)
+    return Result.of(folder.path, process.rank, metrics)

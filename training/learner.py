@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -26,8 +26,7 @@ class Objective:
     def __init__(self, config, labels: Sequence[int] = ()):
         self.criterion = build_criterion(config, labels)
         self.distill = build_distillation_loss(config)
-        wanted = config.TRAIN.DISTILLATION_TYPE != "none"
-        self.teacher = build_teacher(config) if wanted else None
+        self.teacher = build_teacher(config) if self.distill else None
 
     def __call__(self, logits, images, targets) -> paddle.Tensor:
         loss = self.criterion(logits, targets)
@@ -52,7 +51,12 @@ class Learner:
         self.scaler = LossScaler(choose_precision(config, process.on_gpu)[0] == "float16")
         self._resumed_optimizer: dict = {}  # until the first step
         if saved:
-            self._restore(saved)
+            load_optimizer_state(self.optimizer, model, saved["optimizer"])
+            self._resumed_optimizer = saved["optimizer"]
+            if self.ema is not None:
+                load_state(self.ema.model, saved.get("model_ema", saved["model"]))
+            if saved["scaler"] and self.scaler.is_enable():
+                self.scaler.load_state_dict(saved["scaler"])
         self.augment = BatchAugment(config)
         self.objective = Objective(config, labels)
         self.network = self.model
@@ -72,7 +76,11 @@ class Learner:
         this rank's own loss and images; so they learn of a ``stop_requested``.
         """
         loss, norm = self.gradients(window, rng)
-        record = self._record(window, lr, number, loss, norm, stop_requested)
+        totals = paddle.stack([loss, paddle.full_like(loss, float(stop_requested))])
+        if self.process.world > 1:  # all ranks decide alike
+            paddle.distributed.all_reduce(totals)
+        numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
+        record = StepRecord(number, lr, [i for batch in window for i in batch.indices], numbers)
         read_at_once = not self.process.on_gpu or self.config.TRAIN.NONFINITE == "skip"
         # A scaler has to know of every step.
         if not (read_at_once and not record.finite) or self.scaler.is_enable():
@@ -97,8 +105,9 @@ class Learner:
         losses = []
         for number, batch in enumerate(window):
             images, targets = self.augment(batch.images, batch.labels, rng)
-            local = fused or number + 1 < len(window)
-            with self._no_sync(local), autocast(self.config, self.process.on_gpu):
+            local = self.process.world > 1 and (fused or number + 1 < len(window))
+            unshared = self.network.no_sync() if local else contextlib.nullcontext()
+            with unshared, autocast(self.config, self.process.on_gpu):
                 loss = self.forward(images, targets)
                 # Each image of the window weighs the same, whatever the size of its batch.
                 self.scaler.scale(loss * (len(batch.indices) / total)).backward()
@@ -113,19 +122,6 @@ class Learner:
         """The mean training loss of augmented images ``[B, 3, H, W]``."""
         return self.objective(self.network(images), images, targets)
 
-    def _record(self, window, lr, number, loss, norm, stop_requested: bool) -> StepRecord:
-        """The numbers of a step, with totals over all ranks, so that these decide alike."""
-        totals = paddle.stack([loss, paddle.full_like(loss, float(stop_requested))])
-        if self.process.world > 1:
-            paddle.distributed.all_reduce(totals)
-        numbers = paddle.stack([loss, *totals.unbind(), norm.astype("float64")])
-        return StepRecord(number, lr, [i for batch in window for i in batch.indices], numbers)
-
-    def predict(self, images: paddle.Tensor, model: Callable | None = None) -> paddle.Tensor:
-        """Logits ``[B, K]`` of uint8 images ``[B, H, W, 3]``, by ``model`` instead if given."""
-        with autocast(self.config, self.process.on_gpu):
-            return (model or self.model)(self.augment.normalize(images))
-
     def state(self) -> dict:
         """All that a step changes, as trees of tensors, for a checkpoint."""
         state = {
@@ -137,17 +133,3 @@ class Learner:
         if self.ema is not None:
             state["model_ema"] = self.ema.model.state_dict()
         return state
-
-    def _restore(self, saved: dict) -> None:
-        load_optimizer_state(self.optimizer, self.model, saved["optimizer"])
-        self._resumed_optimizer = saved["optimizer"]
-        if self.ema is not None:
-            load_state(self.ema.model, saved.get("model_ema", saved["model"]))
-        if saved["scaler"] and self.scaler.is_enable():
-            self.scaler.load_state_dict(saved["scaler"])
-
-    def _no_sync(self, wanted: bool):
-        """Keeps gradients local until the last batch of a window."""
-        if wanted and self.process.world > 1:
-            return self.network.no_sync()
-        return contextlib.nullcontext()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from cpu import setup  # noqa: F401  isort: skip
 
 import contextlib
+from collections.abc import Callable
 
 import paddle
 
 from cli.errors import ConfigError
 from cpu import ops
+from utils import Normalize
 
 # Where the float16 loss scale starts. The usual 2**16 would flush most gradients behind a
 # LayerScale of 1e-6 to zero (tests/test_amp.py); too high a start costs a skipped step a halving.
@@ -59,6 +61,17 @@ def autocast(config, on_gpu: bool):
     if dtype == "float32":
         return contextlib.nullcontext()
     return paddle.amp.auto_cast(level="O1", dtype=dtype) if on_gpu else ops.bfloat16()
+
+
+def predictor(config, on_gpu: bool, model: Callable) -> Callable[[paddle.Tensor], paddle.Tensor]:
+    """Makes of uint8 images ``[B, H, W, 3]`` the model's logits ``[B, K]``."""
+    normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+
+    def predict(images):
+        with autocast(config, on_gpu):
+            return model(normalize(images))
+
+    return predict
 
 
 class LossScaler(paddle.amp.GradScaler):

@@ -52,15 +52,8 @@ class Progress:
         return self.stale == 0
 
     def ended(self, epochs: int, patience: int) -> bool:
-        """Whether all epochs are done, or ``patience`` (0: any number of) evaluations in a row have
-        found no better one (TRAIN.EARLY_STOP).
-        """
+        """Whether it has done all, or ``patience`` evaluations (0: off) without a better one."""
         return self.epoch >= epochs or 0 < patience <= self.stale
-
-    def start_next_epoch(self) -> None:
-        """Counts an epoch as done, its evaluation included."""
-        self.epoch, self.samples, self.seconds, self.timed_images = self.epoch + 1, 0, 0.0, 0
-        self.epoch_loss, self.epoch_count = 0.0, 0
 
 
 @dataclass
@@ -105,13 +98,10 @@ class Monitor:
         self.norm, self.stop, self.signal = 0.0, False, StopSignal()
         self._records: list[StepRecord] = []  # of the steps since the last count
 
-    def add(self, record: StepRecord) -> None:
+    def add(self, record: StepRecord) -> bool:
+        """Takes a step; whether to count now: its numbers were read, or those of many were not."""
         self._records.append(record)
-
-    def due(self) -> bool:
-        """Whether to count now: the last step's numbers were read, or many steps' were not."""
-        read = self._records[-1].values is not None
-        return read or self.progress.step % SYNC_STEPS_GPU == 0
+        return record.values is not None or (record.step + 1) % SYNC_STEPS_GPU == 0
 
     def count_or_raise(self) -> None:
         """Reads what is still on the device, in one copy, and counts it in the progress.
@@ -119,47 +109,42 @@ class Monitor:
         TrainingError if a step was not finite and TRAIN.NONFINITE says stop, or too many in a row
         were. A step of a finite loss that float16's scaler leaves out is one to skip.
         """
+        progress, train = self.progress, self.config.TRAIN
         records, self._records = self._records, []
-        unread = [record for record in records if record.values is None]
-        if unread:
+        if unread := [record for record in records if record.values is None]:
             rows = paddle.stack([record.numbers for record in unread]).numpy().tolist()
             for record, row in zip(unread, rows):
                 record.values = row
         for record in records:
-            self._count(record)
-
-    def _count(self, record: StepRecord) -> None:
-        progress, train = self.progress, self.config.TRAIN
-        _, loss, stop, norm = record.read()
-        self.stop = stop > 0
-        if math.isfinite(loss):
-            count = len(record.indices) * self.process.world
-            progress.epoch_loss += loss
-            progress.epoch_count += count
-            progress.report_loss += loss
-            progress.report_count += count
-            self.norm = norm
-        if record.finite:
-            progress.skipped_in_a_row = 0
-            return
-        progress.skipped_steps += 1
-        progress.skipped_in_a_row += 1
-        by_scaler = math.isfinite(loss) and self.scaler.is_enable()
-        stop_now = train.NONFINITE == "stop" and not by_scaler
-        if stop_now or progress.skipped_in_a_row > train.NONFINITE_LIMIT:
-            raise self._error(record)
-        if not by_scaler:
-            _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
+            _, loss, stop, norm = record.values
+            self.stop = stop > 0
+            if math.isfinite(loss):
+                count = len(record.indices) * self.process.world
+                progress.epoch_loss += loss
+                progress.epoch_count += count
+                progress.report_loss += loss
+                progress.report_count += count
+                self.norm = norm
+            if record.finite:
+                progress.skipped_in_a_row = 0
+                continue
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
+            by_scaler = math.isfinite(loss) and self.scaler.is_enable()
+            stop_now = train.NONFINITE == "stop" and not by_scaler
+            if stop_now or progress.skipped_in_a_row > train.NONFINITE_LIMIT:
+                raise self._error(record)
+            if not by_scaler:
+                _log.warning(f"step {record.step}: skipped, loss sum {loss}, gradient norm {norm}")
 
     def _error(self, record: StepRecord) -> TrainingError:
         """Writes what is needed to reproduce the step, on every rank, and says where it is."""
         rank, world = self.process.rank, self.process.world
-        own_loss, loss, _, norm = record.read()
+        own_loss, loss, _, norm = record.values
         scale = float(np.ravel(self.scaler.state_dict().get("scale", 1.0))[0])
-        where = dict(epoch=self.progress.epoch + 1, step=record.step, rank=rank, lr=record.lr)
-        what = dict(loss_scale=scale, loss=own_loss / len(record.indices), gradient_norm=norm)
-        images = [self.files.path(index) for index in record.indices]
-        facts = {**where, **what, "seed": self.config.SEED, "images": images}
+        facts = dict(epoch=self.progress.epoch + 1, step=record.step, rank=rank, lr=record.lr)
+        facts.update(loss_scale=scale, loss=own_loss / len(record.indices), gradient_norm=norm)
+        facts.update(seed=self.config.SEED, images=[self.files.path(i) for i in record.indices])
         path = self.folder / f"nonfinite.rank{rank}.json"
         try:
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

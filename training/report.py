@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -10,13 +11,35 @@ from datasets import ImageDataset
 from parallel.process import Process
 from storage import checkpoints
 from storage.run_folder import RunFolder
-from training.dashboard import build_dashboard
 from training.evaluation import Metrics
 from training.learner import Learner
 from training.progress import Progress
 from utils import Meter, duration, memory_mb
 
 _log = logging.getLogger("resmlp")
+
+
+def build_dashboard(kind: str, folder: Path, step: int = 0):
+    """The writer of the package that DASHBOARD names, to ``folder/kind``; else None.
+
+    Both packages' have the same methods. A missing one is a line in the log. ``step`` is that of a
+    run that is resumed: TensorBoard drops the points after it.
+    """
+    path = folder / kind
+    try:
+        if kind == "tensorboard":  # tensorboardX needs neither TensorFlow nor PyTorch
+            from tensorboardX import SummaryWriter
+
+            again = {"purge_step": step + 1} if path.is_dir() else {}
+            return SummaryWriter(str(path), flush_secs=30, **again)
+        if kind == "visualdl":
+            from visualdl import LogWriter
+
+            return LogWriter(logdir=str(path))
+    except ImportError as error:
+        package = {"tensorboard": "tensorboardX"}.get(kind, kind)
+        _log.warning(f"DASHBOARD {kind} is off: `pip install {package}` ({error})")
+    return None
 
 
 class Report:
@@ -64,10 +87,10 @@ class Report:
 
     def images(self, learner: Learner, batch, rng: np.random.Generator, step: int) -> None:
         """Sends the first images of an epoch, as the model gets them, to the dashboard."""
-        if self.dashboard.active:
+        if self.dashboard is not None:
             images, _ = learner.augment(batch.images, batch.labels, rng)
             row = np.concatenate(list(learner.augment.normalize.undo(images[:8])), axis=1)
-            self.dashboard.image("train/images", row, step + 1)
+            self.dashboard.add_image("train/images", row, step + 1, dataformats="HWC")
 
     def step(self, progress: Progress, norm: float, meter: Meter, step: int, lr: float) -> None:
         """Logs a line, records it, and starts the next interval of ``meter`` and ``progress``."""
@@ -125,15 +148,19 @@ class Report:
         self.folder.add_metrics(record)
         shown = {k: v for k, v in record.items() if k.startswith(("val_", "ema_", "train_"))}
         self._curves("epoch/", shown, progress.step)
-        if self.dashboard.active:
+        if self.dashboard is not None:
             for name, parameter in learner.model.named_parameters():
                 if name.endswith((".ls1", ".ls2")):
-                    self.dashboard.histogram(name, parameter.numpy(), progress.step)
+                    self.dashboard.add_histogram(name, parameter.numpy().ravel(), progress.step)
 
     def _curves(self, prefix: str, values: dict, step: int) -> None:
-        for name, value in values.items():
+        for name, value in values.items() if self.dashboard is not None else ():
             if value is not None:
-                self.dashboard.scalar(prefix + name, value, step)
+                self.dashboard.add_scalar(prefix + name, value, step)
+
+    def close(self) -> None:
+        if self.dashboard is not None:
+            self.dashboard.close()
 
     def done(self, progress: Progress, ema: bool) -> None:
         if progress.epoch < self.schedule.total_epochs:

@@ -31,7 +31,7 @@ class Saver:
         self.config, self.process, self.folder = config, process, folder
         self.saved = False
         self._data: dict = {}
-        self._writer = checkpoints.Writer()
+        self.writer = checkpoints.Writer()
 
     # -------------------------------------------------------------------------------- resuming
     def choose(self) -> dict | None:
@@ -77,7 +77,12 @@ class Saver:
             return start
         # BEST_METRIC was top1, before there was a choice
         progress = Progress(**{"best_score": state["place"]["best_top1"], **state["place"]})
-        self._go_back(state, progress)
+        if self.process.main and self.config.MODEL.RESUME != "auto":
+            chosen = checkpoints.find(self.config.MODEL.RESUME)
+            if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoints.LAST:
+                checkpoints.go_back_to(chosen, state)  # an earlier one of this very run
+                if not (self.folder.path / checkpoints.BEST).exists():
+                    progress.take_best(Progress())
         self.folder.rewind_metrics(state["metrics_lines"])
         self.saved = True
         changes = checkpoints.config_changes(state["config"], self.config.dump())
@@ -97,52 +102,36 @@ class Saver:
         _log.info(f"resumed after epoch {progress.epoch}{images}, step {progress.step}")
         return progress
 
-    def _go_back(self, state: dict, progress: Progress) -> None:
-        """Where the user has chosen an earlier checkpoint of this very run."""
-        if self.config.MODEL.RESUME == "auto" or not self.process.main:
-            return
-        chosen = checkpoints.find(self.config.MODEL.RESUME)
-        if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoints.LAST:
-            checkpoints.go_back_to(chosen, state)
-            if not (self.folder.path / checkpoints.BEST).exists():
-                progress.take_best(Progress())
-
     # ---------------------------------------------------------------------------------- saving
     def save(self, learner, progress: Progress, *names: str) -> None:
         """Rank 0 saves under more ``names`` and as ``last``, in the background."""
+        path, config = self.folder.path / checkpoints.LAST, self.config
+
+        def write() -> None:
+            checkpoints.save(state, path, names)
+            checkpoints.rotate(path.parent, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
+
         with main_first(self.process) as main:
             if main:
-                self.finish()
+                self.writer.finish()
                 self.folder.flush_metrics()
-                state = checkpoints.to_numpy(self.snapshot(learner, progress))
-                self._writer.start(lambda: self._write(state, names))
+                state = {
+                    **learner.state(),
+                    "epoch": progress.epoch,
+                    "place": asdict(progress),
+                    "metrics_lines": self.folder.metrics_lines,
+                    "config": config.dump(),
+                    "processes": self.process.world,
+                    **self._data,
+                }
+                state = checkpoints.to_numpy(state)
+                self.writer.start(write)
         self.saved = True
-
-    def snapshot(self, learner, progress: Progress) -> dict:
-        """What a checkpoint holds, as trees of tensors."""
-        return {
-            **learner.state(),
-            "epoch": progress.epoch,
-            "place": asdict(progress),
-            "metrics_lines": self.folder.metrics_lines,
-            "config": self.config.dump(),
-            "processes": self.process.world,
-            **self._data,
-        }
-
-    def _write(self, state: dict, names: tuple[str, ...]) -> None:
-        path, config = self.folder.path / checkpoints.LAST, self.config
-        checkpoints.save(state, path, names)
-        checkpoints.rotate(self.folder.path, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
-
-    def finish(self, wait: bool = True) -> None:
-        """Waits for the save under way, or only looks; raises what it raised."""
-        self._writer.finish(wait)
 
     def close(self) -> None:
         """Ends the last save; its error is only logged, so that it hides no earlier one."""
         try:
-            self._writer.finish()
+            self.writer.finish()
         except CheckpointError as error:
             _log.error(str(error))
 
@@ -151,7 +140,7 @@ class Saver:
         that sees one end gives the others seconds to follow.
         """
         with main_first(self.process):
-            self.finish()
+            self.writer.finish()
         where = "saved" if self.saved else "nothing is saved yet"
         raise Preempted(from_main(f"{what}; {where} in {self.folder.path}", self.process))
 

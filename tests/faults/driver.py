@@ -34,7 +34,7 @@ import main_multi_gpu
 from cli.errors import run_as_script
 from parallel import rendezvous
 from storage import checkpoints
-from training import learner, saving
+from training import learner
 
 _calls = Counter()
 
@@ -105,7 +105,7 @@ rendezvous.BEAT, rendezvous.SILENCE = 0.5, 10.0
 before("step", engine.Trainer, "_train_step")
 after("forward", learner.Learner, "forward")
 before("evaluation", engine.Trainer, "evaluate")
-before("snapshot", saving.Saver, "snapshot")
+before("snapshot", learner.Learner, "state")
 before("save_begin", checkpoints, "save")
 if faults_at("save_half"):
     checkpoints.pickle = _HalfPickle
