@@ -21,7 +21,7 @@ def _published(name: str) -> str:
     weights = next(weights for weights in _ZOO if weights.name == name)
     if not weights.paddle:
         return f"{name}.pdparams is ported from {weights.url} (docs/porting.md)"
-    return f"{name}.pdparams is PPViT's: {weights.paddle.shared.links}"
+    return f"{name}.pdparams is PPViT's: {weights.paddle.links}"
 
 
 def _entry_point(name: str):

@@ -6,13 +6,12 @@ compared at every later use; no network is needed then.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import os
 import re
 import sys
-from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
@@ -21,13 +20,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from cli.errors import WeightsError
 from cli.progress import ProgressLine
 from port_weights import zoo
-from storage.files import atomic, cache_folder, file_sha256, write_atomically
+from storage.files import atomic, cache_folder, file_sha256, lock, write_atomically
 from storage.weights import SUFFIXES, refuse_text
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
 
 _TIMEOUT = 30  # seconds without a byte
 
@@ -55,38 +49,47 @@ def published_file(name: str | os.PathLike) -> Path | None:
         ) from None
 
 
-def download(address: str, hosts: tuple[str, ...] | None = None) -> Path:
-    """The file behind an address, from the cache or from its host.
+def download(address: str) -> Path:
+    """The file behind an address, which begins with one of `zoo.HOSTS`, from the cache or there.
 
-    Args:
-        address: begins with one of the hosts; ``#sha256=<64 digits>`` at its end says what the file
-            must be. Else what the host says is compared: the length, and Hugging Face's sha256 of
-            large files (``X-Linked-Etag``) or S3's MD5 of uploads in one part (``ETag``).
-        hosts: beginnings of addresses, each with the slash behind the host; None: ``zoo.HOSTS``.
+    ``#sha256=<64 digits>`` at its end says what the file must be. Else what the host says is
+    compared: the length, and Hugging Face's sha256 of large files (``X-Linked-Etag``) or S3's MD5
+    of uploads in one part (``ETag``).
 
     Raises WeightsError, and keeps nothing, for another host, without a network, or where the file
     is not what it must be, or perhaps not whole.
     """
     url, _, fragment = address.partition("#")
-    hosts = hosts or zoo.HOSTS
-    if not url.startswith(hosts) or ".." in unquote(url):
-        raise WeightsError(
-            f"{url}: files are fetched from {' and '.join(hosts)} only; download it yourself"
-        )
+    if not url.startswith(zoo.HOSTS) or ".." in unquote(url):
+        hosts = " and ".join(zoo.HOSTS)
+        raise WeightsError(f"{url}: files are fetched from {hosts} only; download it yourself")
     if fragment and not re.fullmatch("sha256=[0-9a-f]{64}", fragment):
         raise WeightsError(f"{address}: after # stands sha256= and 64 hexadecimal digits")
     wanted, path = fragment[len("sha256=") :], cache_file(url)
-    with _one_at_a_time(path):
-        found = _kept_sha256(path)
-        if found is None or (wanted and found != wanted):
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that cannot be written, or has no locks
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock(stack.enter_context(open(path.with_name(f".{path.name}.lock"), "w")), wait=True)
+        if not _is_kept(path, wanted):
             _fetch(url, path, wanted)
     return path
 
 
 def cache_file(url: str) -> Path:
-    parts = urlsplit(url)
-    host, names = parts.netloc.replace(":", "_"), unquote(parts.path).strip("/")
+    host, names = urlsplit(url).netloc.replace(":", "_"), unquote(urlsplit(url).path).strip("/")
     return cache_folder() / "weights" / host / names
+
+
+def _is_kept(path: Path, wanted: str) -> bool:
+    """Whether a file is in the cache, whole, and not another than is ``wanted``."""
+    try:
+        kept, found = Path(f"{path}.sha256").read_text(encoding="latin-1"), file_sha256(path)
+    except OSError:
+        return False
+    if found == kept.strip():
+        return wanted in ("", found)
+    print(f"{path}: damaged in the cache, made anew", file=sys.stderr, flush=True)
+    return False
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -131,7 +134,7 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
                 )
             write_atomically(f"{found['sha256']}\n".encode(), f"{path}.sha256")
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
+        reason = getattr(error, "reason", error)
         reason = str(getattr(reason, "strerror", None) or reason) or type(error).__name__
         where = "" if isinstance(error, URLError) else f" to {path.parent}"  # a full disk, say
         raise WeightsError(f"{url}: cannot be downloaded{where}: {reason}") from None
@@ -143,44 +146,17 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
 
 def _compare(url: str, headers: list, wanted: str, found: dict[str, str]) -> str:
     """Raises where a checksum is another than it must be; says which was compared, if any."""
-    linked = next((h["X-Linked-Etag"] for h in headers if h["X-Linked-Etag"]), "").strip('"')
-    etag = (headers[-1]["ETag"] or "").strip('"')
-    kind, expected, source = (
-        "sha256",
-        wanted or linked,
-        "as given" if wanted else "as the host says",
-    )
-    if not re.fullmatch("[0-9a-f]{64}", expected):
-        kind, expected = "MD5", etag
-        if not re.fullmatch("[0-9a-f]{32}", etag):
-            return ""
-    if found[kind] != expected:
-        raise WeightsError(
-            f"{url}: its {kind} is {found[kind]}, not {expected} {source}; try again, or add "
-            f"#sha256={found['sha256']} to the address if that is the file you want"
-        )
-    return f"{kind} {expected}, {source}"
-
-
-def _kept_sha256(path: Path) -> str | None:
-    """The sha256 of a kept file, if it is the one that was kept."""
-    try:
-        kept, found = Path(f"{path}.sha256").read_text(encoding="utf-8").strip(), file_sha256(path)
-    except (OSError, UnicodeDecodeError):
-        return None
-    if found == kept:
-        return found
-    print(f"{path}: damaged in the cache, made anew", file=sys.stderr, flush=True)
-    return None
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """A lock among processes, where the folder can be written and has locks."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(path.with_name(f".{path.name}.lock"), "w"))
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    linked = next((h["X-Linked-Etag"] for h in headers if h["X-Linked-Etag"]), "")
+    source = "as given" if wanted else "as the host says"
+    sums = ("sha256", 64, wanted or linked), ("MD5", 32, headers[-1]["ETag"] or "")
+    for kind, digits, expected in sums:
+        expected = expected.strip('"')
+        if not re.fullmatch(f"[0-9a-f]{{{digits}}}", expected):
+            continue
+        if found[kind] != expected:
+            raise WeightsError(
+                f"{url}: its {kind} is {found[kind]}, not {expected} {source}; try again, or add "
+                f"#sha256={found['sha256']} to the address if that is the file you want"
+            )
+        return f"{kind} {expected}, {source}"
+    return ""

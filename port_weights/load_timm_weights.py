@@ -11,12 +11,68 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli.errors import UserError, run_as_script
+from cli.errors import UserError, WeightsError, run_as_script
 from cli.parser import Parser
+from config import get_config
+from port_weights import names, verify
+from port_weights.architecture import infer
 from port_weights.download import download
-from port_weights.port import port
-from port_weights.torch_files import read_torch_weights
 from port_weights.zoo import ZOO, find
+from resmlp import ResMLP, load_state
+from storage.files import shorten
+from storage.weights import read_weights, write_weights
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def port(state: dict, output: str, cfg: str | None, proof: str) -> None:
+    """Ports a PyTorch state dict, proves the port, and writes it.
+
+    Args:
+        cfg: YAML config that the weights must fit; None: any architecture.
+        proof: ``timm`` compares outputs, ``keys`` lists the tensors, ``auto`` compares where torch
+            and timm are installed and lists otherwise.
+
+    Raises WeightsError, and writes nothing, where the state dict is not a whole ResMLP, does not
+    fit ``cfg``, or the ported model differs from timm's.
+    """
+    source = names.torch_format(state)
+    if "patch_embed.patch_embed.weight" in state:
+        raise WeightsError("the names are Paddle's already: use the file with -pretrained")
+    if not source:
+        raise WeightsError(
+            "neither timm's names (stem.proj.weight, ...) nor facebookresearch/deit's "
+            f"(patch_embed.proj.weight, ...): found {shorten(sorted(state), 3)}"
+        )
+    ported, rows = names.convert(state, source, "paddle")
+    architecture = infer(ported)
+    configs = {weights.config: CONFIGS / f"{weights.config}.yaml" for weights in ZOO}
+    fit = [name for name, path in configs.items() if not architecture.differences(get_config(path))]
+    known = f"as configs/{fit[0]}.yaml" if fit else "no config of the zoo"
+    sizes = ", ".join(f"{key} {value:g}" for key, value in architecture._asdict().items())
+    print(f"{source} names, {len(state)} tensors: {sizes} ({known})")
+    if architecture.in_channels != 3:
+        raise WeightsError(
+            f"the weights are for images of {architecture.in_channels} channels; here images are "
+            f"RGB, of 3"
+        )
+    if cfg and (differences := architecture.differences(get_config(cfg))):
+        raise WeightsError(f"the weights do not fit {cfg}: {'; '.join(differences)}")
+    model = ResMLP(**architecture._asdict())
+    load_state(model, ported)  # tells what is missing, left over or mis-shaped
+    if not architecture.num_classes:
+        print("no head in the file: set MODEL.NUM_CLASSES 0 for features, or train a new head")
+    order = list(model.state_dict())
+    if proof == "timm" or (proof == "auto" and verify.have_timm()):
+        print(f"proof: {verify.compare_with_timm(model, state, architecture)}")
+    else:
+        print(*sorted(rows, key=lambda row: order.index(row.target)), sep="\n")
+        print(f"{len(rows)} tensors, none missing, none left over")
+    write_weights({name: ported[name] for name in order}, output)
+    expected, found = verify.checksum(ported), verify.checksum(read_weights(output).state)
+    if found != expected:
+        raise WeightsError(f"{output}: does not hold what was written; is the disk sound?")
+    print(f"{output}: written and read back, sha256 of the values {expected}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
         known = ", ".join(weights.timm for weights in ZOO)
         raise UserError(f"-model {args.model}: unknown; choose one of {known}")
     if args.model or "://" in source:
-        source = str(download(entry.hub_url if args.model else source))
-    state, taken = read_torch_weights(source, args.key)
-    print(f"read {f'{taken} of ' if taken else ''}{source}")
+        source = download(entry.hub_url if args.model else source)
+    file = read_weights(source, args.key)
+    print(f"read {file}")
     name = entry.name if entry else Path(source).stem
-    port(state, args.output or f"{name}.pdparams", args.cfg, args.proof)
+    port(file.state, args.output or f"{name}.pdparams", args.cfg, args.proof)
 
 
 if __name__ == "__main__":

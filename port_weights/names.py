@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cli.errors import WeightsError
-from storage.files import shorten
-
 FORMATS = ("timm", "facebook")
 _MODULES = (  # ours, timm's, facebookresearch/deit's; {} is the number of the block
     ("patch_embed.patch_embed", "stem.proj", "patch_embed.proj"),
@@ -68,39 +65,25 @@ def torch_format(names: Any) -> str:
     return next((style for name, style in stems.items() if name in names), "")
 
 
-def to_paddle(
-    state: Mapping[str, np.ndarray], source: str
+def convert(
+    state: Mapping[str, np.ndarray], source: str, target: str
 ) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """Renames and lays out a PyTorch state dict as Paddle's; unknown names are marked, and stay.
+    """Names and lays out a state dict anew, from or to ``paddle``; unknown names are marked.
 
-    Returns it, and a row of the report for every tensor. Affine may be ``[C]`` or ``[1, 1, C]``.
+    Returns it, and a row of the report for every tensor. Affine is ``[1, 1, C]``, and ``[C]`` in
+    facebookresearch/deit's.
     """
     result, rows = {}, []
     for name, value in state.items():
-        target = translate(name, source, "paddle") or f"{name} (not ResMLP's)"
-        transposed = bool(_LINEAR.fullmatch(target)) and value.ndim == 2
+        renamed = translate(name, source, target) or f"{name} (not ResMLP's)"
+        ours = renamed if target == "paddle" else name
+        transposed = bool(_LINEAR.fullmatch(ours)) and value.ndim == 2
         array = value.T if transposed else value
-        if _AFFINE.fullmatch(target) and value.ndim == 1:
-            array = value.reshape(1, 1, -1)
-        result[target] = np.ascontiguousarray(array)
-        rows.append(Row(name, value.shape, target, array.shape, transposed))
-    return result, rows
-
-
-def from_paddle(
-    state: Mapping[str, np.ndarray], target: str
-) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """The way back, to names and layout of ``target``. Raises WeightsError for other names."""
-    foreign = [name for name in state if translate(name, "paddle", target) is None]
-    if foreign:
-        raise WeightsError(f"not parameters of ResMLP: {shorten(foreign)}")
-    result, rows = {}, []
-    for name, value in state.items():
-        renamed = str(translate(name, "paddle", target))
-        transposed = bool(_LINEAR.fullmatch(name))
-        array = value.T if transposed else value
-        if target == "facebook" and _AFFINE.fullmatch(name):
-            array = value.reshape(-1)
+        if _AFFINE.fullmatch(ours):
+            if target == "facebook":
+                array = value.reshape(-1)
+            elif value.ndim == 1:
+                array = value.reshape(1, 1, -1)
         result[renamed] = np.ascontiguousarray(array)
         rows.append(Row(name, value.shape, renamed, array.shape, transposed))
     return result, rows

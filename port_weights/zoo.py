@@ -16,9 +16,11 @@ _HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 HOSTS = ("https://dl.fbaipublicfiles.com/", f"{_HUB}/")
 
 
-class Shared(NamedTuple):
-    """A file that PPViT published, in two places."""
+class PaddleFile(NamedTuple):
+    """PPViT's ``.pdparams`` of some weights: what PPViT measured with it, and where it is."""
 
+    top1: float
+    top5: float
     drive: str  # its id on Google Drive
     baidu: str  # its id on Baidu
     code: str  # that Baidu asks for: its link fills it in
@@ -28,14 +30,6 @@ class Shared(NamedTuple):
         drive = f"https://drive.google.com/file/d/{self.drive}/view?usp=sharing"
         baidu = f"https://pan.baidu.com/s/{self.baidu}?pwd={self.code}"
         return f"[google]({drive}) [baidu]({baidu})"
-
-
-class PaddleFile(NamedTuple):
-    """PPViT's ``.pdparams`` of some weights, and what PPViT measured with it."""
-
-    top1: float
-    top5: float
-    shared: Shared
 
 
 class Weights(NamedTuple):
@@ -76,28 +70,28 @@ _22K = "ImageNet-22k, fine-tuned"
 # PPViT's files, by name. It published none of resmlp_12_224, and none of DINO's.
 PADDLE_FILES = {
     "resmlp_24_224": PaddleFile(
-        79.38, 94.55, Shared("15A5q1XSXBz-y1AcXhy_XaDymLLj2s2Tn", "1nLAvyG53REdwYNCLmp4yBA", "jdcx")
+        79.38, 94.55, "15A5q1XSXBz-y1AcXhy_XaDymLLj2s2Tn", "1nLAvyG53REdwYNCLmp4yBA", "jdcx"
     ),
     "resmlp_36_224": PaddleFile(
-        79.77, 94.89, Shared("1WrhVm-7EKnLmPU18Xm0C7uIqrg-RwqZL", "1QD4EWmM9b2u1r8LsnV6rUA", "33w3")
+        79.77, 94.89, "1WrhVm-7EKnLmPU18Xm0C7uIqrg-RwqZL", "1QD4EWmM9b2u1r8LsnV6rUA", "33w3"
     ),
     "resmlp_big_24_224": PaddleFile(
-        81.04, 95.02, Shared("1KLlFuzYb17tC5Mmue3dfyr2L_q4xHTZi", "1oXU6CR0z7O0XNwu_UdZv_w", "r9kb")
+        81.04, 95.02, "1KLlFuzYb17tC5Mmue3dfyr2L_q4xHTZi", "1oXU6CR0z7O0XNwu_UdZv_w", "r9kb"
     ),
     "resmlp_12_distilled_224": PaddleFile(
-        77.95, 93.56, Shared("1cDMpAtCB0pPv6F-VUwvgwAaYtmP8IfRw", "15kJeZ_V1MMjTX9f1DBCgnw", "ghyp")
+        77.95, 93.56, "1cDMpAtCB0pPv6F-VUwvgwAaYtmP8IfRw", "15kJeZ_V1MMjTX9f1DBCgnw", "ghyp"
     ),
     "resmlp_24_distilled_224": PaddleFile(
-        80.76, 95.22, Shared("15d892ExqR1sIAjEn-cWGlljX54C3vihA", "1NgQtSwuAwsVVOB8U6N4Aqw", "sxnx")
+        80.76, 95.22, "15d892ExqR1sIAjEn-cWGlljX54C3vihA", "1NgQtSwuAwsVVOB8U6N4Aqw", "sxnx"
     ),
     "resmlp_36_distilled_224": PaddleFile(
-        81.15, 95.48, Shared("1Laqz1oDg-kPh6eb6bekQqnE0m-JXeiep", "1p1xGOJbMzH_RWEj36ruQiw", "vt85")
+        81.15, 95.48, "1Laqz1oDg-kPh6eb6bekQqnE0m-JXeiep", "1p1xGOJbMzH_RWEj36ruQiw", "vt85"
     ),
     "resmlp_big_24_distilled_224": PaddleFile(
-        83.59, 96.65, Shared("199q0MN_BlQh9-HbB28RdxHj1ApMTHow-", "1yUrfbqW8vLODDiRV5WWkhQ", "4jk5")
+        83.59, 96.65, "199q0MN_BlQh9-HbB28RdxHj1ApMTHow-", "1yUrfbqW8vLODDiRV5WWkhQ", "4jk5"
     ),
     "resmlp_big_24_22k_224": PaddleFile(
-        84.40, 97.11, Shared("1zATKq1ruAI_kX49iqJOl-qomjm9il1LC", "1VrnRMbzzZBmLiR45YwICmA", "ve7i")
+        84.40, 97.11, "1zATKq1ruAI_kX49iqJOl-qomjm9il1LC", "1VrnRMbzzZBmLiR45YwICmA", "ve7i"
     ),
 }
 

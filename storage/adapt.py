@@ -13,10 +13,9 @@ from paddle import nn
 from cli.errors import WeightsError
 from parallel.process import Process, main_first
 from port_weights.download import published_file
-from port_weights.names import to_paddle, torch_format
-from port_weights.torch_files import TORCH_SUFFIXES, read_torch_weights
+from port_weights.names import convert, torch_format
 from storage.files import shorten
-from storage.weights import WeightFile, find_file, naming, read_weights
+from storage.weights import WeightFile, naming, read_weights
 
 
 def load_pretrained(
@@ -38,20 +37,15 @@ def read_pretrained(
 ) -> WeightFile:
     """Reads a weight file, or published weights; PyTorch's get our names and layout.
 
-    ``name`` is a file, with or without its suffix, else a name of the zoo (`port_weights.zoo.find`)
-    or the https address of a published file; ``key`` is as in `weights.read_weights`. Of the ranks
-    of ``process``, 0 downloads. WeightsError if there are no such weights, or they cannot be read.
+    ``name`` is a file, else a name of the zoo (`port_weights.zoo.find`) or the https address of a
+    published file; ``key`` and errors are as in `read_weights`. Of the ranks of ``process``, 0
+    downloads.
     """
     with main_first(process or Process()) as main:
         path = published_file(name) if main else None
-    path = path or (None if main else published_file(name)) or find_file(name)
-    if path.suffix in TORCH_SUFFIXES:
-        state, taken = read_torch_weights(str(path), key)
-        file = WeightFile(state, taken, str(path))
-    else:
-        file = read_weights(path, key)
+    file = read_weights(path or published_file(name) or name, key)
     if theirs := torch_format(file.state):
-        file = replace(file, state=to_paddle(file.state, theirs)[0])
+        file = replace(file, state=convert(file.state, theirs, "paddle")[0])
     return file
 
 
@@ -71,25 +65,12 @@ def load_state(
     Returns:
         One line for the log about each adaptation that was made.
     """
-    state, notes = adapt_state_dict(state, model, new_head, resize_tokens)
-    missing, unexpected = model.set_state_dict(state)  # only warns about what it skips
-    if missing or unexpected:
-        raise WeightsError(f"Paddle skipped weights: {shorten([*missing, *unexpected])}")
-    return notes
-
-
-def adapt_state_dict(
-    state: Mapping[str, np.ndarray],
-    model: nn.Layer,
-    new_head: bool | str = False,
-    resize_tokens: bool = False,
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The state dict with exactly the model's names and shapes, and notes; else as `load_state`."""
     state, notes = dict(state), []
     _adapt_head(state, model, new_head, notes)
     _adapt_tokens(state, model, resize_tokens, notes)
     _check_match(state, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-    return state, notes
+    model.set_state_dict(state)
+    return notes
 
 
 def _adapt_head(state: dict, model: nn.Layer, new_head: bool | str, notes: list[str]) -> None:

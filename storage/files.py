@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from cli.errors import UserError
 
@@ -35,6 +35,12 @@ def unreachable(path: str | os.PathLike) -> str:
     return ""
 
 
+def lock(file: IO, wait: bool = False) -> None:
+    """Takes the lock of an open file until it is closed; OSError where another process has it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write that appears as ``path`` when it is whole, or not at all (OSError).
@@ -47,9 +53,8 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
     _remove_leftovers(path)
     try:
         with open(temporary, "wb") as file:
-            if fcntl is not None:
-                with suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            with suppress(OSError):
+                lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -89,9 +94,8 @@ def _remove_leftovers(path: Path) -> None:
     """Removes temporary files of writers of ``path`` that were killed: nobody holds their lock."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
         with suppress(OSError):  # being written, or another's
-            if fcntl is not None:
-                with open(leftover, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(leftover, "rb") as file:
+                lock(file)
             leftover.unlink()
 
 

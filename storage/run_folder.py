@@ -7,18 +7,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from cli.errors import CheckpointError, UserError
 from storage.checkpoints import BEST, LAST
-from storage.files import write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
+from storage.files import fcntl, lock, write_atomically
 
 DEFAULT = "./output"  # config.SAVE as it comes: each run gets a dated folder inside it
 _log = logging.getLogger("resmlp")
@@ -65,7 +59,9 @@ class RunFolder:
             if training and self.main:
                 self._claim(resume)
             name = "log" if training else "eval_log"
-            self._open_log(self.path / (f"{name}.txt" if self.main else f"{name}.rank{rank}.txt"))
+            _log.addHandler(
+                _LogFile(self.path / f"{name}{'' if self.main else f'.rank{rank}'}.txt")
+            )
         except UserError:
             self.close()
             raise
@@ -74,15 +70,14 @@ class RunFolder:
             raise UserError(f"-output {self.path}: cannot be written: {error.strerror or error}")
 
     def _claim(self, resume: str | None) -> None:
-        if fcntl is not None:
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held to the very end)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"-output {self.path}: a run that is still going uses this folder")
-            except OSError as error:  # Lustre without flock, say
-                self._lock = None
-                _log.warning(f"{self.path}: cannot be locked ({error.strerror}): keep others out")
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held to the very end)
+        try:
+            lock(self._lock)
+        except BlockingIOError:
+            raise UserError(f"-output {self.path}: a run that is still going uses this folder")
+        except OSError as error:  # Lustre without flock, say
+            self._lock = None
+            _log.warning(f"{self.path}: cannot be locked ({error.strerror}): keep others out")
         own = resume == "auto" or (resume and Path(resume).parent.resolve() == self.path.resolve())
         if not own and any((self.path / n).exists() for n in (LAST, BEST, "metrics.jsonl")):
             raise UserError(
@@ -92,16 +87,11 @@ class RunFolder:
         for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink()
 
-    def _open_log(self, path: Path) -> None:
-        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        handler.handleError = _warn_once(path)  # it must not hold the folder, and so its lock
-        logging.getLogger("resmlp").addHandler(handler)
-
     def close(self) -> None:
         """Lets another run have the folder. The log stays open, to say how the run ended."""
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            if fcntl is not None:  # forked workers have the file open too
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
             self._lock = None
 
@@ -155,17 +145,17 @@ class RunFolder:
         self._unwritten = []
 
 
-def _warn_once(path: Path) -> Callable[[logging.LogRecord], None]:
-    """A log handler's answer to a line that it cannot write (a full disk, say): one warning."""
+class _LogFile(logging.FileHandler):
+    """Of lines that it cannot write (a full disk, say) it says so once."""
+
     warned = False
 
-    def lost(record: logging.LogRecord) -> None:
-        nonlocal warned
-        if not warned:
-            warned = True
-            reason = sys.exc_info()[1]
-            _log.warning(
-                f"{path}: lines of the log are lost: {getattr(reason, 'strerror', reason)}"
-            )
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
-    return lost
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.warned:
+            self.warned, reason = True, sys.exc_info()[1]
+            reason = getattr(reason, "strerror", reason)
+            _log.warning(f"{self.baseFilename}: lines of the log are lost: {reason}")

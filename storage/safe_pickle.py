@@ -9,12 +9,13 @@ hashes any key: a hundred bytes of tuples in tuples keep it busy for hours.)
 
 from __future__ import annotations
 
+import io
 import os
 import pickletools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Callable
+from typing import Any, Callable
 
 import numpy as np
 
@@ -225,7 +226,7 @@ class _Machine:
             function, arguments = self.pop(2)
             self.pay(arguments)
             try:
-                push(function.call(arguments))
+                push(function(*arguments))
             except WeightsError:
                 if not self.foreign:
                     raise
@@ -246,17 +247,10 @@ class _Machine:
     def named(self, name: str) -> Any:
         name = name.replace("__builtin__", "builtins")  # as protocol 2 writes it
         if name in self.names:
-            return _Name(self.names[name])
+            return self.names[name]  # of all that the stack can hold, REDUCE can call only these
         if name.startswith(self.foreign):
             return Foreign(name)
         raise WeightsError(f"{name}, which is not plain data")
-
-
-class _Name:
-    """An accepted name, on the stack until REDUCE calls what it stands for."""
-
-    def __init__(self, function: Callable):
-        self.call = lambda arguments: function(*arguments)
 
 
 def _set_item(target: dict, key: Any, value: Any) -> None:
@@ -286,35 +280,29 @@ def _count(item: Any, depth: int, known: dict[int, int]) -> int:
     return known[id(item)]
 
 
-def load(path: str | os.PathLike, **options) -> Any:
+def load(path: str | os.PathLike, data: bytes | None = None, **options) -> Any:
     """Reads the plain data of a pickle file (protocol 0 to 5); no code of the file runs.
 
     A Paddle tensor inside a container is its array, read-only; ``OrderedDict`` becomes ``dict``.
-    ``options`` as in `read`. WeightsError if it is damaged, or asks for anything else.
+    WeightsError if it is damaged, or asks for anything else.
+
+    Args:
+        data: the pickle, where it is not the whole file; ``path`` is for messages then.
+        options: ``names``, ``foreign`` and ``persistent`` of the machine: what may stand there
+            beside plain data.
     """
     try:
-        with open(path, "rb") as file:
-            return read(file, os.fstat(file.fileno()).st_size, path, **options)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def read(file: BinaryIO, size: int, path: str | os.PathLike, **options) -> Any:
-    """As `load`, for an open file of ``size`` bytes; ``path`` is for messages.
-
-    ``options`` are ``names``, ``foreign`` and ``persistent`` of the machine: what a pickle inside
-    another format may hold beside plain data.
-    """
-    try:
-        machine = _Machine(4 * size, **options)
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if step == 0 and opcode.name not in _BEGINNINGS:
-                raise ValueError("not a pickle")
-            if step == MAX_STEPS:
-                raise WeightsError(f"more than {MAX_STEPS:,} instructions")
-            machine.run(opcode.name, argument)
-        if file.read(1) or len(machine.stack) != 1 or machine.marked:
-            raise ValueError("something is left over")
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
+            machine = _Machine(4 * file.seek(0, os.SEEK_END), **options)
+            file.seek(0)
+            for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+                if step == 0 and opcode.name not in _BEGINNINGS:
+                    raise ValueError("not a pickle")
+                if step == MAX_STEPS:
+                    raise WeightsError(f"more than {MAX_STEPS:,} instructions")
+                machine.run(opcode.name, argument)
+            if file.read(1) or len(machine.stack) != 1 or machine.marked:
+                raise ValueError("something is left over")
         (result,) = machine.stack
         _count(result, 0, {})
     except WeightsError as error:

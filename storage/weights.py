@@ -1,6 +1,6 @@
 """Weight files: found, read without running anything of theirs, checked, and written.
 
-    file = read_weights("resmlp_24_224")      # .pdparams or .safetensors, PPViT's or ours
+    file = read_weights("resmlp_24_224")      # .pdparams or .safetensors; or PyTorch's x.pth
     load_state(model, file.state)             # resmlp.py: strict
 
 Imports no Paddle. Arrays that are read are read-only.
@@ -22,7 +22,7 @@ import numpy as np
 
 from cli.errors import WeightsError
 from loading.classes import UNKNOWN, ClassNames
-from storage import safe_pickle
+from storage import safe_pickle, torch_files
 from storage.files import printable, shorten, unreachable, write_atomically
 
 SUFFIXES = ("", ".pdparams", ".safetensors")
@@ -35,8 +35,6 @@ _PREFIXES = ("module.", "_orig_mod.", "_layers.")
 # own name, which paddle.load takes for one more of them, our files keep `ClassNames.record`.
 NAME_TABLE = "StructuredToParameterName@@"
 CLASSES = "classes"  # the record in checkpoints, and in the metadata of safetensors
-# A zip archive; before PyTorch 1.6, a pickled number.
-TORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02\x8a\n")
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -82,8 +80,10 @@ def find_file(path: str | os.PathLike) -> Path:
 
 
 def safe_load(path: str | os.PathLike) -> Any:
-    """What a ``.pdparams`` or ``.safetensors`` file (with or without its suffix) holds; nothing of
-    it is run. bfloat16 is ``uint16``, as Paddle writes it. WeightsError if it cannot be read.
+    """What a ``.pdparams``, ``.safetensors`` or PyTorch file (suffix: see `find_file`) holds.
+
+    Nothing of it is run. bfloat16 is ``uint16``, as Paddle writes it. WeightsError if it cannot be
+    read.
     """
     return _without_name_table(_load(find_file(path)))
 
@@ -98,11 +98,8 @@ def _load(path: Path) -> Any:
     if head[8:9] == b"{":  # after the length of its header, any eight bytes
         return _read_safetensors(path)
     refuse_text(head, path)
-    if head.startswith(TORCH_BEGINNINGS):
-        raise WeightsError(
-            f"{path}: a PyTorch file (or another zip archive); port it first with "
-            f"`python port_weights/load_timm_weights.py -checkpoint {path}`"
-        )
+    if head.startswith(torch_files.BEGINNINGS):
+        return torch_files.load(path, head)
     return safe_pickle.load(path)
 
 
@@ -123,7 +120,7 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
         path: the file, with or without its suffix.
         key: ``model``, ``model_ema``, or ``auto``: ``model_ema`` where there is one (which one
             evaluates and fine-tunes, as with PPViT and timm), else ``model``. timm's
-            ``state_dict_ema`` and ``state_dict`` mean the same.
+            ``state_dict_ema`` and ``state_dict`` mean the same; as keys, exactly these.
 
     Raises:
         WeightsError: as `safe_load` and `check_state`.
@@ -135,7 +132,7 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     table = content.get(NAME_TABLE)
     classes = content.get(CLASSES) or (table.get(NAME_TABLE) if isinstance(table, dict) else None)
     state, taken = _choose(_without_name_table(content), key, path)
-    state = check_state(without_prefixes(state, path), str(path))
+    state = check_state(_without_prefixes(state, path), str(path))
     classes = ClassNames.of_record(classes, str(path)) or ClassNames.beside(path)
     if len(classes) != len(state.get("head.bias", ())):
         classes = UNKNOWN  # a classes.txt of something else
@@ -217,43 +214,36 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _without_name_table(content: Any) -> Any:
-    if not isinstance(content, dict):
-        return content
-    return {
-        name: _without_name_table(value) for name, value in content.items() if name != NAME_TABLE
-    }
+    if isinstance(content, dict):
+        items = content.items()
+        return {name: _without_name_table(item) for name, item in items if name != NAME_TABLE}
+    return content
 
 
 def _choose(content: dict, key: str, path: Path) -> tuple[dict, str]:
     """The state dict that ``key`` means, and the key that was taken."""
     nested = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
-    if not nested:
-        if key == "model_ema" or any(isinstance(value, dict) for value in content.values()):
-            wanted = "model_ema" if key == "model_ema" else "model"
-            raise WeightsError(f"{path}: has no {wanted}; it holds {shorten(list(content))}")
+    if not nested and key != "model_ema" and not any(type(v) is dict for v in content.values()):
         return content, ""
-    wanted = {"model": CONTAINERS[2:], "model_ema": CONTAINERS[:2]}.get(key, CONTAINERS)
+    wanted = {"auto": CONTAINERS, "model": CONTAINERS[2:], "model_ema": CONTAINERS[:2]}
     for name in nested:
-        if name in wanted:
+        if name in wanted.get(key, (key,)):
             return content[name], name
-    raise WeightsError(f"{path}: has no {key}; it holds {shorten(list(content))}")
+    wanted = "model" if key == "auto" else key
+    raise WeightsError(f"{path}: has no {wanted}; it holds {shorten(list(content))}")
 
 
-def without_prefixes(state: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """The state dict without the prefixes of wrapped models (``module.``, ``_layers.``, ...).
-
-    WeightsError if a name is there with a prefix and without.
-    """
-    result = {_without_prefix(name): value for name, value in state.items()}
-    if len(result) != len(state):
-        raise WeightsError(f"{path}: some parameters are there twice, with a prefix and without")
+def _without_prefixes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The state dict without the prefixes of wrapped models."""
+    result = {}
+    for name, value in state.items():
+        while isinstance(name, str) and name.startswith(_PREFIXES):
+            name = name.partition(".")[2]
+        if name in result:
+            twice = "some parameters are there twice, with a prefix and without"
+            raise WeightsError(f"{path}: {twice}")
+        result[name] = value
     return result
-
-
-def _without_prefix(name: Any) -> Any:
-    while isinstance(name, str) and name.startswith(_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def _is_float(value: Any) -> bool:

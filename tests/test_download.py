@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from cli.errors import WeightsError
 from port_weights import zoo
 from port_weights.download import cache_file, download
-from port_weights.names import from_paddle
+from port_weights.names import convert
 from resmlp import build_resmlp
 from storage.adapt import read_pretrained
 from storage.weights import read_weights
@@ -160,8 +160,8 @@ def test_of_several_processes_one_fetches(host, tmp_path):
     Host.files["/a.pth"] = DATA, {"ETag": etag(DATA)}
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"from port_weights.download import download\n"
-        f"assert download('{host}a.pth', ('{host}',)).stat().st_size == {len(DATA)}"
+        f"from port_weights import download, zoo\nzoo.HOSTS = ('{host}',)\n"
+        f"assert download.download('{host}a.pth').stat().st_size == {len(DATA)}"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
@@ -170,7 +170,7 @@ def test_of_several_processes_one_fetches(host, tmp_path):
 
 def timms(state):
     """A safetensors file with timm's names."""
-    return save(from_paddle(state, "timm")[0])
+    return save(convert(state, "paddle", "timm")[0])
 
 
 def test_an_address_is_read_whosever_names_its_file_has(host, tmp_path):
@@ -198,7 +198,7 @@ def test_a_name_of_the_zoo_is_a_file_here_or_what_the_first_host_that_answers_ha
     for part in (entry.url, "-checkpoint resmlp_12_no_dist.pth`", "makes resmlp_12_224.pdparams"):
         assert part in str(offline.value)
     hub, facebook = (url.replace(host, "/") for url in (entry.hub_url, entry.url))
-    Host.files[facebook] = save(from_paddle(state, "facebook")[0]), {}
+    Host.files[facebook] = save(convert(state, "paddle", "facebook")[0]), {}
     Host.files[hub] = timms({**state, "norm.beta": state["norm.beta"] + 1}), {}
     for name in ("./resmlp_12_224", "resmlp_12_224.pdparams", "resmlp_12_224.fb_in1k"):
         assert "/timm/" in read_pretrained(name).path

@@ -13,7 +13,7 @@ from PIL import Image
 from cli.errors import UserError
 from config import get_config
 from loading.imagenet import wordnet_ids
-from port_weights.names import from_paddle
+from port_weights.names import convert
 from port_weights.zoo import MEASURES, ZOO
 from resmlp import build_resmlp, load_state
 from storage.weights import write_weights
@@ -73,7 +73,7 @@ def zoo(tmp_path_factory):
         path = folder / "weights" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         state = states[name]
-        write_weights(state if names == "paddle" else from_paddle(state, names)[0], path)
+        write_weights(state if names == "paddle" else convert(state, "paddle", names)[0], path)
     images = np.random.default_rng(9).integers(0, 256, [10, 32, 32, 3], dtype=np.uint8)
     top = {name: ranking(state, images)[:, :5] for name, state in states.items()}
     labels = [top[list(FILES)[i % 5]][i, i % 2] for i in range(10)]

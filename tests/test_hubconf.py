@@ -72,7 +72,7 @@ def test_the_hub_says_where_each_file_was_published():
     help_of = {
         weights.name: paddle.hub.help(ROOT, weights.config, source="local") for weights in ZOO
     }
-    assert PADDLE_FILES["resmlp_24_224"].shared.links in help_of["resmlp_24_224"]
+    assert PADDLE_FILES["resmlp_24_224"].links in help_of["resmlp_24_224"]
     assert "resmlp_12_no_dist.pth" in help_of["resmlp_12_224"]
 
 

@@ -82,7 +82,7 @@ def test_the_zoos_table_has_a_row_for_every_weight():
         assert len(re.findall(r"\|", row)) == columns
         assert f"[{weights.name}]" in row and weights.url in row
         assert (ROOT / "configs" / f"{weights.config}.yaml").is_file()
-        assert not weights.paddle or weights.paddle.shared.links in row
+        assert not weights.paddle or weights.paddle.links in row
     assert "| 79.38 | 94.55 | 85.28 | 67.70 |" in rows[1]  # PPViT's, not timm's
     assert "?pwd=jdcx)" in rows[1]
     assert "| 62.6 (k-NN) |  |  |  | 15.35" in rows[9]  # DINO's has no head

@@ -6,7 +6,7 @@ import pytest
 
 from cli.errors import ConfigError
 from config import get_config
-from port_weights.names import to_paddle
+from port_weights.names import convert
 from resmlp import DropPath, ResMLP, build_resmlp, default_layer_scale, load_state
 
 GOLDEN = Path(__file__).parent / "golden" / "resmlp_timm.npz"  # made by make_resmlp_golden.py
@@ -21,7 +21,7 @@ def tiny(**changes):
 def golden_model(data, **changes):
     model = tiny(**changes)
     timm = {name[5:]: data[name] for name in data.files if name.startswith("timm/")}
-    load_state(model, to_paddle(timm, "timm")[0])
+    load_state(model, convert(timm, "timm", "paddle")[0])
     model.eval()
     return model
 

@@ -10,7 +10,7 @@ from config import get_config
 from cpu import ops
 from loading.loader import Batch
 from parallel.process import Process
-from port_weights.names import to_paddle
+from port_weights.names import convert
 from resmlp import DropPath, build_resmlp, load_state
 from training.learner import Learner
 
@@ -30,7 +30,7 @@ def train(monkeypatch, **amp):
         config[key] = value
     model = build_resmlp(config)
     weights = {name[5:]: golden[name] for name in golden.files if name.startswith("timm/")}
-    load_state(model, to_paddle(weights, "timm")[0])
+    load_state(model, convert(weights, "timm", "paddle")[0])
     learner = Learner(config, Process(), model)
     learner.augment = lambda images, targets, rng: (images, targets)
     masks = iter(golden["kept"].reshape(-1, 4, 1, 1).astype("float32") / KEEP)

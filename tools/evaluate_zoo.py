@@ -30,14 +30,13 @@ from config import get_config
 from datasets import build_dataset
 from loading import archives
 from port_weights.architecture import infer
-from port_weights.torch_files import TORCH_SUFFIXES
 from port_weights.zoo import MEASURES, ZOO, Weights, find
 from storage.adapt import read_pretrained
 from storage.files import file_sha256
 from tools.common import ROOT, write_file
 
 SETS = ("val", "v2", "sketch", "a", "r")
-SUFFIXES = (".pdparams", ".safetensors", *TORCH_SUFFIXES)
+SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pt", ".bin")
 _GENERIC = ("model", "pytorch_model")  # Hugging Face's files, in folders that have the name
 _COLUMNS = ("weights", "file", "measure", "images", "here", "published", "difference", "explained")
 

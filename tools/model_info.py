@@ -125,7 +125,7 @@ def zoo_table() -> str:
     for weights in ZOO:
         info = config_info(get_config(str(CONFIGS / f"{weights.config}.yaml")))
         measured = weights.paddle or weights  # PPViT's own figures go with its file
-        files = [weights.paddle.shared.links] if weights.paddle else []
+        files = [weights.paddle.links] if weights.paddle else []
         cells = (
             f"[{weights.name}](configs/{weights.config}.yaml)",
             f"{measured.top1:.2f}" if measured.top5 else f"{measured.top1:.1f} (k-NN)",

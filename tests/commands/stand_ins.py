@@ -21,8 +21,8 @@ from demo.make_subset import ARCHIVE
 from demo.prepare import prepare
 from loading.imagenet import wordnet_ids
 from port_weights import zoo
-from port_weights.names import from_paddle
-from port_weights.torch_files import write_torch_weights
+from port_weights.export_timm_weights import write_torch_weights
+from port_weights.names import convert
 from resmlp import build_resmlp
 from storage.weights import write_weights
 from tests.helpers.transfer_data import cifar10, flowers102
@@ -83,10 +83,10 @@ def _weights(repository: Path) -> None:
         states[name] = state
         write_weights(state, repository / f"{name}.pdparams")
     write_weights(state, repository / "weights" / f"{name}.pdparams")
-    write_torch_weights(from_paddle(state, "timm")[0], repository / "model.safetensors")
+    write_torch_weights(convert(state, "paddle", "timm")[0], repository / "model.safetensors")
     if importlib.util.find_spec("torch"):
         for name in ("resmlp_12_224", "resmlp_24_distilled_224"):
-            theirs = from_paddle(states[name], "facebook")[0]
+            theirs = convert(states[name], "paddle", "facebook")[0]
             write_torch_weights(theirs, repository / zoo.find(name).file)
 
 

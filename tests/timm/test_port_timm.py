@@ -8,8 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from port_weights import export_timm_weights, load_timm_weights, names, port, verify  # noqa: E402
+from port_weights import export_timm_weights, load_timm_weights, names, verify  # noqa: E402
 from port_weights.zoo import ZOO  # noqa: E402
+from storage.weights import read_weights  # noqa: E402
 
 ARCHITECTURES = ("resmlp_12_224", "resmlp_24_224", "resmlp_36_224", "resmlp_big_24_224")
 
@@ -84,9 +85,9 @@ def test_a_wrong_port_of_a_fresh_model_fails_its_proof(fresh, layer, block):
     """Its head is zero and its LayerScale 1e-6: logits in float32 would not show a mistake."""
     name, wrong = f"blocks.{block}.{layer}", dict(fresh)
     wrong[name] = fresh[name].T if fresh[name].ndim == 2 else 1.1 * fresh[name]
-    verify.check(compare(fresh, fresh))
+    compare(fresh, fresh)
     with pytest.raises(verify.WeightsError, match="the port is wrong"):
-        verify.check(compare(fresh, wrong))
+        compare(fresh, wrong)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +98,10 @@ def fresh():
 
 
 def compare(state, ported_from):
-    ported, _ = names.to_paddle(ported_from, "timm")
-    architecture = port.infer(ported)
-    model = port.ResMLP(**architecture._asdict())
-    port.load_state(model, ported)
+    ported, _ = names.convert(ported_from, "timm", "paddle")
+    architecture = load_timm_weights.infer(ported)
+    model = load_timm_weights.ResMLP(**architecture._asdict())
+    load_timm_weights.load_state(model, ported)
     return verify.compare_with_timm(model, state, architecture)
 
 
@@ -119,16 +120,15 @@ def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_pat
     from argparse import Namespace
 
     from cli.errors import WeightsError
-    from port_weights.torch_files import read_torch_weights
 
     tensors = {"a": torch.ones(2, dtype=torch.bfloat16)}
     content = {"model": tensors, "epoch": 3, "args": Namespace(lr=0.1)}
     torch.save(content, tmp_path / "x.pth")
-    state, key = read_torch_weights(str(tmp_path / "x.pth"))
-    assert key == "model" and state["a"].dtype == np.float32
+    file = read_weights(tmp_path / "x.pth")
+    assert file.key == "model" and file.state["a"].dtype == np.float32
     torch.save({"model": tensors, "model_ema": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
-    assert read_torch_weights(str(tmp_path / "x.pth"))[1] == "model_ema"
-    assert read_torch_weights(str(tmp_path / "x.pth"), "model")[0]["a"].sum() == 2
+    assert read_weights(tmp_path / "x.pth").key == "model_ema"
+    assert read_weights(tmp_path / "x.pth", "model").state["a"].sum() == 2
 
     class Evil:
         def __reduce__(self):
@@ -138,20 +138,18 @@ def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_pat
     with pytest.raises(
         WeightsError, match="holds .*open, which is not plain data; nothing of it was run"
     ) as caught:
-        read_torch_weights(str(tmp_path / "evil.pth"))
+        read_weights(tmp_path / "evil.pth")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
     (tmp_path / "cut.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:200])
     with pytest.raises(WeightsError, match="truncated, damaged"):
-        read_torch_weights(str(tmp_path / "cut.pth"))
+        read_weights(tmp_path / "cut.pth")
 
 
 def test_what_stands_beside_the_weights_is_no_hindrance_and_tensors_are_torchs_own(tmp_path):
     from collections import defaultdict
     from datetime import datetime
     from pathlib import Path
-
-    from port_weights.torch_files import read_torch_weights
 
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {
@@ -168,7 +166,7 @@ def test_what_stands_beside_the_weights_is_no_hindrance_and_tensors_are_torchs_o
         "steps": {0: {"step": torch.tensor(3)}},
     }
     torch.save({"model": tensors, **beside}, tmp_path / "x.pth")
-    state, _ = read_torch_weights(str(tmp_path / "x.pth"))
+    state = read_weights(tmp_path / "x.pth").state
     assert state.keys() == tensors.keys()
     for name, value in tensors.items():
         assert np.array_equal(state[name], value.detach().float().numpy()), name

@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler_v2  # noqa: E402
 from config import get_config  # noqa: E402
 from losses import build_criterion  # noqa: E402
 from optimizer import build_optimizer, clip_gradients, learning_rate  # noqa: E402
-from port_weights.names import to_paddle  # noqa: E402
+from port_weights.names import convert  # noqa: E402
 from resmlp import ResMLP, load_state  # noqa: E402
 
 OURS = {"lamb": "lamb", "adamw": "adamw", "sgd": "nesterov"}
@@ -36,7 +36,7 @@ def pair(depth=3):
     )
     ours = ResMLP(image_size=32, patch_size=8, num_classes=10, embed_dim=24, depth=depth)
     state = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    load_state(ours, to_paddle(state, "timm")[0])
+    load_state(ours, convert(state, "timm", "paddle")[0])
     return ours, theirs
 
 
@@ -72,10 +72,12 @@ def test_fifty_steps_with_clipping_equal_timms(name, lr):
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         other.step()
         for key, parameter in ours.named_parameters():
-            parameter.grad = paddle.to_tensor(to_paddle(grads, "timm")[0][key])
+            parameter.grad = paddle.to_tensor(convert(grads, "timm", "paddle")[0][key])
         clip_gradients(ours.parameters(), 1.0)
         optimizer.step()
-    expected = to_paddle({k: v.detach().numpy() for k, v in theirs.state_dict().items()}, "timm")[0]
+    expected = convert(
+        {k: v.detach().numpy() for k, v in theirs.state_dict().items()}, "timm", "paddle"
+    )[0]
     for key, value in ours.state_dict().items():
         # clip_grad_norm_ divides by norm + 1e-6; that and rounding is all the difference there is
         assert np.abs(value.numpy() - expected[key]).max() < (1e-6 if name == "lamb" else 5e-6), key
