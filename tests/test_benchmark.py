@@ -60,11 +60,11 @@ def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, c
     from tools import onnx_graph
 
     monkeypatch.setattr(tool, "gemm_peak", lambda dtype, threads: {"int8": 2.0}[dtype])
-    depths, quantize = [], onnx_graph.quantize
-    monkeypatch.setattr(onnx_graph, "quantize", lambda *args: depths.append(quantize(*args)))
+    layers, write = [], onnx_graph.write_onnx
+    monkeypatch.setattr(onnx_graph, "write_onnx", lambda *a, **k: layers.append(write(*a, **k)))
     (result,) = benchmark(Job(config, "infer", 2, backend="onnx", dtype="int8"), rounds=1)
     assert set(result) == KEYS and result["dtype"] == "int8"
-    assert depths == [4]  # layers: two in each of two blocks
+    assert layers == [4]  # two in each of two blocks
     assert not capfd.readouterr().out  # which is for the results
 
 
@@ -318,7 +318,7 @@ def test_a_peer_that_stops_is_named_with_its_last_words(config, monkeypatch, tmp
     monkeypatch.setattr(tool, "PEER_SCRIPT", tmp_path / "other.py")
     with pytest.raises(UserError, match="timm stopped .ValueError: no more"):  # noqa: SIM117
         with tool.Peer("timm", Job(config), []) as peer:
-            peer.seconds()
+            peer.ask("step")
 
 
 def test_the_peers_script_has_help_where_torch_is_missing(tmp_path):

@@ -1,17 +1,12 @@
 """Measures a model's speed beside the machine's own limit, and beside peers in alternation.
 
-    python tools/benchmark.py -cfg configs/resmlp_12_224.yaml -mode train -batch_size 32
+    python tools/benchmark.py -cfg configs/resmlp_12_224.yaml -mode train -compare best
     python tools/benchmark.py -cfg ... -mode infer -backend inference -dtype bfloat16 -json
-    python tools/benchmark.py -cfg ... -mode infer -backend onnx -dtype int8 -compare timm
-    python tools/benchmark.py -cfg ... -mode train -dtype bfloat16 -compare best
-    python tools/benchmark.py -cfg ... -mode step -opts DATA.DATA_PATH /dataset/imagenet
 
 Modes: `infer` (forward), `train` (forward, backward, AdamW), `data` (JPEG to augmented uint8, on
 one core), `step` (a training step of the config's recipe, part by part). Peers: timm's model as it
 is, compiled, compiled with frozen weights, and in OpenVINO; `best` is all that do the same in the
-same precision. Times are medians of interleaved rounds; the efficiency is model FLOPs over time
-over the largest matrix product rate that this process reaches in the same precision (int8: in
-float32). docs/performance.md tells how to read them.
+same precision. docs/performance.md tells how to read the figures.
 """
 
 from __future__ import annotations
@@ -28,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,6 +61,7 @@ DTYPES = {  # backend -> what it computes in on a CPU, and on a GPU
     "onnx": (("float32", "int8"), ("float32", "int8")),
     "openvino": (("float32", "bfloat16", "int8"), ()),
 }
+OPENERS = {"inference": open_paddle, "onnx": open_onnx, "openvino": open_openvino}
 PEERS = {  # each also with _bf16 -> its modes
     "timm": ("infer", "train", "data"),
     "timm_compile": ("infer", "train"),
@@ -166,18 +163,18 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
     UserError for a peer that cannot do the job or a missing package.
     """
     compare = choose_peers(job, compare)
-    if job.mode == "step":
-        return [measure_parts(job, rounds)]
     setup.set_threads(job.threads)
     with ExitStack() as stack:
-        files = []
-        if job.mode == "data":
-            files = sorted(map(str, stack.enter_context(sample_jpegs()).glob("*.jpg")))
-        step = stack.enter_context(_paddle_step(job, files))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if job.mode == "step":
+            return [measure_parts(job, rounds, folder)]
+        files = write_jpegs(folder, 16) if job.mode == "data" else []
+        step = _paddle_step(job, files, folder)
         peers = [stack.enter_context(Peer(name, job, files)) for name in compare]
         step()  # warm up: first products, memory, kernel choice
-        times = alternate([lambda: _seconds(step), *(peer.seconds for peer in peers)], rounds)
-        memory = [_peak_memory_mb(), *(peer.memory() for peer in peers)]
+        sides = [lambda: _seconds(step), *(partial(peer.ask, "step") for peer in peers)]
+        times = alternate(sides, rounds)
+        memory = [_peak_memory_mb(), *(peer.ask("memory") for peer in peers)]
     dtypes = ["bfloat16" if "bf16" in name else "float32" for name in compare]
     labels = [(job.backend, job.dtype), *zip(compare, dtypes)]
     # measured last: it must not warm or fill the memory
@@ -205,30 +202,27 @@ def on_gpu() -> bool:
     return paddle.device.get_device().startswith("gpu")
 
 
-@contextmanager
-def _paddle_step(job: Job, files: Sequence[str]) -> Iterator[Step]:
+def _paddle_step(job: Job, files: Sequence[str], folder: Path) -> Step:
     if job.mode == "data":
-        yield _data_step(job, files)
-        return
+        return _data_step(job, files)
     model, size = build_resmlp(job.config), job.config.DATA.IMAGE_SIZE
     images = paddle.randn([job.batch_size, job.config.DATA.IMAGE_CHANNELS, size, size])
     if job.mode == "train":
-        yield train_step(job, model, images)
-    elif job.backend in ("inference", "onnx", "openvino"):
+        return train_step(job, model, images)
+    if job.backend in OPENERS:
         array = images.numpy()
-        with _deployed(job, model, [None, *images.shape[1:]]) as run:
-            yield lambda: run(array)
-    else:
-        model.eval()
-        if job.backend == "to_static":
-            model = paddle.jit.to_static(fold(model), full_graph=True)
+        run = _deployed(job, model, [None, *images.shape[1:]], folder)
+        return lambda: run(array)
+    model.eval()
+    if job.backend == "to_static":
+        model = paddle.jit.to_static(fold(model), full_graph=True)
 
-        @paddle.no_grad()
-        def step():
-            with _autocast(job.dtype):
-                model(images)
+    @paddle.no_grad()
+    def step():
+        with _autocast(job.dtype):
+            model(images)
 
-        yield step
+    return step
 
 
 def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
@@ -260,34 +254,20 @@ def _data_step(job: Job, files: Sequence[str]) -> Step:
     return step
 
 
-@contextmanager
-def _deployed(job: Job, model: nn.Layer, shape: list) -> Iterator[Callable]:
+def _deployed(job: Job, model: nn.Layer, shape: list, folder: Path) -> Callable:
     """The folded model, as tools/export and tools/infer_exported deploy it."""
-    settings = {"gpu": on_gpu(), "threads": job.threads}
-    with tempfile.TemporaryDirectory() as folder:
-        if job.backend != "inference":
-            require(
-                f"-backend {job.backend}", INT8_PACKAGES if job.dtype == "int8" else ONNX_PACKAGES
-            )
+    if job.backend != "inference":
+        packages = INT8_PACKAGES if job.dtype == "int8" else ONNX_PACKAGES
+        require(f"-backend {job.backend}", packages)
+    with on_cpu():
         spec = paddle.static.InputSpec(shape, "float32", "x")
-        with on_cpu():
-            file = save_for_inference(fold(model), Path(folder, "model"), spec)
-        if job.backend == "inference":
-            yield open_paddle(file, bf16=job.dtype == "bfloat16", **settings)
-            return
-        import onnx
+        file = save_for_inference(fold(model), folder / "model", spec)
+    if job.backend != "inference":
+        from tools.onnx_graph import write_onnx
 
-        from tools.onnx_graph import convert, quantize
-
-        converted, file = convert(file), Path(folder, "model.onnx")
-        if job.dtype == "int8":
-            quantize(converted, len(model.mixer_layers), str(file))
-        else:
-            onnx.save(converted, file)
-        if job.backend == "onnx":
-            yield open_onnx(file, **settings)[0]
-        else:
-            yield open_openvino(file, bf16=job.dtype == "bfloat16", **settings)[0]
+        program, file = file, folder / "model.onnx"
+        write_onnx(program, file, int8=job.dtype == "int8")
+    return OPENERS[job.backend](file, job.dtype == "bfloat16", on_gpu(), job.threads)[0]
 
 
 def _autocast(dtype: str):
@@ -303,9 +283,8 @@ def _peak_memory_mb() -> float:
     return peak_memory_mb()
 
 
-def measure_parts(job: Job, rounds: int) -> dict:
+def measure_parts(job: Job, rounds: int, folder: Path) -> dict:
     """Times the parts of the run's own training step; ``backward`` includes clipping."""
-    setup.set_threads(job.threads)
     config, times = job.config.clone(), {part: [] for part in PARTS}
 
     def timed(part: str, function: Callable):
@@ -319,26 +298,26 @@ def measure_parts(job: Job, rounds: int) -> dict:
 
         return run
 
-    with sample_jpegs(max(64, job.batch_size)) as folder:
-        config.defrost()
-        config.DATA.BATCH_SIZE, config.AMP = job.batch_size, job.dtype != "float32"
-        config.AMP_DTYPE = job.dtype if config.AMP else config.AMP_DTYPE
-        if not Path(config.DATA.DATA_PATH).is_dir():
-            config.DATA.DATA_PATH, config.DATA.DATASET = str(folder), "imagenet2012"
-        loader = build_loader(config, "train")
-        learner = Learner(config, Process(on_gpu=on_gpu()), build_resmlp(config))
-        learner.network.train()
-        learner.augment = timed("augment", learner.augment)
-        learner.forward = timed("forward", learner.forward)
-        if learner.ema is not None:
-            learner.ema.update = timed("ema", learner.ema.update)
-        learner.gradients = timed("backward", learner.gradients)
-        load, train = timed("data", next), timed("optimizer", learner.step)
-        with closing(batch for _ in itertools.count() for batch in loader) as batches:
-            for step in range(rounds + 1):  # the first is the warm-up
-                rng = step_rng(config.SEED, 0, 0, step)
-                record = train([load(batches)], config.TRAIN.BASE_LR, rng, step)
-                timed("logging", record.read)()
+    config.defrost()
+    config.DATA.BATCH_SIZE, config.AMP = job.batch_size, job.dtype != "float32"
+    config.AMP_DTYPE = job.dtype if config.AMP else config.AMP_DTYPE
+    if not Path(config.DATA.DATA_PATH).is_dir():
+        write_jpegs(folder, max(64, job.batch_size))
+        config.DATA.DATA_PATH, config.DATA.DATASET = str(folder), "imagenet2012"
+    loader = build_loader(config, "train")
+    learner = Learner(config, Process(on_gpu=on_gpu()), build_resmlp(config))
+    learner.network.train()
+    learner.augment = timed("augment", learner.augment)
+    learner.forward = timed("forward", learner.forward)
+    if learner.ema is not None:
+        learner.ema.update = timed("ema", learner.ema.update)
+    learner.gradients = timed("backward", learner.gradients)
+    load, train = timed("data", next), timed("optimizer", learner.step)
+    with closing(batch for _ in itertools.count() for batch in loader) as batches:
+        for step in range(rounds + 1):  # the first is the warm-up
+            rng = step_rng(config.SEED, 0, 0, step)
+            record = train([load(batches)], config.TRAIN.BASE_LR, rng, step)
+            timed("logging", record.read)()
     times = {part: values[1:] for part, values in times.items() if values}
     totals = [sum(values) for values in zip(*times.values())]
     memory, peak = _peak_memory_mb(), gemm_peak(job.dtype, job.threads)
@@ -347,19 +326,17 @@ def measure_parts(job: Job, rounds: int) -> dict:
     return {**result, "parts_ms": parts}
 
 
-@contextmanager
-def sample_jpegs(count: int = 16) -> Iterator[Path]:
-    """A folder of photograph-like JPEG files of ImageNet's usual size, with a training list."""
+def write_jpegs(folder: Path, count: int) -> list[str]:
+    """Photograph-like files of ImageNet's usual size, with a training list; returns their names."""
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, [12, 16, 3], dtype=np.uint8))
-            pixels = np.asarray(coarse.resize(JPEG_SIZE, Image.BICUBIC), np.int16)
-            noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255)  # as grain
-            Image.fromarray(noisy.astype(np.uint8)).save(f"{folder}/{number}.jpg", quality=90)
-        lines = "".join(f"{number}.jpg 0\n" for number in range(count))
-        Path(folder, "train_list.txt").write_text(lines)
-        yield Path(folder)
+    files = [f"{folder}/{number}.jpg" for number in range(count)]
+    for file in files:
+        coarse = Image.fromarray(rng.integers(0, 256, [12, 16, 3], dtype=np.uint8))
+        pixels = np.asarray(coarse.resize(JPEG_SIZE, Image.BICUBIC), np.int16)
+        noisy = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255)  # as grain
+        Image.fromarray(noisy.astype(np.uint8)).save(file, quality=90)
+    (folder / "train_list.txt").write_text("".join(f"{n}.jpg 0\n" for n in range(count)))
+    return files
 
 
 class Peer:
@@ -381,13 +358,8 @@ class Peer:
     def __exit__(self, *_) -> None:
         self._process.communicate()  # end of input: it leaves
 
-    def seconds(self) -> float:
-        return self._ask("step")
-
-    def memory(self) -> float:
-        return self._ask("memory")
-
-    def _ask(self, request: str) -> float:
+    def ask(self, request: str) -> float:
+        """Its answer to ``step``, seconds, or to ``memory``, megabytes."""
         with suppress(BrokenPipeError):  # it ended: said below
             print(request, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()

@@ -3,9 +3,8 @@
     python tools/export.py -pretrained output/run/best.pdparams -format paddle onnx safetensors
     python tools/export.py -pretrained output/run/best.pdparams -format onnx_int8
 
-Affine and LayerScale are folded into the linear layers, the batch size is free, and each file is
-run against the model it came from before it is left in place. What one needs to use it (crop,
-mean, class names), and how far it was off, stands in its metadata. tools/infer_exported.py runs it.
+Each file is run against the model it came from before it is left in place; how far it was off, and
+what one needs to use it, stands in its metadata. tools/infer_exported.py runs it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ def export(
     formats: Sequence[str] = ("paddle",),
     cfg: str | os.PathLike | None = None,
     with_preprocessing: bool = False,
-    images: Iterable[str | os.PathLike] = (),
+    images: Sequence[str | os.PathLike] = (),
     class_names: str | os.PathLike | None = None,
     opts: Sequence[str] = (),
 ) -> dict:
@@ -104,14 +104,14 @@ def export(
         output: folder for the files ``model.*``; None: ``exported`` beside the weights.
         formats: of ``paddle`` (Paddle Inference), ``onnx``, ``onnx_int8`` (`tools.onnx_graph`) and
             ``safetensors`` (the weights alone, unfolded, under their own names).
-        with_preprocessing: normalisation and softmax inside the model: uint8 ``[B, H, W, 3]`` in,
-            probabilities out; else normalised float32 ``[B, 3, H, W]`` in, logits out.
+        with_preprocessing: uint8 ``[B, H, W, 3]`` in, probabilities out; else normalised float32
+            ``[B, 3, H, W]`` in, logits out.
         images: to verify on, as `verification_images` takes them. int8 needs real ones.
-        class_names: as `predict.find_class_names` takes it, after the weights' own.
+        class_names: as `predict.find_class_names` takes it.
 
     Returns the metadata: ``largest_difference`` to the eager model, relative to the largest output,
     of each format; ``int8``: ``int8_layers``, ``top1_agreement`` in percent, ``verified_on``.
-    Raises UserError, and removes the file, where one computes something else (int8: agrees for less
+    Raises UserError, and leaves no file, where one computes something else (int8: agrees for less
     than `MIN_AGREEMENT` percent), and for missing packages and unusable weights or images.
     """
     for name in formats:
@@ -119,7 +119,6 @@ def export(
     config = run_config(pretrained, cfg, opts)
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to export")
-    images = list(images)
     if "onnx_int8" in formats and not images and not os.path.isdir(config.DATA.DATA_PATH):
         raise UserError(
             f"-format onnx_int8 is verified on real images: DATA.DATA_PATH {config.DATA.DATA_PATH} "
@@ -141,28 +140,26 @@ def export(
         "classes": job.model.classes.record(),  # what the weights know, for who compares them
         "verified_on": job.verified_on,
     }
-    found = {}
+    differences, int8 = {}, {}
     with _staging(output or beside_weights(config, "exported")) as folder:
         for name in formats:
             try:
-                found[name] = _EXPORTERS[name][1](job, folder / "model", metadata)
+                found = _EXPORTERS[name][1](job, folder / "model", metadata)
             except ModelError as error:
                 raise UserError(f"-format {name}: {error}") from None
-    differences = {name: values.pop("largest_difference") for name, values in found.items()}
-    int8 = {"int8": found["onnx_int8"]} if "onnx_int8" in found else {}
-    return {**metadata, "largest_difference": differences, **int8}
+            differences[name] = found.pop("largest_difference")
+            int8.update(found)
+    return {**metadata, "largest_difference": differences, **({"int8": int8} if int8 else {})}
 
 
 def verification_images(
-    config, sources: Iterable[str | os.PathLike] = (), limit: int = VERIFY_IMAGES
+    config, sources: Sequence[str | os.PathLike] = (), limit: int = VERIFY_IMAGES
 ) -> tuple[np.ndarray, str]:
     """At most ``limit`` images, uint8 ``[n, H, W, 3]``, as evaluation crops them; a line on them.
 
     They are spread over the sources (see `find_images`), without any over the config's validation
     data; where that is missing they are smooth and random.
     """
-    transform = build_eval_transform(config)
-    sources = list(sources)
     if sources:
         paths, described = find_images(sources), "given images"
     elif os.path.isdir(config.DATA.DATA_PATH):
@@ -174,7 +171,7 @@ def verification_images(
         images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size].astype("uint8")
         return images, f"{limit} generated images"
     chosen = np.linspace(0, len(paths) - 1, min(limit, len(paths))).astype(int)
-    upright = config.DATA.EXIF_ORIENTATION
+    transform, upright = build_eval_transform(config), config.DATA.EXIF_ORIENTATION
     images = np.stack([transform(read_pixels(paths[i], upright), paths[i]) for i in chosen])
     return images, f"{len(images)} {described}"
 
@@ -207,10 +204,7 @@ class Job:
         return model
 
     def save(self, prefix: Path) -> Path:
-        size = self.config.DATA.IMAGE_SIZE
-        spec = InputSpec([None, 3, size, size], "float32", "image")
-        if self.with_preprocessing:
-            spec = InputSpec([None, size, size, 3], "uint8", "image")
+        spec = InputSpec([None, *self.inputs.shape[1:]], str(self.inputs.dtype), "image")
         return save_for_inference(self.deployed(fold(self.model)), prefix, spec)
 
     def difference(self, name: str, run: Run) -> dict:
@@ -247,7 +241,7 @@ class Job:
 
 def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
     program = job.save(prefix)
-    found = job.difference("paddle", open_paddle(program))
+    found = job.difference("paddle", open_paddle(program)[0])
     files = [program, program.with_suffix(".pdiparams")]
     checksums = {file.suffix: file_sha256(file) for file in files}
     text = json.dumps({**metadata, **found, "sha256": checksums}, indent=2, ensure_ascii=False)
@@ -262,34 +256,20 @@ def save_for_inference(layer: nn.Layer, prefix: Path, spec: InputSpec) -> Path:
     return next(file for file in files if file.exists())
 
 
-def _export_onnx(job: Job, prefix: Path, metadata: dict) -> dict:
+def _export_onnx(job: Job, prefix: Path, metadata: dict, int8: bool = False) -> dict:
     import onnx
 
-    onnx.save(_onnx_model(job), f"{prefix}.onnx")
-    found = job.difference("onnx", open_onnx(f"{prefix}.onnx")[0])
-    return _with_metadata(f"{prefix}.onnx", metadata, found)
+    from tools.onnx_graph import write_onnx
 
-
-def _export_onnx_int8(job: Job, prefix: Path, metadata: dict) -> dict:
-    from tools.onnx_graph import quantize
-
-    file = f"{prefix}.int8.onnx"
-    layers = quantize(_onnx_model(job), len(job.model.mixer_layers), file)
-    images, described = verification_images(job.config, job.sources, AGREEMENT_IMAGES)
-    found = {"int8_layers": layers, "verified_on": described}
-    return _with_metadata(file, metadata, {**found, **job.agreement(open_onnx(file)[0], images)})
-
-
-def _onnx_model(job: Job):
-    from tools.onnx_graph import convert
-
+    file = Path(f"{prefix}{'.int8' * int8}.onnx")
     with tempfile.TemporaryDirectory() as folder:
-        return convert(job.save(Path(folder) / "model"))
-
-
-def _with_metadata(file: str, metadata: dict, found: dict) -> dict:
-    import onnx
-
+        layers = write_onnx(job.save(Path(folder, "model")), file, int8)
+    run, _ = open_onnx(file)
+    if int8:
+        images, described = verification_images(job.config, job.sources, AGREEMENT_IMAGES)
+        found = {"int8_layers": layers, "verified_on": described, **job.agreement(run, images)}
+    else:
+        found = job.difference("onnx", run)
     model = onnx.load(file)
     onnx.helper.set_model_props(model, _texts({**metadata, **found}))
     onnx.save(model, file)
@@ -318,7 +298,7 @@ def _texts(metadata: dict) -> dict[str, str]:
 _EXPORTERS = {  # format -> what needs to be installed, what writes and verifies the file
     "paddle": ((), _export_paddle),
     "onnx": (ONNX_PACKAGES, _export_onnx),
-    "onnx_int8": (INT8_PACKAGES, _export_onnx_int8),
+    "onnx_int8": (INT8_PACKAGES, partial(_export_onnx, int8=True)),
     "safetensors": (("safetensors",), _export_safetensors),
 }
 
@@ -345,23 +325,16 @@ def main() -> None:
     parser = Parser("Exports a trained model, and verifies what it wrote.")
     parser.model_flags()
     parser.flag("output", "folder (default: `exported` beside the weights)", metavar="DIR")
-    parser.flag(
-        "format",
-        " ".join(_EXPORTERS),
-        nargs="+",
-        default=["paddle"],
-        choices=_EXPORTERS,
-        metavar="NAME",
-    )
+    options = dict(dest="formats", nargs="+", default=["paddle"], choices=_EXPORTERS)
+    parser.flag("format", " ".join(_EXPORTERS), metavar="NAME", **options)
     bytes_in = "uint8 [B, H, W, 3] in, probabilities out"
     parser.flag("with_preprocessing", bytes_in, action="store_true")
     verify_on = "images to verify on (default: validation data)"
     parser.flag("images", verify_on, nargs="+", default=(), metavar="FILE")
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
     args = vars(parser.parse_args())
-    formats = args["formats"] = args.pop("format")
     metadata = export(**args)
-    if formats != ["onnx_int8"]:
+    if args["formats"] != ["onnx_int8"]:
         print(f"verified on {metadata['verified_on']}")
     for name, difference in metadata["largest_difference"].items():
         print(f"{name}: largest difference {difference:.1e} of the largest output")

@@ -1,11 +1,9 @@
 """Classifies images with an exported model, in onnxruntime, Paddle Inference or OpenVINO.
 
     python infer_exported.py exported/model.onnx photo.jpg folder/ -csv
-    python infer_exported.py exported/model.json photo.jpg -bf16
 
-This one file is all that a server needs beside the exported model: NumPy, Pillow, and one of the
-three. It imports nothing of the training code. How to prepare an image, and the names of the
-classes, stand in the model's metadata, which tools/export.py writes.
+A server needs this one file beside the model, NumPy, Pillow, and one of the three. How to prepare
+an image, and the names of the classes, stand in the metadata that tools/export.py writes.
 """
 
 from __future__ import annotations
@@ -41,8 +39,6 @@ _TURNS = {  # by EXIF's orientation
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # Pillow's own
 _ENDINGS = tuple(e for e, kind in Image.registered_extensions().items() if kind in _FORMATS)
 _FORMATS = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF: from Pillow 11.3 on
-_KEYS = ("preprocessing_inside", "image_size", "crop_pct", "interpolation", "mean", "std")
-_KEYS += ("class_names",)
 
 # Larger batches go in pieces whose activations fit a CPU's caches: an eighth (float32) to a fifth
 # (int8) less time for 32 images with resmlp_12.
@@ -55,12 +51,11 @@ class ModelError(Exception):
     """A model or image that cannot be used; the message is one line."""
 
 
-@dataclass(eq=False)
+@dataclass
 class ExportedModel:
-    """A model with its metadata: ``model(images)`` takes uint8 ``[B, H, W, 3]``.
+    """A model with its metadata; ``engine`` is a line that says what runs it, and where.
 
-    ``run`` takes float32 or uint8, as the file does, and gives ``[B, K]``; ``engine`` is a line
-    that says what runs it, and where.
+    ``run`` takes float32 or uint8, as the file does, and gives ``[B, K]``.
     """
 
     metadata: dict
@@ -69,7 +64,7 @@ class ExportedModel:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``. Raises
-        ModelError where they are NaN or infinite, or there is no name for each class.
+        ModelError where they are NaN or infinite.
         """
         inside = self.metadata["preprocessing_inside"]
         if not inside:
@@ -78,9 +73,6 @@ class ExportedModel:
             normalized = (images.astype(np.float32) / 255 - mean) / std
             images = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
         output = self.run(images)
-        names, classes = len(self.metadata["class_names"]), output.shape[1]
-        if names != classes:
-            raise ModelError(f"its metadata names {names} classes, but the model has {classes}")
         if not np.isfinite(output).all():
             raise ModelError("the model gives NaN or infinite values; export it again")
         if inside:
@@ -108,30 +100,25 @@ def load(
 
     Raises ModelError: no such model, no metadata, a missing package, what the engine cannot do.
     """
-    path = Path(path)
+    path, threads = Path(path), threads or usable_cores()
     if path.suffix not in (".onnx", ".json", ".pdmodel"):
         raise ModelError(f"{path}: expected model.onnx, model.json or model.pdmodel")
     if not path.is_file():
         raise ModelError(f"{path}: no such model")
-    threads = threads or usable_cores()
-    place = "the GPU" if gpu else f"the CPU, {threads} thread{'s' * (threads > 1)}"
-    if path.suffix != ".onnx":
-        if engine:
-            raise ModelError(f"-engine {engine} is for ONNX files; Paddle runs {path}")
-        metadata = _read_metadata(path)
-        run, engine = open_paddle(path, bf16, gpu, threads), "Paddle Inference"
-    elif engine == "openvino":
-        run, metadata = open_openvino(path, bf16, gpu, threads)
-    elif bf16:
-        raise ModelError("-bf16 is for Paddle models and for -engine openvino")
-    else:
-        (run, metadata), engine = open_onnx(path, gpu, threads), "onnxruntime"
-    missing = [key for key in _KEYS if key not in metadata]
-    if missing:
-        raise ModelError(f"{path}: not from export.py: its metadata lacks {', '.join(missing)}")
     if path.suffix == ".onnx":
-        metadata = {key: json.loads(text) for key, text in metadata.items()}
+        engine = engine or "onnxruntime"
+        open_it = open_openvino if engine == "openvino" else open_onnx
+        run, texts = open_it(path, bf16, gpu, threads)
+        if "preprocessing_inside" not in texts:
+            raise ModelError(f"{path}: not from export.py: its metadata lacks preprocessing_inside")
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+    elif engine:
+        raise ModelError(f"-engine {engine} is for ONNX files; Paddle runs {path}")
+    else:
+        engine, metadata = "Paddle Inference", _read_metadata(path)
+        run, _ = open_paddle(path, bf16, gpu, threads)
     metadata = {"exif_orientation": False, **metadata}  # earlier exports have none
+    place = "the GPU" if gpu else f"the CPU, {threads} thread{'s' * (threads > 1)}"
     return ExportedModel(metadata, run, f"{engine} on {place}")
 
 
@@ -148,8 +135,8 @@ def _read_metadata(path: Path) -> dict:
     if path.with_suffix(".metadata").is_file() or not described.is_file():
         described = _beside(path, ".metadata")
     with _one_line(f"{described}: not from export.py"):
-        metadata = dict(json.loads(described.read_text(encoding="utf-8")))
-    for suffix, expected in (metadata.get("sha256") or {}).items():
+        metadata = json.loads(described.read_text(encoding="utf-8"))
+    for suffix, expected in metadata.get("sha256", {}).items():
         file = _beside(path, suffix)
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise ModelError(
@@ -159,8 +146,15 @@ def _read_metadata(path: Path) -> dict:
     return metadata
 
 
-def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tuple[Run, dict]:
-    """Opens a file in onnxruntime; returns what runs it, and its metadata as texts."""
+# What follows opens a file, and returns what runs it and the texts of its metadata. ``threads``
+# None: one per core.
+
+
+def open_onnx(
+    path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
+) -> tuple[Run, dict]:
+    if bf16:
+        raise ModelError("-bf16 is for Paddle models and for -engine openvino")
     onnxruntime = _engine("onnxruntime", path)
     threads = threads or usable_cores()
     options = onnxruntime.SessionOptions()
@@ -189,7 +183,6 @@ def open_onnx(path: Path, gpu: bool = False, threads: int | None = None) -> tupl
 def open_openvino(
     path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
 ) -> tuple[Run, dict]:
-    """Opens an ONNX file in OpenVINO; returns what runs it, and its metadata as texts."""
     openvino = _engine("openvino", path)
     if gpu:
         raise ModelError("-gpu is for onnxruntime and Paddle; -engine openvino is for CPUs")
@@ -209,8 +202,7 @@ def open_openvino(
 
 def open_paddle(
     path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
-) -> Run:
-    """Opens a file in Paddle Inference; returns what runs it."""
+) -> tuple[Run, dict]:
     weights = _beside(path, ".pdiparams")  # without them Paddle would compute NaN
     warnings.filterwarnings("ignore", message="No ccache found")  # nothing is compiled here
     paddle = _engine("paddle", path)
@@ -238,7 +230,7 @@ def open_paddle(
             predictor.run()
         return target.copy_to_cpu()
 
-    return run
+    return run, {}
 
 
 def _engine(name: str, path: Path):
@@ -255,9 +247,8 @@ def _one_line(problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ModelError(
-            f"{problem}: {(str(error).strip() or repr(error)).splitlines()[-1]}"
-        ) from None
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise ModelError(f"{problem}: {reason}") from None
 
 
 def usable_cores() -> int:
@@ -276,14 +267,9 @@ def usable_cores() -> int:
 @contextlib.contextmanager
 def notes_to_stderr() -> Iterator[None]:
     """Sends what Paddle's C++ code prints to standard error: standard output is for results."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
     try:
-        stdout = os.dup(1)
-    except OSError:  # closed
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):
-            os.dup2(2, 1)
         yield
     finally:
         with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows
@@ -305,10 +291,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = (values >> shift).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # 0: white is zero
     elif image.mode in ("I", "F"):
-        raise ModelError(
-            "32-bit integers or floating point, whose black and white are not known; save it "
-            "with 8 or 16 bits"
-        )
+        unknown = "32-bit integers or floating point, whose black and white are not known"
+        raise ModelError(f"{unknown}; save it with 8 or 16 bits")
     return image.convert("RGB")
 
 
@@ -333,10 +317,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
-    """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle.
-
-    To uint8 ``[image_size, image_size, 3]``, with the pixels of training's evaluation, timm and
-    torchvision. Raises ModelError where the resized long side would fill the memory.
+    """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, uint8
+    ``[image_size, image_size, 3]``, with the pixels of training's evaluation, timm and torchvision.
     """
     size = metadata["image_size"]
     short = int(size / metadata["crop_pct"])
@@ -416,9 +398,8 @@ def _count(text: str) -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+    about = "Classifies images with an exported model."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     path = os.path.expanduser
     parser.add_argument("model", type=path, help="model.onnx, model.json or model.pdmodel")
     parser.add_argument("images", nargs="+", type=path, help="image files, and folders of them")
@@ -442,11 +423,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    args = _arguments()
     if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _print_classes(args)
+        _print_classes(_arguments())
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
