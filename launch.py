@@ -59,48 +59,52 @@ _NO_PROCESSES = (
     "the system starts no more processes or threads; lower -nprocs or DATA.NUM_WORKERS, or raise "
     "its limit (ulimit -u, the pids of a container)"
 )
-_kept: list = []  # what C++ calls must not be collected
 _log = logging.getLogger("resmlp")
 
 
-def run_here(config) -> int:
-    """Runs this process's part of a run; shows how it ends, unless all went well.
+def launch(config, processes: int) -> int:
+    """Runs a config in so many processes; 0: one a visible GPU, or one on CPU.
 
-    Returns 0; 2 after a user's mistake; `PREEMPTED` when it saved and stopped on request; 1 after
-    an unexpected error, with its traceback.
+    One runs right here; under ``python -m paddle.distributed.launch`` this process is one rank of
+    many already. Otherwise they are spawned.
+
+    Returns 0, or the exit code of the first process that failed: 2 after a user's mistake,
+    `PREEMPTED` when it saved and stopped on request, 1 after an unexpected error. Raises UserError
+    for more processes than GPUs or than the system starts, and where a launcher's variables are
+    incomplete.
     """
-    code, text = _run(config)
-    return _print_ending(text, code)
+    if launched_ranks():
+        return run_launched(config)
+    gpus = gpu_count()
+    count = processes if processes > 0 else max(gpus, 1)
+    if gpus and count > gpus:
+        raise ConfigError(f"DIST.NPROCS is {count}, but only {gpus} GPUs are visible")
+    return _say(*_run(config)) if count == 1 else _spawn(config, count)
 
 
-def _run(config, on_step: Callable[[int], None] = lambda step: None, folder: str | None = None):
+def _run(config, *arguments) -> tuple[int, str]:
+    """Runs this process's part of a run; its exit code, and what to say unless all went well."""
     try:
-        result = run(config, on_step, folder)
+        result = run(config, *arguments)
         if result["rank"] == 0 and not config.EVAL:
             _plot(result["folder"])
         return 0, ""
     except Exception as error:
-        code, text = _ending_of(error)
+        code, text = 2, str(error)
+        if isinstance(error, Preempted):
+            code, text = PREEMPTED, f"{text}; -resume auto goes on from there"
+        elif isinstance(error, (UserError, ConnectionError)):  # the latter: of a rank that is gone
+            code, text = 2 if isinstance(error, UserError) else 1, f"error: {text}"
+        elif isinstance(error, MemoryError) or _MEMORY_ERRORS.search(text):
+            text = f"error: {_OUT_OF_MEMORY}"
+        elif isinstance(error, BlockingIOError) or "can't start new thread" in text:
+            text = f"error: {_NO_PROCESSES}"
+        else:
+            text = text.rpartition("Error Message Summary:")[2].strip("-\n ")  # Paddle's form
+            summary = f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+            code, text = 1, f"{traceback.format_exc()}error: {summary}"
     _log.debug(text)  # to the rank's own log; the terminal is the caller's
     return code, text
-
-
-def _ending_of(error: Exception) -> tuple[int, str]:
-    """Exit code and text of a run that an exception, the one at hand, has ended."""
-    text = str(error)
-    if isinstance(error, Preempted):
-        return PREEMPTED, f"{text}; -resume auto goes on from there"
-    if isinstance(error, UserError):
-        return 2, f"error: {text}"
-    if isinstance(error, ConnectionError):  # of a rank that is gone
-        return 1, f"error: {text}"
-    if isinstance(error, MemoryError) or _MEMORY_ERRORS.search(text):
-        return 2, f"error: {_OUT_OF_MEMORY}"
-    if isinstance(error, BlockingIOError) or "can't start new thread" in text:
-        return 2, f"error: {_NO_PROCESSES}"
-    text = text.rpartition("Error Message Summary:")[2].strip("-\n ")  # Paddle's form
-    summary = f"{type(error).__name__}: {' '.join(text.split())[:300]}"
-    return 1, f"{traceback.format_exc()}error: {summary}"
 
 
 def _plot(folder) -> None:
@@ -113,24 +117,6 @@ def _plot(folder) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def launch(config) -> int:
-    """Runs a config in as many processes as it asks for.
-
-    One runs right here; under ``python -m paddle.distributed.launch`` this process is one rank of
-    many already. Otherwise `DIST.NPROCS` processes are spawned, by default one a visible GPU.
-
-    Returns 0 or the exit code of the first process that failed. Raises UserError for more processes
-    than GPUs or than the system starts, and where a launcher's variables are incomplete.
-    """
-    if launched_ranks():
-        return run_launched(config)
-    gpus = gpu_count()
-    count = config.DIST.NPROCS if config.DIST.NPROCS > 0 else max(gpus, 1)
-    if gpus and count > gpus:
-        raise ConfigError(f"DIST.NPROCS is {count}, but only {gpus} GPUs are visible")
-    return run_here(config) if count == 1 else _spawn(config, count)
 
 
 def _spawn(config, count: int) -> int:
@@ -165,23 +151,19 @@ def _spawn(config, count: int) -> int:
     return report_endings(endings, list(steps), os.path.join(folder, LAST), bool(signals))
 
 
-def watch_ranks(
-    workers: list,
-    readers: tuple,
-    signals: list[float],
-    saving: Callable[[], bool] = lambda: False,
-) -> dict[int, tuple[int, str]]:
+def watch_ranks(workers: list, readers: tuple, signals: list[float], saving: Callable[[], bool]):
     """Waits until every rank has ended, or one has failed and the others had time to say why.
 
     ``readers`` are pipes from the ranks, with exit codes and texts; ``signals`` the times of those
-    passed on; ``saving``: rank 0 has a checkpoint to finish. Returns code and text of the ranks
-    that have ended; a killed one has no text.
+    passed on; ``saving``: rank 0 has a checkpoint to finish. Returns ``{rank: (code, text)}`` of
+    the ranks that have ended; a killed one has no text.
     """
     endings: dict[int, tuple[int, str]] = {}
     deadline = float("inf")
     while len(endings) < len(workers):
+        in_haste = len(signals) > 1 and signals[-1] - signals[0] > SIGNAL_GRACE
         late = time.monotonic() - deadline
-        if late > 0 and (0 in endings or late > _SAVING_GRACE or not saving()):
+        if late > 0 and (in_haste or 0 in endings or late > _SAVING_GRACE or not saving()):
             break
         going = [rank for rank in range(len(workers)) if rank not in endings]
         wait([x for rank in going for x in (readers[rank], workers[rank].sentinel)], timeout=0.2)
@@ -192,9 +174,7 @@ def watch_ranks(
             elif workers[rank].exitcode is not None:
                 endings[rank] = workers[rank].exitcode, ""
         codes = {code for code, _ in endings.values()}
-        if len(signals) > 1 and signals[-1] - signals[0] > SIGNAL_GRACE:
-            deadline, saving = min(deadline, now + FAILURE_GRACE), lambda: False
-        if codes - {0, PREEMPTED}:
+        if in_haste or codes - {0, PREEMPTED}:
             deadline = min(deadline, now + FAILURE_GRACE)
         if PREEMPTED in codes:
             deadline = min(deadline, now + GRACE)
@@ -214,100 +194,80 @@ def end_ranks(workers: list) -> None:
 def report_endings(endings: dict, steps: list[int], last: str, stop_requested: bool) -> int:
     """Says in one line how the ranks ended, unless all went well; returns the exit code."""
     failed = {rank: end for rank, end in endings.items() if end[0] not in (0, PREEMPTED)}
-    preempted = [text for code, text in endings.values() if code == PREEMPTED]
+    preempted = [end for end in endings.values() if end[0] == PREEMPTED]
     if stop_requested and not preempted and not any(steps):
-        return _print_ending("stopped; there was nothing to save yet", 128 + signal.SIGTERM)
+        return _say(128 + signal.SIGTERM, "stopped; there was nothing to save yet")
     if not failed:
-        return _print_ending(preempted[0], PREEMPTED) if preempted else 0
+        return _say(*preempted[0]) if preempted else 0
 
     # One rank's failure breaks the others' connections (SIGABRT in Paddle): name the cause.
     order = {-signal.SIGABRT: 3, 1: 2, 2: 1}
-    rank = min(failed, key=lambda rank: order.get(failed[rank][0], 0))
-    code, text = failed[rank]
+    rank, (code, text) = min(failed.items(), key=lambda item: order.get(item[1][0], 0))
     if code == 1:
         trace, _, text = text.rpartition("error: ")
-        _print_ending("\n".join(f"[rank {rank}] {line}" for line in trace.splitlines()), code)
+        _say(code, "\n".join(f"[rank {rank}] {line}" for line in trace.splitlines()))
     elif code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        text = text or f"it was killed by {signal.Signals(-code).name}{hint}"
+        text = f"it was killed by {signal.Signals(-code).name}{hint}"
     reason = text.removeprefix("error: ") or f"it ended with exit code {code}"
     alike = len(failed) == len(steps) and len(set(failed.values())) == 1
     if code == 2 and (alike or reason.startswith("rank ")):  # it says where itself
-        return _print_ending(f"error: {reason}", code)
+        return _say(code, f"error: {reason}")
     saved = f"-resume auto goes on from {last}" if os.path.exists(last) else "nothing was saved yet"
-    text = f"error: rank {rank}, after step {steps[rank]}: {reason}; {saved}"
-    return _print_ending(text, max(code, 1))
+    return _say(max(code, 1), f"error: rank {rank}, after step {steps[rank]}: {reason}; {saved}")
 
 
-def _print_ending(text: str, code: int) -> int:
+def _say(code: int, text: str) -> int:
     with suppress(OSError):  # of `2>&1 | tee`: Ctrl-C has ended that too
         if text:
             print(f"{line_start(sys.stderr)}{text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     return code
 
 
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-
-
-def run_launched(config) -> int:
-    """Runs one rank that Paddle's launcher has started.
+def run_launched(config) -> None:
+    """Runs one rank that Paddle's launcher has started, and exits.
 
     Its last words go to its output: the terminal for a node's first rank, else a file in the
     launcher's log folder. Of a rank that is killed the launcher tells.
     """
-    end = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731  (saves, then exits)
-    threading.Thread(target=_follow_parent, args=(setup.PARENT, end), daemon=True).start()
-    steps = deque([0], maxlen=1)
+    _follow(setup.PARENT, partial(os.kill, os.getpid(), signal.SIGTERM))  # saves, then exits
+    steps, this_process = deque([0], maxlen=1), os.getpid()
 
-    def explain():
-        text = (
-            f"error: rank {dist.get_rank()}, after step {steps[0]}: another rank cannot be reached"
-        )
-        _log.debug(text)
-        _print_ending(f"{text}: see its log, or its node; -resume auto goes on", 1)
+    def explain():  # C++ is about to abort, as where gloo loses a rank in backward
+        if os.getpid() == this_process:  # a loader worker is no rank
+            where = f"rank {dist.get_rank()}, after step {steps[0]}"
+            text = f"error: {where}: another rank cannot be reached"
+            _log.debug(text)
+            _say(1, f"{text}: see its log, or its node; -resume auto goes on")
+        before()
 
-    _before_abort(explain)
-    code, text = _run(config, steps.append)
-    _print_ending(text, code)
-    _flush()
-    os._exit(code)  # no atexit hook may wait for a rank that is gone
-
-
-def _before_abort(explain: Callable[[], None]) -> None:
-    """Calls ``explain`` before C++ aborts, as where gloo loses a rank in backward."""
-    handler, rank_pid = ctypes.CFUNCTYPE(None), os.getpid()
     with suppress(OSError, AttributeError):  # another C++ library
         set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE  # std::set_terminate
-        set_terminate.restype, set_terminate.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-
-        def terminate():
-            if os.getpid() == rank_pid:  # a loader worker is no rank
-                explain()
-            before()
-
-        _kept.append(handler(terminate))
-        before = handler(set_terminate(_kept[-1]))
+        set_terminate.restype = handler = ctypes.CFUNCTYPE(None)
+        kept = handler(explain)  # what C++ calls must not be collected
+        before = set_terminate(kept)
+    os._exit(_say(*_run(config, steps.append)))  # no atexit hook may wait for a rank that is gone
 
 
-def _follow_parent(parent: int, end: Callable[[], None]) -> None:
-    """Calls ``end`` when the parent process is gone (killed, out of memory)."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    end()
+def _follow(parent: int, end: Callable[[], None]) -> None:
+    """Calls ``end``, in a thread, when the parent process is gone (killed, out of memory)."""
+
+    def follow():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _worker(config, folder: str, steps, writers) -> None:
     if sys.platform == "linux":  # Paddle leaves `spawn` behind: loader workers would get a copy of
         multiprocessing.set_start_method("fork", force=True)  # the data set each
-    end = lambda: os._exit(1)  # noqa: E731
-    parent = multiprocessing.parent_process().pid  # it may be gone already
-    threading.Thread(target=_follow_parent, args=(parent, end), daemon=True).start()
+    _follow(multiprocessing.parent_process().pid, partial(os._exit, 1))  # it may be gone already
     rank = dist.ParallelEnv().rank
     code, text = _run(config, partial(steps.__setitem__, rank), folder)
-    _flush()
+    _say(code, "")
     writers[rank].send((code, text[-_TEXT_LIMIT:]))
     if code not in (0, PREEMPTED):
         threading.Event().wait()  # to be ended: closed connections would make the others fail too

@@ -13,7 +13,8 @@ from launch import launch
 
 
 def main() -> int:
-    return launch(resolve_config(get_arguments(description=__doc__)))
+    config = resolve_config(get_arguments(description=__doc__))
+    return launch(config, config.DIST.NPROCS)
 
 
 if __name__ == "__main__":

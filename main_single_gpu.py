@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from cli.errors import ConfigError, run_as_script
 from config import get_arguments, resolve_config
-from launch import run_here
+from launch import launch
 
 
 def main() -> int:
     config = resolve_config(get_arguments(description=__doc__))
     if config.DIST.NPROCS > 1:
         raise ConfigError(f"-nprocs {config.DIST.NPROCS}: only main_multi_gpu.py runs several")
-    return run_here(config)
+    return launch(config, 1)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,14 @@ def addresses(master: str, first: bool, own: str = "") -> tuple[str, str]:
     host, _, port = master.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError("expected host:port of the first node, such as 10.0.0.1:6170")
-    found = _resolve(host)
+    deadline, found = time.monotonic() + _NAME_TIMEOUT, ""
+    while not found:
+        try:
+            found = socket.gethostbyname(host)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
     if not own:
         own = address_towards(found)
         is_name = host not in (found, "localhost")
@@ -53,17 +60,6 @@ def addresses(master: str, first: bool, own: str = "") -> tuple[str, str]:
             own = address_towards(_ANYWHERE)
     # The launcher opens its server where the master's address is literally its own.
     return own, f"{own if first else found}:{port}"
-
-
-def _resolve(host: str) -> str:
-    deadline = time.monotonic() + _NAME_TIMEOUT
-    while True:
-        try:
-            return socket.gethostbyname(host)
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
 
 
 def main(master: str) -> None:

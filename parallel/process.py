@@ -53,11 +53,8 @@ def launched_ranks() -> int:
         return 0
     needed = ["PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"]
     if ranks and ranks != "1":
-        needed.append("PADDLE_CURRENT_ENDPOINT")
-        if not rendezvous.address():
-            needed.append("PADDLE_TRAINER_ENDPOINTS")
-        if gpu_count():
-            needed.append("FLAGS_selected_gpus")
+        needed += ["PADDLE_CURRENT_ENDPOINT", "PADDLE_TRAINER_ENDPOINTS"]
+        needed += ["FLAGS_selected_gpus"] if gpu_count() else []
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(
             f"the environment is a launcher's in part: {' and '.join(missing)} missing; start with "
@@ -144,8 +141,7 @@ def stop_signals() -> list[int]:
     """
     names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
     found = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    kept = signal.SIG_IGN
-    return [n for n in found if n.name != "SIGHUP" or signal.getsignal(n) is not kept]
+    return [n for n in found if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class StopSignal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
 import stat
@@ -31,29 +30,36 @@ meetings = 0
 def join() -> str:
     """Joins the other ranks, as the launcher's environment describes them.
 
-    gloo and NCCL use the device that has this node's address, unless the user has named another. On
-    one machine that is the loopback device, and Paddle's key-value store, which listens everywhere
-    and asks for no password, is tied to it before the ranks meet there.
+    gloo and NCCL use the device that has this node's address, unless the user has named another;
+    without one they would go by the host name. On one machine that is the loopback device, and
+    Paddle's key-value store, which listens everywhere and asks for no password, is tied to it
+    before the ranks meet there.
 
     Returns a warning if the store stays open to other machines, else "". Raises UserError if rank 0
     cannot be reached, or its port is in use.
     """
-    rank = int(os.environ["PADDLE_TRAINER_ID"])
-    local = sys.platform == "linux" and on_one_machine()
+    global _store
+    rank, linux, warning = int(os.environ["PADDLE_TRAINER_ID"]), sys.platform == "linux", ""
+    own = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
+    endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
+    local = linux and all(endpoint.rpartition(":")[0] == own for endpoint in endpoints)
     if local:  # a socket that is tied to the loopback device refuses even this machine's
         # connections to another of its addresses
-        os.environ["PADDLE_MASTER"] = f"127.0.0.1:{address().rpartition(':')[2]}"
+        os.environ["PADDLE_MASTER"] = f"127.0.0.1:{_address().rpartition(':')[2]}"
         os.environ.pop("MASTER_ADDR", None)  # or this would be taken instead
-        _use_device(_LOOPBACK)
-    elif sys.platform == "linux":
-        _use_device(device_of(os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]))
-    port = find_rank_0(rank)
-    warning = ""
+    if device := _LOOPBACK if local else linux and device_of(own):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", device)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", device)
+    host, port = find_rank_0(rank)
     if local and rank == 0:
-        _open_store()
+        world = os.environ["PADDLE_TRAINERS_NUM"]
+        os.environ["PADDLE_TRAINERS_NUM"] = "0"  # or it would wait for the others already here
+        core.create_or_get_global_tcp_store()  # which `init_parallel_env` then takes
+        os.environ["PADDLE_TRAINERS_NUM"] = world
         warning = shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
-    _connect(rank)
+    _store = core.TCPStore(host, port, False, 0)  # a connection beside that of Paddle's threads
+    threading.Thread(target=_give_signs_of_life, args=(rank,), daemon=True).start()
     for connection in tcp_sockets():
         # Paddle sends a request in pieces, and would wait 40 ms for the receipt of the first.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -63,6 +69,13 @@ def join() -> str:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(SILENCE / 10))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE * 1000))
     return warning
+
+
+def _give_signs_of_life(rank: int) -> None:
+    with suppress(ConnectionError):  # rank 0 is gone
+        while True:
+            time.sleep(BEAT)
+            tally(f"resmlp/alive/{rank}", 1)
 
 
 def meet(rank: int, world: int) -> None:
@@ -112,51 +125,16 @@ def tally(key: str, more: int = 0) -> int:
             raise ConnectionError("rank 0 is gone or cannot be reached") from error
 
 
-def _connect(rank: int) -> None:
-    """Opens a connection beside Paddle's, which its threads use, and gives signs of life on it."""
-    global _store
-    host, _, port = address().rpartition(":")
-    _store = core.TCPStore(host, int(port), False, 0)
-    ending = threading.Event()
-
-    def live():
-        with suppress(Exception):  # rank 0 is gone
-            while not ending.wait(BEAT):
-                tally(f"resmlp/alive/{rank}", 1)
-
-    def end():
-        ending.set()
-        thread.join()
-
-    thread = threading.Thread(target=live, daemon=True)
-    thread.start()
-    atexit.register(end)  # or it would be inside of Paddle while Python takes that down
-
-
-def on_one_machine() -> bool:
-    endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
-    hosts = {endpoint.rpartition(":")[0] for endpoint in endpoints}
-    return len(hosts) == 1 and "" not in hosts
-
-
-def _use_device(device: str) -> None:
-    """Has gloo and NCCL use a network device; without one they go by the host name."""
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if device:
-            os.environ.setdefault(name, device)
-
-
-def address() -> str:
+def _address() -> str:
     """Where rank 0 listens, ``host:port``; Paddle looks for it in the same order."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    known = os.environ.get("PADDLE_MASTER") or os.environ.get("PADDLE_TRAINER_ENDPOINTS", "")
-    return known.split(",")[0]
+    return os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")[0]
 
 
-def find_rank_0(rank: int) -> int:
-    """Whether the ranks can meet; returns the port. Paddle would abort, or try for 15 minutes."""
-    where = address()
+def find_rank_0(rank: int) -> tuple[str, int]:
+    """Whether the ranks can meet, and where. (Paddle would abort, or try for 15 minutes.)"""
+    where = _address()
     host, _, port = where.rpartition(":")
     deadline = time.monotonic() + JOIN_TIMEOUT
     while True:
@@ -167,7 +145,7 @@ def find_rank_0(rank: int) -> int:
                     probe.bind(("", int(port)))
             else:
                 socket.create_connection((host, int(port)), timeout=5).close()
-            return int(port)
+            return host, int(port)
         except (OSError, ValueError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             if rank == 0:
@@ -175,19 +153,9 @@ def find_rank_0(rank: int) -> int:
             if time.monotonic() > deadline or not isinstance(error, OSError):
                 raise UserError(
                     f"rank {rank} cannot reach rank 0 at {where}: {reason}; is it running, and "
-                    f"is the port open between the nodes?"
+                    "is the port open between the nodes?"
                 )
             time.sleep(0.5)
-
-
-def _open_store() -> None:
-    """Opens the store that `init_parallel_env` takes; there the wait for others would block all."""
-    world = os.environ["PADDLE_TRAINERS_NUM"]
-    os.environ["PADDLE_TRAINERS_NUM"] = "0"  # nobody to wait for
-    try:
-        core.create_or_get_global_tcp_store()
-    finally:
-        os.environ["PADDLE_TRAINERS_NUM"] = world
 
 
 def shut_out_others(port: int) -> str:

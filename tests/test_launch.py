@@ -18,7 +18,7 @@ from config import get_config
 from parallel import process, rendezvous
 from parallel.process import PREEMPTED, Preempted, StopSignal, launched_ranks
 
-from .helpers.runs import alive, error_line, run
+from .helpers.runs import alive, run
 from .helpers.runs import command as command_for
 from .helpers.tiny_data import make_data
 
@@ -27,32 +27,28 @@ _forking = multiprocessing.get_context("fork")
 
 PADDLES = "\n---\nC++ Traceback\n---\n0 f()\n\n---\nError Message Summary:\n---\nIt broke.\n"
 MEMORY, PROCESSES = "error: out of memory; lower -batch_size", "error: the system starts no more"
+MEMORY_TEXTS = [
+    "ResourceExhaustedError: Out of memory error on GPU 0. Cannot ...",
+    "(External) CUDA error(2).",
+    "(External) CUBLAS error(3). [Hint: 'CUBLAS_STATUS_ALLOC_FAILED'.",
+    "(External) CUBLAS error(3).",
+    "CUDNN error(4004), CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "NCCL error(1), unhandled cuda error. Cuda failure 2 'out of memory'",
+    "NCCL error(1), unhandled cuda error. Failed to CUDA malloc 8 bytes",
+]
 
 
 @pytest.mark.parametrize(
     "error, code, expected",
     [
         (UserError("no data"), 2, "error: no data\n"),
+        (UserError("out of memory"), 2, "error: out of memory\n"),  # in its own words
         (Preempted("stopped after step 3"), PREEMPTED, "step 3; -resume auto goes on from there\n"),
         (RuntimeError("odd"), 1, "\nerror: RuntimeError: odd\n"),
         (ValueError(PADDLES), 1, "\nerror: ValueError: It broke.\n"),
         (ConnectionError("rank 0 is gone"), 1, "error: rank 0 is gone\n"),
         (MemoryError(), 2, MEMORY),
-        (
-            RuntimeError("ResourceExhaustedError: Out of memory error on GPU 0. Cannot ..."),
-            2,
-            MEMORY,
-        ),
-        (OSError("(External) CUDA error(2)."), 2, MEMORY),
-        (OSError("(External) CUBLAS error(3). [Hint: 'CUBLAS_STATUS_ALLOC_FAILED'."), 2, MEMORY),
-        (OSError("(External) CUBLAS error(3)."), 2, MEMORY),
-        (
-            OSError("CUDNN error(4004), CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-            2,
-            MEMORY,
-        ),
-        (OSError("NCCL error(1), unhandled cuda error. Cuda failure 2 'out of memory'"), 2, MEMORY),
-        (OSError("NCCL error(1), unhandled cuda error. Failed to CUDA malloc 8 bytes"), 2, MEMORY),
+        *((OSError(text), 2, MEMORY) for text in MEMORY_TEXTS),
         (BlockingIOError(11, "Resource temporarily unavailable"), 2, PROCESSES),  # of fork
         (RuntimeError("can't start new thread"), 2, PROCESSES),
     ],
@@ -64,7 +60,7 @@ def test_how_a_run_ends_decides_its_exit_code_and_last_line(
         raise error
 
     monkeypatch.setattr(launch, "run", run)
-    assert launch.run_here(get_config()) == code
+    assert launch.launch(get_config(), 1) == code
     text = capsys.readouterr().err
     assert expected in text
     assert text.startswith("Traceback") if "\nerror" in expected else text.count("\n") == 1
@@ -89,53 +85,39 @@ def rank_that(reader_writer, code, after=0.0, text=None):
     return process
 
 
-def watch(*ranks, signals=()):
+FOREVER = dict(code=0, after=3600)
+SOON, LATER = dict(code=2, text="error: x"), dict(code=2, text="error: x", after=0.2)
+STOPPED = dict(code=PREEMPTED, text="stopped")
+
+
+@pytest.mark.parametrize(
+    "ranks, signals, endings",
+    [
+        ([dict(code=0), dict(code=0, after=0.3)], [], {0: (0, ""), 1: (0, "")}),
+        ([FOREVER, dict(code=-9)], [], {1: (-9, "")}),  # one failure ends all
+        ([FOREVER, dict(code=3)], [], {1: (3, "")}),
+        ([FOREVER, dict(code=1, text="Traceback")], [], {1: (1, "Traceback")}),
+        ([SOON, LATER, FOREVER], [], {0: (2, "error: x"), 1: (2, "error: x")}),  # all are heard
+        ([STOPPED, FOREVER], [], {0: (PREEMPTED, "stopped")}),  # does not follow
+        ([FOREVER], [-5, 0], {}),  # a second signal ends all at once ...
+        ([dict(code=0, after=0.5)], [0, 0.01], {0: (0, "")}),  # ... but not one sent twice
+    ],
+)
+def test_ranks_are_waited_for_until_one_fails_or_stops(monkeypatch, ranks, signals, endings):
+    monkeypatch.setattr(launch, "GRACE", 0.3)
     pipes = [_forking.Pipe(duplex=False) for _ in ranks]
     workers = [rank_that(pipe, **rank) for pipe, rank in zip(pipes, ranks)]
     start = time.monotonic()
-    endings = launch.watch_ranks(workers, [reader for reader, _ in pipes], list(signals))
+    readers, signals = [reader for reader, _ in pipes], [start + after for after in signals]
+    assert launch.watch_ranks(workers, readers, signals, lambda: False) == endings
+    assert time.monotonic() - start < launch.FAILURE_GRACE + 2
     launch.end_ranks(workers)
     assert not any(worker.is_alive() for worker in workers)
-    return endings, time.monotonic() - start
-
-
-FOREVER = dict(code=0, after=3600)
-
-
-def test_all_ranks_that_end_well_are_waited_for():
-    endings, _ = watch(dict(code=0), dict(code=0, after=0.3))
-    assert endings == {0: (0, ""), 1: (0, "")}
-
-
-@pytest.mark.parametrize("code, text", [(-9, None), (3, None), (2, "error: x"), (1, "Traceback")])
-def test_one_failure_ends_all(code, text):
-    endings, seconds = watch(FOREVER, dict(code=code, text=text))
-    assert endings == {1: (code, text or "")}
-    assert seconds < launch.FAILURE_GRACE + 2
-
-
-def test_ranks_that_fail_for_the_same_reason_are_all_heard():
-    ranks = [dict(code=2, text="error: x", after=delay) for delay in (0, 0.2)]
-    assert watch(*ranks, FOREVER)[0] == {0: (2, "error: x"), 1: (2, "error: x")}
-
-
-def test_ranks_that_do_not_follow_one_that_stopped_are_ended(monkeypatch):
-    monkeypatch.setattr(launch, "GRACE", 0.3)
-    endings, _ = watch(dict(code=PREEMPTED, text="stopped"), FOREVER)
-    assert endings == {0: (PREEMPTED, "stopped")}
-
-
-def test_a_second_signal_ends_all_at_once_and_one_sent_twice_does_not(monkeypatch):
-    now = time.monotonic()
-    monkeypatch.setattr(launch, "FAILURE_GRACE", 0.1)
-    assert watch(FOREVER, signals=[now - 5, now])[0] == {}
-    assert watch(dict(code=0, after=0.5), signals=[now, now + 0.01])[0] == {0: (0, "")}
 
 
 # ------------------------------------------------------------------------------- telling
 LINE = "error: rank 1, after step 8: {}; nothing was saved yet\n"
 BROKEN = (1, "Traceback\n  here\nerror: RuntimeError: connection reset")
-STOPPED = (PREEMPTED, "stopped after step 8")
 NO_DATA = (2, "error: no data folder")
 
 
@@ -152,7 +134,7 @@ NO_DATA = (2, "error: no data folder")
             "[rank 1] Traceback\n[rank 1]   here\n" + LINE.format("RuntimeError: connection reset"),
         ),
         (NO_DATA, NO_DATA, 2, "error: no data folder\n"),  # said once
-        (STOPPED, (PREEMPTED, "other"), PREEMPTED, "stopped after step 8\n"),
+        ((PREEMPTED, "stopped"), (PREEMPTED, "other"), PREEMPTED, "stopped\n"),
     ],
 )
 def test_how_the_ranks_ended_is_said_in_one_line(capsys, first, second, code, text):
@@ -196,15 +178,6 @@ def test_a_rank_0_that_cannot_be_reached_is_named(monkeypatch, address):
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ties sockets to devices")
 
 
-@pytest.mark.parametrize(
-    "endpoints, expected",
-    [("10.0.0.1:80,10.0.0.1:81", True), ("10.0.0.1:80,10.0.0.2:80", False), ("", False)],
-)
-def test_ranks_are_on_one_machine_when_their_addresses_say_so(monkeypatch, endpoints, expected):
-    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", endpoints)
-    assert rendezvous.on_one_machine() is expected
-
-
 @linux
 def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
     with socket.socket() as store, socket.socket() as other:
@@ -218,10 +191,6 @@ def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
         ]
         assert [device.rstrip(b"\0") for device in devices] == [b"lo", b""]
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
-
-
-@linux
-def test_a_port_that_stays_open_to_others_is_said():
     warning = rendezvous.shut_out_others(9)
     assert "port 9 of this job is open to other machines (its socket was not found)" in warning
 
@@ -256,6 +225,7 @@ def test_the_store_is_tied_before_the_ranks_meet(host):
         "PADDLE_TRAINER_ID": "0",
         "PADDLE_TRAINERS_NUM": "3",
         "PADDLE_MASTER": f"{host}:{port}",
+        "PADDLE_CURRENT_ENDPOINT": f"{host}:1",
         "PADDLE_TRAINER_ENDPOINTS": f"{host}:1,{host}:2,{host}:3",
         "GLOG_minloglevel": "2",
     }
@@ -272,10 +242,8 @@ def test_the_store_is_tied_before_the_ranks_meet(host):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(launch, "gpu_count", lambda: 2)
-    config = get_config()
-    config.DIST.NPROCS = 3
     with pytest.raises(ConfigError, match="DIST.NPROCS is 3, but only 2 GPUs are visible"):
-        launch.launch(config)
+        launch.launch(get_config(), 3)
 
 
 def test_processes_that_the_system_refuses_are_one_line(monkeypatch):
@@ -290,7 +258,7 @@ def test_processes_that_the_system_refuses_are_one_line(monkeypatch):
     monkeypatch.setattr(launch.dist, "spawn", spawn)
     monkeypatch.setattr(launch, "gpu_count", lambda: 2)
     with pytest.raises(UserError, match="starts no more processes or threads; lower -nprocs"):
-        launch.launch(get_config())
+        launch.launch(get_config(), 0)
     assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
     assert not started[0].is_alive()
 
@@ -320,20 +288,23 @@ def test_a_launcher_is_known_by_its_environment(launched, environment, ranks):
     assert launched_ranks() == ranks
 
 
-@pytest.mark.parametrize("missing", JOB)
-@pytest.mark.parametrize("value", [None, ""])
-def test_a_launchers_environment_in_part_is_one_line(launched, monkeypatch, missing, value):
-    launched(JOB)
-    monkeypatch.delenv(missing) if value is None else monkeypatch.setenv(missing, value)
-    with pytest.raises(UserError, match=f"a launcher's in part: {missing} missing"):
-        launched_ranks()
+PART = "a launcher's in part: {} missing"
+NO_RANK = "PADDLE_TRAINER_ID={} is no rank of PADDLE_TRAINERS_NUM={}"
 
 
-@pytest.mark.parametrize("rank, ranks", [("2", "2"), ("x", "2"), ("0", "two")])
-def test_a_rank_that_is_none_is_one_line(launched, rank, ranks):
-    launched({**JOB, "PADDLE_TRAINER_ID": rank, "PADDLE_TRAINERS_NUM": ranks})
-    with pytest.raises(UserError, match=f"PADDLE_TRAINER_ID={rank} is no rank of .*NUM={ranks}"):
-        launched_ranks()
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        *(({name: value}, PART.format(name)) for name in JOB for value in ("", None)),
+        ({"PADDLE_TRAINER_ID": "2"}, NO_RANK.format("2", "2")),
+        ({"PADDLE_TRAINER_ID": "x"}, NO_RANK.format("x", "2")),
+        ({"PADDLE_TRAINERS_NUM": "two"}, NO_RANK.format("1", "two")),
+    ],
+)
+def test_an_environment_that_is_no_launchers_is_one_line(launched, change, text):
+    launched({name: value for name, value in {**JOB, **change}.items() if value is not None})
+    with pytest.raises(UserError, match=text):
+        launch.launch(get_config(), 1)
 
 
 def test_one_rank_under_the_launcher_takes_its_device_alone(launched, monkeypatch):
@@ -342,18 +313,11 @@ def test_one_rank_under_the_launcher_takes_its_device_alone(launched, monkeypatc
     monkeypatch.setattr(process, "gpu_count", lambda: 8)
     monkeypatch.setattr(launch, "gpu_count", lambda: 8)
     monkeypatch.setattr(launch, "run_launched", lambda config: "one rank")
-    assert launch.launch(get_config()) == "one rank"
+    assert launch.launch(get_config(), 0) == "one rank"
     devices = []
     monkeypatch.setattr(process.paddle, "set_device", devices.append)
     assert process.prepare_process().world == 1
     assert devices == ["gpu"]  # Paddle's word for the device of FLAGS_selected_gpus
-
-
-@pytest.mark.parametrize("main", ["main_single_gpu.py", "main_multi_gpu.py"])
-def test_a_launcher_environment_in_part_ends_a_program_in_one_line(tmp_path, main):
-    words = command_for(tmp_path, tmp_path / "run", main=main)
-    code, output = run(words, PADDLE_TRAINERS_NUM="", PADDLE_TRAINER_ID="")
-    assert code == 2 and "the environment is a launcher's in part" in error_line(output)
 
 
 # ------------------------------------------------------------------------------- signals
@@ -367,7 +331,11 @@ def handlers():
 
 def test_a_signal_is_remembered_and_one_sent_twice_is_one(handlers):
     stop = StopSignal()
-    assert not stop.received
+    child = os.fork()
+    if not child:  # a loader worker leaves signals to the main process
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(stop.received)
+    assert os.waitpid(child, 0)[1] == 0 and not stop.received
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.received
@@ -382,15 +350,6 @@ def test_a_second_signal_later_exits_at_once(handlers, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
-
-
-def test_a_forked_worker_leaves_signals_to_the_main_process(handlers):
-    stop = StopSignal()
-    child = os.fork()
-    if not child:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(stop.received)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 # ----------------------------------------------------------------------------- for real

@@ -113,7 +113,7 @@ after("save_names", checkpoints, "duplicate")
 before("save_rename", checkpoints, "_replace")
 after("save_done", checkpoints, "save")
 before("load", datasets, "read_pixels")
-before("goodbye", launch, "_flush")
+after("goodbye", launch, "_run")
 
 
 if __name__ == "__main__":
