@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from loading.samplers import train_indices
 from storage import checkpoints
 
 from ..helpers.runs import DRIVER, alive, command, error_line, finish, run, start
@@ -22,9 +22,15 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"), train=48, val=12)
 
 
-def job(data, folder, *opts, nprocs=2):
+def job(data, folder, *opts, nprocs=2, launched=False):
     opts = ["DATA.BATCH_SIZE", 4, "SAVE_STEPS", 1, "TRAIN.NUM_EPOCHS", 3, *opts]
-    return command(data, folder / "run", *opts, main=DRIVER, nprocs=nprocs)
+    words = command(data, folder / "run", *opts, main=DRIVER, nprocs=0 if launched else nprocs)
+    launcher = ["-m", "paddle.distributed.launch", "--log_dir", str(folder / "logs")]
+    launcher += ["--nproc_per_node", str(nprocs)]
+    return [words[0], *(launcher if launched else []), *words[1:]]
+
+
+ways = pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
 
 
 def fail(words, fault, folder):
@@ -37,15 +43,14 @@ def fail(words, fault, folder):
     return code, output, output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    "where, count, step",
-    [("step", 4, 3), ("evaluation", 1, 6), ("snapshot", 3, 3), ("save_half", 3, 3)],
+    "rank, where, count, step",
+    [
+        *((rank, *place) for rank in (0, 1) for place in (("step", 4, 3), ("evaluation", 1, 6))),
+        *((0, place, 3, 3) for place in ("snapshot", "save_half")),  # rank 0 alone saves
+    ],
 )
 def test_a_killed_rank_ends_the_job(tmp_path, data, rank, where, count, step):
-    if rank == 1 and where in ("snapshot", "save_half"):
-        # only rank 0 saves: kill the other one while it waits for that
-        pytest.skip("see test_rank_1_dies_while_rank_0_saves")
     code, output, line = fail(job(data, tmp_path), f"{where}:{rank}:{count}:kill", tmp_path)
     assert code == 1
     if where != "save_half":
@@ -113,8 +118,7 @@ def test_a_nan_on_one_rank_is_named_by_all(tmp_path, data, rank):
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path, data):
-    words = job(data, tmp_path, "TRAIN.NONFINITE", "skip")
-    code, output = run(words, fault="forward:1:4:nan")
+    code, output = run(job(data, tmp_path, "TRAIN.NONFINITE", "skip"), fault="forward:1:4:nan")
     assert code == 0, output
     assert "step 3: skipped" in output
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
@@ -124,12 +128,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path, data):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bad_image_on_one_rank_is_named(tmp_path, rank):
     data = make_data(tmp_path / "data", train=48, val=12)
-    # Position p of the epoch's order belongs to rank p % 2.
-    from loading.samplers import train_indices
-
-    index = train_indices(48, 0, 0, rank, 2)[9]
-    paths = sorted((data / "train").rglob("*.png"))
-    bad = paths[index]
+    bad = sorted((data / "train").rglob("*.png"))[train_indices(48, 0, 0, rank, 2)[9]]
     bad.write_bytes(bad.read_bytes()[:60])
     code, output, line = fail(job(data, tmp_path, "DATA.NUM_WORKERS", 1), "", tmp_path)
     assert code == 2 and line.startswith(f"error: rank {rank}, after step 2: {bad}: "), output
@@ -145,23 +144,19 @@ def test_a_save_of_40_seconds_times_nobody_out(tmp_path, data):
     assert time.monotonic() - begin > 40
 
 
-@pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
+@ways
 def test_a_preempted_rank_waits_for_the_one_that_writes(tmp_path, data, launched):
     """Longer than a rank that is left alone may take to end."""
-    words = job(data, tmp_path, "SAVE_STEPS", 0)
-    if launched:
-        words = launcher(words, tmp_path / "logs", "--nproc_per_node", 2)
+    words = job(data, tmp_path, "SAVE_STEPS", 0, launched=launched)
     code, output = run(words, fault="step:1:3:term save_half:0:1:sleep8")
     assert launched or code == 75, output
     assert f"stopped after step 3; saved in {tmp_path}/run" in output, output
     assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 3
 
 
-@pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
+@ways
 def test_a_checkpoint_on_its_way_is_finished_when_all_ranks_fail(tmp_path, data, launched):
-    words = job(data, tmp_path, "SAVE_STEPS", 2)
-    if launched:
-        words = launcher(words, tmp_path / "logs", "--nproc_per_node", 2)
+    words = job(data, tmp_path, "SAVE_STEPS", 2, launched=launched)
     code, output = run(words, fault="save_half:0:2:sleep5 forward:1:5:nan")  # of steps 4, 5
     assert code != 0 and "error: rank 1, step 4: the loss is not finite" in output, output
     assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
@@ -194,12 +189,9 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path, data):
     assert all_end(tmp_path, 10)
 
 
-@pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
+@ways
 def test_ranks_end_when_their_parent_is_killed_while_they_start(tmp_path, data, launched):
-    words = job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000)
-    if launched:
-        words = launcher(words, tmp_path / "logs", "--nproc_per_node", 2)
-    process = start(words)
+    process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, launched=launched))
     ranks = lambda: children(process.pid, "-u" if launched else "spawn_main")  # noqa: E731
     while sum("libpaddle" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks()) < 2:
         assert process.poll() is None  # they import Paddle
@@ -275,44 +267,34 @@ def test_another_number_of_processes_goes_on_where_the_first_stopped(tmp_path, d
     assert steps == list(range(1, 3 + 6 + 12 + 12 + 1))  # the rest of 48 images in steps of 4
 
 
-def launcher(words, log, *arguments):
-    position = words.index("-nprocs")
-    words = words[1:position] + words[position + 2 :]
-    flags = ["-m", "paddle.distributed.launch", "--log_dir", str(log), *map(str, arguments)]
-    return [sys.executable, *flags, *words]
-
-
 def test_the_launcher_runs_the_same_job(tmp_path, data):
-    words = launcher(job(data, tmp_path), tmp_path / "logs", "--nproc_per_node", 2)
-    code, output = run(words)
+    code, output = run(job(data, tmp_path, launched=True))
     assert code == 0, output
     assert "12 images" in output and alive(str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_launcher_ends_the_job_and_names_the_log_when_a_rank_is_killed(tmp_path, data, rank):
-    words = launcher(job(data, tmp_path), tmp_path / "logs", "--nproc_per_node", 2)
-    code, output, _ = fail(words, f"step:{rank}:4:kill", tmp_path)
-    assert f"{tmp_path}/logs" in output, output
-
-
-def test_a_rank_that_raises_under_the_launcher_says_so_in_its_log(tmp_path, data):
-    words = launcher(job(data, tmp_path), tmp_path / "logs", "--nproc_per_node", 2)
-    fail(words, "step:1:4:raise", tmp_path)
-    log = (tmp_path / "run" / "log.rank1.txt").read_text()
-    assert "error: ValueError: a fault of the test" in log
-
-
-def test_what_all_ranks_stop_for_is_on_the_launchers_terminal(tmp_path, data):
-    words = launcher(job(data, tmp_path), tmp_path / "logs", "--nproc_per_node", 2)
-    code, output, _ = fail(words, "forward:1:4:nan", tmp_path)
-    assert "error: rank 1, step 3: the loss is not finite" in output, output
-    assert f"{tmp_path}/run/last.pdparams" in output
+@pytest.mark.parametrize(
+    "fault, text",
+    [
+        ("step:0:4:kill", "{}/logs"),
+        ("step:1:4:kill", "{}/logs"),
+        ("step:1:4:raise", "{}/logs"),
+        ("forward:1:4:nan", "error: rank 1, step 3: the loss is not finite"),  # all ranks say it
+    ],
+)
+def test_the_launcher_ends_the_job_and_names_the_log_of_a_rank_that_fails(
+    tmp_path, data, fault, text
+):
+    code, output, _ = fail(job(data, tmp_path, launched=True), fault, tmp_path)
+    assert text.format(tmp_path) in output, output
+    if fault.endswith("raise"):
+        log = (tmp_path / "run" / "log.rank1.txt").read_text()
+        assert "error: ValueError: a fault of the test" in log
 
 
 def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, data):
-    words = job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 100000)
-    process = start(launcher(words, tmp_path / "logs", "--nproc_per_node", 2))
+    opts = ["TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 100000]
+    process = start(job(data, tmp_path, *opts, launched=True))
     wait_for_ranks(process, tmp_path)
     process.kill()
     process.communicate()

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import paddle
 import paddle.distributed as dist
+import pytest
 
 from config import get_config
 from loading.samplers import EvalBatchSampler
@@ -63,41 +64,33 @@ class Loader:
             yield paddle.to_tensor(indices), paddle.to_tensor(labels_of(indices)), list(indices)
 
 
+def evaluated(count: int, process: Process, **options):
+    """What `evaluate` finds for so many images."""
+    models = [lambda images: paddle.to_tensor(logits_of(images.numpy()))]
+    return evaluate(models, Loader(count, process), process, CLASSES, **options)
+
+
 def evaluation_counts(process: Process) -> None:
     for count in (1, 7, 1001):
-        (metrics,) = evaluate(
-            [lambda images: paddle.to_tensor(logits_of(images.numpy()))],
-            Loader(count, process),
-            process,
-            CLASSES,
-            confusion=True,
-            accepted=accepted_of(np.arange(count)),
-            subset=SUBSET,
-        )
-        among = logits_of(np.arange(count))[:, SUBSET].argmax(1)
-        right = np.array(SUBSET)[among] == labels_of(np.arange(count))
+        images, real = np.arange(count), accepted_of(np.arange(count))
+        options = dict(confusion=True, accepted=real, subset=SUBSET)
+        (metrics,) = evaluated(count, process, **options)
+        among = logits_of(images)[:, SUBSET].argmax(1)
+        right = np.array(SUBSET)[among] == labels_of(images)
         assert metrics.subset_top1 == 100 * int(right.sum()) / count
-        order = np.argsort(-logits_of(np.arange(count)), axis=1)
-        hits = order == labels_of(np.arange(count))[:, None]
+        order = np.argsort(-logits_of(images), axis=1)
+        hits = order == labels_of(images)[:, None]
         assert metrics.images == count
         assert metrics.top1 == 100 * int(hits[:, 0].sum()) / count
         assert metrics.top5 == 100 * int(hits[:, :5].sum()) / count
         assert metrics.confusion[:, 2].sum() == count
-        real = accepted_of(np.arange(count))
         labelled = int((real[:, 0] >= 0).sum())
         assert metrics.real_images == labelled
         if labelled:
             right = (order[:, :1] == real).any(1).sum()
             assert metrics.real_top1 == 100 * int(right) / labelled
         assert sum(n for a, b, n in metrics.confusion.tolist() if a == b) == int(hits[:, 0].sum())
-        alone = Process()
-        (one,) = evaluate(
-            [lambda images: paddle.to_tensor(logits_of(images.numpy()))],
-            Loader(count, alone),
-            alone,
-            CLASSES,
-            confusion=True,
-        )
+        (one,) = evaluated(count, Process(), confusion=True)
         assert (metrics.counts == one.counts).all() and metrics.counts.sum() > count
         assert (metrics.calibration.bins == one.calibration.bins).all()
         assert (metrics.calibration.mistakes == one.calibration.mistakes).all()
@@ -105,14 +98,7 @@ def evaluation_counts(process: Process) -> None:
 
 def breaking_off(process: Process) -> None:
     asked = process.rank == 1  # one rank alone is asked to stop; all learn of it
-    metrics = evaluate(
-        [lambda images: paddle.to_tensor(logits_of(images.numpy()))],
-        Loader(50, process),
-        process,
-        CLASSES,
-        stop=lambda: asked,
-    )
-    assert metrics is None
+    assert evaluated(50, process, stop=lambda: asked) is None
 
 
 def helpers(process: Process) -> None:
@@ -197,8 +183,7 @@ def nothing_waits_to_be_sent(process: Process) -> None:
 
 def a_rank_that_is_gone_is_named(process: Process) -> None:
     """Rank 2 stays away and is silent; the others learn of it where they wait for it."""
-    rendezvous.SILENCE = 0.5
-    count = rendezvous.tally
+    rendezvous.SILENCE, count = 0.5, rendezvous.tally
     if process.rank == 2:
         rendezvous.tally = lambda key, more=0: 0  # its signs of life go nowhere
         while count("others know") < process.world - 1:
@@ -206,13 +191,9 @@ def a_rank_that_is_gone_is_named(process: Process) -> None:
         rendezvous.tally = count
         rendezvous.meetings += 1
     else:
-        try:
+        with pytest.raises(ConnectionError, match="rank 2 gives no sign of life for"):
             wait_for_all(process)
-        except ConnectionError as error:
-            assert "rank 2 gives no sign of life for" in str(error)
-            count("others know", 1)
-        else:
-            raise AssertionError("it was not missed")
+        count("others know", 1)
     rendezvous.SILENCE = 120.0
 
 
