@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
-from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode as CN
@@ -39,11 +39,7 @@ from cli.config_rules import (
 from cli.errors import ConfigError, run_as_script
 from cli.parser import Parser
 
-
-class Key(NamedTuple):
-    default: Any
-    rule: Callable  # for its values
-    meaning: str
+Key = namedtuple("Key", "default rule meaning")
 
 
 def key(default, rule, meaning: str) -> tuple:  # a plain one, which is all that yacs takes

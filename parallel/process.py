@@ -69,19 +69,17 @@ def prepare_process() -> Process:
     """Chooses the device, joins the ranks that a launcher started, opens the log. One process makes
     no collective calls. Raises UserError as `launched_ranks` and `rendezvous.join`.
     """
-    on_gpu, warning = gpu_count() > 0, ""
-    if launched_ranks() > 1:
-        warning = rendezvous.join()
-        process = Process(dist.get_rank(), dist.get_world_size(), on_gpu)
-    else:
-        paddle.set_device("gpu" if on_gpu else "cpu")  # "gpu": the launcher's --devices
-        process = Process(on_gpu=on_gpu)
-    setup.set_threads()
+    world = max(launched_ranks(), 1)
+    rank = int(os.environ["PADDLE_TRAINER_ID"]) if world > 1 else 0
+    process = Process(rank, world, gpu_count() > 0)
     _open_log(process)
-    if warning:
-        _log.warning(warning)
+    if world > 1:
+        rendezvous.join(rank)
+    else:
+        paddle.set_device("gpu" if process.on_gpu else "cpu")  # "gpu": the launcher's --devices
+    setup.set_threads()
     _log.info(setup.describe())
-    if not on_gpu:
+    if not process.on_gpu:
         _log.info("no GPU found: running on CPU")
     return process
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import stat
@@ -27,7 +28,7 @@ _store_lock = threading.Lock()  # one request at a time
 meetings = 0
 
 
-def join() -> str:
+def join(rank: int) -> None:
     """Joins the other ranks, as the launcher's environment describes them.
 
     gloo and NCCL use the device that has this node's address, unless the user has named another;
@@ -35,11 +36,10 @@ def join() -> str:
     Paddle's key-value store, which listens everywhere and asks for no password, is tied to it
     before the ranks meet there.
 
-    Returns a warning if the store stays open to other machines, else "". Raises UserError if rank 0
-    cannot be reached, or its port is in use.
+    Raises UserError if rank 0 cannot be reached, or its port is in use.
     """
     global _store
-    rank, linux, warning = int(os.environ["PADDLE_TRAINER_ID"]), sys.platform == "linux", ""
+    linux = sys.platform == "linux"
     own = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
     endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
     local = linux and all(endpoint.rpartition(":")[0] == own for endpoint in endpoints)
@@ -56,7 +56,7 @@ def join() -> str:
         os.environ["PADDLE_TRAINERS_NUM"] = "0"  # or it would wait for the others already here
         core.create_or_get_global_tcp_store()  # which `init_parallel_env` then takes
         os.environ["PADDLE_TRAINERS_NUM"] = world
-        warning = shut_out_others(port)
+        shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
     _store = core.TCPStore(host, port, False, 0)  # a connection beside that of Paddle's threads
     threading.Thread(target=_give_signs_of_life, args=(rank,), daemon=True).start()
@@ -68,7 +68,6 @@ def join() -> str:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENCE / 2))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(SILENCE / 10))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE * 1000))
-    return warning
 
 
 def _give_signs_of_life(rank: int) -> None:
@@ -158,9 +157,9 @@ def find_rank_0(rank: int) -> tuple[str, int]:
             time.sleep(0.5)
 
 
-def shut_out_others(port: int) -> str:
+def shut_out_others(port: int) -> None:
     """Ties this process's listening socket to the loopback device: it then takes connections to
-    127.0.0.1 only. Returns a warning where it cannot be done.
+    127.0.0.1 only. Logs a warning where it cannot be done.
     """
     reason = "its socket was not found"
     for found in tcp_sockets():
@@ -168,10 +167,12 @@ def shut_out_others(port: int) -> str:
         if listens and found.getsockname()[1] == port:
             try:
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _LOOPBACK.encode())
-                return ""
+                return
             except OSError as error:  # Linux before 5.7, where only root may
                 reason = error.strerror
-    return f"warning: port {port} of this job is open to other machines ({reason})"
+    logging.getLogger("resmlp").warning(
+        f"warning: port {port} of this job is open to other machines ({reason})"
+    )
 
 
 def tcp_sockets() -> Iterator[socket.socket]:

@@ -179,20 +179,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ties soc
 
 
 @linux
-def test_strangers_are_shut_out_of_a_port_and_this_machine_is_not():
-    with socket.socket() as store, socket.socket() as other:
-        for listening in (store, other):
-            listening.bind(("", 0))
-            listening.listen()
-        port = store.getsockname()[1]
-        assert rendezvous.shut_out_others(port) == ""
-        devices = [
-            s.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16) for s in (store, other)
-        ]
-        assert [device.rstrip(b"\0") for device in devices] == [b"lo", b""]
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    warning = rendezvous.shut_out_others(9)
-    assert "port 9 of this job is open to other machines (its socket was not found)" in warning
+def test_a_port_that_stays_open_to_others_is_said(caplog):
+    rendezvous.shut_out_others(9)
+    text = "warning: port 9 of this job is open to other machines (its socket was not found)"
+    assert caplog.messages == [text]
 
 
 _MEETING = """
@@ -211,7 +201,7 @@ def meet():
     print(os.environ["PADDLE_TRAINERS_NUM"])
 
 rendezvous.dist.init_parallel_env = meet
-print(repr(rendezvous.join()))
+rendezvous.join(0)
 """
 
 
@@ -237,7 +227,7 @@ def test_the_store_is_tied_before_the_ranks_meet(host):
         text=True,
         timeout=60,
     )
-    assert result.stdout.split() == ["lo", "3", "''"], result.stdout + result.stderr
+    assert result.stdout.split() == ["lo", "3"], result.stdout + result.stderr
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -6,8 +6,7 @@ where: step, forward, evaluation, save_begin, save_half, save_names, save_rename
        snapshot, load, goodbye (when a run is over)
 rank:  which rank it hits
 count: at which call of the place (from 1)
-what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleepN (seconds), hang,
-       full (the disk)
+what:  kill (SIGKILL), raise, nan, term (SIGTERM to itself), sleepN (seconds), full (the disk)
 
 The product has no hooks for faults; this replaces functions of its modules from outside. Spawned
 ranks import this file again, so the fault is in them too.
@@ -51,40 +50,31 @@ def fault(where: str, value=None):
     for _, rank, count, what in faults_at(where):
         if (rank, count) != here:
             continue
-        if what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif what == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if what in ("kill", "term"):
+            os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
         elif what == "raise":
             raise ValueError("a fault of the test")
         elif what == "nan":
             value = value * float("nan")
-        elif what.startswith("sleep"):
-            time.sleep(int(what.removeprefix("sleep")))
         elif what == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        elif what == "hang":
-            time.sleep(3600)
         else:
-            raise AssertionError(f"unknown fault {what}")
+            time.sleep(int(what.removeprefix("sleep")))
     return value
 
 
-def before(where, module, name):
+def hit(where, module, name, after=False):
+    """Puts the fault of a place before a function, or after it."""
     original = getattr(module, name)
 
     def patched(*args, **kwargs):
-        fault(where)
-        return original(*args, **kwargs)
+        if not after:
+            fault(where)
+        value = original(*args, **kwargs)
+        return fault(where, value) if after else value
 
     if faults_at(where):
         setattr(module, name, patched)
-
-
-def after(where, module, name):
-    original = getattr(module, name)
-    if faults_at(where):
-        setattr(module, name, lambda *args, **kwargs: fault(where, original(*args, **kwargs)))
 
 
 class _HalfPickle:
@@ -102,18 +92,18 @@ class _HalfPickle:
 
 
 rendezvous.BEAT, rendezvous.SILENCE = 0.5, 10.0
-before("step", engine.Trainer, "_train_step")
-after("forward", learner.Learner, "forward")
-before("evaluation", engine.Trainer, "evaluate")
-before("snapshot", learner.Learner, "state")
-before("save_begin", checkpoints, "save")
+hit("step", engine.Trainer, "_train_step")
+hit("forward", learner.Learner, "forward", after=True)
+hit("evaluation", engine.Trainer, "evaluate")
+hit("snapshot", learner.Learner, "state")
+hit("save_begin", checkpoints, "save")
 if faults_at("save_half"):
     checkpoints.pickle = _HalfPickle
-after("save_names", checkpoints, "duplicate")
-before("save_rename", checkpoints, "_replace")
-after("save_done", checkpoints, "save")
-before("load", datasets, "read_pixels")
-after("goodbye", launch, "_run")
+hit("save_names", checkpoints, "duplicate", after=True)
+hit("save_rename", checkpoints, "_replace")
+hit("save_done", checkpoints, "save", after=True)
+hit("load", datasets, "read_pixels")
+hit("goodbye", launch, "_run", after=True)
 
 
 if __name__ == "__main__":

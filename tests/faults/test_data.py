@@ -93,7 +93,7 @@ def test_a_bad_image_in_validation_stops_a_run_unless_it_may_be_skipped(tmp_path
 def test_a_worker_that_hangs_ends_the_run_in_time(tmp_path):
     data, _ = with_lists(tmp_path)
     begin = time.monotonic()
-    code, output = run(job(data, tmp_path, "DATA.WORKER_TIMEOUT", 3), fault="load:0:5:hang")
+    code, output = run(job(data, tmp_path, "DATA.WORKER_TIMEOUT", 3), fault="load:0:5:sleep3600")
     assert code == 2 and time.monotonic() - begin < 30
     assert "delivered no batch for 3 s (DATA.WORKER_TIMEOUT)" in error_line(output)
     assert alive(str(tmp_path)) == []

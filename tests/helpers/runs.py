@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
 
 def run(words: list, fault: str = "", seconds: float = 120, **environment) -> tuple[int, str]:
     return finish(start(words, fault, **environment), seconds)
+
+
+def wait_for_checkpoint(folder: Path, *processes: subprocess.Popen) -> None:
+    """Returns when the run in ``folder`` has saved for the first time."""
+    deadline = time.monotonic() + 90
+    while not (folder / "run" / "last.pdparams").exists():
+        assert all(process.poll() is None for process in processes), list(map(finish, processes))
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def error_line(output: str) -> str:
