@@ -67,22 +67,15 @@ def test_how_a_run_ends_decides_its_exit_code_and_last_line(
 
 
 # ------------------------------------------------------------------------------ watching
-def rank_that(reader_writer, code, after=0.0, text=None):
-    """A process that ends like a rank, without Paddle."""
-
-    def body():
-        time.sleep(after)
-        if text is not None:
-            reader_writer[1].send((code, text))
-        if code < 0:
-            os.kill(os.getpid(), -code)
-        if text is not None and code not in (0, PREEMPTED):
-            threading.Event().wait()
-        os._exit(code)
-
-    process = _forking.Process(target=body)
-    process.start()
-    return process
+def end_like_a_rank(writer, code, after=0.0, text=None):
+    time.sleep(after)
+    if text is not None:
+        writer.send((code, text))
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    if text is not None and code not in (0, PREEMPTED):
+        threading.Event().wait()
+    os._exit(code)
 
 
 FOREVER = dict(code=0, after=3600)
@@ -105,10 +98,15 @@ STOPPED = dict(code=PREEMPTED, text="stopped")
 )
 def test_ranks_are_waited_for_until_one_fails_or_stops(monkeypatch, ranks, signals, endings):
     monkeypatch.setattr(launch, "GRACE", 0.3)
-    pipes = [_forking.Pipe(duplex=False) for _ in ranks]
-    workers = [rank_that(pipe, **rank) for pipe, rank in zip(pipes, ranks)]
+    readers, writers = zip(*(_forking.Pipe(duplex=False) for _ in ranks))
+    workers = [
+        _forking.Process(target=end_like_a_rank, args=[writer], kwargs=rank)
+        for writer, rank in zip(writers, ranks)
+    ]
+    for worker in workers:
+        worker.start()
     start = time.monotonic()
-    readers, signals = [reader for reader, _ in pipes], [start + after for after in signals]
+    signals = [start + after for after in signals]
     assert launch.watch_ranks(workers, readers, signals, lambda: False) == endings
     assert time.monotonic() - start < launch.FAILURE_GRACE + 2
     launch.end_ranks(workers)
