@@ -110,18 +110,18 @@ def differences(one: Path, other: Path) -> list[str]:
         for state in states:
             del state["config"]  # names the folder
             del state["place"]["seconds"]
-        _compare(*states, name, found)
+        a, b = (dict(_leaves(state, name)) for state in states)
+        found += [path for path in {**a, **b} if a.get(path) != b.get(path)]
     if metrics(one) != metrics(other):
         found.append("metrics.jsonl")
     return found
 
 
-def _compare(a, b, name: str, found: list[str]) -> None:
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        for key in a:
-            _compare(a[key], b[key], f"{name}/{key}", found)
-    elif isinstance(a, np.ndarray):
-        if a.dtype != b.dtype or a.tobytes() != b.tobytes():
-            found.append(name)
-    elif a != b:
-        found.append(f"{name}: {a} {b}")
+def _leaves(tree, name: str):
+    """``(path, value)`` of all in dictionaries in dictionaries: their keys, an array's bits."""
+    if isinstance(tree, dict):
+        yield name, tree.keys()
+        for key, value in tree.items():
+            yield from _leaves(value, f"{name}/{key}")
+    else:
+        yield name, (tree.dtype, tree.tobytes()) if isinstance(tree, np.ndarray) else tree
