@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> None:
         architecture = infer(file.state)
         model = ResMLP(**architecture._asdict())
         load_state(model, file.state)  # also tells what is missing or left over
-    state, rows = names.convert(file.state, "paddle", args.format)
+    state, report = names.convert(file.state, "paddle", args.format)
     if verify.have_timm():
         print(f"proof: {verify.compare_with_timm(model, state, architecture)}")
     else:
-        print(*rows, sep="\n")
+        print(*report.values(), sep="\n")
     write_torch_weights(state, args.output)
     back, _ = names.convert(read_weights(args.output).state, args.format, "paddle")
     expected, found = verify.checksum(file.state), verify.checksum(back)

@@ -44,7 +44,7 @@ def port(state: dict, output: str, cfg: str | None, proof: str) -> None:
             "neither timm's names (stem.proj.weight, ...) nor facebookresearch/deit's "
             f"(patch_embed.proj.weight, ...): found {shorten(sorted(state), 3)}"
         )
-    ported, rows = names.convert(state, source, "paddle")
+    ported, report = names.convert(state, source, "paddle")
     architecture = infer(ported)
     configs = {weights.config: CONFIGS / f"{weights.config}.yaml" for weights in ZOO}
     fit = [name for name, path in configs.items() if not architecture.differences(get_config(path))]
@@ -66,8 +66,8 @@ def port(state: dict, output: str, cfg: str | None, proof: str) -> None:
     if proof == "timm" or (proof == "auto" and verify.have_timm()):
         print(f"proof: {verify.compare_with_timm(model, state, architecture)}")
     else:
-        print(*sorted(rows, key=lambda row: order.index(row.target)), sep="\n")
-        print(f"{len(rows)} tensors, none missing, none left over")
+        print(*(report[name] for name in order), sep="\n")
+        print(f"{len(report)} tensors, none missing, none left over")
     write_weights({name: ported[name] for name in order}, output)
     expected, found = verify.checksum(ported), verify.checksum(read_weights(output).state)
     if found != expected:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,23 +28,6 @@ _MODULES = (  # ours, timm's, facebookresearch/deit's; {} is the number of the b
 _COLUMN = {"paddle": 0, "timm": 1, "facebook": 2}
 _LINEAR = re.compile(r"(.*\.(linear_tokens|fc1|fc2)|head)\.weight")  # our names
 _AFFINE = re.compile(r".*norm[12]?\.(alpha|beta)")
-
-
-class Row(NamedTuple):
-    """What became of one tensor."""
-
-    source: str
-    source_shape: tuple[int, ...]
-    target: str
-    target_shape: tuple[int, ...]
-    transposed: bool
-
-    def __str__(self) -> str:
-        how = "transposed" if self.transposed else "as it is"
-        if not self.transposed and self.source_shape != self.target_shape:
-            how = "reshaped"
-        shapes = f"{list(self.source_shape)} -> {list(self.target_shape)}"
-        return f"{self.source:36} -> {self.target:44} {shapes:36} {how}"
 
 
 def translate(name: str, source: str, target: str) -> str | None:
@@ -67,23 +50,22 @@ def torch_format(names: Any) -> str:
 
 def convert(
     state: Mapping[str, np.ndarray], source: str, target: str
-) -> tuple[dict[str, np.ndarray], list[Row]]:
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Names and lays out a state dict anew, from or to ``paddle``; unknown names are marked.
 
-    Returns it, and a row of the report for every tensor. Affine is ``[1, 1, C]``, and ``[C]`` in
-    facebookresearch/deit's.
+    Returns it, and for every new name a line that says what became of the tensor. Affine is
+    ``[1, 1, C]``, and ``[C]`` in facebookresearch/deit's.
     """
-    result, rows = {}, []
+    result, report = {}, {}
     for name, value in state.items():
         renamed = translate(name, source, target) or f"{name} (not ResMLP's)"
         ours = renamed if target == "paddle" else name
-        transposed = bool(_LINEAR.fullmatch(ours)) and value.ndim == 2
-        array = value.T if transposed else value
-        if _AFFINE.fullmatch(ours):
-            if target == "facebook":
-                array = value.reshape(-1)
-            elif value.ndim == 1:
-                array = value.reshape(1, 1, -1)
+        array, how = value, "as it is"
+        if _LINEAR.fullmatch(ours) and value.ndim == 2:
+            array, how = value.T, "transposed"
+        elif _AFFINE.fullmatch(ours) and (target == "facebook" or value.ndim == 1):
+            array, how = value.reshape(-1 if target == "facebook" else (1, 1, -1)), "reshaped"
         result[renamed] = np.ascontiguousarray(array)
-        rows.append(Row(name, value.shape, renamed, array.shape, transposed))
-    return result, rows
+        shapes = f"{list(value.shape)} -> {list(array.shape)}"
+        report[renamed] = f"{name:36} -> {renamed:44} {shapes:36} {how}"
+    return result, report

@@ -56,8 +56,8 @@ class Weights(NamedTuple):
         """What `MEASURES` names, in percent; None: nobody published it."""
         if measure in ("top1", "top5"):
             return getattr(self, measure) if self.training != _DINO else None
-        others = dict(zip(("real", "v2", "sketch", "a", "r"), OTHER_SETS.get(self.name, ())))
-        return others[measure] if others else None
+        others = zip(("real", "v2", "sketch", "a", "r"), OTHER_SETS.get(self.name, ()))
+        return dict(others).get(measure)
 
     @property
     def paddle(self) -> PaddleFile | None:

@@ -1,7 +1,7 @@
 """Training checkpoints: whole or not there at all, checked on reading, rotated.
 
 A checkpoint is a pickle of plain containers, numbers, text and NumPy arrays, which ``paddle.load``
-opens too. Here it is read without running code (weights.safe_load).
+opens too. Here it is read without running code (`weights.safe_load`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def save(state: dict, path: str | os.PathLike, names: Sequence[str] = ()) -> Non
         finally:
             _replace(temporary, path)
     except OSError as error:
-        _discard(temporary)
+        with suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written: {error.strerror or error}; the earlier "
             f"checkpoints are untouched"
@@ -92,7 +93,8 @@ def duplicate(path: str | os.PathLike, name: str) -> None:
             shutil.copyfile(path, temporary)
         _replace(temporary, path.with_name(name))
     except OSError as error:
-        _discard(temporary)
+        with suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(f"{path.with_name(name)}: cannot be written: {error.strerror}")
 
 
@@ -108,15 +110,14 @@ class Writer:
         self.finish()
         self._pending = self._pool.submit(write)
 
-    def finish(self, wait: bool = True) -> bool:
-        """Waits for what was started and raises what it raised; whether it has ended just now."""
+    def finish(self, wait: bool = True) -> None:
+        """Waits for what was started, or only looks if it has ended; raises what it raised."""
         if self._pending is None or not (wait or self._pending.done()):
-            return False
+            return
         pending, self._pending = self._pending, None
         while not pending.done():
             wait_for([pending], 0.2)  # in pieces: signals are handled in between
         pending.result()
-        return True
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -270,8 +271,3 @@ def _replace(temporary: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _discard(temporary: Path) -> None:
-    with suppress(OSError):
-        temporary.unlink()

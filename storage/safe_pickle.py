@@ -14,7 +14,7 @@ import os
 import pickletools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import numpy as np
@@ -72,10 +72,6 @@ def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     return array
 
 
-def _scalar(dtype: Any, data: Any) -> Any:
-    return _array(data, dtype, (), "C")[()]
-
-
 def _dict(items: Any = ()) -> dict:
     result: dict = {}
     for key, value in items:
@@ -91,15 +87,11 @@ def _tuple(items: Any = ()) -> Any:
     return items[1] if is_tensor else tuple(items)
 
 
-def _encode(text: str, encoding: str) -> bytes:
+def _bytes(data: Any = b"", encoding: str = "") -> bytes:
     """Protocol 2 has no bytes and writes them as text to be encoded."""
-    if encoding not in ("latin1", "latin-1"):
+    if encoding not in ("latin1", "latin-1", ""):
         raise WeightsError("text to be encoded otherwise than as latin-1")
-    return text.encode("latin1")
-
-
-def _bytes(data: Any = b"", *encoding: str) -> bytes:
-    return _encode(data, *encoding) if encoding else bytes(memoryview(data))
+    return data.encode("latin1") if encoding else bytes(memoryview(data))
 
 
 _NAMES: dict[str, Any] = {
@@ -109,11 +101,11 @@ _NAMES: dict[str, Any] = {
     "builtins.tuple": _tuple,
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytes,
-    "_codecs.encode": _encode,
+    "_codecs.encode": _bytes,
 }
 for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
     _NAMES[f"{_core}.multiarray._reconstruct"] = _new_array
-    _NAMES[f"{_core}.multiarray.scalar"] = _scalar
+    _NAMES[f"{_core}.multiarray.scalar"] = lambda dtype, data: _array(data, dtype, (), "C")[()]
     _NAMES[f"{_core}.numeric._frombuffer"] = _array
 
 _LITERALS = {
@@ -134,31 +126,25 @@ _CONTAINERS = {  # of all values behind a MARK
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
+@dataclass
 class _Machine:
     """The stack machine: `run` carries out one instruction.
 
     Args:
         budget: characters, bytes and items that functions may be handed in all: most copy them, and
             what is remembered can be handed over again and again.
-        names: accepted names, see `_NAMES`.
+        names: accepted names, beside `_NAMES` or instead of them.
         foreign: beginnings of names that become a `Foreign`.
         persistent: what the tuple of a persistent id stands for; None: files have none.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        names: Mapping[str, Any] | None = None,
-        foreign: tuple[str, ...] = (),
-        persistent: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self.budget = budget
-        self.names = {**_NAMES, **(names or {})}
-        self.foreign = foreign
-        self.persistent = persistent
-        self.stack: list = []
-        self.marked: list[list] = []  # the stacks below each MARK
-        self.memo: dict[int, Any] = {}
+    budget: int
+    names: Mapping[str, Callable] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+    persistent: Callable[[Any], Any] | None = None
+    stack: list = field(default_factory=list)
+    marked: list[list] = field(default_factory=list)  # the stacks below each MARK
+    memo: dict[int, Any] = field(default_factory=dict)
 
     def pop(self, count: int) -> list:
         if count > len(self.stack):
@@ -246,8 +232,8 @@ class _Machine:
 
     def named(self, name: str) -> Any:
         name = name.replace("__builtin__", "builtins")  # as protocol 2 writes it
-        if name in self.names:
-            return self.names[name]  # of all that the stack can hold, REDUCE can call only these
+        if function := self.names.get(name) or _NAMES.get(name):
+            return function  # of all that the stack can hold, REDUCE can call only these
         if name.startswith(self.foreign):
             return Foreign(name)
         raise WeightsError(f"{name}, which is not plain data")
@@ -259,18 +245,17 @@ def _set_item(target: dict, key: Any, value: Any) -> None:
     dict.__setitem__(target, key, value)
 
 
+_LEAVES = (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic, Foreign)
+
+
 def _count(item: Any, depth: int, known: dict[int, int]) -> int:
     """Values in ``item``; refuses leftovers of the machine, cycles and what is nested too deep."""
-    if isinstance(
-        item, (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic, Foreign)
-    ):
+    if isinstance(item, _LEAVES):
         return 1
-    if type(item) not in (list, tuple, dict) or depth > MAX_DEPTH:
-        raise WeightsError(
-            f"containers nested deeper than {MAX_DEPTH} levels"
-            if depth > MAX_DEPTH
-            else f"a {type(item).__name__.strip('_').lower()} that is not plain data"
-        )
+    if depth > MAX_DEPTH:
+        raise WeightsError(f"containers nested deeper than {MAX_DEPTH} levels")
+    if type(item) not in (list, tuple, dict):
+        raise WeightsError(f"a {type(item).__name__.strip('_').lower()} that is not plain data")
     if id(item) not in known:
         children = item.values() if type(item) is dict else item
         total = 1 + sum(_count(child, depth + 1, known) for child in children)

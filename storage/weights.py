@@ -129,11 +129,12 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     content = _load(path)
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    table = content.get(NAME_TABLE)
-    classes = content.get(CLASSES) or (table.get(NAME_TABLE) if isinstance(table, dict) else None)
+    classes = ClassNames.of_record(content.get(CLASSES), str(path))
+    if not classes and isinstance(table := content.get(NAME_TABLE), dict):
+        classes = ClassNames.of_record(table.get(NAME_TABLE), str(path))
     state, taken = _choose(_without_name_table(content), key, path)
     state = check_state(_without_prefixes(state, path), str(path))
-    classes = ClassNames.of_record(classes, str(path)) or ClassNames.beside(path)
+    classes = classes or ClassNames.beside(path)
     if len(classes) != len(state.get("head.bias", ())):
         classes = UNKNOWN  # a classes.txt of something else
     return WeightFile(state, taken, str(path), classes)

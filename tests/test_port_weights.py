@@ -128,14 +128,6 @@ def test_a_port_computes_what_the_official_model_does_and_goes_back_bit_for_bit(
     assert_bit_identical(read_weights(back).state, state)
 
 
-def test_one_format_can_be_turned_into_the_other_and_square_layers_are_transposed():
-    state = torch_state("timm")
-    ported, _ = names.convert(state, "timm", "paddle")
-    assert_bit_identical(names.convert(ported, "paddle", "facebook")[0], torch_state("facebook"))
-    weight = state["blocks.1.linear_tokens.weight"]
-    np.testing.assert_array_equal(ported["mixer_layers.1.linear_tokens.weight"], weight.T)
-
-
 def moved(old, new=None, change=lambda value: value):
     """A mistake: the entry ``old`` is another, or has another name."""
     return lambda state: state.update({new or old: change(state.pop(old))})

@@ -25,8 +25,9 @@ _EPOCH = re.compile(r"Epoch-(\d+)-Loss-")  # in the names of PPViT's files
 def load(path: Path, config) -> dict | None:
     """Reads a checkpoint of PPViT's; None: it is no such file. UserError if it is damaged.
 
-    Returns what `Learner.state` names, as arrays, with ``epoch`` (epochs done) and ``notes``: a
-    line for the log about each thing that was not carried over.
+    Returns what `Learner.state` names, as arrays, with ``epoch`` (epochs done: the file's, else the
+    config's, else that in the file's name) and ``notes``: a line for the log about each thing that
+    was not carried over.
     """
     content, pair = _read(path) if path.suffix == ".pdparams" else None, path.with_suffix(".pdopt")
     if not isinstance(content, dict):
@@ -37,7 +38,13 @@ def load(path: Path, config) -> dict | None:
         content = {"model": content, "optimizer": _read(pair)}
     elif not content.keys() & {"optimizer", "epoch"}:
         return None
-    epoch, notes = _epoch(content, path, config), []
+    epoch, named, notes = content.get("epoch"), _EPOCH.search(path.name), []
+    if epoch is None:
+        epoch = config.TRAIN.LAST_EPOCH or (int(named[1]) if named else None)
+    if type(epoch) is not int or epoch < 0:
+        raise CheckpointError(
+            f"{path}: does not say how many epochs were done; give them with -last_epoch N"
+        )
     optimizer = content.get("optimizer")
     optimizer = optimizer if isinstance(optimizer, dict) else {}
     own_names, model = _split(content["model"])
@@ -104,15 +111,3 @@ def _moments(optimizer: dict, own_names: dict[str, str], path: Path, notes: list
     arrays = {re.sub(r"_\d+$", "_0", key): value for key, value in arrays.items()}
     arrays = check_state(arrays, f"{path}: optimizer")
     return by_parameter(arrays, own_names)
-
-
-def _epoch(content: dict, path: Path, config) -> int:
-    """Epochs done: the file's, else the config's, else the one in the file's name."""
-    epoch, named = content.get("epoch"), _EPOCH.search(path.name)
-    if epoch is None:
-        epoch = config.TRAIN.LAST_EPOCH or (int(named[1]) if named else None)
-    if type(epoch) is not int or epoch < 0:
-        raise CheckpointError(
-            f"{path}: does not say how many epochs were done; give them with -last_epoch N"
-        )
-    return epoch

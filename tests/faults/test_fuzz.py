@@ -19,7 +19,7 @@ from cli.errors import CheckpointError, ConfigError, DataError, UserError, Weigh
 from config import KEYS, get_config
 from loading.files import read_list
 from loading.images import read_image
-from resmlp import build_resmlp, load_state
+from resmlp import ResMLP, load_state
 from storage import checkpoints
 from storage.weights import read_weights, write_weights
 
@@ -45,22 +45,22 @@ sys.addaudithook(_hook)
 
 @pytest.fixture
 def watch():
-    """Calls a parser under watch; whatever it raises must be a `UserError` of one line."""
+    """Calls a parser under watch. None: it raised a ``kind`` of `UserError`, of one line."""
 
     def expired(number, frame):
         raise AssertionError("an input kept the parser busy")
 
-    def call(parse, *arguments):
+    def call(kind, parse, *arguments, says=""):
         global _watching
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         _watching = True
         try:
             return parse(*arguments)
-        except UserError as error:
+        except kind as error:
             text = str(error)
-            assert text and "\n" not in text and len(text) < 2000, text
+            assert text and "\n" not in text and len(text) < 2000 and says in text, text
             assert "\0" not in text and "\x1b" not in text, text  # nothing for a terminal to obey
-            return error
+            return None
         finally:
             _watching = False
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -106,9 +106,8 @@ def test_list_files(tmp_path, watch):
     path, root, accepted = tmp_path / "list.txt", str(tmp_path), 0
     for _ in range(3 * COUNT):
         path.write_bytes(mutate(rng, text, words))
-        index = watch(read_list, str(path), root, 7, False)
-        if isinstance(index, UserError):
-            assert isinstance(index, DataError)
+        index = watch(DataError, read_list, str(path), root, 7, False)
+        if index is None:
             continue
         accepted += 1
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -159,14 +158,12 @@ def test_yaml_files(tmp_path, watch, monkeypatch):
     path = tmp_path / "tiny.yaml"
     for _ in range(3 * COUNT):
         path.write_bytes(mutate(rng, YAML, YAML_WORDS))
-        config = watch(get_config, "tiny.yaml")
-        if isinstance(config, UserError):
-            assert isinstance(config, ConfigError) and "tiny.yaml" in str(config)
-        else:
+        config = watch(ConfigError, get_config, "tiny.yaml", says="tiny.yaml")
+        if config is not None:
             accepted += 1
             obeys_its_rules(config)
             path.write_text(config.dump())  # what was accepted can be written and read again
-            assert watch(get_config, "tiny.yaml") == config
+            assert watch(ConfigError, get_config, "tiny.yaml") == config
     assert COUNT / 50 < accepted < 2.5 * COUNT
     assert not (tmp_path / "ran").exists()
 
@@ -184,44 +181,24 @@ def test_opts(watch):
         if rng.random() < 0.9:
             value = mutate(rng, value, words)
         opts = [key.decode("utf-8", "replace"), value.decode("utf-8", "replace")]
-        config = watch(get_config, None, opts)
-        if isinstance(config, UserError):
-            assert isinstance(config, ConfigError)
-        else:
+        config = watch(ConfigError, get_config, None, opts)
+        if config is not None:
             accepted += 1
             obeys_its_rules(config)
     assert COUNT / 20 < accepted < 2.5 * COUNT
 
 
-def tiny_model():
-    config = get_config()
-    config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES = 8, 3
-    mixer = config.MODEL.MIXER
-    mixer.PATCH_SIZE, mixer.EMBED_DIM, mixer.DEPTH, mixer.MLP_RATIO = 4, 4, 1, 1.0
-    return build_resmlp(config)
-
-
 WEIGHT_WORDS = [b"cos\nsystem\n", b"c__builtin__\neval\n", b"\x93", b"R", b"b", b"\x81", b"."]
-WEIGHT_WORDS += [
-    b"\x8c\x02os\x94\x8c\x06system\x94\x93",
-    b"numpy\ndtype\n",
-    b"O8",
-    b"(",
-    b"}",
-    b"]",
-]
+WEIGHT_WORDS += [b"\x8c\x02os\x94\x8c\x06system\x94\x93", b"numpy\ndtype\n", b"O8", b"("]
 WEIGHT_WORDS += [b'"F32"', b'"shape":[9999999999]', b'"data_offsets":[0,4]', b"{", b"[" * 300]
-WEIGHT_WORDS += [
-    b"\x80\x04\x95",
-    b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f",
-    b"\x94" * 200,
-    b"2" * 300,
-]
+WEIGHT_WORDS += [b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x94" * 200, b"\x80\x04\x95"]
+WEIGHT_WORDS += [b"2" * 300, b"}", b"]"]
 
 
 @pytest.mark.parametrize("suffix", ["pdparams", "safetensors"])
 def test_weight_files(tmp_path, watch, suffix):
-    rng, model = random.Random(4), tiny_model()
+    rng = random.Random(4)
+    model = ResMLP(8, 4, num_classes=3, embed_dim=4, depth=1, mlp_ratio=1.0)
     names = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     path, accepted = tmp_path / f"w.{suffix}", 0
     write_weights(model.state_dict(), path)
@@ -232,15 +209,11 @@ def test_weight_files(tmp_path, watch, suffix):
             path.write_bytes(mutate(rng, data[:header], WEIGHT_WORDS) + data[header:])
         else:
             path.write_bytes(mutate(rng, data, WEIGHT_WORDS))
-        file = watch(read_weights, str(path))
-        if isinstance(file, UserError):
-            assert isinstance(file, WeightsError)
+        file = watch(WeightsError, read_weights, str(path))
+        if file is None:
             continue
         assert all(np.isfinite(value).all() for value in file.state.values())
-        result = watch(load_state, model, file.state)
-        if isinstance(result, UserError):
-            assert isinstance(result, WeightsError)
-        else:  # taken as a whole
+        if watch(WeightsError, load_state, model, file.state) is not None:  # taken as a whole
             accepted += 1
             assert {name: value.shape for name, value in file.state.items()} == names
             own = model.state_dict()
@@ -262,10 +235,8 @@ def test_checkpoints(tmp_path, watch):
     expected = checkpoints.checksum(state)
     for _ in range(2 * COUNT):
         path.write_bytes(mutate(rng, data, WEIGHT_WORDS))
-        loaded = watch(checkpoints.load, path)
-        if isinstance(loaded, UserError):
-            assert isinstance(loaded, CheckpointError)
-        else:
+        loaded = watch(CheckpointError, checkpoints.load, path)
+        if loaded is not None:
             assert checkpoints.checksum(loaded) == expected  # only the wrapping was touched
 
 
@@ -282,10 +253,8 @@ def test_images(tmp_path, watch, form):
     read = 0
     for _ in range(COUNT):
         path.write_bytes(mutate(rng, data, words))
-        image = watch(read_image, str(path))
-        if isinstance(image, UserError):
-            assert isinstance(image, DataError) and str(path) in str(image)
-        else:
+        image = watch(DataError, read_image, str(path), says=str(path))
+        if image is not None:
             read += 1
             assert image.mode == "RGB" and np.asarray(image).shape == (*image.size[::-1], 3)
     assert 0 < read < COUNT
@@ -300,7 +269,7 @@ def test_the_watch_sees_what_it_shall(watch):
 
     for act in (lambda: pickle.loads(pickle.dumps(Evil())), lambda: open("/dev/null", "w").close()):
         with pytest.raises(AssertionError):
-            watch(act)
+            watch(UserError, act)
         _seen.clear()
     with pytest.raises(AssertionError):
-        watch(exec, "raise __import__('cli.errors').errors.UserError('two' + chr(10) + 'lines')")
+        watch(UserError, exec, "raise UserError('two\\nlines')", {"UserError": UserError})
