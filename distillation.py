@@ -1,9 +1,5 @@
 """The teacher of a distillation: a frozen network that sees the images as it was trained to.
 
-TRAIN.TEACHER_MODEL is the prefix of a network saved by ``paddle.jit.save`` (``PREFIX.json`` or
-``PREFIX.pdmodel``, with ``PREFIX.pdiparams``); or, with TRAIN.TEACHER_PRETRAINED, a YAML file of
-another ResMLP or a name of ``paddle.vision.models``.
-
 Build it after the student and its optimizer: a network built earlier shifts the automatic names of
 Paddle's parameters, by which optimizer states are stored.
 """
@@ -76,12 +72,13 @@ class Teacher:
 def build_teacher(config) -> Teacher:
     """Builds the teacher of TRAIN.TEACHER_* and tries it on two blank images.
 
-    The student's DATA.IMAGE_SIZE, IMAGENET_MEAN and IMAGENET_STD stand in for a
-    TRAIN.TEACHER_IMAGE_SIZE, _MEAN or _STD of None, unless the teacher has its own: a YAML file or
-    an export with metadata. ConfigError or, of its weights, WeightsError if it does not fit.
+    TEACHER_MODEL is the prefix of a network saved by ``paddle.jit.save``; or, with weights, a YAML
+    file of another ResMLP or a name of ``paddle.vision.models``. Unless it has its own, which a
+    YAML file and an export have, the student's size, mean and deviation stand in for a
+    TEACHER_IMAGE_SIZE, _MEAN or _STD of None. ConfigError or WeightsError if it does not fit.
     """
     train, data = config.TRAIN, config.DATA
-    name, weights = train.TEACHER_MODEL, train.TEACHER_PRETRAINED
+    name, weights, count = train.TEACHER_MODEL, train.TEACHER_PRETRAINED, config.MODEL.NUM_CLASSES
     size, mean, std = data.IMAGE_SIZE, data.IMAGENET_MEAN, data.IMAGENET_STD
     student = mean, std
     if not name:
@@ -98,11 +95,23 @@ def build_teacher(config) -> Teacher:
         size, mean, std, classes = _metadata(prefix, size, mean, std)
         network = _saved_network(prefix, weights)
     else:
-        network, classes = _vision_model(name, weights, config.MODEL.NUM_CLASSES)
+        network, classes = _vision_model(name, weights, count)
     size = train.TEACHER_IMAGE_SIZE or size
     mean, std = train.TEACHER_MEAN or mean, train.TEACHER_STD or std
     teacher = Teacher(network, size, mean, std, student, classes)
-    _try_out(teacher, name, config)
+    blank = paddle.zeros([2, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])
+    try:  # before training starts
+        shape = list(teacher(blank).shape)
+    except Exception as error:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {name} does not take images of {size} pixels in "
+            f"batches of any size; set TRAIN.TEACHER_IMAGE_SIZE ({_last_line(error)})"
+        ) from error
+    if shape != [2, count]:
+        raise ConfigError(
+            f"TRAIN.TEACHER_MODEL {name} gives {shape[1:]} values for an image, not one for each "
+            f"of MODEL.NUM_CLASSES {count}"
+        )
     return teacher
 
 
@@ -186,23 +195,6 @@ def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:
             f"TRAIN.TEACHER_MODEL {prefix}: damaged, incomplete, or of another Paddle version "
             f"({_last_line(error)})"
         ) from error
-
-
-def _try_out(teacher: Teacher, name: str, config) -> None:
-    """Two blank images: finds a wrong input size or class count before training starts."""
-    size, classes = config.DATA.IMAGE_SIZE, config.MODEL.NUM_CLASSES
-    try:
-        shape = list(teacher(paddle.zeros([2, config.DATA.IMAGE_CHANNELS, size, size])).shape)
-    except Exception as error:
-        raise ConfigError(
-            f"TRAIN.TEACHER_MODEL {name} does not take images of {teacher.image_size} pixels in "
-            f"batches of any size; set TRAIN.TEACHER_IMAGE_SIZE ({_last_line(error)})"
-        ) from error
-    if shape != [2, classes]:
-        raise ConfigError(
-            f"TRAIN.TEACHER_MODEL {name} gives {shape[1:]} values for an image, not one for each "
-            f"of MODEL.NUM_CLASSES {classes}"
-        )
 
 
 def _last_line(error: Exception) -> str:

@@ -52,13 +52,12 @@ class Calibration:
 
     def reduce(self, process: Process) -> None:
         """Makes this the counts and mistakes of all ranks, on every rank."""
-        shared = np.zeros([process.world, MISTAKES, 5])
-        shared[process.rank, : len(self.mistakes), :4] = self.mistakes
-        shared[process.rank, : len(self.mistakes), 4] = 1  # a row that is filled
+        shared = np.zeros([process.world, MISTAKES, 4])
+        shared[process.rank, : len(self.mistakes)] = self.mistakes
         sums = np.array(sum_over_ranks([*self.bins.ravel(), *shared.ravel()], process))
         self.bins = sums[: self.bins.size].astype("int64").reshape(BINS, 3)
-        rows = sums[self.bins.size :].reshape(-1, 5)
-        self._keep(rows[rows[:, 4] == 1, :4])
+        rows = sums[self.bins.size :].reshape(-1, 4)
+        self._keep(rows[rows[:, 0] > 0])  # the others are not filled
 
     def error(self) -> float:
         """Expected calibration error in percent."""

@@ -25,7 +25,6 @@ from training.precision import predictor
 from utils import ProgressLine
 
 _log = logging.getLogger("resmlp")
-_SCORES = ("top1", "top5", "loss", "images", "classes", "balanced_accuracy")
 
 
 @dataclass
@@ -64,9 +63,9 @@ class Metrics:
 
     def scores(self) -> dict[str, float]:
         """The numbers that were measured, by name: those of ``eval.json``."""
-        names = [f"{kind}{name}" for kind in ("", "real_", "subset_") for name in _SCORES]
-        values = {name: getattr(self, name, None) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+        values = {**vars(self), "balanced_accuracy": self.balanced_accuracy}
+        del values["seconds"]
+        return {k: value for k, value in values.items() if isinstance(value, (int, float))}
 
     def __str__(self) -> str:
         more, balanced = "", self.balanced_accuracy
@@ -105,8 +104,7 @@ class Result:
     def of(cls, folder: Path, rank: int, metrics: Metrics | None, best: float | None = None):
         """The result with the numbers of an evaluation, if there was one."""
         names = ("top1", "top5", "loss", "images", "balanced_accuracy") if metrics else ()
-        found = {name: getattr(metrics, name) for name in names}
-        return cls(folder, rank, **found, best_top1=best)
+        return cls(folder, rank, *(getattr(metrics, name) for name in names), best_top1=best)
 
 
 class _Sums:
@@ -197,8 +195,8 @@ def evaluate(
     batch's predictions on the host.
 
     Args:
-        models: each makes of uint8 images ``[B, H, W, 3]`` logits ``[B, K]``.
-        num_classes: K; top-5 is top-K where K is smaller.
+        models: each makes of uint8 images ``[B, H, W, 3]`` logits ``[B, K]``, K ``num_classes``;
+            top-5 is top-K where K is smaller.
         confusion: also count `Metrics.confusion` and `Metrics.calibration`.
         stop: called before each batch: whether to break off.
         accepted: int64 ``[images, M]``, labels that count as right, filled up with -1: also
@@ -206,17 +204,13 @@ def evaluate(
         subset: the classes that the data have: also measures ``subset_top1`` and ``subset_top5``,
             with the other logits left out, as the authors of ImageNet-A and -R do.
 
-    Returns:
-        The metrics of each model, the same on every rank; None when any rank broke off.
-
-    Raises:
-        UserError: a logit is not finite.
+    Returns the metrics of each model, the same on every rank; None when any rank broke off.
+    Raises UserError: a logit is not finite.
     """
     start, seen, stopped = time.monotonic(), 0, False
     sums = [_Sums(num_classes, confusion, accepted, subset) for _ in models]
     for number, (images, labels, indices) in enumerate(loader):
-        stopped = stop()
-        if stopped:
+        if stopped := stop():
             break
         for model, own in zip(models, sums):
             own.add(model(images), labels, indices)

@@ -70,10 +70,8 @@ class Learner:
         """Makes an optimizer step along the mean gradient of an accumulation window of batches.
 
         Where the numbers are read at once, on a CPU and under NONFINITE skip, a step that is not
-        finite leaves the weights as they were. float16's scaler does so by itself.
-
-        ``number`` counts the steps before this one. What it returns is the same on all ranks but
-        this rank's own loss and images; so they learn of a ``stop_requested``.
+        finite leaves the weights as they were. float16's scaler does so by itself. ``number``
+        counts the steps before this one; by the record all ranks learn of a ``stop_requested``.
         """
         loss, norm = self.gradients(window, rng)
         totals = paddle.stack([loss, paddle.full_like(loss, float(stop_requested))])

@@ -39,16 +39,15 @@ class Progress:
     skipped_steps: int = 0  # optimizer steps left out: a loss or gradient was not finite
     skipped_in_a_row: int = 0  # counted against NONFINITE_LIMIT
 
-    def take_best(self, other: Progress) -> None:
-        """Goes back to the best that another one knows."""
-        for name in ("best_score", "best_top1", "best_epoch", "stale"):
-            setattr(self, name, getattr(other, name))
+    def forget_best(self) -> None:
+        self.best_score, self.best_top1, self.best_epoch, self.stale = -math.inf, -1.0, 0, 0
 
     def is_best(self, score: float, top1: float) -> bool:
         """Counts an evaluation after the epoch under way; whether it is the best one so far."""
         self.stale += 1
         if score > self.best_score:
-            self.take_best(Progress(0, best_score=score, best_top1=top1, best_epoch=self.epoch + 1))
+            self.best_score, self.best_top1, self.best_epoch = score, top1, self.epoch + 1
+            self.stale = 0
         return self.stale == 0
 
     def ended(self, epochs: int, patience: int) -> bool:

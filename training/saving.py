@@ -33,7 +33,6 @@ class Saver:
         self._data: dict = {}
         self.writer = checkpoints.Writer()
 
-    # -------------------------------------------------------------------------------- resuming
     def choose(self) -> dict | None:
         """Reads what ``MODEL.RESUME`` names, on every rank; None to start anew. Its ``classes`` are
         `ClassNames`, from the checkpoint or from beside it.
@@ -82,7 +81,7 @@ class Saver:
             if chosen.parent.samefile(self.folder.path) and chosen.name != checkpoints.LAST:
                 checkpoints.go_back_to(chosen, state)  # an earlier one of this very run
                 if not (self.folder.path / checkpoints.BEST).exists():
-                    progress.take_best(Progress())
+                    progress.forget_best()
         self.folder.rewind_metrics(state["metrics_lines"])
         self.saved = True
         changes = checkpoints.config_changes(state["config"], self.config.dump())
@@ -94,7 +93,7 @@ class Saver:
                 changes.append(f"{split} images {before[0]} -> {now[0]}{same}")
         for change in changes:
             if change.startswith(("BEST_METRIC ", "val ")) and "(none)" not in change:
-                progress.take_best(Progress())  # values of two metrics or sets do not compare
+                progress.forget_best()  # values of two metrics or sets do not compare
                 change += ": the best so far does not count any more"
             if not change.startswith(("MODEL.RESUME ", "SAVE ")):
                 _log.info(f"changed since the checkpoint: {change}")
@@ -102,7 +101,6 @@ class Saver:
         _log.info(f"resumed after epoch {progress.epoch}{images}, step {progress.step}")
         return progress
 
-    # ---------------------------------------------------------------------------------- saving
     def save(self, learner, progress: Progress, *names: str) -> None:
         """Rank 0 saves under more ``names`` and as ``last``, in the background."""
         path, config = self.folder.path / checkpoints.LAST, self.config
