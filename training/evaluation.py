@@ -117,10 +117,10 @@ class _Sums:
         outside[self.subset] = 0
         self.outside = paddle.to_tensor(outside)  # added to logits
         self.loss = paddle.zeros([], "float64")
-        # hits of top-1 and top-k, the same in the subset, then `Metrics.counts`
-        self.counts = paddle.zeros([4 + 3 * num_classes], "int64")
-        # top-1, top-k, images that have a label; label and prediction; confidences
-        self.real, self.pairs, self.calibration = np.zeros(3, "int64"), [], Calibration()
+        # hits of top-1 and top-k, the same in the subset, the same by `accepted` and the images
+        # that have such labels; then `Metrics.counts`
+        self.counts = paddle.zeros([7 + 3 * num_classes], "int64")
+        self.pairs, self.calibration = [], Calibration()  # of label and prediction; confidences
 
     def add(self, logits: paddle.Tensor, labels: paddle.Tensor, indices) -> None:
         logits, classes = logits.astype("float32"), self.num_classes
@@ -129,19 +129,19 @@ class _Sums:
         self.loss += (paddle.logsumexp(logits, axis=-1) - own).astype("float64").sum()
         top = paddle.topk(logits, min(5, classes), axis=-1)[1]  # [B, k]
         hit = (top == labels.unsqueeze(-1)).astype("int64")
-        hits = [hit[:, 0].sum(), hit.sum(), *paddle.zeros([2], "int64")]
+        hits = [hit[:, 0].sum(), hit.sum(), *paddle.zeros([5], "int64")]
         if self.subset:
             inside = paddle.topk(logits + self.outside, min(5, len(self.subset)), axis=-1)[1]
             inside = (inside == labels.unsqueeze(-1)).astype("int64")
-            hits[2:] = inside[:, 0].sum(), inside.sum()
-        cells = [paddle.arange(4), labels + 4, labels + (4 + classes), top[:, 0] + 4 + 2 * classes]
+            hits[2:4] = inside[:, 0].sum(), inside.sum()
+        if self.accepted is not None:
+            right = paddle.to_tensor(self.accepted[np.asarray(indices)])  # [B, M]
+            found = (top.unsqueeze(2) == right.unsqueeze(1)).any(axis=2)  # [B, k]
+            hits[4:] = found[:, 0].sum(), found.any(axis=1).sum(), (right >= 0).any(axis=1).sum()
+        cells = [paddle.arange(7), labels + 7, labels + (7 + classes), top[:, 0] + 7 + 2 * classes]
         one = paddle.ones_like(labels)
         more = paddle.concat([paddle.stack(hits), one, hit[:, 0], one])
         self.counts = paddle.index_add(self.counts, paddle.concat(cells), 0, more)
-        if self.accepted is not None:
-            right = self.accepted[np.asarray(indices)]  # [B, M]
-            found = (top.numpy()[:, :, None] == right[:, None]).any(axis=-1)  # [B, k]
-            self.real += found[:, 0].sum(), found.any(axis=1).sum(), (right >= 0).any(axis=1).sum()
         if self.confusion:
             truth, predicted = labels.numpy(), top[:, 0].numpy()
             self.pairs.append(truth * classes + predicted)
@@ -150,7 +150,7 @@ class _Sums:
 
     def metrics(self, process: Process, seen: int, stopped: bool, start: float) -> Metrics | None:
         """The sums over all ranks as `Metrics`; None when any rank broke off."""
-        own = [float(self.loss), seen, stopped, *self.real, *self.counts.numpy()]
+        own = [float(self.loss), seen, stopped, *self.counts.numpy()]
         loss, total, stopped, *rest = sum_over_ranks(own, process)
         if stopped:
             return None
@@ -158,7 +158,7 @@ class _Sums:
             raise UserError(
                 "evaluation: the loss is not finite; the weights hold or produce inf or NaN"
             )
-        top1, topk, *inner = [100 * hits / total for hits in rest[3:7]]
+        top1, topk, *inner = [100 * hits / total for hits in rest[:4]]
         metrics = Metrics(loss / total, top1, topk, int(total), time.monotonic() - start)
         metrics.counts = np.array(rest[7:], "int64").reshape(3, self.num_classes)
         if self.confusion:
@@ -166,7 +166,7 @@ class _Sums:
             metrics.calibration = self.calibration
             metrics.confusion = _count_pairs(self.pairs, self.num_classes, process)
         if self.accepted is not None:
-            *right, labelled = rest[:3]
+            *right, labelled = rest[4:7]
             metrics.real_images = int(labelled)
             if labelled:
                 metrics.real_top1, metrics.real_top5 = (100 * hits / labelled for hits in right)
@@ -191,8 +191,8 @@ def evaluate(
     """Evaluates classifiers in one pass over a loader's whole data set; all ranks call together.
 
     Sums stay on the device and are reduced once, as integers and float64, so the counts are the
-    same for any number of processes and any batch size. `confusion` and `accepted` read each
-    batch's predictions on the host.
+    same for any number of processes and any batch size. `confusion` reads each batch's
+    predictions on the host.
 
     Args:
         models: each makes of uint8 images ``[B, H, W, 3]`` logits ``[B, K]``, K ``num_classes``;

@@ -61,17 +61,15 @@ def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
     missing -= covered(font_manager.findfont(font_manager.FontProperties()))
     families: list[str] = []
     manager, known = font_manager.fontManager, {}
-    for again in (False, True):
-        if missing and again:  # fonts that have come since Matplotlib's list of them was made
-            for path in {*font_manager.findSystemFonts()} - {f.fname for f in manager.ttflist}:
-                with suppress(Exception):
-                    manager.addfont(path)
-        for font in manager.ttflist if missing else ():
-            if "resort" not in font.name.lower():  # these have a box for everything
-                known[font.name] = known.get(font.name) or covered(font.fname)
-        while best := max(known, key=lambda name: len(known[name] & missing), default=None):
-            if not known[best] & missing:
-                break
-            families.append(best)
-            missing -= known[best]
+    if missing:  # fonts may have come since Matplotlib's list of them was made
+        for path in {*font_manager.findSystemFonts()} - {f.fname for f in manager.ttflist}:
+            with suppress(Exception):
+                manager.addfont(path)
+    for font in manager.ttflist if missing else ():
+        if "resort" not in font.name.lower():  # these have a box for everything
+            known[font.name] = known.get(font.name) or covered(font.fname)
+    while missing & set().union(*known.values()):
+        best = max(known, key=lambda name: len(known[name] & missing))
+        families.append(best)
+        missing -= known[best]
     return families, missing
