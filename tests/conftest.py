@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from .helpers.tiny_data import make_data
+
 if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
     os.environ.setdefault("RESMLP_THREADS", str(max(1, setup.physical_cores() // int(processes))))
 
@@ -20,3 +22,9 @@ def fresh_log():
         handler.close()
         log.removeHandler(handler)
     log.propagate = True
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Tiny data of three classes, to read only."""
+    return make_data(tmp_path_factory.mktemp("data"))

@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,80 +26,73 @@ from .helpers.tiny_data import make_config, make_data
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
+def trained(tmp_path_factory, data):
+    """What a run of six epochs ended with."""
+    opts = ["TRAIN.NUM_EPOCHS", 6, "SAVE_FREQ", 2, "MODEL.NUM_CLASSES", "auto"]
+    return run(make_config(tmp_path_factory.mktemp("trained"), data, *opts))
+
+
+@pytest.fixture
+def train(tmp_path, data):
+    """Makes a run and returns its folder."""
+
+    def train(*opts, name="", data=data):
+        return run(make_config(tmp_path / name, data, *opts)).folder
+
+    return train
 
 
 def metrics(folder, kind):
-    records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if record["kind"] == kind]
 
 
-def weights_of(folder, name="last.pdparams", key="model"):
-    return checkpoints.load(folder / "run" / name)[key]
+def log_of(folder):
+    return (folder / "log.txt").read_text()
+
+
+def weights_of(folder, name="last", key="model"):
+    return checkpoints.load(folder / name)[key]
 
 
 def distance(a, b):
     return max(np.abs(a[name] - b[name]).max() for name in a)
 
 
-def test_training_learns_and_leaves_what_a_run_leaves(tmp_path, data):
-    result = run(make_config(tmp_path, data, "TRAIN.NUM_EPOCHS", 6, "SAVE_FREQ", 2))
-    assert result["top1"] == 100.0
-    names = {path.name for path in result["folder"].iterdir()}
+def test_training_learns_and_leaves_what_a_run_leaves(trained):
+    folder, names = trained.folder, {path.name for path in trained.folder.iterdir()}
+    assert trained["top1"] == 100.0
     assert {"config.yaml", "log.txt", "metrics.jsonl", "classes.txt"} <= names
     assert {"last.pdparams", "best.pdparams", "epoch_006.pdparams"} <= names
-    assert get_config(str(result["folder"] / "config.yaml")).TRAIN.NUM_EPOCHS == 6
-    assert (result["folder"] / "classes.txt").read_text().split() == [
-        "class_0",
-        "class_1",
-        "class_2",
-    ]
-    epochs, steps = metrics(tmp_path, "epoch"), metrics(tmp_path, "step")
+    config = get_config(str(folder / "config.yaml"))
+    assert (config.TRAIN.NUM_EPOCHS, config.MODEL.NUM_CLASSES) == (6, 3)  # classes: of the data
+    assert (folder / "classes.txt").read_text() == "class_0\nclass_1\nclass_2\n"
+    epochs, steps = metrics(folder, "epoch"), metrics(folder, "step")
     assert [record["epoch"] for record in epochs] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in steps] == list(range(1, 19))
-
-
-def test_classes_are_counted_in_the_data_and_the_saved_config_holds_their_number(tmp_path, data):
-    result = run(make_config(tmp_path, data, "MODEL.NUM_CLASSES", "auto", "TRAIN.NUM_EPOCHS", 1))
-    weights = result["folder"] / "last"
-    assert get_config(str(result["folder"] / "config.yaml")).MODEL.NUM_CLASSES == 3
-    evaluated = run(
-        make_config(
-            *(tmp_path, data, "MODEL.NUM_CLASSES", "auto", "EVAL", True),
-            *("MODEL.PRETRAINED", weights, "SAVE", tmp_path / "eval"),
-        )
-    )
-    assert evaluated["top1"] == result["top1"]
-    predictions = predict(data / "val", weights, opts=["DATA.DATA_PATH", tmp_path / "gone"])
-    assert len(predictions) == 9 and len(predictions[0]["predictions"]) == 3
-
-
-def test_the_learning_rate_moves_with_every_step(tmp_path, data):
-    config = make_config(tmp_path, data)
-    run(config)
-    schedule = Schedule(config, batches=3, world=1)
-    expected = [schedule.rate(epoch, step) for epoch in (0, 1) for step in range(3)]
-    assert np.allclose([record["lr"] for record in metrics(tmp_path, "step")], expected, rtol=1e-9)
+    schedule = Schedule(config, batches=3, world=1)  # the rate moves with every step
+    expected = [schedule.rate(epoch, step) for epoch in range(6) for step in range(3)]
+    assert np.allclose([record["lr"] for record in steps], expected, rtol=1e-9)
+    loaded = paddle.load(str(folder / "last.pdparams"))["model"]
+    file = read_weights(folder / "last.pdparams", "model")
+    assert all((np.asarray(loaded[name]) == file.state[name]).all() for name in file.state)
 
 
 @pytest.mark.parametrize("accumulate, batch", [(2, 4), (4, 2)])
-def test_accumulated_batches_are_one_large_batch(tmp_path, data, accumulate, batch):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    run(make_config(tmp_path / "a", data))
+def test_accumulated_batches_are_one_large_batch(train, accumulate, batch):
     opts = ["TRAIN.ACCUM_ITER", accumulate, "DATA.BATCH_SIZE", batch]
-    run(make_config(tmp_path / "b", data, *opts))
-    assert distance(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-5
+    assert distance(weights_of(train(name="a")), weights_of(train(*opts, name="b"))) < 1e-5
 
 
-def test_a_last_window_and_a_last_batch_that_are_smaller_weigh_each_image_the_same(tmp_path):
+def test_a_last_window_and_a_last_batch_that_are_smaller_weigh_each_image_the_same(train, tmp_path):
     data = make_data(tmp_path / "data", train=21)  # batches 4 4 4 4 4 1, windows 4+4 4+4 4+1
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    opts = ["DATA.DROP_LAST", False]
-    run(make_config(tmp_path / "a", data, *opts))
-    run(make_config(tmp_path / "b", data, *opts, "TRAIN.ACCUM_ITER", 2, "DATA.BATCH_SIZE", 4))
-    assert len(metrics(tmp_path / "a", "step")) == 6
-    assert distance(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-5
+    one = train("DATA.DROP_LAST", False, name="a", data=data)
+    opts = ["DATA.DROP_LAST", False, "TRAIN.ACCUM_ITER", 2, "DATA.BATCH_SIZE", 4]
+    assert distance(weights_of(one), weights_of(train(*opts, name="b", data=data))) < 1e-5
+    losses = [record["loss"] for record in metrics(one, "step")]
+    assert len(losses) == 6  # the loss of an epoch is the mean over images
+    expected = (8 * losses[0] + 8 * losses[1] + 5 * losses[2]) / 21
+    assert np.isclose(metrics(one, "epoch")[0]["train_loss"], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -110,101 +104,93 @@ def test_a_last_window_and_a_last_batch_that_are_smaller_weigh_each_image_the_sa
     ],
 )
 def test_a_step_larger_than_an_epoch_is_said_and_its_rate_goes_by_its_images(
-    tmp_path, opts, images
+    train, tmp_path, opts, images
 ):
-    data = make_data(tmp_path / "data", train=21)
-    opts = [*opts.split(), "TRAIN.LINEAR_SCALED_LR", 42, "TRAIN.LR_SCHEDULER.NAME", "constant"]
-    run(make_config(tmp_path, data, *opts))
-    records = metrics(tmp_path, "step")
+    opts += " TRAIN.LINEAR_SCALED_LR 42 TRAIN.LR_SCHEDULER.NAME constant"
+    folder = train(*opts.split(), data=make_data(tmp_path / "data", train=21))
+    records = metrics(folder, "step")
     assert [record["step"] for record in records] == [1, 2]
     assert records[0]["lr"] == pytest.approx(0.003 * images / 42, rel=1e-9)
-    assert f"a step is one of {images}, and the" in (tmp_path / "run" / "log.txt").read_text()
+    assert f"a step is one of {images}, and the" in log_of(folder)
 
 
-def test_the_epoch_loss_is_the_mean_over_images(tmp_path):
-    data = make_data(tmp_path / "data", train=21)
-    run(make_config(tmp_path, data, "DATA.DROP_LAST", False, "TRAIN.NUM_EPOCHS", 1))
-    steps = [record["loss"] for record in metrics(tmp_path, "step")]
-    expected = (8 * steps[0] + 8 * steps[1] + 5 * steps[2]) / 21
-    assert np.isclose(metrics(tmp_path, "epoch")[0]["train_loss"], expected, rtol=1e-12)
-
-
-def test_the_whole_recipe_runs_at_once(tmp_path, data):
-    opts = (
-        "TRAIN.OPTIMIZER.NAME lamb TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.5 "
-        "TRAIN.REPEATED_AUG 3 "
-        "TRAIN.RAND_AUGMENT True TRAIN.MIXUP_ALPHA 0.8 TRAIN.CUTMIX_ALPHA 1.0 TRAIN.HFLIP 0.5 "
-        "TRAIN.RANDOM_ERASE_PROB 0.5 MODEL.DROPPATH 0.1 DATA.NUM_WORKERS 2 TRAIN.RECOMPUTE True"
-    )
-    run(make_config(tmp_path, data, *opts.split()))
-    record = metrics(tmp_path, "epoch")[-1]
-    assert {"val_top1", "ema_top1", "ema_loss"} <= set(record)
-    assert distance(weights_of(tmp_path), weights_of(tmp_path, key="model_ema")) > 1e-4
-
-
-def test_the_best_checkpoint_is_chosen_by_the_ema_where_there_is_one(tmp_path, data, monkeypatch):
+def test_the_best_checkpoint_is_chosen_by_the_ema_where_there_is_one(train, monkeypatch):
     found = iter([(10.0, 50.0), (20.0, 40.0)])  # (raw, EMA) of each epoch
 
     def evaluate(self, models):
         return [Metrics(1.0, top1, 100.0, 9, 1.0) for top1 in next(found)]
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
-    run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
-    place = checkpoints.load(tmp_path / "run" / "best.pdparams")["place"]
+    folder = train("TRAIN.MODEL_EMA", True)
+    place = weights_of(folder, "best", "place")
     assert (place["best_epoch"], place["best_top1"], place["epoch"]) == (1, 50.0, 1)
+    record = metrics(folder, "epoch")[1]
+    assert (record["val_top1"], record["ema_top1"], record["ema_loss"]) == (20.0, 40.0, 1.0)
+    log = log_of(folder)
+    assert "remembers 25000 steps, more than this run has" in log and "best top-1 of the EMA" in log
 
 
-def test_evaluation_in_a_second_run_finds_the_same_numbers(tmp_path, data):
-    trained = run(make_config(tmp_path, data))
-    opts = ["EVAL", True, "EVAL_REPORT", True, "DATA.BATCH_SIZE_EVAL", 4]
-    opts += ["MODEL.PRETRAINED", tmp_path / "run" / "last"]
-    again = run(make_config(tmp_path, data, *opts))
+def test_evaluation_in_a_second_run_finds_the_same_numbers(tmp_path, data, trained):
+    opts = "EVAL True EVAL_REPORT True DATA.BATCH_SIZE_EVAL 4 MODEL.NUM_CLASSES auto"
+    opts += f" MODEL.PRETRAINED {trained.folder}/last"
+    again = run(make_config(tmp_path, data, *opts.split()))
     assert (again["top1"], again["images"]) == (trained["top1"], 9)
     assert np.isclose(again["loss"], trained["loss"], rtol=1e-5)
-    table = (tmp_path / "run" / "per_class.csv").read_text()
-    rows = list(csv.DictReader(table.splitlines()))
+    table = again.folder / "per_class.csv"
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["name"] for row in rows] == ["class_0", "class_1", "class_2"]
     assert sum(float(row["top1"]) for row in rows) / 3 == pytest.approx(again["top1"], abs=0.01)
-    assert (tmp_path / "run" / "confusion.png").stat().st_size > 5000
+    assert (again.folder / "confusion.png").stat().st_size > 5000
+    opts_of_predict = ["DATA.DATA_PATH", tmp_path / "gone"]
+    predictions = predict(data / "val", trained.folder / "last", opts=opts_of_predict)
+    assert len(predictions) == 9 and len(predictions[0]["predictions"]) == 3
+    table.unlink(), table.mkdir()
+    with pytest.raises(UserError, match="per_class.csv: cannot be written: Is a directory"):
+        run(make_config(tmp_path, data, *opts.split()))
 
 
-def test_the_weights_of_a_run_load_with_paddle(tmp_path, data):
-    run(make_config(tmp_path, data))
-    loaded = paddle.load(str(tmp_path / "run" / "last.pdparams"))["model"]
-    file = read_weights(tmp_path / "run" / "last.pdparams", "model")
-    assert all((np.asarray(loaded[name]) == file.state[name]).all() for name in file.state)
+RESUME = "MODEL.RESUME auto"
 
 
-def test_evaluation_without_weights_is_refused(tmp_path, data):
-    with pytest.raises(ConfigError, match="-eval needs weights"):
-        run(make_config(tmp_path, data, "EVAL", True))
+@pytest.mark.parametrize(
+    "opts, error, message",
+    [
+        ("EVAL True", ConfigError, "-eval needs weights"),
+        ("SAVE new MODEL.NUM_CLASSES 0", ConfigError, "training needs classes"),
+        ("SAVE new TRAIN.FREEZE backbone", ConfigError, "backbone would freeze random weights"),
+        ("", UserError, "holds an earlier run; continue it with -resume auto"),
+        (f"{RESUME} MODEL.MIXER.DEPTH 3", CheckpointError, "auto: another model: .*_layers.2"),
+        (f"{RESUME} TRAIN.OPTIMIZER.NAME sgd", CheckpointError, "TRAIN.OPTIMIZER.NAME"),
+        (f"{RESUME} TRAIN.FREEZE 1", CheckpointError, "another TRAIN.FREEZE"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(
+    tmp_path, data, trained, monkeypatch, opts, error, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        run(make_config(trained.folder.parent, data, *opts.split()))
 
 
-def test_another_head_is_new_in_training_and_refused_in_evaluation(tmp_path, data):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    run(make_config(tmp_path / "a", data))
-    opts = ["MODEL.PRETRAINED", tmp_path / "a" / "run" / "last", "MODEL.NUM_CLASSES", 5]
+def test_a_finished_run_resumes_to_nothing(data, trained):
+    before = weights_of(trained.folder)
+    run(make_config(trained.folder.parent, data, *RESUME.split(), "TRAIN.NUM_EPOCHS", 6))
+    assert distance(before, weights_of(trained.folder)) == 0
+    assert "has finished its 6 epochs already" in log_of(trained.folder)
+
+
+def test_another_head_is_new_in_training_and_refused_in_evaluation(train, tmp_path, trained):
     other = make_data(tmp_path / "other")
     for split in ("train", "val"):
         for label in (3, 4):
-            folder = other / split / f"class_{label}"
-            folder.mkdir()
-            (other / split / "class_0" / "0.png").rename(folder / "0.png") if label == 3 else (
-                other / split / "class_1" / "1.png"
-            ).rename(folder / "1.png")
+            shutil.copytree(other / split / "class_0", other / split / f"class_{label}")
+    opts = ["MODEL.PRETRAINED", trained.folder / "last", "MODEL.NUM_CLASSES", 5]
     with pytest.raises(UserError, match="2 of 5 classes are not among those of"):
-        run(make_config(tmp_path / "b", other, *opts, "EVAL", True))
-    run(make_config(tmp_path / "b", other, *opts))
-    assert "head initialised for 5 classes" in (tmp_path / "b" / "run" / "log.txt").read_text()
+        train(*opts, "EVAL", True, data=other)
+    assert "head initialised for 5 classes" in log_of(train(*opts, data=other))
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path, data):
-    run(make_config(tmp_path, data))
-    with pytest.raises(UserError, match="holds an earlier run; continue it with -resume auto"):
-        run(make_config(tmp_path, data))
-
-
-def test_the_output_folder_is_chosen_by_rank_0_alone(tmp_path, data, monkeypatch):
+def test_the_output_folder_is_chosen_by_rank_0_alone(train, monkeypatch):
     class Told(Exception):
         pass
 
@@ -215,15 +201,7 @@ def test_the_output_folder_is_chosen_by_rank_0_alone(tmp_path, data, monkeypatch
     monkeypatch.setattr(engine, "choose_folder", lambda config: pytest.fail("rank 1 chose one"))
     monkeypatch.setattr(engine, "from_main", from_main)
     with pytest.raises(Told, match="^None$"):
-        run(make_config(tmp_path, data))
-
-
-def test_a_finished_run_resumes_to_nothing(tmp_path, data):
-    run(make_config(tmp_path, data))
-    before = weights_of(tmp_path)
-    run(make_config(tmp_path, data, "MODEL.RESUME", "auto"))
-    assert distance(before, weights_of(tmp_path)) == 0
-    assert "has finished its 2 epochs already" in (tmp_path / "run" / "log.txt").read_text()
+        train()
 
 
 def poison(monkeypatch, at):
@@ -238,65 +216,46 @@ def poison(monkeypatch, at):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
-    tmp_path, data, monkeypatch
+    train, tmp_path, monkeypatch
 ):
     poison(monkeypatch, at={4})
     with pytest.raises(TrainingError, match=r"rank 0, step 4: the loss is not finite .*last.pd"):
-        run(make_config(tmp_path, data))
-    with pytest.raises(TrainingError, match=r"rank 0, step 0: .*; nothing was saved yet\."):
-        poison(monkeypatch, at={0})
-        run(make_config(tmp_path, data, "SAVE", tmp_path / "other"))
+        train()
     facts = json.loads((tmp_path / "run" / "nonfinite.rank0.json").read_text())
     assert (facts["step"], facts["epoch"], len(facts["images"])) == (4, 2, 8)
-    assert all(np.isfinite(value).all() for value in weights_of(tmp_path).values())
+    assert all(np.isfinite(value).all() for value in weights_of(tmp_path / "run").values())
 
 
-def test_a_full_disk_hides_no_step_that_is_not_finite(tmp_path, data, monkeypatch):
-    poison(monkeypatch, at={4})
-    config = make_config(tmp_path, data)
+def full_disk(path, text, **_):
+    if "nonfinite" in path.name:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    path.write_bytes(text.encode())
+
+
+def test_a_full_disk_hides_no_step_that_is_not_finite(train, monkeypatch):
+    poison(monkeypatch, at={0})
     monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(TrainingError, match="rank 0, step 4: the loss is not finite"):
-        run(config)
+    with pytest.raises(TrainingError, match=r"step 0: the loss .*; nothing was saved yet\."):
+        train()
 
 
-def test_a_report_that_cannot_be_written_is_said(tmp_path, data):
-    run(make_config(tmp_path, data))
-    (tmp_path / "run" / "per_class.csv").mkdir()
-    opts = ["EVAL", True, "EVAL_REPORT", True]
-    opts += ["MODEL.PRETRAINED", tmp_path / "run" / "last.pdparams"]
-    with pytest.raises(UserError, match="per_class.csv: cannot be written: Is a directory"):
-        run(make_config(tmp_path, data, *opts))
-
-
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_loss_that_is_not_finite_is_skipped_on_request(tmp_path, data, monkeypatch):
+def test_a_loss_that_is_not_finite_is_skipped_on_request(train, monkeypatch):
     poison(monkeypatch, at={4})
-    run(make_config(tmp_path, data, "TRAIN.NONFINITE", "skip"))
-    assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["skipped_steps"] == 1
-    losses = [record["loss"] for record in metrics(tmp_path, "step")]
+    folder = train("TRAIN.NONFINITE", "skip")
+    assert weights_of(folder, key="place")["skipped_steps"] == 1
+    losses = [record["loss"] for record in metrics(folder, "step")]
     assert losses[4] is None and None not in losses[:4] + losses[5:]
-    assert "loss -  " in (tmp_path / "run" / "log.txt").read_text()
-    assert all(np.isfinite(value).all() for value in weights_of(tmp_path).values())
+    assert "loss -  " in log_of(folder)
+    assert all(np.isfinite(value).all() for value in weights_of(folder).values())
 
 
-def test_too_many_skipped_steps_in_a_row_stop(tmp_path, data, monkeypatch):
+def test_too_many_skipped_steps_in_a_row_stop(train, monkeypatch):
     poison(monkeypatch, at={2, 3, 4, 5})
-    opts = ["TRAIN.NONFINITE", "skip", "TRAIN.NONFINITE_LIMIT", 2]
     with pytest.raises(TrainingError, match="step 4"):
-        run(make_config(tmp_path, data, *opts))
+        train("TRAIN.NONFINITE", "skip", "TRAIN.NONFINITE_LIMIT", 2)
 
 
-def test_layer_scale_and_affine_survive_training_without_weight_decay(tmp_path, data):
-    run(make_config(tmp_path, data, "TRAIN.WEIGHT_DECAY", 1000.0, "TRAIN.BASE_LR", 1e-4))
-    state = weights_of(tmp_path)
-    assert np.abs(state["mixer_layers.0.norm1.alpha"] - 1).max() < 0.01
-    assert np.abs(state["mixer_layers.0.ls1"] - 0.1).max() < 0.01
-
-
-def test_the_dashboard_gets_curves_histograms_and_augmented_images(tmp_path, data, monkeypatch):
+def test_the_dashboard_gets_curves_histograms_and_augmented_images(train, monkeypatch):
     class Recorder:
         written = []
 
@@ -313,43 +272,16 @@ def test_the_dashboard_gets_curves_histograms_and_augmented_images(tmp_path, dat
             self.written.append("closed")
 
     monkeypatch.setattr(report, "build_dashboard", lambda *_: Recorder())
-    run(make_config(tmp_path, data))
-    assert {
-        ("train/loss", 6),
-        ("epoch/val_top1", 6),
-        ("train/images", 1),
-        ("train/images", 4),
-    } < set(Recorder.written)
+    train()
+    expected = {("train/loss", 6), ("epoch/val_top1", 6), ("train/images", 1), ("train/images", 4)}
+    assert expected < set(Recorder.written)
     assert ("mixer_layers.1.ls2", 6) in Recorder.written and Recorder.written[-1] == "closed"
 
 
-def test_a_student_is_distilled_from_another_resmlp_and_resumes(tmp_path, data):
-    (tmp_path / "teacher").mkdir(), (tmp_path / "student").mkdir()
-    run(make_config(tmp_path / "teacher", data))
-    opts = ["TRAIN.DISTILLATION_TYPE", "hard"]
-    opts += ["TRAIN.TEACHER_MODEL", tmp_path / "teacher" / "tiny.yaml"]
-    opts += ["TRAIN.TEACHER_PRETRAINED", tmp_path / "teacher" / "run" / "last.pdparams"]
-    config = make_config(tmp_path / "student", data, *opts, "TRAIN.NUM_EPOCHS", 1)
-    run(config)
-    log = (tmp_path / "student" / "run" / "log.txt").read_text()
+def test_a_student_is_distilled_from_another_resmlp_and_resumes(train, trained):
+    opts = "TRAIN.DISTILLATION_TYPE hard TRAIN.TEACHER_MODEL {0}/config.yaml "
+    opts = (opts + "TRAIN.TEACHER_PRETRAINED {0}/last.pdparams").format(trained.folder).split()
+    log = log_of(train(*opts, "TRAIN.NUM_EPOCHS", 1))
     assert "teacher: loss" in log and log.index("teacher: loss") < log.index("epoch 1/1")
-    opts += ["MODEL.RESUME", "auto"]
-    run(make_config(tmp_path / "student", data, *opts))
-    assert [record["epoch"] for record in metrics(tmp_path / "student", "epoch")] == [1, 2]
-
-
-def test_training_without_classes_is_refused(tmp_path, data):
-    with pytest.raises(ConfigError, match="training needs classes"):
-        run(make_config(tmp_path, data, "MODEL.NUM_CLASSES", 0))
-
-
-def test_an_ema_that_outlasts_the_run_is_warned_of(tmp_path, data):
-    run(make_config(tmp_path, data, "TRAIN.MODEL_EMA", True))
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "remembers 25000 steps, more than this run has" in log and "best top-1 of the EMA" in log
-
-
-def test_resuming_another_model_names_the_checkpoint(tmp_path, data):
-    run(make_config(tmp_path, data))
-    with pytest.raises(CheckpointError, match="-resume auto: another model: .*mixer_layers.2"):
-        run(make_config(tmp_path, data, "MODEL.RESUME", "auto", "MODEL.MIXER.DEPTH", 3))
+    folder = train(*opts, *RESUME.split())
+    assert [record["epoch"] for record in metrics(folder, "epoch")] == [1, 2]

@@ -14,38 +14,23 @@ from training.precision import choose_precision
 
 from .helpers import gpu
 from .helpers.runs import ROOT, command, finish, metrics, start
-from .helpers.tiny_data import make_config, make_data
+from .helpers.tiny_data import make_config
 
 OLD = paddle.__version__.startswith("2.")
 QUIET = 2.0**10  # a loss scale that nothing overflows at
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def train(tmp_path, data, monkeypatch):
-    """Makes a run in half precision on the GPU; returns its folder."""
+    """Makes a run, in half precision on the GPU or in float32 on "cpu"; returns its folder."""
 
-    def run(dtype, *opts, name="half", scale=QUIET):
-        (tmp_path / name).mkdir(exist_ok=True)
+    def run(dtype, *opts, name=None, scale=QUIET):
         with monkeypatch.context() as patched:
-            gpu.install(patched.setattr, gpu.CAPABILITY[dtype])
-            patched.setattr(precision, "FLOAT16_LOSS_SCALE", scale)
-            return engine.run(make_config(tmp_path / name, data, "AMP", True, *opts))["folder"]
-
-    return run
-
-
-@pytest.fixture
-def train_on_cpu(tmp_path, data):
-    """Makes the same run in float32 on a CPU; returns its folder."""
-
-    def run(*opts, name="plain"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        return engine.run(make_config(tmp_path / name, data, *opts))["folder"]
+            if dtype != "cpu":
+                gpu.install(patched.setattr, gpu.CAPABILITY[dtype])
+                patched.setattr(precision, "FLOAT16_LOSS_SCALE", scale)
+                opts = ["AMP", True, *opts]
+            return engine.run(make_config(tmp_path / (name or dtype), data, *opts)).folder
 
     return run
 
@@ -145,10 +130,10 @@ def teacher(tmp_path_factory, data):
         "teacher",
     ],
 )
-def test_a_run_follows_float32_and_keeps_float32(train, train_on_cpu, teacher, dtype, opts):
+def test_a_run_follows_float32_and_keeps_float32(train, teacher, dtype, opts):
     opts = teacher if opts == "teacher" else opts
     opts = [*opts.split(), "MODEL.PRETRAINED", teacher.split()[-1], "AMP_DTYPE", dtype]
-    half, plain = train(dtype, *opts), train_on_cpu(*opts)
+    half, plain = train(dtype, *opts), train("cpu", *opts)
     assert place(half)["skipped_steps"] == 0 and (losses(half) != losses(plain)).any()
     np.testing.assert_allclose(losses(half), losses(plain), rtol=0.02)
     states = [checkpoints.load(run / "last.pdparams") for run in (half, plain)]
@@ -170,14 +155,11 @@ def test_a_run_follows_float32_and_keeps_float32(train, train_on_cpu, teacher, d
         ("float16", "float16"),
     ],
 )
-def test_a_run_goes_on_in_another_precision(train, train_on_cpu, first, second):
+def test_a_run_goes_on_in_another_precision(train, first, second):
     opts = ["TRAIN.MODEL_EMA", True, "TRAIN.OPTIMIZER.NAME", "lamb", "TRAIN.NUM_EPOCHS"]
-    for device, epochs, more in ((first, 1, []), (second, 3, ["MODEL.RESUME", "auto"])):
-        if device == "cpu":
-            run = train_on_cpu(*opts, epochs, *more, name="run")
-        else:
-            run = train(device, *opts, epochs, *more, name="run")
-    plain = train_on_cpu(*opts, 3)
+    train(first, *opts, 1, name="run")
+    run = train(second, *opts, 3, "MODEL.RESUME", "auto", name="run")
+    plain = train("cpu", *opts, 3)
     assert place(run)["step"] == 9 and "resumed after epoch 1" in (run / "log.txt").read_text()
     np.testing.assert_allclose(losses(run)[-6:], losses(plain)[-6:], rtol=0.1)
     scaler = checkpoints.load(run / "last.pdparams")["scaler"]
@@ -200,12 +182,38 @@ def test_evaluation_and_predictions_are_near_float32(train, data, monkeypatch, d
 
 def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path, data, train):
     """As processes, whose gradients are averaged over gloo; accumulated and recomputed."""
-    dtype = "float16"
     opts = ["AMP", True, "TRAIN.ACCUM_ITER", 2, "TRAIN.RECOMPUTE", True, "TRAIN.OPTIMIZER.NAME"]
     opts += ["lamb", "TRAIN.GRAD_CLIP", 1.0]
-    one = train(dtype, *opts, "DATA.BATCH_SIZE", 4)
+    one = train("float16", *opts, "DATA.BATCH_SIZE", 4)
     words = command(data, tmp_path / "run", *opts, "DATA.BATCH_SIZE", 2, nprocs=2)
     words[1] = str(ROOT / "tests" / "helpers" / "gpu.py")
-    code, output = finish(start(words, HALF=dtype))
+    code, output = finish(start(words, HALF="float16"))
     assert code == 0, output
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=0.02)
+
+
+# ------------------------------------------------------------------------------- LayerScale
+def branch(half, scale, stream):
+    """``x + layer_scale * W y`` with the product in float16, the rest in ``stream``."""
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=384), rng.normal(size=384), rng.normal(size=[384, 384]) * 0.02
+    product = (w.astype(half) @ y.astype(half)).astype(half).astype(stream)
+    x = x.astype(stream)
+    return (x + np.asarray(scale).astype(stream) * product).astype("float64") - x
+
+
+def test_a_layer_scale_of_1e_6_acts_where_the_stream_is_float32_and_is_lost_in_float16():
+    exact = branch("float64", 1e-6, "float64")
+    kept, lost = branch("float16", 1e-6, "float32"), branch("float16", 1e-6, "float16")
+    assert np.abs(kept - exact).max() < 0.2 * np.abs(exact).max()  # float32 next to numbers near 1
+    assert np.corrcoef(kept, exact)[0, 1] > 0.99
+    assert (lost == 0).all()
+
+
+def test_gradients_behind_a_layer_scale_of_1e_6_survive_float16_at_our_loss_scale():
+    gradient = np.random.default_rng(0).normal(size=10_000) * 5e-7  # as 36 layers have it
+
+    def lost(scale):
+        return np.mean((gradient * 1e-6 * scale).astype("float16") == 0)
+
+    assert lost(precision.FLOAT16_LOSS_SCALE) < 0.1 < 0.5 < lost(2.0**16)

@@ -14,7 +14,7 @@ from cpu import ops
 from utils import Normalize
 
 # Where the float16 loss scale starts. The usual 2**16 would flush most gradients behind a
-# LayerScale of 1e-6 to zero (tests/test_amp.py); too high a start costs a skipped step a halving.
+# LayerScale of 1e-6 to zero (tests/test_gpu.py); too high a start costs a skipped step a halving.
 FLOAT16_LOSS_SCALE = 2.0**20
 # The least compute capability for each: below it Paddle's auto_cast does nothing, and only warns.
 _CAPABILITY = {"bfloat16": 8, "float16": 7}

@@ -45,6 +45,7 @@ def make_data(folder: Path, train: int = 24, val: int = 9) -> Path:
 
 
 def make_config(folder: Path, data: Path, *opts):
+    folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
     path.write_text(CONFIG)
     places = ["DATA.DATA_PATH", data, "SAVE", folder / "run"]
