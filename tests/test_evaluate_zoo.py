@@ -17,7 +17,14 @@ from port_weights.names import convert
 from port_weights.zoo import MEASURES, ZOO
 from resmlp import build_resmlp, load_state
 from storage.weights import write_weights
-from tools.evaluate_zoo import Evaluation, evaluate_zoo, find_files, identify, read_results
+from tools.evaluate_zoo import (
+    Evaluation,
+    evaluate_zoo,
+    find_files,
+    identify,
+    read_results,
+    table_rows,
+)
 
 from .helpers.tiny_run import run_tool
 
@@ -155,9 +162,13 @@ def test_two_processes_count_as_one_does_and_unusable_files_do_not_stop_them(zoo
     flags = ["-weights", weights, "-a", folder / "a", "-output", tmp_path / "out"]
     result = run_tool("evaluate_zoo", *flags, "-nprocs", 2, "-opts", *OPTS, cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")][-4:]
-    for line, part in zip(said, ("damaged", "has no head", "exit code 2", "no such name")):
-        assert part in line
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert [("exit code 2" in line, "no such name" in line) for line in said[-4:]] == [
+        *((True, False),) * 3,
+        (False, True),
+    ]
+    for part in ("damaged", "missing: head.weight", "norm.alpha [1, 1, 9], needed [1, 1, 8]"):
+        assert part in result.stderr
     assert "k-NN accuracy is 62.6 %" in result.stdout
     classes = sorted(set(labels))
     among = [next(c for c in row if c in classes) for row in ranking(random_state(0), folder)]
@@ -199,12 +210,8 @@ def test_damaged_results_of_an_earlier_call_are_named_and_measured_anew(tmp_path
     assert read_results(path) == {} and "results.json: damaged (" in capsys.readouterr().err
 
 
-def test_differences_are_explained_up_to_the_spread_of_timms_own_results(tmp_path):
-    from tools.evaluate_zoo import measure_row
-
+def test_differences_are_explained_up_to_the_spread_of_timms_own_results():
     for off, word in ((0.04, "yes"), (-0.04, "yes"), (0.042, "no"), (-1.0, "no")):
         scores = {"top1": 79.38 + off, "images": MEASURES["top1"].images}
-        assert (
-            measure_row("x", "top1", {"weights": "resmlp_24_224", "scores": scores})["explained"]
-            == word
-        )
+        rows = table_rows({"x": {"val": {"weights": "resmlp_24_224", "scores": scores}}})
+        assert [row[-1] for row in rows] == [word]

@@ -20,9 +20,9 @@ from config import get_config
 from cpu import onednn
 from loading.classes import ClassNames
 from tools.common import IMAGENET_CLASSES, load_model, run_config
-from tools.predict import as_csv, draw_grid, find_class_names, find_images, predict, table_rows
+from tools.predict import as_csv, as_table, draw_grid, find_class_names, find_images, predict
 
-from .helpers.tiny_run import NAMES, logits_by_hand, make_images, make_run, run_tool
+from .helpers.tiny_run import NAMES, crop_by_hand, logits_by_hand, make_images, make_run, run_tool
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.229, 0.224, 0.225)  # tiny_run's, and the default
 
@@ -35,15 +35,6 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), 5)
-
-
-def crop_by_hand(path, size=16, short=20):
-    """Resize the short side, bicubic, and cut out the middle; PIL and whole numbers only."""
-    image = Image.open(path).convert("RGB")
-    scale = short / min(image.size)
-    wide = [short if side == min(image.size) else int(side * scale) for side in image.size]
-    left, top = (round((side - size) / 2) for side in wide)
-    return np.asarray(image.resize(wide, Image.BICUBIC).crop((left, top, left + size, top + size)))
 
 
 def test_confidences_are_the_softmax_of_the_evaluation_crop(weights, images):
@@ -178,16 +169,17 @@ def test_without_a_config_beside_the_weights_one_must_be_named(weights, tmp_path
 def test_the_table_names_an_image_once():
     one = {"class": 0, "name": "cat", "confidence": 0.9345}
     two = {"class": 1, "name": "dog", "confidence": 0.0655}
-    assert table_rows({"image": "a/1.png", "predictions": [one, two]}, 7).splitlines() == [
+    assert as_table({"image": "a/1.png", "predictions": [one, two]}, 7).splitlines() == [
+        "image    confidence  class",
         "a/1.png     93.45 %  cat",
         "             6.55 %  dog",
     ]
-    assert "\x1b" not in table_rows({"image": "\x1b[2J.png", "predictions": [one]}, 7)
+    assert "\x1b" not in as_table({"image": "\x1b[2J.png", "predictions": [one]}, 7)
 
 
 def test_csv_quotes_names_with_commas():
     entry = {"class": 2, "name": "tree, wood", "confidence": 0.5}
-    rows = list(csv.DictReader(io.StringIO(as_csv([{"image": "1.png", "predictions": [entry]}]))))
+    rows = list(csv.DictReader(io.StringIO(as_csv({"image": "1.png", "predictions": [entry]}))))
     expected = {"image": "1.png", "rank": "1", "class": "2", "name": "tree, wood"}
     assert rows == [{**expected, "confidence": "0.500000"}]
 

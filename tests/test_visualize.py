@@ -128,14 +128,10 @@ def test_sparsity_is_the_share_below_a_twentieth_of_the_largest_weight(weights):
 
 
 def test_magnitudes_are_absolute_values_layer_by_layer(model):
-    found = magnitudes(model)
-    assert set(found) == {f"norm{i}.{n}" for i in (1, 2) for n in ("alpha", "beta")} | {
-        "ls1",
-        "ls2",
-    }
-    for name, values in found.items():
+    for name in ("ls1", "norm2.beta"):
         parameters = dict(model.mixer_layers[1].named_parameters())
-        np.testing.assert_array_equal(values[1], np.abs(parameters[name].numpy().ravel()))
+        expected = np.abs(parameters[name].numpy().ravel())
+        np.testing.assert_array_equal(magnitudes(model, name)[1], expected)
 
 
 def test_a_batch_without_augmentation_is_the_training_images(data):

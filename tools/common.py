@@ -36,13 +36,11 @@ def run_config(
     """
     if pretrained is None and cfg is None:
         raise UserError("give the model's config with -cfg and its weights with -pretrained")
-    weights = None if pretrained is None else _weights_file(pretrained)
-    cfg = cfg or _config_of(pretrained, weights)
-    named = ["MODEL.PRETRAINED", weights or pretrained] if pretrained else []
-    config = get_config(str(cfg), [str(opt) for opt in [*named, *(opts or ())]])
-    if not config.MODEL.PRETRAINED:
+    config = get_config(str(cfg or _config_beside(pretrained)), [str(opt) for opt in opts])
+    weights = pretrained or config.MODEL.PRETRAINED
+    if not weights:
         raise UserError("give the model's weights with -pretrained")
-    config.MODEL.PRETRAINED = _weights_file(config.MODEL.PRETRAINED) or config.MODEL.PRETRAINED
+    config.MODEL.PRETRAINED = _weights_file(weights) or str(weights)
     config.freeze()
     return with_num_classes(config)
 
@@ -57,18 +55,17 @@ def _weights_file(name: str | os.PathLike) -> str | None:
         return None
 
 
-def _config_of(pretrained: str | os.PathLike, weights: str | None) -> Path:
+def _config_beside(pretrained: str | os.PathLike) -> Path:
     """The config of weights that were given without one: of a run, or of the zoo."""
-    beside = weights and Path(weights).with_name("config.yaml")
-    if beside and beside.is_file():
-        return beside
-    entry = find(pretrained)
-    if entry is None:
-        raise UserError(
-            "give the model's config with -cfg"
-            + (f" (there is none beside the weights: {beside})" if beside else "")
-        )
-    return ROOT / "configs" / f"{entry.config}.yaml"
+    weights, hint = _weights_file(pretrained), ""
+    if weights:
+        beside = Path(weights).with_name("config.yaml")
+        if beside.is_file():
+            return beside
+        hint = f" (there is none beside the weights: {beside})"
+    if entry := find(pretrained):
+        return ROOT / "configs" / f"{entry.config}.yaml"
+    raise UserError(f"give the model's config with -cfg{hint}")
 
 
 def beside_weights(config, name: str) -> Path:
@@ -130,6 +127,12 @@ def html_table(header: Iterable, rows: Iterable[Iterable]) -> str:
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
+def markdown_table(header: Sequence, rows: Iterable[Iterable]) -> str:
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
+    return "\n".join(lines)
+
+
 def require(what: str, packages: Sequence[str]) -> None:
     """Raises a `UserError` that says what to install."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -140,11 +143,10 @@ def require(what: str, packages: Sequence[str]) -> None:
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:
     """Writes text (UTF-8) or bytes whole or not at all (UserError); makes the folder."""
     data = data.encode("utf-8") if isinstance(data, str) else data
-    path = Path(path)
     if os.path.isfile(path) or not os.path.exists(path):
         write_atomically(data, path)
         return
     try:
-        path.write_bytes(data)  # a device or pipe, as /dev/stdout: not to be replaced by a file
+        Path(path).write_bytes(data)  # a device or pipe, as /dev/stdout: not to be replaced
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -3,10 +3,9 @@
 python tools/evaluate_zoo.py -weights downloads -data_path /dataset/imagenet -output output/zoo \
     [-real real.json] [-v2 DIR] [-sketch DIR] [-a DIR] [-r DIR] [-nprocs N]
 
-A file is known by its name: PPViT's, facebookresearch/deit's or timm's (Hugging Face's model.* by
-its folder's name). Each set is evaluated as `main_multi_gpu.py -eval` does. Run again after a stop,
-what was measured is kept, unless the file, the data or the options have changed. Ends with 1 where
-a file cannot be used or an evaluation fails.
+A file is known by its name, or that of its folder. Each set is evaluated as `main_multi_gpu.py
+-eval` does. What an earlier call has measured is kept, unless file, data or options have changed.
+Ends with 1 where a file cannot be used or an evaluation fails.
 """
 
 from __future__ import annotations
@@ -24,16 +23,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from cli.errors import UserError, WeightsError, run_as_script
+from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from config import get_config
 from datasets import build_dataset
 from loading import archives
-from port_weights.architecture import infer
 from port_weights.zoo import MEASURES, ZOO, Weights, find
-from storage.adapt import read_pretrained
 from storage.files import file_sha256
-from tools.common import ROOT, write_file
+from tools.common import ROOT, markdown_table, write_file
 
 SETS = ("val", "v2", "sketch", "a", "r")
 SUFFIXES = (".pdparams", ".safetensors", ".pth", ".pt", ".bin")
@@ -58,9 +55,13 @@ def find_files(folder: str) -> list[Path]:
     return found
 
 
-def data_config(cfg: Path, root: str, opts: list[str]):
+def config_path(weights: Weights) -> str:
+    return str(ROOT / "configs" / f"{weights.config}.yaml")
+
+
+def data_config(root: str, opts: list[str]):
     """The config of an evaluation on a set: its list file where it has one, else its folders."""
-    config = get_config(str(cfg), opts)
+    config = get_config(config_path(ZOO[0]), opts)
     listed = os.path.isfile(os.path.join(root, config.DATA.VAL_LIST))
     config.DATA.DATASET = "imagenet2012" if listed else "imagefolder"
     config.DATA.DATA_PATH, config.EVAL = root, True
@@ -72,11 +73,10 @@ def fingerprint(config) -> str:
     """Changes with the images of a set: their names, labels, sizes and times."""
     files, digest = build_dataset(config, "val").files, hashlib.sha256()
     for index in range(len(files)):
-        path = files.path(index)
-        inside, about = archives.split(path), None
+        path, about = files.path(index), None
         with suppress(OSError):  # the evaluation names it
-            about = os.stat(inside[0] if inside else path)
-        about = about and (about.st_size, about.st_mtime_ns)
+            found = os.stat((archives.split(path) or [path])[0])
+            about = found.st_size, found.st_mtime_ns
         digest.update(f"{files.name(index)} {files.labels[index]} {about}\n".encode())
     return digest.hexdigest()
 
@@ -88,15 +88,6 @@ def sha256(path: str | os.PathLike) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def check_model(path: Path, config) -> None:
-    """Raises a `WeightsError` where a file is damaged, or not the model of the config."""
-    found = infer(read_pretrained(path).state)
-    if differences := found.differences(config):
-        raise WeightsError(f"{path}: not the model of its name: {'; '.join(differences)}")
-    if not found.num_classes:
-        raise WeightsError(f"{path}: has no head, so it names no classes")
-
-
 class Evaluation:
     """What was measured so far, kept in ``results.json``, and how to measure more.
 
@@ -104,10 +95,9 @@ class Evaluation:
     """
 
     def __init__(self, output: str, data: dict[str, str], real: str | None, opts, flags):
-        self.output, self.data, self.flags = Path(output), data, flags
-        self.opts, self.real = list(opts), ["EVAL_REAL_LABELS", real] if real else []
-        cfg = ROOT / "configs" / f"{ZOO[0].config}.yaml"
-        self.configs = {name: data_config(cfg, root, self.opts) for name, root in data.items()}
+        self.output, self.opts, self.flags = Path(output), list(opts), flags
+        self.real = ["EVAL_REAL_LABELS", real] if real else []
+        self.configs = {name: data_config(root, self.opts) for name, root in data.items()}
         options = [self.opts, "-amp" in flags, real and sha256(real)]
         self.prints = {n: f"{fingerprint(c)} {options}" for n, c in self.configs.items()}
         self.problems: list[str] = []
@@ -115,43 +105,33 @@ class Evaluation:
 
     def file(self, name: str, path: Path, weights: Weights) -> None:
         """Evaluates a file on the sets where it was not yet; what goes wrong is in `problems`."""
-        cfg, digest = ROOT / "configs" / f"{weights.config}.yaml", sha256(path)
+        kept, digest = self.results.get(name, {}), sha256(path)
         keys = {
             s: hashlib.sha256(f"{digest} {p}".encode()).hexdigest() for s, p in self.prints.items()
         }
-        kept = self.results.get(name, {})
-        self.results[name] = {s: kept[s] for s in keys if kept.get(s, {}).get("key") == keys[s]}
-        left = [s for s in keys if s not in self.results[name]]
-        try:
-            if left:
-                check_model(path, get_config(str(cfg), self.opts))
-            for s in left:
-                print(f"{name}: {s}", flush=True)
-                scores = self._run(cfg, path, s, self.output / name / s)
-                self.results[name][s] = {"key": keys[s], "weights": weights.name, "scores": scores}
-        except WeightsError as error:
-            self.problems.append(str(error))
-
-    def _run(self, cfg: Path, pretrained: Path, s: str, folder: Path) -> dict:
-        config, opts = self.configs[s], self.opts + (self.real if s == "val" else [])
-        command = [sys.executable, str(ROOT / "main_multi_gpu.py"), f"-cfg={cfg}", "-eval"]
-        command += [f"-pretrained={pretrained}", f"-dataset={config.DATA.DATASET}"]
-        command += [f"-data_path={self.data[s]}", f"-output={folder}", *self.flags]
-        code = subprocess.run(command + (["-opts", *opts] if opts else [])).returncode
-        if code:
-            raise WeightsError(f"{pretrained}: its evaluation on {s} ended with exit code {code}")
-        return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        found = {s: kept[s] for s in keys if kept.get(s, {}).get("key") == keys[s]}
+        self.results[name] = found
+        for s in [s for s in keys if s not in found]:
+            print(f"{name}: {s}", flush=True)
+            folder, data = self.output / name / s, self.configs[s].DATA
+            opts = self.opts + (self.real if s == "val" else [])
+            command = [sys.executable, str(ROOT / "main_multi_gpu.py"), "-eval", *self.flags]
+            command += [f"-cfg={config_path(weights)}", f"-pretrained={path}", f"-output={folder}"]
+            command += [f"-dataset={data.DATASET}", f"-data_path={data.DATA_PATH}"]
+            code = subprocess.run(command + (["-opts", *opts] if opts else [])).returncode
+            if code:
+                self.problems.append(f"{path}: its evaluation on {s} ended with exit code {code}")
+                return
+            scores = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+            found[s] = {"key": keys[s], "weights": weights.name, "scores": scores}
 
     def write(self) -> str:
         """Writes results.json, results.csv and results.md; returns the last one's text."""
         rows, table = table_rows(self.results), io.StringIO()
-        writer = csv.DictWriter(table, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-        lines += [f"| {' | '.join(str(row[c]) for c in _COLUMNS)} |" for row in rows]
+        csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *rows])
         spreads = ", ".join(f"{m.title} {m.spread}" for m in MEASURES.values())
-        lines += [
+        lines = [
+            markdown_table(_COLUMNS, rows),
             "",
             "All in percent. A difference is explained, by rounding and JPEG decoders, if it",
             "is at most what timm's own results of such a file changed by between releases:",
@@ -178,28 +158,25 @@ def read_results(path: Path) -> dict[str, dict]:
         return {}
 
 
-def table_rows(results: dict[str, dict]) -> list[dict]:
-    """A row for each file and measure, with the columns of the tables."""
-    return [
-        measure_row(name, measure, sets[facts.data])
-        for name, sets in results.items()
-        for measure, facts in MEASURES.items()
-        if facts.data in sets and facts.key in sets[facts.data]["scores"]
-    ]
-
-
-def measure_row(name: str, measure: str, found: dict) -> dict:
-    facts, scores = MEASURES[measure], found["scores"]
-    published = find(found["weights"]).published(measure)
-    images = scores["real_images" if measure == "real" else "images"]
-    here, shown, explained, difference = scores[facts.key], "", "", ""
-    if published is not None:
-        shown, difference = f"{published:.3f}", f"{here - published:+.3f}"
-        explained = "yes" if abs(here - published) < facts.spread + 5e-4 else "no"
-    if images != facts.images:
-        explained = f"other images ({facts.images} published)"
-    values = found["weights"], name, facts.title, images, f"{here:.3f}", shown
-    return dict(zip(_COLUMNS, (*values, difference, explained)))
+def table_rows(results: dict[str, dict]) -> list[list]:
+    """A row for each file and measure, its cells as `_COLUMNS`."""
+    rows = []
+    for name, sets in results.items():
+        for measure, facts in MEASURES.items():
+            scores = sets[facts.data]["scores"] if facts.data in sets else {}
+            if facts.key not in scores:
+                continue
+            weights, here = sets[facts.data]["weights"], scores[facts.key]
+            images = scores["real_images" if measure == "real" else "images"]
+            published, shown, difference, explained = find(weights).published(measure), "", "", ""
+            if published is not None:
+                shown, difference = f"{published:.3f}", f"{here - published:+.3f}"
+                explained = "yes" if abs(here - published) < facts.spread + 5e-4 else "no"
+            if images != facts.images:
+                explained = f"other images ({facts.images} published)"
+            cells = weights, name, facts.title, images, f"{here:.3f}", shown, difference
+            rows.append((*cells, explained))
+    return rows
 
 
 def evaluate_zoo(folder: str, evaluation: Evaluation) -> None:
@@ -224,9 +201,8 @@ def main() -> int:
     for name, title in zip(SETS[1:], ("V2", "Sketch", "A", "R")):
         parser.flag(name, f"ImageNet-{title}", metavar="DIR")
     parser.flag("output", "folder of the results", metavar="DIR", default="output/zoo")
-    parser.flag(
-        "nprocs", "processes; 0: one a GPU, or one on CPU", type=int, metavar="N", default=0
-    )
+    processes = "processes; 0: one a GPU, or one on CPU"
+    parser.flag("nprocs", processes, type=int, metavar="N", default=0)
     parser.flag("batch_size", "images per process and step", type=int, metavar="N", default=64)
     parser.flag("amp", "mixed precision", action="store_true")
     parser.opts_flag("config keys of all evaluations")

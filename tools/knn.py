@@ -41,26 +41,25 @@ def knn_accuracies(
     if (most := max(ks)) > len(train.labels):
         raise DataError(f"-k {most}: there are only {len(train.labels)} features to learn from")
     classes, columns = np.unique(train.labels, return_inverse=True)
-    hits, bar = {k: np.zeros(2, "int64") for k in ks}, ProgressLine("k-NN")
+    top, bar = {k: [] for k in ks}, ProgressLine("k-NN")
     for start in range(0, len(val.labels), _QUERIES):
-        truth = val.labels[start : start + _QUERIES]
         cosines, near = _neighbours(train, val.features[start : start + _QUERIES], most)
         weights = np.exp(cosines.astype("float64") / temperature)
-        cells = np.arange(len(truth))[:, None] * len(classes) + columns[near]
+        cells = np.arange(len(near))[:, None] * len(classes) + columns[near]
         for k in ks:
-            size = len(truth) * len(classes)
+            size = len(near) * len(classes)
             votes = np.bincount(cells[:, :k].ravel(), weights[:, :k].ravel(), size)
-            order = np.argsort(-votes.reshape(len(truth), -1), axis=1, kind="stable")
-            hits[k] += _hits(classes[order[:, : min(5, k)]], truth)
-        bar(start + len(truth), len(val.labels))
+            order = np.argsort(-votes.reshape(len(near), -1), axis=1, kind="stable")
+            top[k].append(classes[order[:, : min(5, k)]])
+        bar(start + len(near), len(val.labels))
     bar.end()
-    return {k: tuple(100 * float(n) / len(val.labels) for n in hits[k]) for k in ks}
+    return {k: _accuracies(top[k], val.labels) for k in ks}
 
 
-def _hits(top: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How many of the first predictions, and of all, are right; ``top`` is ``[B, up to 5]``."""
-    right = top == truth[:, None]
-    return np.array([right[:, 0].sum(), right.sum()])
+def _accuracies(top: list[np.ndarray], labels: np.ndarray) -> tuple[float, float]:
+    """Top-1 and top-5 in percent; ``top`` are the likeliest classes, batches ``[B, up to 5]``."""
+    right = np.concatenate(top) == labels[:, None]
+    return 100 * float(right[:, 0].mean()), 100 * float(right.any(1).mean())
 
 
 def _neighbours(train: Features, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,26 +86,25 @@ def probe_accuracies(
     """Top-1 and top-5 in percent of a linear classifier, with a warning if it did not converge."""
     val = comparable(train, val)
     try:
-        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError:
         raise UserError("-probe needs `pip install scikit-learn`") from None
-    scaler, classifier = StandardScaler(), LogisticRegression(C=c, max_iter=iterations)
     if (train.labels == train.labels[0]).all():
         raise DataError("-probe: the features to learn from are all of one class")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        classifier.fit(scaler.fit_transform(np.asarray(train.features, "float32")), train.labels)
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=iterations))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said below
+        classifier.fit(np.asarray(train.features, "float32"), train.labels)
+    if classifier[-1].n_iter_.max() >= iterations:
         print(f"warning: not converged after {iterations} iterations (-iterations)")
-    hits = np.zeros(2, "int64")
+    top = []
     for start in range(0, len(val.labels), _ROWS):
         part = np.asarray(val.features[start : start + _ROWS], "float32")
-        odds = classifier.predict_proba(scaler.transform(part))
-        top = classifier.classes_[np.argsort(-odds, axis=1, kind="stable")[:, :5]]
-        hits += _hits(top, val.labels[start : start + _ROWS])
-    return tuple(100 * float(n) / len(val.labels) for n in hits)
+        order = np.argsort(-classifier.predict_proba(part), axis=1, kind="stable")
+        top.append(classifier.classes_[order[:, :5]])
+    return _accuracies(top, val.labels)
 
 
 def comparable(train: Features, val: Features) -> Features:
@@ -115,10 +113,8 @@ def comparable(train: Features, val: Features) -> Features:
     if here != there:
         raise DataError(f"features of {here} and {there} channels: they are of different models")
     if train.weights and val.weights and train.weights[-64:] != val.weights[-64:]:  # SHA-256
-        raise DataError(
-            f"features of different weights ({train.weights}; {val.weights}): write both with the "
-            "same -pretrained"
-        )
+        different = f"features of different weights ({train.weights}; {val.weights})"
+        raise DataError(f"{different}: write both with the same -pretrained")
     labels, line = val.classes.labels_in(train.classes, subset=True)
     if line:
         print(line)

@@ -14,7 +14,6 @@ if not __package__:
 
 import math
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import paddle
@@ -24,8 +23,7 @@ from cli.parser import Parser
 from config import get_config
 from port_weights.zoo import ZOO
 from resmlp import ResMLP, build_resmlp
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from tools.common import ROOT, markdown_table
 
 
 class Part(NamedTuple):
@@ -68,15 +66,14 @@ def model_info(model: ResMLP) -> ModelInfo:
         ("Affine", r".*norm[12]?", tokens, False),
         ("LayerScale", r".*\.ls[12]", tokens, False),
     )
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     parts = []
     for name, module, uses, counted in kinds:
-        pattern = re.compile(rf"{module}(\.weight|\.alpha)?")  # not bias and beta: only added
-        everything = re.compile(rf"{module}(\.\w+)?")
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        weights = [shape for name, shape in shapes.items() if pattern.fullmatch(name)]
-        sizes = [math.prod(shape) for name, shape in shapes.items() if everything.fullmatch(name)]
-        macs = uses * sum(map(math.prod, weights))
+        its = {n: shape for n, shape in shapes.items() if re.fullmatch(rf"{module}(\.\w+)?", n)}
+        # bias and beta are only added
+        weights = [shape for n, shape in its.items() if not n.endswith((".bias", ".beta"))]
         if weights:
+            sizes, macs = map(math.prod, its.values()), uses * sum(map(math.prod, weights))
             parts.append(Part(name, len(weights), weights[0], sum(sizes), macs, counted))
     parts.append(Part("pooling", 1, (tokens,), 0, tokens * dim, False))
     hidden = sum(part.shape[1] * part.layers for part in parts if part.name.endswith("first"))
@@ -89,26 +86,26 @@ def config_info(config) -> ModelInfo:
         return model_info(build_resmlp(config))
 
 
-def describe(title: str, config) -> str:
+def describe(config) -> str:
     """A table of a config's model, for people."""
-    info = config_info(config)
-    size, patch = config.DATA.IMAGE_SIZE, config.MODEL.MIXER.PATCH_SIZE
+    info, mixer, size = config_info(config), config.MODEL.MIXER, config.DATA.IMAGE_SIZE
+
+    def rows(counted: bool) -> list[str]:
+        return [
+            f"  {part.name:20} {part.layers:6}  {' x '.join(map(str, part.shape)):18} "
+            f"{part.parameters:14,} {part.macs:16,}"
+            for part in info.parts
+            if part.counted == counted
+        ]
+
     lines = [
-        f"{title}: {size} x {size} pixels, {(size // patch) ** 2} tokens of "
-        f"{config.MODEL.MIXER.EMBED_DIM} channels, {config.MODEL.MIXER.DEPTH} blocks",
+        f"{config.MODEL.NAME}: {size} x {size} pixels, {(size // mixer.PATCH_SIZE) ** 2} tokens of "
+        f"{mixer.EMBED_DIM} channels, {mixer.DEPTH} blocks",
         f"  {'':20} {'layers':>6}  {'weight':18} {'parameters':>14} {'multiply-adds':>16}",
-    ]
-    for counted in (True, False):
-        for part in info.parts:
-            if part.counted == counted:
-                shape = " x ".join(map(str, part.shape))
-                lines.append(
-                    f"  {part.name:20} {part.layers:6}  {shape:18} {part.parameters:14,} "
-                    f"{part.macs:16,}"
-                )
-        if counted:
-            lines += [f"  {'together':61} {info.macs:16,}", "  not in this figure:"]
-    lines += [
+        *rows(True),
+        f"  {'together':61} {info.macs:16,}",
+        "  not in this figure:",
+        *rows(False),
         f"  {'all parameters':46} {info.parameters:14,}",
         f"  {info.parameters / 1e6:.2f} M parameters, {info.macs / 1e9:.2f} G multiply-adds; "
         f"with 8 for each GELU, as PPViT counts, {info.ppvit_macs / 1e9:.1f} G",
@@ -118,12 +115,9 @@ def describe(title: str, config) -> str:
 
 def zoo_table() -> str:
     """README's table of the published weights, as Markdown: percent, millions, billions."""
-    rows = [
-        "| weights | top-1 | top-5 | ReaL | V2 | params | MACs | files |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for weights in ZOO:
-        info = config_info(get_config(str(CONFIGS / f"{weights.config}.yaml")))
+        info = config_info(get_config(str(ROOT / "configs" / f"{weights.config}.yaml")))
         measured = weights.paddle or weights  # PPViT's own figures go with its file
         files = [weights.paddle.links] if weights.paddle else []
         cells = (
@@ -135,8 +129,9 @@ def zoo_table() -> str:
             f"{info.macs / 1e9:.2f}",
             " ".join([*files, f"[pth]({weights.url})"]),
         )
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    header = ("weights", "top-1", "top-5", "ReaL", "V2", "params", "MACs", "files")
+    return markdown_table(header, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.cfg and not args.zoo:
         raise UserError("give -cfg FILE ... or -zoo")
     for path in args.cfg:
-        config = get_config(path, args.opts)
-        print(describe(config.MODEL.NAME, config), end="\n\n")
+        print(describe(get_config(path, args.opts)), end="\n\n")
     if args.zoo:
         print(zoo_table())
 

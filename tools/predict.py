@@ -13,7 +13,6 @@ import csv
 import glob
 import io
 import json
-import math
 import os
 import sys
 import textwrap
@@ -33,7 +32,7 @@ from loading.images import BadImage, read_pixels
 from parallel.process import gpu_count
 from storage.files import printable
 from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
-from training.pictures import new_figure, render
+from training.pictures import new_grid, render
 from training.precision import autocast, choose_precision
 from transforms import build_eval_transform
 from utils import Normalize
@@ -56,20 +55,14 @@ def predict(
 ) -> list[dict]:
     """Classifies images as the evaluation does: the config's crop, interpolation and mean.
 
-    Args:
-        images: files, folders, archives and glob patterns.
-        pretrained, cfg, opts: as `tools.common.run_config` takes them.
-        top_k: classes to name per image; more than there are means all.
-        class_names: text file, one name a line; None: see `find_class_names`.
-        grid: PNG file to draw the first images and their classes into.
-        show: takes each result as soon as it is there, and the length of the longest path.
-        on_bad: takes the error of each image that cannot be read, which is left out; without it
-            that is a UserError, as are weights, config or names that do not fit.
-        amp: mixed precision, as the config's AMP; see `training.precision`.
+    Arguments are those of the command (`-h`), and
 
-    Returns:
-        ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
-            per image, the likeliest class first; the confidence is the softmax probability.
+    - show: takes each result as soon as it is there, and the length of the longest path;
+    - on_bad: takes the error of each image that cannot be read, which is left out; without it that
+      is a UserError, as are weights, config or names that do not fit.
+
+    Returns ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93},
+    ...]}`` per image, the likeliest class first; the confidence is the softmax probability.
     """
     if top_k < 1 or batch_size < 1:
         raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
@@ -81,11 +74,13 @@ def predict(
         print(choose_precision(config, gpu_count() > 0)[1], file=sys.stderr)
     results, views = [], []
     width = max(len(printable(path)) for path in paths)
-    for found, batch, probabilities in classify(model, config, paths, batch_size, on_bad):
-        views += list(batch[: GRID_LIMIT - len(views)]) if grid else []
-        for path, row in zip(found, probabilities):
-            results.append({"image": path, "predictions": _top(row, names, top_k)})
-            show(results[-1], width)
+    for path, view, row in classify(model, config, paths, batch_size, on_bad):
+        if grid and len(views) < GRID_LIMIT:
+            views.append(view)
+        top = np.argsort(-row, kind="stable")[:top_k].tolist()
+        top = [{"class": k, "name": names[k], "confidence": float(row[k])} for k in top]
+        results.append({"image": path, "predictions": top})
+        show(results[-1], width)
     if grid and results:
         write_file(grid, draw_grid(results, views))
     return results
@@ -137,89 +132,68 @@ def find_class_names(
 
 @paddle.no_grad()
 def classify(
-    model,
-    config,
-    paths: Sequence[str],
-    batch_size: int,
-    on_bad: Callable[[BadImage], None] | None = None,
-) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """Yields batches: paths, the views (uint8 ``[B, H, W, 3]``), probabilities ``[B, K]``."""
+    model, config, paths: Sequence[str], batch_size: int, on_bad: Callable | None
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yields path, view (uint8 ``[H, W, 3]``) and probabilities ``[K]`` of each image."""
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")
     transform = build_eval_transform(config)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    on_gpu = gpu_count() > 0
     for start in range(0, len(paths), batch_size):
-        found, images = [], []
+        found, views = [], []
         for path in paths[start : start + batch_size]:
             try:
                 pixels = read_pixels(path, config.DATA.EXIF_ORIENTATION)
-                images.append(transform(pixels, path))
+                views.append(transform(pixels, path))
+                found.append(path)
             except BadImage as error:
                 if on_bad is None:
                     raise
                 on_bad(error)
-            else:
-                found.append(path)
-        if images:
-            batch = np.stack(images)
-            with autocast(config, on_gpu):
-                probabilities = F.softmax(model(normalize(paddle.to_tensor(batch))))
-            yield found, batch, probabilities.numpy()
+        if views:
+            images = normalize(paddle.to_tensor(np.stack(views)))
+            with autocast(config, gpu_count() > 0):
+                probabilities = F.softmax(model(images))
+            yield from zip(found, views, probabilities.numpy())
 
 
-def _top(probabilities: np.ndarray, names: Sequence[str], top_k: int) -> list[dict]:
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [
-        {"class": int(k), "name": names[k], "confidence": float(probabilities[k])} for k in order
-    ]
-
-
-def table_rows(result: dict, width: int) -> str:
-    lines, path = [], printable(result["image"])
+def as_table(result: dict, width: int) -> str:
+    """An image's classes under a header; its path, of at most ``width`` characters, once."""
+    width = max(width, len("image"))
+    lines, path = [f"{'image':{width}}  confidence  class"], printable(result["image"])
     for entry in result["predictions"]:
         lines.append(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
-        path = ""  # named once
+        path = ""
     return "\n".join(lines)
 
 
-def as_csv(results: Sequence[dict]) -> str:
+def as_csv(result: dict) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "rank", "class", "name", "confidence"))
-    for result in results:
-        for rank, entry in enumerate(result["predictions"], 1):
-            confidence = f"{entry['confidence']:.6f}"
-            writer.writerow((result["image"], rank, entry["class"], entry["name"], confidence))
+    for rank, entry in enumerate(result["predictions"], 1):
+        confidence = f"{entry['confidence']:.6f}"
+        writer.writerow((result["image"], rank, entry["class"], entry["name"], confidence))
     return text.getvalue().rstrip("\n")
 
 
 def draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
     """A PNG of what the model saw, each picture over its three likeliest classes."""
-    columns = min(len(views), 4 if len(views) <= 16 else 8)
-    rows = math.ceil(len(views) / columns)
-    height = 2.9 * rows  # inches: 2 for a picture, 0.25 above it, 0.65 below it for the classes
-    figure = new_figure(2.1 * columns, height)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    # inches: 2 for a picture, 0.25 above it, 0.65 below it for the classes
+    figure, cells = new_grid(len(views), 4 if len(views) <= 16 else 8, 2.1, 2.9)
+    height = figure.get_figheight()
     figure.subplots_adjust(0.02, 0.65 / height, 0.98, 1 - 0.25 / height, wspace=0.05, hspace=0.45)
-    for axis in axes:
-        axis.axis("off")
-    for axis, view, result in zip(axes, views, results):
+    for axis, view, result in zip(cells, views, results):
         axis.imshow(view, interpolation="nearest")
         name = printable("/".join(Path(result["image"]).parts[-2:]))
         name = name if len(name) <= 32 else f"…{name[-31:]}"
         axis.set_title(name, fontsize=7, color="gray")
         for line, entry in enumerate(result["predictions"][:3]):
             name = entry["name"].split(",")[0]  # ImageNet's names are lists of synonyms
-            axis.text(
-                0.0,
-                -0.08 - 0.1 * line,
-                f"{100 * entry['confidence']:5.1f} %  {name[:22]}",
-                transform=axis.transAxes,
-                fontsize=8,
-                fontweight="bold" if line == 0 else "normal",
-                color="black" if line == 0 else "dimgray",
-            )
+            text = f"{100 * entry['confidence']:5.1f} %  {name[:22]}"
+            weight, color = ("normal", "dimgray") if line else ("bold", "black")
+            style = dict(transform=axis.transAxes, fontsize=8, fontweight=weight, color=color)
+            axis.text(0.0, -0.08 - 0.1 * line, text, **style)
     return render(figure)
 
 
@@ -241,26 +215,19 @@ def main() -> None:
     for source in args.images:
         names = sys.stdin.buffer.read().splitlines() if source == "-" else [source]
         images += map(os.fsdecode, names)
-    shown, bad = 0, 0
+    shown, bad = [], []
 
     def show(result: dict, width: int) -> None:
-        nonlocal shown
         if args.json:  # in ASCII, which every terminal and pipe takes
             text = textwrap.indent(json.dumps(result, indent=2), "  ")
             print(",\n" if shown else "[\n", text, sep="", end="", flush=True)
-        elif args.csv:
-            text = as_csv([result])
-            print(text.split("\n", 1)[1] if shown else text, flush=True)
         else:
-            width = max(width, len("image"))
-            if not shown:
-                print(f"{'image':{width}}  confidence  class")
-            print(table_rows(result, width), flush=True)
-        shown += 1
+            text = as_csv(result) if args.csv else as_table(result, width)
+            print(text.split("\n", 1)[1] if shown else text, flush=True)
+        shown.append(result)
 
     def on_bad(error: BadImage) -> None:
-        nonlocal bad
-        bad += 1
+        bad.append(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
 
     own = ("images", "json", "csv")
@@ -273,7 +240,7 @@ def main() -> None:
     if args.grid and shown:
         print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
     if bad:
-        raise UserError(f"{bad} of {bad + shown} images cannot be read")
+        raise UserError(f"{len(bad)} of {len(bad) + len(shown)} images cannot be read")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from cli.parser import Parser
 from config import get_arguments, resolve_config
 from storage.checkpoints import config_changes
 from storage.files import shorten
-from tools.common import ROOT, write_file
+from tools.common import ROOT, markdown_table, write_file
 from training.plots import is_number, read_metrics
 
 
@@ -37,9 +37,8 @@ class _Texts(yaml.BaseLoader):
         seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
-                )
+                twice = f"{key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -54,21 +53,17 @@ def read_study(path: str) -> dict[str, list[str]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(keys, dict) for keys in content.values()
-    ):
+    if type(content) is not dict or {*map(type, content.values())} - {dict}:
         raise ConfigError(f"{path}: expected `variant: {{KEY: value, ...}}` lines")
     folders = {}
     for name in content:
         folder = _folder(name)
         if not folder:
             raise ConfigError(f"{path}: {name!r} has no letter or digit to name a folder with")
-        if folder in folders:
-            raise ConfigError(
-                f"{path}: {folders[folder]!r} and {name!r} would share the folder {folder}; "
-                "rename one of them"
-            )
-        folders[folder] = name
+        other = folders.setdefault(folder, name)
+        if other != name:
+            both = f"{other!r} and {name!r} would share the folder {folder}"
+            raise ConfigError(f"{path}: {both}; rename one of them")
     return {
         name: [str(item) for pair in keys.items() for item in pair]
         for name, keys in content.items()
@@ -93,7 +88,8 @@ def run_study(
             folder = Path(output) / _folder(name) / f"seed_{seed}"
             words = [*arguments, f"-output={folder}", "-resume=auto", "-opts", *opts]
             words += ["SEED", str(seed)]
-            refuse_other_settings(folder, words)
+            if (folder / "config.yaml").is_file():
+                refuse_other_settings(folder, words)
             command = [sys.executable, str(ROOT / main), *words]
             print(f"$ {' '.join(command)}", flush=True)
             code = subprocess.run(command).returncode
@@ -105,8 +101,6 @@ def run_study(
 
 def refuse_other_settings(folder: Path, words: list[str]) -> None:
     """Raises a `UserError` where a run was begun with other settings than those of a command."""
-    if not (folder / "config.yaml").is_file():
-        return
     config = resolve_config(get_arguments(words), quiet=True)
     try:
         before = (folder / "config.yaml").read_text(encoding="utf-8")
@@ -117,10 +111,8 @@ def refuse_other_settings(folder: Path, words: list[str]) -> None:
     # What the run resolved, and keys that a release added or left out, are no other settings.
     changes = [c for c in changes if not c.endswith(" -> auto") and "(none)" not in c]
     if changes:
-        raise UserError(
-            f"{folder} was run with other settings ({shorten(changes, 3)}): remove that folder, "
-            "or name another -output"
-        )
+        changed = f"{folder} was run with other settings ({shorten(changes, 3)})"
+        raise UserError(f"{changed}: remove that folder, or name another -output")
 
 
 def last_top1(folder: Path) -> float:
@@ -133,15 +125,14 @@ def last_top1(folder: Path) -> float:
 
 def table(results: dict[str, list[float]]) -> str:
     """The results as a Markdown table: mean, sample standard deviation, difference to the first."""
-    lines = ["| variant | top-1, % | difference | seeds |", "|---|---|---|---|"]
-    baseline = None
+    rows, baseline = [], None
     for name, values in results.items():
         mean = statistics.mean(values)
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        change = "" if baseline is None else f"{mean - baseline:+.2f}"
         baseline = mean if baseline is None else baseline
-        lines.append(f"| {name} | {mean:.2f}{spread} | {change} | {len(values)} |")
-    return "\n".join(lines)
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        change = f"{mean - baseline:+.2f}" if rows else ""
+        rows.append((name, f"{mean:.2f}{spread}", change, len(values)))
+    return markdown_table(("variant", "top-1, %", "difference", "seeds"), rows)
 
 
 def main() -> None:

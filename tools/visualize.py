@@ -2,11 +2,8 @@
 
     python tools/visualize.py -pretrained output/run/best.pdparams -images photo.jpg other.jpg
 
-- token_mixing.png: rows of the token-mixing matrices as maps over the patch grid (paper, figure 2)
-- magnitudes.png: LayerScale and Affine, layer by layer
-- contributions.png: what each patch of an image adds to the logit of a class; exact, because the
-  head is linear in the mean of the tokens
-- batch.png: a training batch after augmentation, erasing and mixing
+token_mixing.png shows rows of the token-mixing matrices as maps over the patch grid (paper, figure
+2); what the others show, `_TEXTS` says.
 """
 
 from __future__ import annotations
@@ -31,16 +28,9 @@ from loading.files import split_folder
 from loading.images import read_pixels
 from mixup import smooth_one_hot
 from resmlp import ResMLP
-from tools.common import (
-    beside_weights,
-    html_image,
-    html_page,
-    load_model,
-    run_config,
-    write_file,
-)
+from tools.common import beside_weights, html_image, html_page, load_model, run_config, write_file
 from tools.predict import find_class_names, find_images
-from training.pictures import new_figure, render
+from training.pictures import new_figure, new_grid, render
 from transforms import build_eval_transform
 from utils import Normalize, step_rng
 
@@ -89,11 +79,10 @@ def sparsity(model: ResMLP) -> list[float]:
     return [float((weight < 0.05 * weight.max()).mean()) for weight in weights]
 
 
-def magnitudes(model: ResMLP) -> dict[str, np.ndarray]:
-    """Absolute values of LayerScale and Affine, name -> ``[layers, C]``."""
-    names = ("ls1", "ls2", "norm1.alpha", "norm2.alpha", "norm1.beta", "norm2.beta")
+def magnitudes(model: ResMLP, name: str) -> np.ndarray:
+    """Absolute values of LayerScale or an Affine's parameter in each layer, ``[layers, C]``."""
     states = [block.state_dict() for block in model.mixer_layers]
-    return {n: np.abs(np.stack([state[n].numpy().ravel() for state in states])) for n in names}
+    return np.abs(np.stack([state[name].numpy().ravel() for state in states]))
 
 
 @paddle.no_grad()
@@ -110,11 +99,11 @@ def contributions(model: ResMLP, images: paddle.Tensor) -> tuple[np.ndarray, np.
     return terms.reshape([-1, grid, grid, model.num_classes]).numpy(), model(images).numpy()
 
 
-def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
+def training_batch(config) -> tuple[np.ndarray, np.ndarray]:
     """The first batch of a run, made visible again: uint8 ``[B, H, W, 3]``, targets ``[B, K]``."""
     config = config.clone()
     config.defrost()
-    config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS, config.DATA.DROP_LAST = size, 0, False
+    config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS, config.DATA.DROP_LAST = BATCH, 0, False
     augment, batch = BatchAugment(config), next(iter(build_loader(config, "train")))
     images, targets = augment(batch.images, batch.labels, step_rng(config.SEED, 0, 0, 0))
     if targets.ndim == 1:
@@ -123,15 +112,11 @@ def training_batch(config, size: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
-    columns = 2 if len(layers) in (2, 4) else min(len(layers), 3)
-    rows = -(-len(layers) // columns)
-    figure = new_figure(4 * columns, 4.2 * rows, layout="constrained")
+    columns = 2 if len(layers) in (2, 4) else 3
+    figure, cells = new_grid(len(layers), columns, 4, 4.2, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, wspace=0.08, hspace=0.05)  # layers apart from maps
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis("off")
     sparse = sparsity(model)
-    for axis, layer in zip(axes, layers):
+    for axis, layer in zip(cells, layers):
         mosaic, dots = tile_maps(token_maps(model, layer))
         limit = np.nanquantile(np.abs(mosaic), 0.995)
         axis.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -141,25 +126,19 @@ def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
 
 
 def tile_maps(maps: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """The central maps side by side with a gap between, and where each one's own patch is."""
+    """The central maps side by side with a gap between, and x and y of each one's own patch."""
     grid = maps.shape[-1]
     side = min(grid, MAX_SIDE)
     first = (grid - side) // 2
-    mosaic = np.full([side * (grid + 1) - 1] * 2, np.nan)
-    x, y = [], []
-    for row in range(side):
-        for column in range(side):
-            top, left = row * (grid + 1), column * (grid + 1)
-            own_row, own_column = first + row, first + column
-            own_map = maps[own_row * grid + own_column]
-            mosaic[top : top + grid, left : left + grid] = own_map
-            y.append(top + own_row)
-            x.append(left + own_column)
-    return mosaic, (np.array(x), np.array(y))
+    shown = slice(first, first + side)
+    tiles = np.full([side, grid + 1, side, grid + 1], np.nan)  # [row, y, column, x]
+    tiles[:, :grid, :, :grid] = maps.reshape([grid] * 4)[shown, shown].transpose(0, 2, 1, 3)
+    mosaic = tiles.reshape(side * (grid + 1), -1)[:-1, :-1]
+    own = np.arange(side) * (grid + 2) + first
+    return mosaic, (np.tile(own, side), np.repeat(own, side))
 
 
 def draw_magnitudes(model: ResMLP):
-    values = magnitudes(model)
     layers = np.arange(1, len(model.mixer_layers) + 1)
     figure = new_figure(13, 4, layout="constrained")
     panels = (
@@ -169,7 +148,7 @@ def draw_magnitudes(model: ResMLP):
     )
     for axis, (title, curves) in zip(figure.subplots(1, 3), panels):
         for (name, label), color in zip(curves.items(), ("#0072b2", "#d55e00")):
-            low, middle, high = np.quantile(values[name], [0.1, 0.5, 0.9], axis=1)
+            low, middle, high = np.quantile(magnitudes(model, name), [0.1, 0.5, 0.9], axis=1)
             axis.plot(layers, middle, "o-", color=color, label=label, markersize=4)
             axis.fill_between(layers, low, high, color=color, alpha=0.15)
         axis.set(title=title, xlabel="layer", ylabel="absolute value")
@@ -192,39 +171,28 @@ def draw_contributions(
     classes = (
         np.argsort(-logits, axis=1)[:, :2] if label is None else np.full([len(views), 1], label)
     )
-    count, size = classes.shape[1], views.shape[1]
-    figure = new_figure(2.8 * (1 + count) + 0.6, 3.2 * len(views), layout="constrained")
-    for axes, view, term, logit, chosen in zip(
-        figure.subplots(len(views), 1 + count, squeeze=False), views, terms, logits, classes
-    ):
+    columns, size = 1 + classes.shape[1], views.shape[1]
+    width = 2.8 + 0.6 / columns
+    figure, cells = new_grid(len(views) * columns, columns, width, 3.2, layout="constrained")
+    cells = cells.reshape(-1, columns)
+    for axes, view, term, logit, chosen in zip(cells, views, terms, logits, classes):
         limit = np.abs(term[..., chosen]).max()
         axes[0].imshow(view)
         axes[0].set_title("image", fontsize=9)
         for axis, k in zip(axes[1:], chosen):
             axis.imshow(view.mean(axis=2), cmap="gray", vmin=-255, vmax=255)  # pale, to colour it
-            shown = axis.imshow(
-                term[..., k],
-                cmap="RdBu_r",
-                vmin=-limit,
-                vmax=limit,
-                alpha=0.6,
-                extent=(-0.5, size - 0.5, size - 0.5, -0.5),
-            )
+            colours = dict(cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+            extent = (-0.5, size - 0.5, size - 0.5, -0.5)
+            shown = axis.imshow(term[..., k], extent=extent, **colours)
             title = f"{names[k].split(',')[0][:24]}\nlogit {logit[k]:.2f}"
             axis.set_title(title, fontsize=9)
         figure.colorbar(shown, ax=axes[1:], shrink=0.8)
-        for axis in axes:
-            axis.axis("off")
     return figure
 
 
 def draw_batch(images: np.ndarray, targets: np.ndarray, names: Sequence[str]):
-    columns = min(len(images), 8)
-    rows = -(-len(images) // columns)
-    figure = new_figure(1.7 * columns, 2.2 * rows, layout="constrained")
-    for axis in figure.subplots(rows, columns, squeeze=False).flat:
-        axis.axis("off")
-    for axis, image, target in zip(figure.axes, images, targets):
+    figure, cells = new_grid(len(images), 8, 1.7, 2.2, layout="constrained")
+    for axis, image, target in zip(cells, images, targets):
         axis.imshow(image)
         top = [k for k in np.argsort(-target)[:2] if target[k] > 0.05 or k == target.argmax()]
         lines = [f"{100 * target[k]:.0f} % {names[k].split(',')[0][:18]}" for k in top]
@@ -244,19 +212,12 @@ def visualize(
 ) -> list[Path]:
     """Draws the pictures, and a page ``index.html`` that gathers them; returns the files.
 
-    Args:
-        pretrained, cfg, opts: as `tools.common.run_config` takes them.
-        output: folder; None: ``pictures`` beside the weights.
-        images: images to explain; none: no contributions.png.
-        layers: whose token mixing to draw, from 1; none: some, evenly spread.
-        label: class to explain; None: the two likeliest of each image.
-        class_names: text file, one name a line; None: see `predict.find_class_names`.
-
-    batch.png is drawn where the config's training images are there. Raises UserError for weights,
-    images or data that cannot be used, and a layer or class that is not there.
+    Arguments are those of the command (`-h`). batch.png is drawn where the config's training
+    images are there. Raises UserError for weights, images or data that cannot be used, and a layer
+    or class that is not there.
     """
     config = run_config(pretrained, cfg, opts)
-    model = load_model(config)
+    model, data = load_model(config), config.DATA
     names = find_class_names(config, class_names, model.classes)
     figures = {
         "token_mixing": draw_token_mixing(model, choose_layers(layers, len(model.mixer_layers))),
@@ -267,42 +228,38 @@ def visualize(
         if not 0 <= (label or 0) < model.num_classes:
             raise UserError(f"class {label}: the model has classes 0 to {model.num_classes - 1}")
         transform = build_eval_transform(config)
-        normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-        upright = config.DATA.EXIF_ORIENTATION
-        views = np.stack([transform(read_pixels(path, upright), path) for path in paths])
+        normalize = Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
+        pixels = [read_pixels(path, data.EXIF_ORIENTATION) for path in paths]
+        views = np.stack([transform(image, path) for image, path in zip(pixels, paths)])
         terms, logits = contributions(model, normalize(paddle.to_tensor(views)))
         figures["contributions"] = draw_contributions(views, terms, logits, names, label)
-    if has_training_images(config.DATA):
+    if data.DATASET == "imagefolder":
+        there = archives.exists(split_folder(data.DATA_PATH, "train"))
+    else:
+        there = os.path.isfile(os.path.join(data.DATA_PATH, data.TRAIN_LIST))
+    if there:
         figures["batch"] = draw_batch(*training_batch(config), names)
     else:
-        print(f"{config.DATA.DATA_PATH}: no training images, so no batch.png", file=sys.stderr)
+        print(f"{data.DATA_PATH}: no training images, so no batch.png", file=sys.stderr)
 
     output = Path(output or beside_weights(config, "pictures"))
-    files, sections = [], []
-    for name, figure in figures.items():
-        files.append(output / f"{name}.png")
-        write_file(files[-1], render(figure))
+    files, sections = [output / f"{name}.png" for name in figures], []
+    for file, (name, figure) in zip(files, figures.items()):
+        write_file(file, render(figure))
         heading, text = _TEXTS[name]
-        sections.append((heading, f"<p>{text}</p>\n{html_image(files[-1], heading)}"))
+        sections.append((heading, f"<p>{text}</p>\n{html_image(file, heading)}"))
     files.append(output / "index.html")
     write_file(files[-1], html_page(f"{config.MODEL.NAME}: what it has learned", sections))
     return files
 
 
-def has_training_images(data) -> bool:
-    if data.DATASET == "imagefolder":
-        return archives.exists(split_folder(data.DATA_PATH, "train"))
-    return os.path.isfile(os.path.join(data.DATA_PATH, data.TRAIN_LIST))
-
-
 def choose_layers(layers: Sequence[int], depth: int) -> list[int]:
     """Layers from 0: the given ones, which count from 1, or some from the first to the last."""
-    wrong = [layer for layer in layers if not 1 <= layer <= depth]
-    if wrong:
-        raise UserError(f"layer {wrong[0]}: the model has layers 1 to {depth}")
-    if layers:
-        return [layer - 1 for layer in layers]
-    return sorted(set(np.linspace(0, depth - 1, MAX_LAYERS).round().astype(int).tolist()))
+    for layer in layers:
+        if not 1 <= layer <= depth:
+            raise UserError(f"layer {layer}: the model has layers 1 to {depth}")
+    spread = np.linspace(0, depth - 1, MAX_LAYERS).round().astype(int).tolist()
+    return [layer - 1 for layer in layers] or sorted(set(spread))
 
 
 def main() -> None:
@@ -310,9 +267,8 @@ def main() -> None:
     parser.model_flags()
     parser.flag("output", "folder (default: `pictures` beside the weights)", metavar="DIR")
     parser.flag("images", "images to explain", nargs="+", default=(), metavar="FILE")
-    parser.flag(
-        "layers", "layers whose token mixing to draw, from 1", nargs="+", type=int, default=()
-    )
+    layers = "layers whose token mixing to draw, from 1"
+    parser.flag("layers", layers, nargs="+", type=int, default=())
     parser.flag("label", "class to explain (default: the two likeliest)", type=int, metavar="K")
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
     files = visualize(**vars(parser.parse_args()))

@@ -15,7 +15,7 @@ from cpu.resample import to_image
 from loading.images import read_pixels
 from parallel.process import Process, sum_over_ranks
 from storage.files import printable, write_atomically
-from training.pictures import new_figure, render
+from training.pictures import new_figure, new_grid, render
 
 BINS = 15  # of the confidence, as in Guo et al., "On Calibration of Modern Neural Networks"
 MISTAKES = 16  # in the picture
@@ -85,12 +85,8 @@ class Calibration:
 
     def draw_mistakes(self, files, names: Sequence[str]) -> bytes:
         """The most confident mistakes as PNG: images of an `ImageIndex`, classes by name."""
-        columns = 4
-        rows = -(-max(len(self.mistakes), 1) // columns)
-        figure = new_figure(2.6 * columns, 3.2 * rows, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes in grid:
-            axes.axis("off")
+        count = max(len(self.mistakes), 4)
+        figure, grid = new_grid(count, 4, 2.6, 3.2, layout="constrained")
         for axes, (confidence, index, label, prediction) in zip(grid, self.mistakes):
             image = to_image(read_pixels(files.path(int(index)), files.exif_orientation))
             image.thumbnail([224, 224])

@@ -21,6 +21,17 @@ def new_figure(width: float, height: float, **options):
     return Figure(figsize=(width, height), **options)
 
 
+def new_grid(count: int, columns: int, width: float, height: float, **options):
+    """A figure of at least ``count`` cells (inches), and their axes, without lines."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = new_figure(width * columns, height * rows, **options)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in cells:
+        axes.axis("off")
+    return figure, cells
+
+
 def render(figure, format: str = "png") -> bytes:
     """The file of a figure. A dollar sign in a text is one, not the beginning of a formula.
 

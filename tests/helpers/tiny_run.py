@@ -50,6 +50,15 @@ def make_images(folder: Path, count: int) -> list[str]:
     return paths
 
 
+def crop_by_hand(path: str | Path, size: int = 16, short: int = 20) -> np.ndarray:
+    """Resize the short side, bicubic, and cut out the middle; PIL and whole numbers only."""
+    image = Image.open(path).convert("RGB")
+    scale = short / min(image.size)
+    wide = [short if side == min(image.size) else int(side * scale) for side in image.size]
+    left, top = (round((side - size) / 2) for side in wide)
+    return np.asarray(image.resize(wide, Image.BICUBIC).crop((left, top, left + size, top + size)))
+
+
 def run_tool(name: str, *arguments, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
