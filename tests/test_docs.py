@@ -21,26 +21,23 @@ KEYS = {*DECLARED, *(key.rpartition(".")[0] for key in DECLARED)}
 COMMANDS = [command for page in PAGES for command in commands(page)]
 
 
-def shell_words(page):
-    """The commands of a page in shell, as lists of words."""
-    for command in commands(page):
-        if command.language == "sh":
-            words = shlex.split(command.text)
-            while re.fullmatch(r"\w+=\S*", words[0]):  # NAME=value in front
-                words.pop(0)
-            yield words
-
-
 @functools.cache
-def help_of(script):
-    result = subprocess.run(
-        [sys.executable, script, "-h"], cwd=ROOT, capture_output=True, text=True
-    )
+def flags_of(script):
+    words = [sys.executable, script, "-h"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return {plain(flag) for flag in re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.stdout)}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CHINESE], ids=lambda page: page.name)
+def plain(flag):
+    """A flag whatever its dashes: the help shows one spelling."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+OTHERS = [ROOT / "CONTRIBUTING.md", *ROOT.glob(".github/*.md")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CHINESE, *OTHERS], ids=lambda page: page.name)
 def test_relative_links_lead_to_files_and_headings(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"(?:\]\(|srcset=\")([^)\s\"]+)[)\"]", text):
@@ -55,37 +52,25 @@ def test_relative_links_lead_to_files_and_headings(page):
             assert heading in slugs, target
 
 
-def plain(flag):
-    """A flag whatever its dashes: the help shows one spelling."""
-    return flag.lstrip("-").replace("-", "_")
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_scripts_and_flags_that_exist(page):
-    for words in shell_words(page):
+def test_commands_are_in_blocks_that_are_run_of_scripts_flags_keys_and_files_that_exist(page):
+    assert unmarked(page) == []
+    for command in commands(page):
+        if command.language == "python":
+            compile(command.text, command.where, "exec")
+            continue
+        words = shlex.split(command.text)
+        while re.fullmatch(r"\w+=\S*", words[0]):  # NAME=value in front
+            words.pop(0)
         for script in re.findall(r"(?<!\S)[\w./-]+\.(?:py|sh|txt)\b", " ".join(words)):
             assert (ROOT / script).is_file(), words
-            if script.endswith(".py") and words[0] == "python" and words[1] == script:
-                known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help_of(script)))
-                used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
-                known, used = ({plain(flag) for flag in flags} for flags in (known, used))
-                assert used <= known, (words, used - known)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_config_keys_and_files_that_exist(page):
-    for words in shell_words(page):
+            if script.endswith(".py") and words[:2] == ["python", script]:
+                used = {plain(w.partition("=")[0]) for w in words if re.match(r"--?[a-z]", w)}
+                assert used <= flags_of(script), words
         for word in words:
-            if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", word):
-                assert word in KEYS, word
+            assert word in KEYS or not re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", word), word
             config = re.search(r"configs/[\w/]+\.yaml", word)
-            if config:
-                assert (ROOT / config[0]).is_file(), word
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_stand_in_blocks_that_are_run(page):
-    assert unmarked(page) == []
+            assert not config or (ROOT / config[0]).is_file(), word
 
 
 def in_step(page):
@@ -137,12 +122,6 @@ def test_the_readme_is_short_and_its_tables_fit_a_page():
         assert len(re.sub(r"\]\([^)]*\)|[\[|]", "", row)) <= 100, row
 
 
-def test_python_blocks_are_python():
-    for command in COMMANDS:
-        if command.language == "python":
-            compile(command.text, command.where, "exec")
-
-
 def test_the_tables_of_how_commands_are_run_hold_nothing_that_no_page_says():
     texts = [command.text for command in COMMANDS]
     for pattern in tables.ELSEWHERE:
@@ -157,21 +136,13 @@ def test_the_tables_of_how_commands_are_run_hold_nothing_that_no_page_says():
         assert found and all(re.search(pattern, path.read_text()) for path in found), files
 
 
-@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *ROOT.glob(".github/*.md")], ids=str)
-def test_pages_for_contributors_link_to_what_is_there(page):
-    test_relative_links_lead_to_files_and_headings(page)
-
-
-def test_forms_workflow_and_citation_can_be_read_and_the_workflow_runs_the_tests():
+def test_forms_and_citation_can_be_read_and_workflow_and_ci_run_the_tests():
     files = [ROOT / "CITATION.cff", *ROOT.glob(".github/*/*.yml")]
     read = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
     assert {"bug.yml", "tests.yml"} < set(read)
     job = read["tests.yml"]["jobs"]["tests"]
     assert job["strategy"]["matrix"]["python"] == ["3.9", "3.11", "3.13"]
     assert any(step.get("run", "").startswith("sh run_tests.sh") for step in job["steps"])
-
-
-def test_what_is_said_to_be_a_stage_of_continuous_integration_is_one():
     ci = (ROOT / ".ci" / "run").read_text()
     for command in COMMANDS:
         if ".ci/run" in (tables.elsewhere(command.text) or "") and command.text.startswith("sh "):

@@ -24,47 +24,54 @@ def levels():
         yield [folder + name for name in names]
 
 
+def parse(path):
+    return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
 LEVEL_OF = {name: level for level, names in enumerate(levels()) for name in names}
 PATHS = [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
-MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in PATHS
+NODES = {  # module -> what its file holds
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): parse(path)
+    for path in sorted(PATHS)
     if path.name != "__init__.py"
-)
+}
+each_module = pytest.mark.parametrize("module", NODES)
 
 
-def path_of(module):
-    return ROOT / f"{module.replace('.', '/')}.py"
-
-
-def imports(path):
+def imports(module):
     """The modules that a file imports, dotted; of a folder of ours, what is taken from it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found = set()
+    for node in NODES[module]:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            if node.module in FOLDERS:
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside if node.module in FOLDERS else {node.module}
+    return found
 
 
 def test_every_module_has_a_place_in_the_picture():
-    assert set(MODULES) == set(LEVEL_OF)
+    assert NODES.keys() == LEVEL_OF.keys()
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each_module
 def test_imports_run_downwards(module):
-    found = set(imports(path_of(module)))
-    assert not {name for name in found & set(LEVEL_OF) if LEVEL_OF[name] >= LEVEL_OF[module]}
+    found = imports(module) & LEVEL_OF.keys()
+    assert not {name for name in found if LEVEL_OF[name] >= LEVEL_OF[module]}
 
 
 def test_the_config_is_an_argument():
     """Only what begins something resolves one; distillation: a teacher's YAML is another config."""
     beginnings = ("main_single_gpu", "main_multi_gpu", "hubconf", "distillation")
-    for module in MODULES:
+    for module in NODES:
         if not module.startswith(("tools.", "port_weights.")) and module not in beginnings:
-            assert "config" not in set(imports(path_of(module))), module
+            assert "config" not in imports(module), module
+
+
+def test_modules_that_promise_it_import_no_paddle():
+    loading = ("loading.samplers", "loading.classes", "loading.files", "loading.images")
+    for module in ("config", "cli.errors", "cpu.setup", "storage.weights", *loading):
+        assert not any(name.startswith("paddle") for name in imports(module)), module
 
 
 def test_the_files_of_the_page_are_there_and_hold_what_it_names():
@@ -79,17 +86,26 @@ def test_the_files_of_the_page_are_there_and_hold_what_it_names():
         assert all(re.search(rf"\b{name}\b", text) for name in named), line
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_class_keeps_more_than_ten_attributes(module):
-    tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
-    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
-        stored = [a for a in ast.walk(node) if isinstance(a, ast.Attribute)]
-        stored = {a.attr for a in stored if isinstance(a.ctx, ast.Store) and is_self(a.value)}
-        assert len(stored) <= 10, (node.name, stored)
+def id_of(node):
+    return getattr(node, "id", "")
 
 
-def is_self(node):
-    return isinstance(node, ast.Name) and node.id == "self"
+@each_module
+def test_no_class_keeps_more_than_ten_attributes_and_nothing_breaks_under_oo(module):
+    """`python -OO` leaves docstrings and assertions out: `__doc__` is None."""
+    for node in NODES[module]:
+        inside = [*ast.walk(node)] if isinstance(node, (ast.ClassDef, ast.Assert)) else ()
+        if isinstance(node, ast.ClassDef):
+            stored = [
+                a for a in inside if isinstance(a, ast.Attribute) and id_of(a.value) == "self"
+            ]
+            stored = {a.attr for a in stored if isinstance(a.ctx, ast.Store)}
+            assert len(stored) <= 10, (node.name, stored)
+        elif isinstance(node, ast.Assert):
+            called = {id_of(call.func) for call in inside if isinstance(call, ast.Call)}
+            assert called <= {"len", "isinstance"}
+        elif isinstance(node, (ast.Attribute, ast.Subscript)):
+            assert id_of(node.value) != "__doc__"
 
 
 FIRST = """
@@ -118,62 +134,27 @@ for what in sys.argv[1:]:
 def test_whatever_is_imported_first_prepares_the_process_before_paddle():
     """As a module, and as the script that a tool is."""
     tools = [str(p) for p in PATHS if p.parent.name == "tools" and "import _root" in p.read_text()]
-    words = [sys.executable, "-c", FIRST, *MODULES, *tools]
+    words = [sys.executable, "-c", FIRST, *NODES, *tools]
     found = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert (found.returncode, found.stdout) == (0, ""), found.stderr
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "config",
-        "cli.errors",
-        "cpu.setup",
-        "loading.samplers",
-        "loading.classes",
-        "loading.files",
-        "loading.images",
-        "storage.weights",
-    ],
-)
-def test_modules_that_promise_it_import_no_paddle(module):
-    assert not any(name.startswith("paddle") for name in imports(path_of(module)))
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_no_module_breaks_where_docstrings_and_assertions_are_left_out(module):
-    """`python -OO`: `__doc__` is None there, and no assertion is looked at."""
-    for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
-        used = isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.value, ast.Name)
-        assert not (used and node.value.id == "__doc__")
-        assert not (isinstance(node, ast.Assert) and any(map(is_call, ast.walk(node.test))))
-
-
-def is_call(node):
-    return isinstance(node, ast.Call) and getattr(node.func, "id", "") not in ("len", "isinstance")
-
-
-def _import_after(preparation):
-    code = f"import sys, types\nROOT = {str(ROOT)!r}\n{preparation}\nimport resmlp"
-    words = [sys.executable, "-c", code]
-    return subprocess.run(words, capture_output=True, text=True, cwd="/").stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("name", ["datasets", "utils", "config", "storage"])
-def test_another_module_of_a_name_of_ours_that_was_imported_is_told_in_one_line(name):
-    said = _import_after(
-        f"sys.modules[{name!r}] = types.ModuleType({name!r}); sys.path[:0] = [ROOT]"
-    )
-    assert said.startswith(f"ImportError: another module named {name} ")
-    assert said.endswith("was imported already; run ours in a process of its own")
-
-
-def test_another_module_that_would_be_found_first_is_told_in_one_line(tmp_path):
-    (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "__init__.py").touch()
-    said = _import_after(f"sys.path[:0] = [{str(tmp_path)!r}, ROOT]")
-    assert said.startswith(f"ImportError: another module named datasets ({tmp_path}")
-    assert said.endswith(f"begin with sys.path.insert(0, {str(ROOT)!r})")
+@pytest.mark.parametrize("name", ["datasets", "utils", "config", "storage", ""])
+def test_another_module_of_a_name_of_ours_is_told_in_one_line(tmp_path, name):
+    """It was imported already or, where no name is given here, would be found first."""
+    if name:
+        before = (
+            f"sys.modules[{name!r}] = types.ModuleType({name!r}); sys.path[:0] = [{str(ROOT)!r}]"
+        )
+        start, end = f"{name} ", "was imported already; run ours in a process of its own"
+    else:
+        (tmp_path / "datasets").mkdir()
+        (tmp_path / "datasets" / "__init__.py").touch()
+        before = f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]"
+        start, end = f"datasets ({tmp_path}", f"begin with sys.path.insert(0, {str(ROOT)!r})"
+    words = [sys.executable, "-c", f"import sys, types\n{before}\nimport resmlp"]
+    said = subprocess.run(words, capture_output=True, text=True, cwd="/").stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: another module named {start}") and said.endswith(end)
 
 
 def _private(name):
@@ -182,8 +163,8 @@ def _private(name):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
 def test_tests_use_no_private_names_of_modules(path):
-    ours, found = set(FOLDERS) | {name for name in MODULES if "." not in name}, []
-    nodes, modules = list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))), set()
+    ours, found = {*FOLDERS, *(name for name in NODES if "." not in name)}, []
+    nodes, modules = parse(path), set()
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ours:
             modules |= {alias.asname or alias.name for alias in node.names}

@@ -55,43 +55,35 @@ NEEDS = {
     r"-format (paddle )?onnx|-backend onnx|/exported/": ("paddle2onnx", "onnx", "onnxruntime"),
 }
 
-# Files (patterns, from the root) that a command makes anew; without Matplotlib no pictures.
+# Files (patterns, from the root; \1 is of the command's) that a command makes anew; without
+# Matplotlib no pictures.
 _LISTS = ("train_list.txt", "val_list.txt", "classes.txt")
 _RUN = ("config.yaml", "log.txt", "metrics.jsonl", "curves.png", "last.pdparams", "best.pdparams")
 _PICTURES = ("index.html", "token_mixing.png", "magnitudes.png", "contributions.png", "batch.png")
 _REPORT = ("eval.json", "per_class.csv", "confusion.png", "report.json", "mistakes.png")
-_EXPORTED = (
-    *("model.json", "model.pdiparams", "model.metadata"),
-    *("model.onnx", "model.safetensors"),
-)
+_EXPORTED = ("model.json", "model.pdiparams", "model.metadata", "model.onnx", "model.safetensors")
 LEAVES = {
-    r"make_lists\.py /dataset/imagenet": [f"../dataset/imagenet/{name}" for name in _LISTS],
-    r"make_lists\.py photos": [f"photos/{name}" for name in _LISTS],
+    r"make_lists\.py /(dataset/imagenet)": [rf"../\1/{name}" for name in _LISTS],
+    r"make_lists\.py (photos)": [rf"\1/{name}" for name in _LISTS],
     r"prepare\.py cifar": [f"cifar10/{name}" for name in ("train.tar", "val.tar", *_LISTS)],
     r"prepare\.py 102": [f"flowers102/{name}" for name in ("train.tar", "val.tar", *_LISTS[:2])],
     r"tools/pack\.py": [f"packed/{name}" for name in ("train-00000.tar", *_LISTS[:2])],
-    r"-output=\S*output/resmlp_24": [f"output/resmlp_24/{name}" for name in _RUN],
-    r"-output=output/small": [f"output/small/{name}" for name in _RUN],
-    r"-output=output/photos": [f"output/photos/{name}" for name in _RUN],
-    r"-output=/nfs/run": [f"../nfs/run/{name}" for name in _RUN],
+    r"-output=\S*(output/(?:resmlp_24|small|photos|fmnist))": [rf"\1/{name}" for name in _RUN],
+    r"-output=/(nfs/run)": [rf"../\1/{name}" for name in _RUN],
     rf"^(?!.*(?i:output|resume)=).*{_TRAINING}": [f"output/train-*/{name}" for name in _RUN],
     r"-resume=auto": ["output/train-*/last.pdparams"],
     r"OUTPUT=/nfs/run": ["../nfs/run/last.pdparams"],
     r"^(?!.*-cfg=output/).*(-eval|run_eval)": ["output/eval-*/eval.json"],
     r"-cfg=output/photos/config\.yaml": [f"output/photos/{name}" for name in _REPORT],
-    r"-grid=predictions\.png": ["predictions.png"],
+    r"-grid=(predictions\.png)": [r"\1"],
     r"photos/best\.pdparams -format onnx": ["output/photos/exported/model.onnx"],
     r"-checkpoint resmlp_12_no_dist\.pth": ["resmlp_12_224.pdparams"],
     r"-checkpoint resmlp_24_dist\.pth": ["resmlp_24_distilled_224.pdparams"],
     r"-checkpoint model\.safetensors": ["x.pdparams"],
-    r"export_timm_weights\.py .*\.safetensors": ["x.safetensors"],
-    r"export_timm_weights\.py .*\.pth": ["x.pth"],
+    r"export_timm_weights\.py .*\.(safetensors|pth)": [r"x.\1"],
     r"demo/prepare\.py": [f"output/fashion_mnist_data/{name}" for name in _LISTS],
-    r"-output=output/fmnist": [f"output/fmnist/{name}" for name in _RUN],
-    r"studies/ablation": ["output/ablation/results.md"],
-    r"studies/freezing": ["output/freezing/results.md"],
-    r"tools/features\.py.*-split train": ["train.safetensors"],
-    r"tools/features\.py.*-split val": ["val.safetensors"],
+    r"studies/(ablation|freezing)": [r"output/\1/results.md"],
+    r"tools/features\.py.*-split (train|val)": [r"\1.safetensors"],
     r"tools/evaluate_zoo\.py": [f"output/zoo/results.{kind}" for kind in ("md", "csv", "json")],
     r"tools/plot_metrics\.py": ["curves.png", "curves.html"],
     r"visualize\.py -pretrained output/demo": [f"output/demo/pictures/{n}" for n in _PICTURES],
@@ -101,17 +93,14 @@ LEAVES = {
 }
 
 
-def fitting(table: dict, command: str) -> list:
-    return [entry for pattern, entry in table.items() if re.search(pattern, command)]
-
-
 def missing(command: str) -> list[str]:
-    names = [name for names in fitting(NEEDS, command) for name in names]
+    names = [name for pattern in NEEDS if re.search(pattern, command) for name in NEEDS[pattern]]
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def leaves(command: str) -> list[str]:
-    names = [name for names in fitting(LEAVES, command) for name in names]
+    matches = [(re.search(pattern, command), names) for pattern, names in LEAVES.items()]
+    names = [match.expand(name) for match, names in matches if match for name in names]
     drawn = importlib.util.find_spec("matplotlib") is not None
     return [name for name in names if drawn or not name.endswith(".png")]
 

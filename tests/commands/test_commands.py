@@ -8,27 +8,22 @@ import functools
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import finish
+from tests.helpers import runs
 
 from . import stand_ins, tables
 from .pages import PAGES, Command, commands
 
 SECONDS = 180  # at most, for one command
-ALL = [
-    pytest.param(
-        command,
-        id=f"{command.where} {command.text[:60]!r}",
-        marks=pytest.mark.xdist_group(page.name),
-    )  # a page's share a clone
-    for page in PAGES
-    for command in commands(page)
-]
+ALL = []
+for page in PAGES:
+    group = pytest.mark.xdist_group(page.name)  # a page's share a clone
+    names = [(command, f"{command.where} {command.text[:60]!r}") for command in commands(page)]
+    ALL += [pytest.param(command, id=name, marks=group) for command, name in names]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +37,7 @@ def clone_for(tmp_path_factory):
         repository = stand_ins.copy(folder / "stand-ins", folder / page.stem)
         if not any("make_lists.py /dataset" in command.text for command in commands(page)):
             lists = tables.changed("python tools/make_lists.py /dataset/imagenet", 0)
-            code, output = finish(start(repository, lists))
+            code, output = run(repository, lists)
             assert code == 0, output
         return repository
 
@@ -50,23 +45,11 @@ def clone_for(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def start(repository: Path, shell: str) -> subprocess.Popen:
+def run(repository: Path, shell: str) -> tuple[int, str]:
     programs = [repository.parent / "bin", Path(sys.executable).parent, os.environ["PATH"]]
-    return subprocess.Popen(
-        ["sh", "-c", shell],
-        cwd=repository,
-        env={
-            **os.environ,
-            **stand_ins.SLURM,
-            "PATH": os.pathsep.join(map(str, programs)),
-            "PYTHON": sys.executable,
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    places = {"PATH": os.pathsep.join(map(str, programs)), "PYTHON": sys.executable}
+    words = ["sh", "-c", f"cd '{repository}'\n{shell}"]
+    return runs.run(words, seconds=SECONDS, **stand_ins.SLURM, **places)
 
 
 def free_port() -> int:
@@ -93,7 +76,7 @@ def test_a_command_works_and_leaves_what_the_page_says(clone_for, command):
     repository, line = clone_for(command.page), shell_line(command)
     stamp = repository.parent / "stamp"
     stamp.touch()
-    code, output = finish(start(repository, line), SECONDS)
+    code, output = run(repository, line)
     assert code == 0, f"{line}\n{output}"
     for name in tables.leaves(command.text):
         found = [path.stat().st_mtime for path in repository.glob(name)]

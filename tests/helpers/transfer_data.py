@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import struct
 import tarfile
-import zlib
 
 import numpy as np
 from PIL import Image
@@ -49,24 +47,10 @@ def cifar100(path):
     return write_tar(path, {f"cifar-100-binary/{n}": d for n, d in files.items()}), parts, classes
 
 
-def element(kind, data, small=False):
-    if small:
-        return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
-    return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
+def write_mat(path, matrices):
+    from scipy.io import savemat  # which CIFAR does not need
 
-
-def write_mat(path, matrices, compress=True):
-    """MATLAB's format, version 5, from its description."""
-    out = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
-    for name, values in matrices.items():
-        kind = {"uint8": 2, "uint16": 4}[values.dtype.name]
-        name, small = name.encode(), len(name) <= 4
-        body = element(6, struct.pack("<II", 6, 0)) + element(5, struct.pack("<ii", 1, len(values)))
-        body += element(1, name, small) + element(kind, values.tobytes(), values.nbytes <= 4)
-        matrix = element(14, body)
-        packed = zlib.compress(matrix)
-        out += struct.pack("<II", 15, len(packed)) + packed if compress else matrix
-    path.write_bytes(out)
+    savemat(path, {name: np.array(values, "uint16") for name, values in matrices.items()})
 
 
 def flowers102(folder):
@@ -75,8 +59,7 @@ def flowers102(folder):
         file = io.BytesIO()
         Image.fromarray(np.full([8, 9, 3], 20 * number, "uint8")).save(file, "JPEG")
         images[f"jpg/image_{number:05d}.jpg"] = file.getvalue()
-    write_mat(folder / "imagelabels.mat", {"labels": np.array([3, 1, 2] * 3, "uint8")})
+    write_mat(folder / "imagelabels.mat", {"labels": [3, 1, 2] * 3})
     sets = {"trnid": [9, 2], "valid": [1, 6], "tstid": [8, 3, 4, 5, 7]}
-    sets = {name: np.array(numbers, "uint16") for name, numbers in sets.items()}
     write_mat(folder / "setid.mat", sets)
     return write_tar(folder / "102flowers.tgz", images), images
