@@ -84,7 +84,7 @@ def test_the_probe_is_scikit_learns_in_float64(sets, capsys):
     assert "warning: not converged after 1 iterations" in capsys.readouterr().out
 
 
-def test_labels_are_names_and_not_places(sets):
+def test_labels_are_names_and_not_places_and_features_have_to_fit(sets):
     """Large ones, and those that only one of the two has."""
     train, val = sets
     far = [x._replace(labels=x.labels * 10**7) for x in sets]
@@ -93,10 +93,6 @@ def test_labels_are_names_and_not_places(sets):
     share = (val.labels == 3).mean()
     for scores in (knn_accuracies(train, other, [1])[1], probe_accuracies(train, other)):
         assert 0 < scores[0] <= 100 * (1 - share)
-
-
-def test_features_that_do_not_fit_are_refused(sets):
-    train, val = sets
     with pytest.raises(DataError, match="6 and 5 channels: they are of different models"):
         knn_accuracies(train, Features(val.features[:, :5], val.labels), [10])
     with pytest.raises(DataError, match="there are only 8400 features"):

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from cli.errors import UserError
-from tools.plot_metrics import plot_metrics
 from training.plots import draw_curves, read_metrics
 
 from .helpers.tiny_run import run_tool
@@ -91,15 +90,9 @@ def test_a_run_whose_folder_is_not_utf8_has_a_name_that_can_be_drawn(write_run):
     assert read_metrics(odd).name == "caf\\xe9"
 
 
-@pytest.mark.parametrize("content", [None, ""])
-def test_a_folder_without_records_is_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(UserError, match="metrics.jsonl"):
-        read_metrics(tmp_path)
-
-
-def test_curves_stand_at_their_epochs_under_names_and_units(run):
+def test_curves_stand_at_their_epochs_or_in_the_first_at_steps_under_names_and_units(
+    run, write_run
+):
     loss, top1, rate, speed = draw_curves([read_metrics(run)]).axes
     per_report, training = loss.lines
     assert list(per_report.get_xdata()) == [0.5, 1.0]  # steps 2 and 4 of 4 an epoch
@@ -107,12 +100,8 @@ def test_curves_stand_at_their_epochs_under_names_and_units(run):
     assert [text.get_text() for text in top1.get_legend().get_texts()] == ["weights as trained"]
     assert [axes.get_ylabel() for axes in (top1, speed)] == ["%", "images/s"]
     assert {axes.get_xlabel() for axes in (loss, top1, rate, speed)} == {"epoch"}
-
-
-def test_a_run_in_its_first_epoch_is_drawn_over_steps(write_run):
-    axes = draw_curves(
-        [read_metrics(write_run("young", [step(1, loss=2.0), step(2, loss=1.0)]))]
-    ).axes
+    young = read_metrics(write_run("young", [step(1, loss=2.0), step(2, loss=1.0)]))
+    axes = draw_curves([young]).axes
     assert {a.get_xlabel() for a in axes} == {"optimizer step"}
     assert list(axes[0].lines[0].get_xdata()) == [1, 2]
 
@@ -124,18 +113,15 @@ def test_several_runs_have_a_colour_each(run, write_run):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
 
 
-def test_the_page_is_self_contained_and_has_the_best_epoch(run, tmp_path):
-    plot_metrics([run], tmp_path / "curves.png", tmp_path / "sub" / "curves.html")
+def test_the_script_draws_a_picture_and_a_page_that_needs_nothing_else(run, write_run, tmp_path):
+    done = run_tool("plot_metrics", run, "-html", "sub/curves.html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     page = (tmp_path / "sub" / "curves.html").read_text()
     assert "40.00 % (epoch 1)" in page
     assert "<svg" in page and "src=" not in page and "<link" not in page
-    assert Image.open(tmp_path / "curves.png").size == (1320, 880)
-
-
-def test_the_script_runs_from_another_folder(run, tmp_path):
-    done = run_tool("plot_metrics", run, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (run / "curves.png").is_file()
+    assert Image.open(run / "curves.png").size == (1320, 880)
     done = run_tool("plot_metrics", "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match="metrics.jsonl: holds no records"):
+        read_metrics(write_run("empty", []))

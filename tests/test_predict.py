@@ -19,7 +19,7 @@ from config import get_config
 from cpu import onednn
 from loading.classes import ClassNames
 from tools.common import IMAGENET_CLASSES, load_model, run_config
-from tools.predict import as_csv, as_table, draw_grid, find_class_names, find_images, predict
+from tools.predict import draw_grid, find_class_names, find_images, predict, print_result
 
 from .helpers.tiny_run import NAMES, crop_by_hand, logits_by_hand, make_images, make_run, run_tool
 
@@ -150,19 +150,20 @@ def test_without_a_config_beside_the_weights_one_must_be_named(weights, tmp_path
         run_config(cfg=weights.with_name("config.yaml"))
 
 
-def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas():
+def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys):
     one = {"class": 0, "name": "cat", "confidence": 0.9345}
     two = {"class": 1, "name": "tree, wood", "confidence": 0.0655}
-    result = {"image": "a/1.png", "predictions": [one, two]}
-    assert as_table(result, 7).splitlines() == [
-        "image    confidence  class",
-        "a/1.png     93.45 %  cat",
-        "             6.55 %  tree, wood",
+    result = {"image": "\x1b[2J.png", "predictions": [one, two]}
+    print_result(result, 11, "table", first=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "image        confidence  class",
+        "\\x1b[2J.png     93.45 %  cat",
+        "                 6.55 %  tree, wood",
     ]
-    assert "\x1b" not in as_table({"image": "\x1b[2J.png", "predictions": [one]}, 7)
-    rows = list(csv.DictReader(io.StringIO(as_csv(result))))
-    expected = {"image": "a/1.png", "rank": "2", "class": "1", "name": "tree, wood"}
-    assert rows[1] == {**expected, "confidence": "0.065500"}
+    print_result(result, 11, "csv", first=True)
+    _, row = csv.DictReader(capsys.readouterr().out.splitlines())
+    expected = {"image": "\x1b[2J.png", "rank": "2", "class": "1", "name": "tree, wood"}
+    assert row == {**expected, "confidence": "0.065500"}
 
 
 def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path):

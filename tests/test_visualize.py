@@ -62,8 +62,7 @@ def quiet_config(data, **train):
 
 
 def test_contributions_are_the_normalised_tokens_times_the_head_and_sum_to_the_logits(model):
-    images = np.random.default_rng(3).normal(size=[3, 3, 16, 16])
-    images = paddle.to_tensor(images, "float32")
+    images = paddle.to_tensor(np.random.default_rng(3).normal(size=[3, 3, 16, 16]), "float32")
     terms, logits = contributions(model, images)
     x = model.patch_embed(images)
     for block in model.mixer_layers:
@@ -90,12 +89,20 @@ def test_a_patchs_contribution_stands_where_the_patch_is():
     assert [tuple(place) for place in np.argwhere(changed)] == [(1, 2)]
 
 
-def test_a_map_holds_what_an_output_token_takes_from_each_input_token(model):
-    block, x = model.mixer_layers[1], np.random.default_rng(5).normal(size=[16])
+def test_maps_magnitudes_and_sparsity_are_those_of_the_layers(weights):
+    model, rng = load_model(run_config(weights)), np.random.default_rng(5)
+    block, x = model.mixer_layers[1], rng.normal(size=[16])
     mixed = block.linear_tokens(paddle.to_tensor(x.astype("float32"))).numpy()
-    maps = token_maps(model, 1)
-    expected = (maps * x.reshape(4, 4)).sum((1, 2)) + block.linear_tokens.bias.numpy()
+    expected = (token_maps(model, 1) * x.reshape(4, 4)).sum((1, 2))
+    expected += block.linear_tokens.bias.numpy()
     np.testing.assert_allclose(mixed, expected, rtol=1e-4, atol=1e-5)
+    for name, value in (("ls1", block.ls1), ("norm2.beta", block.norm2.beta)):
+        expected = np.abs(value.numpy().ravel())
+        np.testing.assert_array_equal(magnitudes(model, name)[1], expected)
+    values = np.full([16, 16], 1.0, "float32")
+    values[0, 0], values[1, :6] = -40.0, [1.9, -1.9, 2.1, -2.1, 30.0, 0.0]  # the limit is 2
+    block.linear_tokens.weight.set_value(values)
+    assert sparsity(model)[1] == (256 - 4) / 256  # all but -40, 2.1, -2.1 and 30
 
 
 @pytest.mark.parametrize("grid, side", [(4, 4), (6, 6), (9, 6), (14, 6)])
@@ -109,39 +116,19 @@ def test_a_mosaic_shows_the_central_maps_and_marks_their_own_patch(grid, side):
     np.testing.assert_array_equal(mosaic[:grid, :grid], maps[first_own])
 
 
-def test_sparsity_is_the_share_below_a_twentieth_of_the_largest_weight(weights):
-    model = load_model(run_config(weights))
-    values = np.full([16, 16], 1.0, "float32")
-    values[0, 0], values[1, :6] = -40.0, [1.9, -1.9, 2.1, -2.1, 30.0, 0.0]  # the limit is 2
-    model.mixer_layers[1].linear_tokens.weight.set_value(values)
-    assert sparsity(model)[1] == (256 - 4) / 256  # all but -40, 2.1, -2.1 and 30
-
-
-def test_magnitudes_are_absolute_values_layer_by_layer(model):
-    for name in ("ls1", "norm2.beta"):
-        parameters = dict(model.mixer_layers[1].named_parameters())
-        expected = np.abs(parameters[name].numpy().ravel())
-        np.testing.assert_array_equal(magnitudes(model, name)[1], expected)
-
-
-def test_a_batch_without_augmentation_is_the_training_images(data):
-    images, targets = training_batch(quiet_config(data))
-    assert images.shape == (BATCH, 16, 16, 3) and images.dtype == np.uint8
-    number = images[:, 8, 8, 0] // 10
-    assert len(set(number)) == BATCH and (images[..., 0] == 10 * number[:, None, None]).all()
-    np.testing.assert_array_equal(targets, np.eye(4)[number % 4])
-
-
-def test_a_mixed_batch_shows_both_images_and_their_shares(data):
-    images, targets = training_batch(quiet_config(data, CUTMIX_ALPHA=1.0))
+def test_a_batch_is_the_training_images_and_a_mixed_one_shows_both_and_their_shares(data):
     clean, labels = training_batch(quiet_config(data))
-    changed = (images != clean).any(axis=(-1)).mean(axis=(1, 2))
+    assert clean.shape == (BATCH, 16, 16, 3) and clean.dtype == np.uint8
+    number = clean[:, 8, 8, 0] // 10
+    assert len(set(number)) == BATCH and (clean[..., 0] == 10 * number[:, None, None]).all()
+    np.testing.assert_array_equal(labels, np.eye(4)[number % 4])
+    images, targets = training_batch(quiet_config(data, CUTMIX_ALPHA=1.0))
+    changed = (images != clean).any(axis=-1).mean(axis=(1, 2))
     assert changed.max() > 0
-    for image in range(BATCH):
-        share = 1 - changed[image]  # of the image's own class, where the two differ
-        own, other = labels[image].argmax(), labels[BATCH - 1 - image].argmax()
-        if own != other:
-            np.testing.assert_allclose(targets[image, own], share, atol=1e-6)
+    own, other = labels.argmax(1), labels[::-1].argmax(1)
+    differ = own != other  # there, what is not changed is the share of the image's own class
+    shares = targets[np.arange(BATCH), own]
+    np.testing.assert_allclose(shares[differ], 1 - changed[differ], atol=1e-6)
 
 
 def test_layers_are_spread_from_the_first_to_the_last_or_chosen(model):

@@ -8,8 +8,6 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -18,28 +16,6 @@ from cli.parser import Parser
 from tools.common import html_page, html_table, write_file
 from training.pictures import render
 from training.plots import Run, draw_curves, is_number, read_metrics
-
-
-def plot_metrics(
-    folders: Sequence[str | os.PathLike],
-    output_png: str | os.PathLike,
-    output_html: str | os.PathLike | None = None,
-) -> None:
-    """Draws loss, top-1, learning rate and speed of runs; the HTML page has a table of results too.
-    Raises UserError: a run has no readable ``metrics.jsonl``, an output cannot be written.
-    """
-    runs = [read_metrics(folder) for folder in folders]
-    figure = draw_curves(runs)
-    write_file(output_png, render(figure, "png"))
-    if output_html:
-        svg = render(figure, "svg").decode("utf-8")
-        sections = [
-            ("Results", html_table(_HEADER, map(_summary, runs))),
-            ("Curves", svg[svg.index("<svg") :]),
-        ]
-        title = "Training run" + ("s " if len(runs) > 1 else " ") + ", ".join(r.name for r in runs)
-        write_file(output_html, html_page(title, sections))
-
 
 _HEADER = ("run", "epochs", "train loss", "val loss", "best top-1", "best EMA top-1", "images/s")
 
@@ -57,10 +33,8 @@ def _summary(run: Run) -> list[str]:
     _, speeds = run.values("step", "images_per_second")
     speed = f"{median(speeds):.0f}" if speeds else "-"
     epochs = str(run.epoch[-1]["epoch"] if run.epoch else 0)
-    return [
-        run.name, epochs, last("train_loss"), last("val_loss"), best("val_top1"), best("ema_top1"),
-        speed,
-    ]  # fmt: skip
+    losses = [last("train_loss"), last("val_loss")]
+    return [run.name, epochs, *losses, best("val_top1"), best("ema_top1"), speed]
 
 
 def main() -> None:
@@ -70,7 +44,15 @@ def main() -> None:
     parser.flag("html", "also a self-contained HTML page", metavar="FILE")
     args = parser.parse_args()
     output = args.output or Path(args.runs[0]) / "curves.png"
-    plot_metrics(args.runs, output, args.html)
+    runs = [read_metrics(folder) for folder in args.runs]
+    figure = draw_curves(runs)
+    write_file(output, render(figure))
+    if args.html:
+        svg = render(figure, "svg").decode("utf-8")
+        table = html_table(_HEADER, map(_summary, runs))
+        title = f"Training run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}"
+        sections = [("Results", table), ("Curves", svg[svg.index("<svg") :])]
+        write_file(args.html, html_page(title, sections))
     print("wrote", output, *(["and", args.html] if args.html else []))
 
 

@@ -11,7 +11,6 @@ if not __package__:
 
 import csv
 import glob
-import io
 import json
 import os
 import sys
@@ -157,24 +156,28 @@ def classify(
             yield from zip(found, views, probabilities.numpy())
 
 
-def as_table(result: dict, width: int) -> str:
-    """An image's classes under a header; its path, of at most ``width`` characters, once."""
-    width = max(width, len("image"))
-    lines, path = [f"{'image':{width}}  confidence  class"], printable(result["image"])
-    for entry in result["predictions"]:
-        lines.append(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
-        path = ""
-    return "\n".join(lines)
-
-
-def as_csv(result: dict) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "rank", "class", "name", "confidence"))
-    for rank, entry in enumerate(result["predictions"], 1):
-        confidence = f"{entry['confidence']:.6f}"
-        writer.writerow((result["image"], rank, entry["class"], entry["name"], confidence))
-    return text.getvalue().rstrip("\n")
+def print_result(result: dict, width: int, form: str, first: bool) -> None:
+    """Prints an image's classes as "json", "csv" or "table", whose paths take ``width``; in front
+    of the ``first`` is what begins it all.
+    """
+    if form == "json":  # in ASCII, which every terminal and pipe takes
+        text = textwrap.indent(json.dumps(result, indent=2), "  ")
+        print("[\n" if first else ",\n", text, sep="", end="")
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        if first:
+            writer.writerow(("image", "rank", "class", "name", "confidence"))
+        for rank, entry in enumerate(result["predictions"], 1):
+            confidence = f"{entry['confidence']:.6f}"
+            writer.writerow((result["image"], rank, entry["class"], entry["name"], confidence))
+    else:
+        path, width = printable(result["image"]), max(width, len("image"))
+        if first:
+            print(f"{'image':{width}}  confidence  class")
+        for entry in result["predictions"]:
+            print(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
+            path = ""  # named once
+    sys.stdout.flush()
 
 
 def draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
@@ -215,15 +218,11 @@ def main() -> None:
     for source in args.images:
         names = sys.stdin.buffer.read().splitlines() if source == "-" else [source]
         images += map(os.fsdecode, names)
+    form = "json" if args.json else "csv" if args.csv else "table"
     shown, bad = [], []
 
     def show(result: dict, width: int) -> None:
-        if args.json:  # in ASCII, which every terminal and pipe takes
-            text = textwrap.indent(json.dumps(result, indent=2), "  ")
-            print(",\n" if shown else "[\n", text, sep="", end="", flush=True)
-        else:
-            text = as_csv(result) if args.csv else as_table(result, width)
-            print(text.split("\n", 1)[1] if shown else text, flush=True)
+        print_result(result, width, form, first=not shown)
         shown.append(result)
 
     def on_bad(error: BadImage) -> None:

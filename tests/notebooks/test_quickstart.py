@@ -27,10 +27,9 @@ def clone(tmp_path_factory):
 def test_every_cell_runs(clone, first):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
-    path = {"metadata": {"path": str(clone / "notebooks")}}
-    nbclient.NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", resources=path
-    ).execute()
+    place = {"metadata": {"path": str(clone / "notebooks")}}
+    options = dict(timeout=SECONDS, kernel_name="python3", resources=place)
+    nbclient.NotebookClient(notebook, **options).execute()
     assert (clone / "output" / "quickstart" / "pictures" / "token_mixing.png").is_file()
     if not first:
         found, stored = said(notebook), said(nbformat.read(NOTEBOOK, as_version=4))
@@ -47,9 +46,8 @@ def said(notebook) -> tuple[list[str], list[float]]:
 
 
 def test_the_stored_outputs_are_there_and_small():
-    code = [
-        cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"
-    ]
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
     assert all(cell.outputs for cell in code[1:])  # the first cell prints nothing in a clone
     assert not [o for cell in code for o in cell.outputs if o.output_type == "error"]
     assert NOTEBOOK.stat().st_size < 1_000_000
