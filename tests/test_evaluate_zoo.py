@@ -133,8 +133,6 @@ def test_two_processes_count_as_one_does_and_unusable_files_do_not_stop_them(zoo
     write_weights(random_state(0), weights / name)
     other = {n: v for n, v in random_state(0).items() if not n.startswith("head.")}
     write_weights(other, weights / "resmlp_36_224.pdparams")
-    wide = dict(random_state(0), **{"norm.alpha": np.ones([1, 1, 9], "float32")})
-    write_weights(wide, weights / "resmlp_big_24_224.pdparams")
     (weights / "resmlp_12_224.pdparams").write_bytes(b"damaged")
     (weights / "vit_base.pth").write_bytes(b"?")
     write_weights(other, weights / "resmlp_12_dino_224.pdparams")
@@ -142,18 +140,15 @@ def test_two_processes_count_as_one_does_and_unusable_files_do_not_stop_them(zoo
     result = run_tool("evaluate_zoo", *flags, "-nprocs", 2, "-opts", *OPTS, cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert [("exit code 2" in line, "no such name" in line) for line in said[-4:]] == [
-        *((True, False),) * 3,
-        (False, True),
-    ]
-    for part in ("damaged", "missing: head.weight", "norm.alpha [1, 1, 9], needed [1, 1, 8]"):
-        assert part in result.stderr
+    for line, words in zip(said[-3:], ("exit code 2", "exit code 2", "no such name")):
+        assert words in line
+    assert "damaged" in result.stderr and "missing: head.weight" in result.stderr
     assert "k-NN accuracy is 62.6 %" in result.stdout
     among = [next(c for c in row if c in labels) for row in ranked]
     expected = 100 * np.mean(among == labels)
     row = here(tmp_path / "out")["resmlp_24_224", "A"]
     assert (float(row["here"]), row["images"]) == (expected, "10")
-    assert (tmp_path / "out/results.md").read_text().count("Not evaluated: ") == 4
+    assert (tmp_path / "out/results.md").read_text().count("Not evaluated: ") == 3
 
 
 def test_each_name_of_the_zoo_is_known_in_every_place_that_publishes_it(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from cli.errors import DataError, UserError, WeightsError
 from config import get_config
@@ -84,10 +84,9 @@ def test_what_is_no_whole_file_of_features_is_refused(run, tmp_path):
     path = tmp_path / "x.safetensors"
     written(run, path)
     data = path.read_bytes()
-    save_file({"a": np.zeros([2, 3])}, tmp_path / "weights.safetensors")
     for content in (
         *(data[:size] for size in (0, 4, 20, 90, len(data) // 2)),
-        (tmp_path / "weights.safetensors").read_bytes(),
+        save({"a": np.zeros([2, 3])}),  # weights
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match="no whole file of features"):
@@ -120,14 +119,14 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out(run, tmp_path, split
 
 
 def test_what_cannot_be_used_is_named_and_leaves_nothing(run, tmp_path):
-    for error, words, name, dtype, *opts in (
-        (WeightsError, r"/best.pdparams: the weights do not fit", "", "", "MODEL.MIXER.DEPTH", 3),
-        (UserError, "ends in .safetensors", ".csv", ""),
-        (UserError, "not finite in float16", "", "float16", "DATA.IMAGENET_STD", (1e-7,) * 3),
+    deep, std = ("MODEL.MIXER.DEPTH", 3), ("DATA.IMAGENET_STD", (1e-7,) * 3)
+    for error, words, ending, *opts in (
+        (WeightsError, "/best.pdparams: the weights do not fit", ".safetensors", *deep),
+        (UserError, "ends in .safetensors", ".npy"),
+        (UserError, "not finite in float16", ".safetensors", *std),
     ):
         with pytest.raises(error, match=words):
-            output = tmp_path / f"x{name or '.safetensors'}"
-            written(run, output, dtype=dtype or "float32", opts=opts)
+            written(run, tmp_path / f"x{ending}", dtype="float16", opts=opts)
     assert not list(tmp_path.iterdir())
 
 
@@ -166,16 +165,15 @@ def test_features_of_other_classes_are_refused_and_of_another_order_mapped(run, 
 
 def test_features_and_k_nn_work_as_commands(run, tmp_path):
     weights, data = run
-    train, val = ("train.safetensors", "val.safetensors")
-    for split in ("train", "val"):
-        flags = ["-pretrained", weights, "-data_path", data, "-split", split]
-        flags += ["-output", f"{split}.safetensors", "-opts", "DATA.DATASET", "imagefolder"]
-        result = run_tool("features", *flags, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+    files = ["train.safetensors", "val.safetensors"]
+    written(run, tmp_path / files[0], "train")
+    flags = ["-pretrained", weights, "-data_path", data, "-output", files[1]]
+    result = run_tool("features", *flags, "-opts", "DATA.DATASET", "imagefolder", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert "val.safetensors: 3 images, 12 features each" in result.stdout
-    result = run_tool("knn", train, val, "-k", 3, 5, 200, cwd=tmp_path)
+    result = run_tool("knn", *files, "-k", 3, 5, 200, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "left out: k [200], for there are only 5 features" in result.stdout
     assert "3-NN: top-1 " in result.stdout and "5-NN: top-1 " in result.stdout
-    result = run_tool("knn", train, val, "-probe", cwd=tmp_path)
+    result = run_tool("knn", *files, "-probe", cwd=tmp_path)
     assert result.returncode == 0 and "linear probe: top-1 " in result.stdout

@@ -17,7 +17,6 @@ import tools.predict as predict_module
 from cli.errors import DataError, UserError
 from config import get_config
 from cpu import onednn
-from loading.classes import ClassNames
 from tools.common import IMAGENET_CLASSES, load_model, run_config
 from tools.predict import draw_grid, find_class_names, find_images, predict, print_result
 
@@ -128,10 +127,7 @@ def test_a_file_has_a_name_per_class_and_nothing_for_a_terminal_to_obey(weights,
 
 
 def test_a_thousand_classes_are_imagenets():
-    config = get_config()
-    config.MODEL.PRETRAINED = "nowhere/weights.pdparams"
-    config.DATA.DATA_PATH = "nowhere"
-    names = find_class_names(config)
+    names = find_class_names(get_config(opts=["DATA.DATA_PATH", "nowhere"]))
     assert len(names) == 1000
     assert names[0] == "tench, Tinca tinca" and names[999].startswith("toilet tissue")
     assert names[281] == "tabby, tabby cat"  # the labels everybody knows
@@ -142,12 +138,10 @@ def test_a_thousand_classes_are_imagenets():
 def test_without_a_config_beside_the_weights_one_must_be_named(weights, tmp_path):
     lone = tmp_path / "lone.pdparams"
     lone.write_bytes(weights.read_bytes())
-    with pytest.raises(UserError, match=r"-cfg.*config\.yaml"):
-        run_config(lone)
-    with pytest.raises(UserError, match="-pretrained"):
-        run_config()
-    with pytest.raises(UserError, match="-pretrained"):
-        run_config(cfg=weights.with_name("config.yaml"))
+    config = weights.with_name("config.yaml")
+    for given, words in (((lone,), r"-cfg.*config\.yaml"), ((), "-pre"), ((None, config), "-pre")):
+        with pytest.raises(UserError, match=words):
+            run_config(*given)
 
 
 def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys):
@@ -167,7 +161,6 @@ def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys):
 
 
 def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path):
-    pytest.importorskip("matplotlib")
     (tmp_path / "file").touch()
     flags = ["-pretrained", weights, "-grid", "file/grid.png", "-json"]
     done = run_tool("predict", *images, *flags, cwd=tmp_path)
@@ -178,7 +171,6 @@ def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path
 def test_the_script_reads_paths_from_standard_input_prints_json_and_draws(
     weights, images, tmp_path
 ):
-    pytest.importorskip("matplotlib")
     flags = ["-pretrained", weights, "--top-k", "2", "-json", "-grid", "grid.png"]
     stdin = "\n\n".join(images) + "\n"
     done = run_tool("predict", "-", *flags, cwd=tmp_path, stdin=stdin)
@@ -188,18 +180,12 @@ def test_the_script_reads_paths_from_standard_input_prints_json_and_draws(
     assert (grid == crop_by_hand(images[0])[8, 8]).all(axis=1).sum() > 100  # one enlarged pixel
 
 
-@pytest.mark.parametrize(("asked_by", "switch"), [("the flag", "on"), ("the config", "off")])
+@pytest.mark.parametrize(("asked", "switch"), [("-amp", "on"), ("-opts AMP True", "off")])
 def test_amp_is_bfloat16_by_onednn_and_else_float32_and_says_which(
-    weights, images, monkeypatch, tmp_path, switch, asked_by
+    weights, images, monkeypatch, tmp_path, switch, asked
 ):
     monkeypatch.setenv("RESMLP_ONEDNN", switch)
-    insist = ["-json", "-opts", "AMP_DTYPE", "bfloat16", "AMP_LEVEL", "O2"]
-    if asked_by == "the flag":
-        insist.append("-amp")
-    else:
-        cfg = tmp_path / "amp.yaml"
-        cfg.write_text(weights.with_name("config.yaml").read_text() + "AMP: True\n")
-        insist += ["-cfg", cfg]
+    insist = ["-json", "-opts", "AMP_DTYPE", "bfloat16", "AMP_LEVEL", "O2", *asked.split()]
     done = run_tool("predict", *images, "-pretrained", weights, *insist, cwd=tmp_path)
     expected, found = predict(images, weights), json.loads(done.stdout)
     differences = []
@@ -213,31 +199,22 @@ def test_amp_is_bfloat16_by_onednn_and_else_float32_and_says_which(
     assert ("this is O1" in done.stderr) == half
 
 
-def test_names_of_any_bytes_come_from_standard_input_and_go_out_as_ascii(monkeypatch, capsys):
-    names = io.TextIOWrapper(
-        io.BytesIO("caf\udce9.png\nünï.png\n".encode("utf-8", "surrogateescape"))
-    )
-    monkeypatch.setattr(sys, "stdin", names)
+def test_names_of_any_bytes_come_from_standard_input_go_out_as_ascii_and_are_drawn(
+    monkeypatch, capsys
+):
+    names = [b"caf\xe9.png", "ünï.png".encode()]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(names))))
     monkeypatch.setattr(sys, "argv", ["predict", "-", "-json"])
-    monkeypatch.setattr(
-        predict_module, "predict", lambda images, show, **_: [show({"image": i}, 9) for i in images]
-    )
+    results = []
+
+    def fake(images, show, **_):
+        for image in images:
+            results.append({"image": image, "predictions": []})
+            show(results[-1], 9)
+
+    monkeypatch.setattr(predict_module, "predict", fake)
     predict_module.main()
     shown = capsys.readouterr().out
     assert shown.isascii()
-    assert [os.fsencode(found["image"]) for found in json.loads(shown)] == [
-        b"caf\xe9.png",
-        "ünï.png".encode(),
-    ]
-
-
-def test_names_of_any_bytes_can_be_drawn(weights, monkeypatch):
-    pytest.importorskip("matplotlib")
-    name = os.fsdecode(b"caf\xe9")
-    monkeypatch.setattr(predict_module, "data_classes", lambda config: ClassNames((name,)))
-    config = get_config()
-    config.MODEL.PRETRAINED = "nowhere/weights.pdparams"
-    (label,) = find_class_names(config)
-    entry = {"class": 0, "name": label, "confidence": 1.0}
-    result = {"image": name, "predictions": [entry]}
-    assert draw_grid([result], [np.zeros([4, 4, 3], "uint8")]).startswith(b"\x89PNG")
+    assert [os.fsencode(found["image"]) for found in json.loads(shown)] == names
+    assert draw_grid(results, [np.zeros([4, 4, 3], "uint8")]).startswith(b"\x89PNG")
