@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import threading
 from pathlib import Path
 
@@ -36,10 +37,6 @@ class Unsupported(Exception):
     """oneDNN is missing, or refuses a combination of shapes and types."""
 
 
-class _Version(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("major", "minor", "patch")]
-
-
 class _Argument(ctypes.Structure):
     _fields_ = [("name", ctypes.c_int), ("memory", ctypes.c_void_p)]
 
@@ -51,12 +48,12 @@ class _Library:
         path = Path(paddle.__file__).parent / "libs" / "libdnnl.so.3"
         try:
             self._functions = ctypes.CDLL(str(path))
-            self._functions.dnnl_version.restype = ctypes.POINTER(_Version)
-            version = self._functions.dnnl_version().contents
+            self._functions.dnnl_version.restype = ctypes.POINTER(ctypes.c_int)
+            major = self._functions.dnnl_version()[0]
         except (OSError, AttributeError) as error:
             raise Unsupported(f"none in this Paddle that can be called ({error})") from None
-        if version.major != _MAJOR:
-            raise Unsupported(f"this Paddle brings version {version.major}, not {_MAJOR}")
+        if major != _MAJOR:
+            raise Unsupported(f"this Paddle brings version {major}, not {_MAJOR}")
         self.engine = self.new("engine_create", _CPU_ENGINE, ctypes.c_size_t(0))
         self.stream = self.new("stream_create", self.engine, _IN_ORDER)
         self.set_data_handle = self._functions.dnnl_memory_set_data_handle
@@ -67,7 +64,6 @@ class _Library:
             raise Unsupported(f"{name} was refused")
 
     def implementation(self, descriptor: ctypes.c_void_p) -> bytes:
-        """The name of what is going to compute a primitive."""
         name = ctypes.c_char_p()
         self.call("primitive_desc_query", descriptor, _QUERY_IMPLEMENTATION, 0, ctypes.byref(name))
         return name.value
@@ -157,22 +153,21 @@ def product(
     tensors = [a, b, *([] if bias is None else [bias]), *(tensor for _, tensor in then)]
     names = tuple(name for name, _ in then)
     has_bias = bias is not None
-    run, shape = _product(_kinds(tensors), transpose_a, transpose_b, has_bias, gelu, names, dtype)
-    return run(tensors, paddle.empty(shape, dtype) if out is None else out)
+    run = _product(_kinds(tensors), transpose_a, transpose_b, has_bias, gelu, names, dtype)
+    return run(tensors, out)
 
 
 @_or_step_by_step
 def multiply(a, b, *, then=(), dtype=None, out=None):
     """``a * b`` with ``b`` broadcast to ``a``, then each of ``then``; see `product`."""
     tensors = [a, b, *(tensor for _, tensor in then)]
-    run = _multiplication(_kinds(tensors), tuple(name for name, _ in then), dtype)
-    return run(tensors, paddle.empty(a.shape, dtype) if out is None else out)
+    return _multiplication(_kinds(tensors), tuple(name for name, _ in then), dtype)(tensors, out)
 
 
 @_or_step_by_step
 def gelu(x, **_):
     """GELU in its exact form, of the type of ``x``."""
-    return _gelu(tuple(x.shape), x.dtype)[0]([x], paddle.empty(x.shape, x.dtype))
+    return _gelu(tuple(x.shape), x.dtype)[0]([x])
 
 
 @_or_step_by_step
@@ -187,8 +182,7 @@ def cast(x, dtype, out=None):
 
 def reorder(x, shape, axes, dtype, out=None):
     """``x.reshape(shape).transpose(axes)`` in another type, in one pass."""
-    run = _reorder(tuple(shape), tuple(axes), x.dtype, dtype)
-    return run([x], paddle.empty([shape[axis] for axis in axes], dtype) if out is None else out)
+    return _reorder(tuple(shape), tuple(axes), x.dtype, dtype)([x], out)
 
 
 def _kinds(tensors) -> tuple:
@@ -205,8 +199,8 @@ def _once(make):
 
     def work(arguments, results):
         try:
-            if setup.threads:  # else what the environment says, with which a thread begins
-                setup.set_threads(setup.threads)  # oneDNN plans for as many
+            if setup.threads:  # oneDNN plans for as many; else for what the environment says
+                setup.set_threads(setup.threads)
             results.append(make(*arguments))
         except Exception as error:
             results.append(error)
@@ -233,86 +227,71 @@ def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
     (shape_a, type_a), (shape_b, type_b), *others = operands
     rank = max(len(shape_a), len(shape_b))
     swapped = [*range(rank - 2), rank - 1, rank - 2]
-    a = _Operand(shape_a, type_a, rank, swapped if transpose_a else ())
-    b = _Operand(shape_b, type_b, rank, swapped if transpose_b else ())
-    batch = [max(sizes) for sizes in zip(a.shape[:-2], b.shape[:-2])]
-    shape = [*batch, a.shape[-2], b.shape[-1]]
-    others = [_Operand(*other, rank) for other in others]
+    a, sizes_a = _operand(shape_a, type_a, rank, swapped if transpose_a else ())
+    b, sizes_b = _operand(shape_b, type_b, rank, swapped if transpose_b else ())
+    shape = [*map(max, sizes_a[:-2], sizes_b[:-2]), sizes_a[-2], sizes_b[-1]]
+    others = [_operand(*other, rank)[0] for other in others]
     bias = others.pop(0) if has_bias else None
-    result = _Operand(shape, dtype, rank)
-    attributes, names = _attributes(gelu, list(zip(then, others)))
-    create = functools.partial(
-        _library().new,
-        *("matmul_primitive_desc_create", _library().engine, a.descriptor, b.descriptor),
-        *(bias.descriptor if has_bias else None, result.descriptor, attributes),
-    )
-    descriptor = create()
-    hidden = transpose_b and len(shape_b) == 2 and a.shape[-1] < b.shape[-1]
+    result, _ = _operand(shape, dtype, rank)
+    attributes, then = _attributes(gelu, then, others)
+    form = "matmul_primitive_desc_create", _library().engine, a, b, bias, result, attributes
+    descriptor = _library().new(*form)
+    hidden = transpose_b and len(shape_b) == 2 and sizes_a[-1] < sizes_b[-1]
     if hidden or (transpose_a and rank == 2):
         # For a weight gradient, and for the gradient of an MLP's hidden units, oneDNN's first
         # choice takes longer than its plain product: by a tenth, and by 2 to 7 % (AVX-512).
-        descriptor = _library().implemented_by(b"gemm", descriptor) or create()
-    arguments = [(_SRC, a), (_WEIGHTS, b), *([(_BIAS, bias)] if has_bias else [])]
-    return _fast(descriptor, [*arguments, *zip(names, others), (_DST, result)]), shape
+        descriptor = _library().implemented_by(b"gemm", descriptor) or _library().new(*form)
+    arguments = [(_SRC, a), (_WEIGHTS, b), *[(_BIAS, bias)] * has_bias, *then, (_DST, result)]
+    return _primitive(_fast(descriptor), arguments, shape, dtype)
 
 
 @_once
 def _multiplication(operands, then, dtype):
-    rank = len(operands[0][0])
-    a, b, *others = (_Operand(*operand, rank) for operand in operands)
-    result = _Operand(operands[0][0], dtype, rank)
-    attributes, names = _attributes(False, list(zip(then, others)))
-    descriptor = _library().new(
-        "binary_primitive_desc_create",
-        _library().engine,
-        _BINARY["multiply"],
-        a.descriptor,
-        b.descriptor,
-        result.descriptor,
-        attributes,
-    )
-    return _fast(descriptor, [(_SRC, a), (_SRC_1, b), *zip(names, others), (_DST, result)])
+    shape = operands[0][0]
+    a, b, *others = (_operand(*operand, len(shape))[0] for operand in operands)
+    result, _ = _operand(shape, dtype, len(shape))
+    attributes, then = _attributes(False, then, others)
+    form = _library().engine, _BINARY["multiply"], a, b, result, attributes
+    descriptor = _fast(_library().new("binary_primitive_desc_create", *form))
+    return _primitive(descriptor, [(_SRC, a), (_SRC_1, b), *then, (_DST, result)], shape, dtype)
 
 
 @_once
 def _gelu(shape, dtype):
-    x, zero = _Operand(shape, dtype, len(shape)), ctypes.c_float(0)
+    (x, _), zero = _operand(shape, dtype, len(shape)), ctypes.c_float(0)
     library = _library()
-    engine, form = library.engine, (x.descriptor, x.descriptor)
     forward = library.new(
         "eltwise_forward_primitive_desc_create",
-        *(engine, _FORWARD_TRAINING, _GELU_ERF, *form, zero, zero, None),
+        *(library.engine, _FORWARD_TRAINING, _GELU_ERF, x, x, zero, zero, None),
     )
     backward = library.new(
         "eltwise_backward_primitive_desc_create",
-        *(engine, _GELU_ERF, *form, x.descriptor, zero, zero, forward, None),
+        *(library.engine, _GELU_ERF, x, x, x, zero, zero, forward, None),
     )
     return (
-        _Primitive(forward, [(_SRC, x), (_DST, x)]),
-        _Primitive(backward, [(_DIFF_DST, x), (_SRC, x), (_DIFF_SRC, x)]),
+        _primitive(forward, [(_SRC, x), (_DST, x)], shape, dtype),
+        _primitive(backward, [(_DIFF_DST, x), (_SRC, x), (_DIFF_SRC, x)], shape, dtype),
     )
 
 
 @_once
 def _reorder(shape, axes, source, target):
-    a = _Operand(shape, source, len(shape), axes)
-    b = _Operand(a.shape, target, len(shape))
+    a, shape = _operand(shape, source, len(shape), axes)
+    b, _ = _operand(shape, target, len(shape))
     engine = _library().engine
-    descriptor = _library().new(
-        "reorder_primitive_desc_create", a.descriptor, engine, b.descriptor, engine, None
-    )
-    return _Primitive(descriptor, [(_SRC, a), (_DST, b)])
+    descriptor = _library().new("reorder_primitive_desc_create", a, engine, b, engine, None)
+    return _primitive(descriptor, [(_SRC, a), (_DST, b)], shape, target)
 
 
-def _fast(descriptor, arguments):
-    """A primitive; refused where it would loop over every case, a thousand times slower."""
+def _fast(descriptor):
+    """Refuses what would loop over every case, a thousand times slower."""
     if _library().implementation(descriptor).startswith(b"ref"):
         raise Unsupported("no kernel but plain loops")
-    return _Primitive(descriptor, arguments)
+    return descriptor
 
 
-def _attributes(gelu: bool, then: list):
-    """Attributes of a primitive that goes on with GELU and ``then``; names of the latter's data."""
+def _attributes(gelu: bool, then, operands: list):
+    """Attributes of a primitive that goes on with GELU and ``then``; arguments of the latter."""
     library = _library()
     if not gelu and not then:
         return None, []
@@ -320,55 +299,47 @@ def _attributes(gelu: bool, then: list):
     if gelu:
         zero = ctypes.c_float(0)
         library.call("post_ops_append_eltwise", operations, _GELU_ERF, zero, zero)
-    for name, operand in then:
-        library.call("post_ops_append_binary", operations, _BINARY[name], operand.descriptor)
+    for name, operand in zip(then, operands):
+        library.call("post_ops_append_binary", operations, _BINARY[name], operand)
     library.call("primitive_attr_set_post_ops", attributes, operations)
-    return attributes, [_POST_OP * (gelu + number + 1) | _SRC_1 for number in range(len(then))]
+    return attributes, [
+        (_POST_OP * number | _SRC_1, operand) for number, operand in enumerate(operands, gelu + 1)
+    ]
 
 
-class _Operand:
-    """A contiguous tensor's place in a primitive: ``shape`` is padded with ones in front to
-    ``rank`` axes and seen with ``axes`` in that order; ``descriptor`` is oneDNN's.
+def _operand(shape, dtype, rank: int, axes=()):
+    """oneDNN's descriptor of a contiguous tensor, whose ``shape`` is padded with ones in front to
+    ``rank`` axes and seen with ``axes`` in that order; and the shape that it has then.
     """
-
-    def __init__(self, shape, dtype, rank: int, axes=()):
-        if dtype not in _TYPES:
-            raise Unsupported(f"no {dtype} here")
-        shape = [1] * (rank - len(shape)) + list(shape)
-        strides = [1]
-        for size in reversed(shape[1:]):
-            strides.insert(0, strides[0] * size)
-        if axes:
-            shape, strides = ([sizes[axis] for axis in axes] for sizes in (shape, strides))
-        sizes = ctypes.c_int64 * rank
-        self.shape = shape
-        self.descriptor = _library().new(
-            "memory_desc_create_with_strides", rank, sizes(*shape), _TYPES[dtype], sizes(*strides)
-        )
+    if dtype not in _TYPES:
+        raise Unsupported(f"no {dtype} here")
+    shape = [1] * (rank - len(shape)) + list(shape)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(rank)]
+    if axes:
+        shape, strides = ([sizes[axis] for axis in axes] for sizes in (shape, strides))
+    sizes = ctypes.c_int64 * rank
+    form = rank, sizes(*shape), _TYPES[dtype], sizes(*strides)
+    return _library().new("memory_desc_create_with_strides", *form), shape
 
 
-class _Primitive:
-    """Runs a primitive on tensors, given in the order of ``arguments``; the last is the result."""
+def _primitive(descriptor, arguments: list, shape, dtype):
+    """Runs a primitive on tensors, given in the order of ``arguments``, and returns the last of
+    them: a new tensor of a shape and type, or the one that is given.
+    """
+    library, count = _library(), len(arguments)
+    primitive = library.new("primitive_create", descriptor)
+    memories = [library.new("memory_create", a, library.engine, None) for _, a in arguments]
+    names = [name for name, _ in arguments]
+    array = (_Argument * count)(*map(_Argument, names, memories))
 
-    def __init__(self, descriptor, arguments: list):
-        library = _library()
-        self._primitive = library.new("primitive_create", descriptor)
-        memories = [
-            library.new("memory_create", operand.descriptor, library.engine, None)
-            for _, operand in arguments
-        ]
-        self._memories = memories
-        self._arguments = (_Argument * len(arguments))(
-            *(_Argument(name, memory) for (name, _), memory in zip(arguments, memories))
-        )
-
-    def __call__(self, tensors: list, result):
-        library = _library()
+    def run(tensors: list, result=None):
+        result = paddle.empty(shape, dtype) if result is None else result
         # Contiguous copies live as long as this list, that is until the primitive is done.
         tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-        for memory, tensor in zip(self._memories, [*tensors, result]):
+        for memory, tensor in zip(memories, [*tensors, result]):
             library.set_data_handle(memory, ctypes.c_void_p(tensor.data_ptr()))
-        count = len(self._arguments)
-        if library.execute(self._primitive, library.stream, count, self._arguments):
+        if library.execute(primitive, library.stream, count, array):
             raise RuntimeError("oneDNN failed in a computation")
         return result
+
+    return run

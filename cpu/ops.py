@@ -13,10 +13,9 @@ step. What the layers lose on a CPU, and what is done here instead:
 - Within `bfloat16`, products read bfloat16 and accumulate in float32; the hidden units and their
   gradient are bfloat16; folds, parameters, gradients and the residual stream stay float32.
 
-`paddle.grad` must ask for the gradients of all trained parameters, not of inputs alone: Paddle lets
-a PyLayer leave out none. (``backward()`` is free of that.) On a GPU the layers are used instead: a
-fold of a LayerScale of 1e-6 would underflow in float16 (bfloat16 has float32's range), and
-reductions are fast.
+`paddle.grad` must ask for the gradients of all trained parameters: Paddle lets a PyLayer leave out
+none. On a GPU the layers are used instead: a fold of a LayerScale of 1e-6 would underflow in
+float16, and reductions are fast.
 
 Letters as in `resmlp`: B batch, N tokens, C channels, H hidden units; M = B * N rows. ``w`` token
 weight [N, N]; a ``mask`` is what `resmlp.DropPath.mask` draws, [B, 1, 1] or None.
@@ -112,8 +111,7 @@ def embed_patches(images, conv):
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
     """``x + mask * layer_scale * linear(norm(x))``, linear over the token axis; ``[B, N, C]``."""
-    kept = _kept(mask)
-    scale = layer_scale if kept is None else layer_scale * kept.scale
+    kept, scale = _kept(mask, layer_scale)
     parameters = norm.alpha, norm.beta, linear.weight, linear.bias, scale
     if _wants_gradient(x, *parameters):
         return _MixTokens.apply(x, *parameters, kept)
@@ -122,12 +120,11 @@ def mix_tokens(x, norm, linear, layer_scale, mask):
 
 def mix_channels(x, norm, mlp, layer_scale, mask):
     """``x + mask * layer_scale * mlp(norm(x))``; ``[B, N, C]``."""
-    kept = _kept(mask)
-    scale = layer_scale if kept is None else layer_scale * kept.scale
+    kept, scale = _kept(mask, layer_scale)
     parameters = norm.alpha, norm.beta, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
     if _wants_gradient(x, *parameters, scale):
         return _MixChannels.apply(x, *parameters, scale, kept)
-    return _channels_forward(x, *parameters, scale, kept, _gelu_of_product)[0]
+    return _channels_forward(x, *parameters, scale, kept)[0]
 
 
 class _Linear(PyLayer):
@@ -150,16 +147,16 @@ class _Linear(PyLayer):
 class _Kept(NamedTuple):
     """The samples of a batch that drop path keeps. None instead of it: all, as they are."""
 
-    scale: float  # of what is added to them
     weights: paddle.Tensor  # [B]: 1 for each of them, 0 for the others
     count: int
     runs: list  # neighbours among them: a slice of the batch, and of the kept samples
     dropped: list  # slices of the batch
 
 
-def _kept(mask) -> _Kept | None:
+def _kept(mask, layer_scale) -> tuple[_Kept | None, paddle.Tensor]:
+    """The samples, and the LayerScale with drop path's own scale of what is added to them."""
     if mask is None:
-        return None
+        return None, layer_scale
     mask = mask.numpy().flatten()
     scale = float(mask.max())
     if not scale:
@@ -173,7 +170,8 @@ def _kept(mask) -> _Kept | None:
             count += stop - start
         else:
             dropped.append(place)
-    return _Kept(scale, paddle.to_tensor((mask > 0).astype(mask.dtype)), count, runs, dropped)
+    weights = paddle.to_tensor((mask > 0).astype(mask.dtype))
+    return _Kept(weights, count, runs, dropped), layer_scale * scale
 
 
 def _take(x, kept, dtype):
@@ -250,28 +248,30 @@ class _MixTokens(PyLayer):
         )
 
 
-def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, kept, first_half):
-    """With alpha and beta in the first linear layer, and scale in the second.
-
-    ``first_half`` makes the hidden units, and what else comes of them is returned too.
+def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable=False):
+    """With alpha and beta in the first linear layer, and scale in the second. A pass that is
+    ``differentiable`` keeps the hidden units from before the GELU, too.
     """
     folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
     folded2 = _narrow(onednn.multiply(w2, scale))  # [H, C]
     narrow = _take(x, kept, _narrow_type(x))
     bias1, bias2 = bias1 + paddle.matmul(beta.flatten(), w1), bias2 * scale
-    hidden, *rest = first_half(narrow, folded1, bias1)  # [kept, N, H]
+    hidden = onednn.product(narrow, folded1, bias=bias1, gelu=not differentiable)  # [kept, N, H]
+    before = hidden
+    if differentiable:
+        hidden = onednn.gelu(before)
 
     def branch(part, **last):
         return onednn.product(hidden[part], folded2, bias=bias2, **last)
 
-    return _add_branch(x, kept, branch), narrow, folded1, folded2, hidden, *rest
+    return _add_branch(x, kept, branch), narrow, folded1, folded2, hidden, before
 
 
 class _MixChannels(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, kept):
-        y, narrow, folded1, folded2, *ctx.gelu = _channels_forward(
-            x, alpha, beta, w1, bias1, w2, bias2, scale, kept, _differentiable_gelu_of_product
+        y, narrow, folded1, folded2, *ctx.hidden = _channels_forward(
+            x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable=True
         )
         ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, folded1, folded2)
         ctx.kept = kept
@@ -282,28 +282,24 @@ class _MixChannels(PyLayer):
     @once_differentiable
     def backward(ctx, grad):
         x, alpha, beta, w1, w2, bias2, scale, folded1, folded2 = ctx.saved_tensor()
-        hidden, gelu_gradient = ctx.gelu
-        del ctx.gelu
-        wide = grad.dtype
+        hidden, before = ctx.hidden
+        del ctx.hidden
         branch = _take(grad, ctx.kept, x.dtype)  # [kept, N, C]
-        d_folded2 = onednn.product(
-            _rows(hidden), _rows(branch), transpose_a=True, dtype=wide
-        )  # [H, C]
+        d_folded2 = _weight_gradient(hidden, branch, grad.dtype)  # [H, C]
         del hidden  # the largest activations: freed as soon as they can be
         d_bias2 = _column_sum(branch)  # of bias2 * scale
-        d_before = gelu_gradient(onednn.product(branch, folded2, transpose_b=True))  # [kept, N, H]
-        del gelu_gradient
-        d_folded1 = onednn.product(
-            _rows(x), _rows(d_before), transpose_a=True, dtype=wide
-        )  # [C, H]
+        d_hidden = onednn.product(branch, folded2, transpose_b=True)
+        d_before = onednn.gelu_gradient(d_hidden, before)  # [kept, N, H]
+        del before
+        d_folded1 = _weight_gradient(x, d_before, grad.dtype)  # [C, H]
         d_bias1 = _column_sum(d_before)
 
-        def before(part, **last):
+        def back(part, **last):
             return onednn.product(d_before[part], folded1, transpose_b=True, **last)
 
         return _only_needed(
             ctx,
-            _add_branch(grad, ctx.kept, before),
+            _add_branch(grad, ctx.kept, back),
             _row_sum(d_folded1 * w1).reshape(alpha.shape),
             paddle.mv(w1, d_bias1).reshape(beta.shape),
             _scale_rows(alpha, d_folded1).add_(_outer(beta.flatten(), d_bias1)),
@@ -314,15 +310,8 @@ class _MixChannels(PyLayer):
         )
 
 
-def _gelu_of_product(rows, weight, bias):
-    """``gelu(rows @ weight + bias)``, alone in a tuple."""
-    return (onednn.product(rows, weight, bias=bias, gelu=True),)
-
-
-def _differentiable_gelu_of_product(rows, weight, bias):
-    """The same, and the function that leads a gradient back to before the GELU."""
-    before = onednn.product(rows, weight, bias=bias)
-    return onednn.gelu(before), lambda gradient: onednn.gelu_gradient(gradient, before)
+def _weight_gradient(x, grad, dtype):
+    return onednn.product(_rows(x), _rows(grad), transpose_a=True, dtype=dtype)
 
 
 def _narrow(x):

@@ -6,10 +6,8 @@ On import, and only where the user has not chosen otherwise:
   its slowest path (2 to 3 times slower matrix products).
 - glibc's ``malloc`` keeps freed memory, since a fresh page costs about as much as the arithmetic on
   it. Resident memory then stays at its peak.
-- Paddle's advice to install ccache is silenced: nothing is compiled here.
 
-After Paddle's import, `set_threads` chooses the threads of a matrix product (Paddle's default is
-one); `describe` says what was done. Where Paddle uses a GPU, only the warning is silenced.
+Where Paddle uses a GPU, neither is done.
 
 Environment: ``RESMLP_RUNTIME=off`` leaves the process alone, ``RESMLP_MALLOC=off`` the allocator;
 ``RESMLP_THREADS`` or ``OMP_NUM_THREADS`` fixes the threads; ``MKL_DEBUG_CPU_TYPE`` and
@@ -53,9 +51,8 @@ def has_gpu() -> bool:
 def is_cuda_build() -> bool:
     """Whether the installed Paddle is built for CUDA, by the file in which its wheel says so."""
     paddle = importlib.util.find_spec("paddle")
-    text = (
-        read_text(f"{paddle.submodule_search_locations[0]}/version/__init__.py") if paddle else ""
-    )
+    folder = paddle.submodule_search_locations[0] if paddle else ""
+    text = read_text(f"{folder}/version/__init__.py")
     return re.search(r"^cuda_version *= *'\d", text, re.MULTILINE) is not None
 
 
@@ -120,30 +117,25 @@ def default_threads() -> int:
     return max(1, physical_cores() // _local_ranks())
 
 
-def set_threads(n: int | None = None) -> int | None:
-    """Sets the threads of Paddle's CPU matrix products; call it after Paddle's import.
+def set_threads(n: int | None = None) -> None:
+    """Sets the threads of Paddle's CPU matrix products (its default is one), after its import.
 
     Loader workers pass 1. Ranks of a data-parallel run call it without ``n`` once their environment
-    is known, and share the cores. Returns the number set, or None: switched off, no Paddle, a GPU
-    machine without ``n``, a Paddle without this (private) function.
+    is known, and share the cores. Nothing happens where it is switched off, without Paddle, and
+    without ``n`` on a GPU machine.
     """
     global threads
     paddle = sys.modules.get("paddle")
     if not enabled() or paddle is None or (n is None and has_gpu()):
-        return None
-    n = default_threads() if n is None else max(1, n)
-    setter = getattr(getattr(getattr(paddle, "base", None), "core", None), "set_num_threads", None)
-    if setter is None:
-        return None
-    setter(n)
+        return
+    threads = default_threads() if n is None else max(1, n)
+    paddle.base.core.set_num_threads(threads)
     if _omp_threads_are_paddles:
         os.environ.pop("OMP_NUM_THREADS", None)  # or child processes would take it for the user's
-    threads = n
-    return n
 
 
 def describe() -> str:
-    """One line that says how this process was prepared; the mains print it once."""
+    """One line that says how this process was prepared."""
     parts = [] if threads is None else [f"{threads} CPU thread{'s' * (threads != 1)}"]
     return "process: " + ", ".join(parts + _notes)
 

@@ -26,7 +26,7 @@ KEYS = {
 @pytest.fixture
 def config(monkeypatch):
     """A tiny model; the machine's peak is said to be 2 GFLOP/s, so that it need not be measured."""
-    monkeypatch.setattr(tool, "gemm_peak", lambda dtype, threads: 2.0)
+    monkeypatch.setattr(tool, "gemm_peak", lambda dtype: 2.0)
     monkeypatch.setattr(tool, "SETTLE_SECONDS", 0.0)
     config = get_config()
     config.defrost()
@@ -59,7 +59,7 @@ def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, c
     pytest.importorskip("ml_dtypes")
     from tools import onnx_graph
 
-    monkeypatch.setattr(tool, "gemm_peak", lambda dtype, threads: {"int8": 2.0}[dtype])
+    monkeypatch.setattr(tool, "gemm_peak", lambda dtype: {"int8": 2.0}[dtype])
     layers, write = [], onnx_graph.write_onnx
     monkeypatch.setattr(onnx_graph, "write_onnx", lambda *a, **k: layers.append(write(*a, **k)))
     (result,) = benchmark(Job(config, "infer", 2, backend="onnx", dtype="int8"), rounds=1)
@@ -295,7 +295,7 @@ def test_the_peak_is_that_of_a_product_of_known_size(monkeypatch, dtype, gpu, si
     for module, name in ((paddle, "matmul"), (onednn, "product")):
         monkeypatch.setattr(module, name, lambda a, b: seen.append((a.shape, str(a.dtype)[7:])))
     monkeypatch.setattr(tool.time, "perf_counter", lambda: next(ticks))
-    assert tool.gemm_peak(dtype, 1) == pytest.approx(2e-9 * size**3)
+    assert tool.gemm_peak(dtype) == pytest.approx(2e-9 * size**3)
     assert seen == [([size, size], computed_in)] * 3
 
 

@@ -178,16 +178,15 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
     dtypes = ["bfloat16" if "bf16" in name else "float32" for name in compare]
     labels = [(job.backend, job.dtype), *zip(compare, dtypes)]
     # measured last: it must not warm or fill the memory
-    peaks = {d: gemm_peak(d, job.threads) if job.gflops else 0.0 for d in {d for _, d in labels}}
+    peaks = {d: gemm_peak(d) if job.gflops else 0.0 for d in {d for _, d in labels}}
     sides = zip(labels, times, memory)
     return [figures(job, label, t, times[0], mb, peaks[label[1]]) for label, t, mb in sides]
 
 
-def gemm_peak(dtype: str = "float32", threads: int | None = None) -> float:
+def gemm_peak(dtype: str = "float32") -> float:
     """GFLOP/s of a large square matrix product in this process: the machine's limit. For int8 it is
     the float32 rate, since Paddle has no int8 product on a CPU; int8 may exceed it.
     """
-    setup.set_threads(threads)
     size = GEMM_SIZE_GPU if on_gpu() else GEMM_SIZE
     factor, product = paddle.randn([size, size]), paddle.matmul
     if on_gpu():
@@ -320,7 +319,7 @@ def measure_parts(job: Job, rounds: int, folder: Path) -> dict:
             timed("logging", record.read)()
     times = {part: values[1:] for part, values in times.items() if values}
     totals = [sum(values) for values in zip(*times.values())]
-    memory, peak = _peak_memory_mb(), gemm_peak(job.dtype, job.threads)
+    memory, peak = _peak_memory_mb(), gemm_peak(job.dtype)
     result = figures(job, (job.backend, job.dtype), totals, totals, memory, peak)
     parts = {part: round(1e3 * statistics.median(values), 3) for part, values in times.items()}
     return {**result, "parts_ms": parts}

@@ -6,6 +6,8 @@ function with fewer sweeps over the activations. `tools/export` writes this form
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -42,27 +44,21 @@ class FoldedResMLP(nn.Layer):
 
     def __init__(self, model: ResMLP):
         super().__init__()
-        self.image_size, self.num_classes = model.image_size, model.num_classes
-        self.in_channels = model.in_channels
-        conv = model.patch_embed.patch_embed
-        self.patch_embed = nn.Conv2D(
-            conv.weight.shape[1], conv.weight.shape[0], conv.weight.shape[2:], conv.weight.shape[2:]
-        )
-        self.patch_embed.weight.set_value(conv.weight)
-        self.patch_embed.bias.set_value(conv.bias)
+        self.patch_embed = copy.deepcopy(model.patch_embed.patch_embed)
         self.blocks = nn.LayerList([FoldedBlock(block) for block in model.mixer_layers])
-        alpha, beta = _value(model.norm.alpha).ravel(), _value(model.norm.beta).ravel()
+        self.norm, self.head = nn.Identity(), nn.Identity()
         if isinstance(model.head, nn.Linear):
+            alpha, beta = _value(model.norm.alpha).ravel(), _value(model.norm.beta).ravel()
             self.head = _folded_linear(model.head, scale_in=alpha, shift_in=beta)
         else:  # no head: the model returns the normalised features
-            self.head = _Scale(alpha, beta)
+            self.norm = copy.deepcopy(model.norm)
 
     def forward(self, images):
         """Images ``[B, 3, height, width]``, normalised -> logits ``[B, K]``; B may be dynamic."""
         x = self.patch_embed(images).flatten(2).transpose([0, 2, 1])  # [B, N, C]
         for block in self.blocks:
             x = block(x)
-        return self.head(x.mean(axis=1))
+        return self.head(self.norm(x).mean(axis=1))
 
 
 def fold(model: ResMLP) -> nn.Layer:
@@ -76,15 +72,6 @@ def fold(model: ResMLP) -> nn.Layer:
     for parameter in folded.parameters():
         parameter.stop_gradient = True
     return folded
-
-
-class _Scale(nn.Layer):
-    def __init__(self, alpha, beta):
-        super().__init__()
-        self.alpha, self.beta = _parameter(self, alpha), _parameter(self, beta)
-
-    def forward(self, x):
-        return x * self.alpha + self.beta
 
 
 def _value(parameter) -> np.ndarray:
