@@ -130,19 +130,24 @@ def test_the_best_is_sought_among_all_that_do_the_job(
     assert tool.choose_peers(Job(config, mode), ["best"]) == expected
 
 
-def test_the_ratio_to_the_fastest_peer_is_said(config, peers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tool, "find_spec", lambda name: True)
+@pytest.fixture
+def run_main(config, tmp_path, capsys):
+    """Calls the script on the tiny model; returns what it printed on either stream."""
     (tmp_path / "tiny.yaml").write_text(config.dump())
-    tool.main(["-cfg", str(tmp_path / "tiny.yaml"), "-rounds", "1", "-compare", "best", "-json"])
-    captured = capsys.readouterr()
-    ratios = [json.loads(line)["speedup"] for line in captured.out.splitlines()]
+
+    def call(*flags):
+        tool.main(["-cfg", str(tmp_path / "tiny.yaml"), "-rounds", "1", *flags])
+        return capsys.readouterr()
+
+    return call
+
+
+def test_the_ratio_to_the_fastest_peer_is_said(peers, run_main, monkeypatch):
+    monkeypatch.setattr(tool, "find_spec", lambda name: True)
+    shown, said = run_main("-compare", "best", "-json")
+    ratios = [json.loads(line)["speedup"] for line in shown.splitlines()]
     assert len(ratios) == 5
-    assert captured.err.endswith(f"{ratios[1]} times as fast as timm, the fastest peer\n")
-
-
-def test_a_peer_is_refused_where_it_cannot_do_the_job(config):
-    with pytest.raises(UserError, match="-compare openvino is for -mode infer"):
-        benchmark(Job(config, "train"), compare=["openvino"])
+    assert said.endswith(f"{ratios[1]} times as fast as timm, the fastest peer\n")
 
 
 def test_the_figures_follow_from_the_median_time(config):
@@ -174,15 +179,11 @@ def test_a_training_step_counts_three_times_the_operations_of_a_forward_pass(con
 
 
 def test_the_train_mode_trains(config):
-    paddle.seed(0)
     model = build_resmlp(config)
     before = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    step = tool.train_step(Job(config, "train", 2), model, paddle.randn([2, 3, 16, 16]))
-    step()
-    changed = [
-        abs(value.numpy() - before[name]).max() for name, value in model.state_dict().items()
-    ]
-    assert min(changed) > 0
+    tool.train_step(Job(config, "train", 2), model, paddle.randn([2, 3, 16, 16]))()
+    for name, value in model.state_dict().items():
+        assert (value.numpy() != before[name]).any(), name
 
 
 def test_the_data_mode_augments_jpeg_files_to_the_models_size(config, monkeypatch):
@@ -223,14 +224,13 @@ def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch
     "arguments, word",
     [
         ({"batch_size": 0}, "at least 1"),
-        ({"threads": -2}, "-threads is -2; expected 1 to 1024"),
+        ({"threads": 0}, "-threads is 0; expected 1 to 1024"),
         ({"threads": 100000}, "expected 1 to 1024"),
         ({"mode": "train", "backend": "inference"}, "-mode infer"),
         ({"dtype": "bfloat16", "backend": "to_static"}, "-backend to_static computes in float32"),
         ({"dtype": "float16", "backend": "inference"}, "on this CPU"),
         ({"dtype": "int8"}, "-backend eager computes in float32"),
         ({"dtype": "bfloat16", "backend": "onnx"}, "float32 or int8"),
-        ({"mode": "train", "backend": "onnx"}, "-mode infer"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(config, arguments, word):
@@ -248,17 +248,17 @@ def test_a_model_without_classes_cannot_be_trained(config, mode):
         Job(config, mode)
 
 
-def test_zero_threads_are_not_the_default(config, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(config.dump())
-    with pytest.raises(UserError, match="-threads is 0"):
-        tool.main(["-cfg", str(tmp_path / "tiny.yaml"), "-threads", "0"])
-
-
-def test_a_batch_that_does_not_fit_into_memory_is_one_line(config, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(config.dump())
-    command = ["-cfg", str(tmp_path / "tiny.yaml"), "-batch_size", str(10**14), "-rounds", "1"]
-    with pytest.raises(UserError, match="-batch_size 100000000000000 does not fit") as error:
-        tool.main(command)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["-threads", "0"], "-threads is 0"),
+        (["-mode", "train", "-compare", "openvino"], "-compare openvino is for -mode infer"),
+        (["-batch_size", str(10**14)], "-batch_size 100000000000000 does not fit"),
+    ],
+)
+def test_flags_that_cannot_be_are_one_line(run_main, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        run_main(*flags)
     assert "\n" not in str(error.value)
 
 
@@ -299,14 +299,10 @@ def test_the_peak_is_that_of_a_product_of_known_size(monkeypatch, dtype, gpu, si
     assert seen == [([size, size], computed_in)] * 3
 
 
-def test_json_is_one_object_a_line_and_the_table_names_its_columns(config, capsys, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(config.dump())
-    command = ["-cfg", str(tmp_path / "tiny.yaml"), "-batch_size", "2", "-rounds", "1"]
-    tool.main([*command, "-json"])
-    (line,) = capsys.readouterr().out.splitlines()
+def test_json_is_one_object_a_line_and_the_table_names_its_columns(run_main):
+    (line,) = run_main("-batch_size", "2", "-json").out.splitlines()
     assert set(json.loads(line)) == KEYS
-    tool.main([*command, "--batch-size", "3"])
-    process, header, row = capsys.readouterr().out.splitlines()
+    process, header, row = run_main("--batch-size", "3").out.splitlines()
     assert process.startswith("process:")
     assert header.split()[:5] == ["model", "mode", "backend", "dtype", "batch_size"]
     assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]

@@ -118,7 +118,7 @@ class Job:
 
     def for_timm(self, name: str, files: Sequence[str]) -> dict:
         """The same work, as `benchmark_timm` takes it, in the form of a name of `PEER_NAMES`."""
-        mixer = self.config.MODEL.MIXER
+        model, mixer = self.config.MODEL, self.config.MODEL.MIXER
         return {
             "mode": self.mode,
             "batch_size": self.batch_size,
@@ -128,12 +128,14 @@ class Job:
             "device": "cuda" if on_gpu() and self.mode != "data" else "cpu",
             "files": list(files),
             "image_size": self.config.DATA.IMAGE_SIZE,
-            "num_classes": self.config.MODEL.NUM_CLASSES,
-            "patch_size": mixer.PATCH_SIZE,
-            "embed_dim": mixer.EMBED_DIM,
-            "depth": mixer.DEPTH,
-            "mlp_ratio": mixer.MLP_RATIO,
-            "drop_path": self.config.MODEL.DROPPATH,
+            "model": {
+                "num_classes": model.NUM_CLASSES,
+                "patch_size": mixer.PATCH_SIZE,
+                "num_blocks": mixer.DEPTH,
+                "embed_dim": mixer.EMBED_DIM,
+                "mlp_ratio": mixer.MLP_RATIO,
+                "drop_path_rate": model.DROPPATH,
+            },
         }
 
 

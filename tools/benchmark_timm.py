@@ -2,7 +2,6 @@
 
 Settings come as JSON in the first argument. After that every line on standard input is a request,
 ``step`` or ``memory``, and its answer is one number on standard output: seconds, or megabytes.
-Nothing here imports Paddle, and `peak_memory_mb` is all that the Paddle side shares.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Callable
 
 
@@ -33,29 +33,20 @@ def build_step(settings: dict) -> Callable[[], None]:
     import torch
     from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 
-    device = settings["device"]
+    device, size, batch = (settings[key] for key in ("device", "image_size", "batch_size"))
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this PyTorch sees no GPU, on which Paddle runs")
     torch.set_num_threads(settings["threads"])
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as Paddle multiplies there
-    model = MlpMixer(
-        num_classes=settings["num_classes"],
-        img_size=settings["image_size"],
-        patch_size=settings["patch_size"],
-        num_blocks=settings["depth"],
-        embed_dim=settings["embed_dim"],
-        mlp_ratio=settings["mlp_ratio"],
-        drop_path_rate=settings["drop_path"],
-        block_layer=partial(ResBlock, init_values=0.1),
-        norm_layer=Affine,
-    ).to(device)
+    block = partial(ResBlock, init_values=0.1)
+    model = MlpMixer(img_size=size, block_layer=block, norm_layer=Affine, **settings["model"])
+    model = model.to(device)
     run = torch.compile(model) if "compile" in settings["form"] else model
     precision = partial(torch.autocast, device, torch.bfloat16, settings["bf16"])
-    batch, size = settings["batch_size"], settings["image_size"]
     images = torch.randn(batch, 3, size, size, device=device)
     if settings["mode"] == "train":
-        labels = torch.randint(settings["num_classes"], (batch,), device=device)
+        labels = torch.randint(model.num_classes, (batch,), device=device)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
         model.train()
 
@@ -112,10 +103,7 @@ def _data_step(settings: dict) -> Callable[[], None]:
         interpolation="bicubic",
         use_prefetcher=True,  # leaves out the conversion to float
     )
-    files = []
-    for name in settings["files"]:
-        with open(name, "rb") as file:
-            files.append(file.read())
+    files = [Path(name).read_bytes() for name in settings["files"]]
 
     def step():
         for number in range(settings["batch_size"]):

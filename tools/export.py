@@ -106,8 +106,7 @@ def export(
             ``safetensors`` (the weights alone, unfolded, under their own names).
         with_preprocessing: uint8 ``[B, H, W, 3]`` in, probabilities out; else normalised float32
             ``[B, 3, H, W]`` in, logits out.
-        images: to verify on, as `verification_images` takes them. int8 needs real ones.
-        class_names: as `predict.find_class_names` takes it.
+        images, class_names: as `verification_images` and `predict.find_class_names` take them.
 
     Returns the metadata: ``largest_difference`` to the eager model, relative to the largest output,
     of each format; ``int8``: ``int8_layers``, ``top1_agreement`` in percent, ``verified_on``.

@@ -88,12 +88,10 @@ def load(
     threads: int | None = None,
     engine: str | None = None,
 ) -> ExportedModel:
-    """Opens an exported model.
+    """Opens ``model.onnx``, ``model.int8.onnx``, or Paddle's ``model.json`` or ``model.pdmodel``.
 
     Args:
-        path: ``model.onnx`` or ``model.int8.onnx``; or Paddle's ``model.json``, ``model.pdmodel``.
-        bf16: compute in bfloat16 (Paddle and OpenVINO on a CPU), logits to about two digits; faster
-            or slower, depending on the processor.
+        bf16: compute in bfloat16 (Paddle and OpenVINO on a CPU), logits to about two digits.
         gpu: run on the first GPU (Paddle and onnxruntime).
         threads: CPU threads; None: one per core that the process may use.
         engine: for ONNX files ``onnxruntime``, which None means, or ``openvino``.
