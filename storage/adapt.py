@@ -62,8 +62,7 @@ def load_state(
             A text: it does in any case, for that reason.
         resize_tokens: accept weights for another image size; token mixing is resampled.
 
-    Returns:
-        One line for the log about each adaptation that was made.
+    Returns a line for the log about each adaptation that was made.
     """
     state, notes = dict(state), []
     _adapt_head(state, model, new_head, notes)

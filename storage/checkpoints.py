@@ -48,9 +48,8 @@ def to_numpy(tree: Any) -> Any:
 def save(state: dict, path: str | os.PathLike, names: Sequence[str] = ()) -> None:
     """Writes a checkpoint so that at every moment ``path`` is the old file or the new one.
 
-    ``state`` holds containers, numbers, text and arrays (see `to_numpy`). It gets the further
-    ``names`` first (`duplicate`): once ``path`` is the new file, everything is done. After a
-    CheckpointError what was there before is untouched.
+    ``state`` is a tree of arrays (`to_numpy`). It gets the further ``names`` first (`duplicate`):
+    once ``path`` is the new file, everything is done. CheckpointError: nothing is.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -80,10 +80,8 @@ def find_file(path: str | os.PathLike) -> Path:
 
 
 def safe_load(path: str | os.PathLike) -> Any:
-    """What a ``.pdparams``, ``.safetensors`` or PyTorch file (suffix: see `find_file`) holds.
-
-    Nothing of it is run. bfloat16 is ``uint16``, as Paddle writes it. WeightsError if it cannot be
-    read.
+    """What a file of weights (its suffix: see `find_file`) holds; nothing of it is run. bfloat16 is
+    ``uint16``, as Paddle writes it. WeightsError if it cannot be read.
     """
     return _without_name_table(_load(find_file(path)))
 
@@ -116,14 +114,9 @@ def refuse_text(head: bytes, path: str | os.PathLike) -> None:
 def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     """Reads one model's weights: a state dict, or the one inside a training checkpoint.
 
-    Args:
-        path: the file, with or without its suffix.
-        key: ``model``, ``model_ema``, or ``auto``: ``model_ema`` where there is one (which one
-            evaluates and fine-tunes, as with PPViT and timm), else ``model``. timm's
-            ``state_dict_ema`` and ``state_dict`` mean the same; as keys, exactly these.
-
-    Raises:
-        WeightsError: as `safe_load` and `check_state`.
+    ``key``: ``model``, ``model_ema``, or ``auto``: ``model_ema`` where there is one (which one
+    evaluates and fine-tunes, as with PPViT and timm), else ``model``. timm's ``state_dict_ema`` and
+    ``state_dict`` mean the same; as keys, just these. WeightsError as `safe_load`, `check_state`.
     """
     path = find_file(path)
     content = _load(path)

@@ -73,11 +73,6 @@ def forward(state: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
     return x @ p["head.weight"].T + p["head.bias"]
 
 
-def as_timm(state: dict[str, np.ndarray], style: str) -> dict[str, np.ndarray]:
-    """facebookresearch/deit's names as timm's, for `forward`; the same values in the same order."""
-    return dict(zip(torch_state("timm"), state.values())) if style == "facebook" else state
-
-
 def assert_bit_identical(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -120,7 +115,7 @@ def test_a_port_computes_what_the_official_model_does_and_goes_back_bit_for_bit(
     load_state(model, ported)
     images = np.random.default_rng(1).normal(size=(3, 3, 8, 8)).astype(np.float32)
     found = model(paddle.to_tensor(images)).numpy()
-    expected = forward(as_timm(state, style), images)
+    expected = forward(dict(zip(torch_state("timm"), state.values())), images)  # in one order
     assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
 
     back = str(tmp_path / "back.safetensors")
