@@ -20,8 +20,26 @@ class BatchAugment:
 
     def __init__(self, config):
         self.normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-        self.erase = RandomErasing.from_config(config)
-        self.mix = Mixup.from_config(config)
+        train, self.erase, self.mix = config.TRAIN, None, None
+        if train.RANDOM_ERASE_PROB:
+            self.erase = RandomErasing(
+                train.RANDOM_ERASE_PROB,
+                train.RANDOM_ERASE_MODE,
+                train.RANDOM_ERASE_COUNT,
+                train.RANDOM_ERASE_SPLIT,
+            )
+        cutmix = train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX is not None
+        if train.MIXUP_PROB and (cutmix or train.MIXUP_ALPHA > 0):
+            self.mix = Mixup(
+                config.MODEL.NUM_CLASSES,
+                train.MIXUP_ALPHA,
+                train.CUTMIX_ALPHA,
+                train.CUTMIX_MINMAX,
+                train.MIXUP_PROB,
+                train.MIXUP_SWITCH_PROB,
+                train.MIXUP_MODE,
+                train.SMOOTHING,
+            )
 
     def __call__(self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
         """uint8 images ``[B, H, W, 3]``, int64 labels ``[B]`` -> float32 ``[B, 3, H, W]``, targets.

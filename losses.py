@@ -9,7 +9,6 @@ from cpu import setup  # noqa: F401  isort: skip
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 import paddle
@@ -18,10 +17,8 @@ import paddle.nn.functional as F
 from cli.errors import ConfigError
 from mixup import smooth_one_hot
 
-Criterion = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]
 
-
-def build_criterion(config, labels: Sequence[int] = ()) -> Criterion:
+def build_criterion(config, labels: Sequence[int] = ()) -> CrossEntropy | BinaryCrossEntropy:
     """The loss of TRAIN.LOSS; ``labels`` are those of the training images (`class_weights`)."""
     train, weights = config.TRAIN, class_weights(config, labels)
     if train.LOSS == "ce":
@@ -50,16 +47,6 @@ def class_weights(config, labels: Sequence[int] = ()) -> paddle.Tensor | None:
     return paddle.to_tensor(np.asarray(weights, "float32"))
 
 
-def build_distillation_loss(config) -> DistillationLoss | None:
-    """The loss of TRAIN.DISTILLATION_TYPE; None for ``none``."""
-    train = config.TRAIN
-    if train.DISTILLATION_TYPE == "none":
-        return None
-    return DistillationLoss(
-        train.DISTILLATION_TYPE, train.DISTILLATION_ALPHA, train.DISTILLATION_TAU
-    )
-
-
 @dataclass(eq=False)
 class CrossEntropy:
     """Cross-entropy ``[B, K]``, ``[B]`` -> the mean over images, float32.
@@ -76,8 +63,7 @@ class CrossEntropy:
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
         log_probabilities = F.log_softmax(logits.astype("float32"))
-        targets = _dense(targets, logits, self.smoothing)
-        targets, weights = _weigh(targets, self.weights, self.smoothing)
+        _, targets, weights = _weigh(targets, logits, self.smoothing, self.weights)
         losses = -(targets * log_probabilities).sum(axis=1)
         return (losses if weights is None else losses * weights).mean()
 
@@ -96,8 +82,7 @@ class BinaryCrossEntropy:
     weights: paddle.Tensor | None = None
 
     def __call__(self, logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
-        dense = _dense(targets, logits, self.smoothing)
-        targets, weights = _weigh(dense, self.weights, self.smoothing)
+        dense, targets, weights = _weigh(targets, logits, self.smoothing, self.weights)
         if self.target_threshold is not None:
             targets = (dense > self.target_threshold).astype("float32")
         losses = F.binary_cross_entropy_with_logits(
@@ -120,12 +105,9 @@ class DistillationLoss:
     alpha: float = 0.5
     tau: float = 1.0
 
-    def __call__(
-        self, loss: paddle.Tensor, logits: paddle.Tensor, teacher_logits: paddle.Tensor
-    ) -> paddle.Tensor:
+    def __call__(self, loss, logits: paddle.Tensor, teacher: paddle.Tensor) -> paddle.Tensor:
         """Joins the loss to the labels and that to the teacher's logits, ``[B, K]`` both."""
-        logits = logits.astype("float32")
-        teacher = teacher_logits.detach().astype("float32")
+        logits, teacher = logits.astype("float32"), teacher.detach().astype("float32")
         if self.kind == "hard":
             distillation = F.cross_entropy(logits, teacher.argmax(axis=1))
         else:
@@ -135,20 +117,16 @@ class DistillationLoss:
         return loss * (1 - self.alpha) + distillation * self.alpha
 
 
-def _dense(targets: paddle.Tensor, logits: paddle.Tensor, smoothing: float) -> paddle.Tensor:
-    """Targets ``[B, K]`` in float32, from labels or as they are."""
+def _weigh(targets, logits: paddle.Tensor, smoothing: float, weights) -> tuple:
+    """Float32 targets ``[B, K]``, from labels or as they are; the same with the shares of a mixed
+    image weighted; weights of the images ``[B]`` or None.
+    """
     if targets.ndim == 1:
-        return smooth_one_hot(targets, logits.shape[1], smoothing)
-    if targets.shape != logits.shape:
-        raise ValueError(f"targets {list(targets.shape)} do not fit logits {list(logits.shape)}")
-    return targets.astype("float32")
-
-
-def _weigh(targets: paddle.Tensor, weights: paddle.Tensor | None, smoothing: float) -> tuple:
-    """Targets ``[B, K]``, a mixed image's shares weighted, and image weights ``[B]`` or None."""
+        targets = smooth_one_hot(targets, logits.shape[1], smoothing)
+    targets = targets.astype("float32")
     if weights is None:
-        return targets, None
+        return targets, targets, None
     even = smoothing / targets.shape[1]
     parts = (targets - even) / (1 - smoothing) * weights
     total = parts.sum(axis=1, keepdim=True)
-    return parts / total.clip(min=1e-12) * (1 - smoothing) + even, total[:, 0]
+    return targets, parts / total.clip(min=1e-12) * (1 - smoothing) + even, total[:, 0]

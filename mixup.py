@@ -18,7 +18,6 @@ import paddle
 import paddle.nn.functional as F
 
 from cli.errors import ConfigError
-from utils import to_device
 
 
 def smooth_one_hot(labels: paddle.Tensor, num_classes: int, smoothing: float) -> paddle.Tensor:
@@ -74,23 +73,15 @@ class Mixup:
     """Mixes the images and targets of a batch with those of the batch in reverse order.
 
     The image in the middle of an odd batch stays as it is. (timm refuses odd batches.)
-
-    Args:
-        mixup_alpha: lambda of mixup is drawn from Beta(alpha, alpha); 0: no mixup.
-        cutmix_alpha: the same for the area of CutMix; 0: no CutMix.
-        cutmix_minmax: smallest and largest share of a side, instead of ``cutmix_alpha``.
-        prob: probability that a row of the plan (batch, pair or image) is mixed at all.
-        switch_prob: probability of CutMix where both are on.
-        mode: what shares a plan: the ``batch``, a ``pair`` of images, or nothing (``elem``).
     """
 
     num_classes: int
-    mixup_alpha: float = 0.8
-    cutmix_alpha: float = 1.0
-    cutmix_minmax: tuple[float, float] | None = None
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    mode: str = "batch"
+    mixup_alpha: float = 0.8  # lambda of mixup is drawn from Beta(alpha, alpha); 0: no mixup
+    cutmix_alpha: float = 1.0  # the same for the area of CutMix; 0: no CutMix
+    cutmix_minmax: tuple[float, float] | None = None  # or bounds of the share of a side
+    prob: float = 1.0  # that a row of the plan (batch, pair or image) is mixed at all
+    switch_prob: float = 0.5  # of CutMix, where both are on
+    mode: str = "batch"  # what shares a plan: the ``batch``, a ``pair``, or nothing (``elem``)
     smoothing: float = 0.1
 
     def __post_init__(self):
@@ -98,24 +89,6 @@ class Mixup:
             raise ConfigError(f"MODEL.NUM_CLASSES is {self.num_classes}: mixup needs classes")
         cutmix = self.cutmix_alpha > 0 or self.cutmix_minmax is not None
         self.cutmix_prob = self.switch_prob if cutmix and self.mixup_alpha > 0 else float(cutmix)
-
-    @classmethod
-    def from_config(cls, config) -> Mixup | None:
-        """Mixing as TRAIN.MIXUP_* and CUTMIX_* say; None where both are off."""
-        train = config.TRAIN
-        cutmix = train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX is not None
-        if not train.MIXUP_PROB or not (cutmix or train.MIXUP_ALPHA > 0):
-            return None
-        return cls(
-            num_classes=config.MODEL.NUM_CLASSES,
-            mixup_alpha=train.MIXUP_ALPHA,
-            cutmix_alpha=train.CUTMIX_ALPHA,
-            cutmix_minmax=train.CUTMIX_MINMAX,
-            prob=train.MIXUP_PROB,
-            switch_prob=train.MIXUP_SWITCH_PROB,
-            mode=train.MIXUP_MODE,
-            smoothing=train.SMOOTHING,
-        )
 
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int) -> Mix:
         """The plan for a batch of ``batch`` images of ``height`` x ``width`` pixels."""
@@ -154,7 +127,7 @@ class Mixup:
         return [array.astype("float32") for array in arrays]
 
     def apply(self, images: paddle.Tensor, labels: paddle.Tensor, plan: list[paddle.Tensor]):
-        """Mixes float32 images ``[B, C, H, W]`` and labels ``[B]``, int64; see `__call__`."""
+        """Mixes float32 images ``[B, C, H, W]``, and labels ``[B]`` to targets ``[B, K]``."""
         targets = smooth_one_hot(labels, self.num_classes, self.smoothing)
         if not plan:
             return images, targets
@@ -164,7 +137,3 @@ class Mixup:
         share = (rows * columns).unsqueeze(1)  # [n, 1, H, W]
         images = paddle.lerp(images, paddle.index_select(images, partner), share)
         return images, paddle.lerp(paddle.index_select(targets, partner), targets, own)
-
-    def __call__(self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
-        """Mixed images and float32 targets ``[B, K]``; the arguments are left as they were."""
-        return self.apply(images, labels, to_device(self.plan(rng, len(labels), *images.shape[2:])))

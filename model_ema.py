@@ -11,20 +11,15 @@ from paddle import nn
 
 
 class ModelEma:
-    """Keeps a second model whose weights trail those of the first.
+    """Keeps a second model whose weights trail those of the first, from what that holds now.
 
-    Build it after pretrained weights are loaded: it starts from what the model holds then. Every
-    rank makes the same update from the same weights, without communication.
-
-    Args:
-        model: the model in training (not wrapped).
-        decay: share of the old average that a step keeps.
-        warmup: start with less, so that the random first weights are soon forgotten.
+    Every rank makes the same update from the same weights, without communication. ``decay`` is the
+    share of the old average that a step keeps; ``warmup`` starts with less, so that the random
+    first weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Layer, decay: float, warmup: bool = False):
-        self.decay = decay
-        self.warmup = warmup
+        self.decay, self.warmup = decay, warmup
         self.model = copy.deepcopy(model)
         self.model.eval()
         for parameter in self.model.parameters():

@@ -74,9 +74,7 @@ class Schedule:
 
 # ---------------------------------------------------------------------------------- roles
 def decayed_parameters(model: nn.Layer) -> set[str]:
-    """Names of the parameters that weight decay applies to: the weights of linear layers and of
-    the patch convolution, not biases, Affine and LayerScale (DeiT, LAMB's usual set).
-    """
+    """Names of the weights of linear layers and the patch convolution (DeiT, LAMB's usual set)."""
     return {
         f"{prefix}.weight" if prefix else "weight"
         for prefix, layer in model.named_sublayers(include_self=True)
@@ -184,16 +182,13 @@ def optimizer_state(optimizer, model: nn.Layer) -> dict:
 
     Paddle's own keys hang on the order in which layers were built, and shift silently.
     """
-    return by_parameter(
-        optimizer.state_dict(), {p.name: name for name, p in model.named_parameters()}
-    )
+    names = {parameter.name: name for name, parameter in model.named_parameters()}
+    return by_parameter(optimizer.state_dict(), names)
 
 
 def by_parameter(state: dict, names: dict[str, str]) -> dict:
-    """A Paddle optimizer's state by parameter: ``{parameter: {slot: value}}``.
-
-    Keys of ``state`` are ``<Paddle's name>_<slot>``; ``names`` leads from Paddle's names to the
-    model's. CheckpointError if an entry belongs to no parameter.
+    """``{<Paddle's name>_<slot>: value}`` as ``{parameter: {slot: value}}``; ``names`` leads from
+    Paddle's names to the model's. CheckpointError if an entry belongs to no parameter.
     """
     result: dict = {}
     for key, value in state.items():
@@ -210,8 +205,7 @@ def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
     parameters = trainable_parameters(model)
     if not state:  # saved before the first step
         return
-    if state.keys() != parameters.keys():
-        odd = sorted(state.keys() ^ parameters.keys())
+    if odd := sorted(state.keys() ^ parameters.keys()):
         raise CheckpointError(
             f"the optimizer state is of another model, or of another TRAIN.FREEZE; it differs in "
             f"{odd[:4]}"

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from utils import to_device
-
 AREA = (0.02, 1 / 3)  # share of the image
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height / width
 TRIES = 10
@@ -52,31 +50,14 @@ def draw_boxes(
 class RandomErasing:
     """Erases boxes of normalised images.
 
-    Args:
-        prob: probability that an image is erased.
-        mode: what a box is filled with: ``const`` zero, the mean of the normalised data; ``rand``
-            a random colour, normal in each channel; ``pixel`` normal noise.
-        max_count: boxes of an image at most.
-        split: leave the first half of a batch alone (timm's two splits).
+    `mode` is what fills a box: ``const`` zero, the mean of the normalised data; ``rand`` a random
+    colour, normal in each channel; ``pixel`` normal noise.
     """
 
-    prob: float = 0.25
+    prob: float = 0.25  # that an image is erased
     mode: str = "pixel"
-    max_count: int = 1
-    split: bool = False
-
-    @classmethod
-    def from_config(cls, config) -> RandomErasing | None:
-        """Reads TRAIN.RANDOM_ERASE_*; None where its probability is 0."""
-        train = config.TRAIN
-        if not train.RANDOM_ERASE_PROB:
-            return None
-        return cls(
-            prob=train.RANDOM_ERASE_PROB,
-            mode=train.RANDOM_ERASE_MODE,
-            max_count=train.RANDOM_ERASE_COUNT,
-            split=train.RANDOM_ERASE_SPLIT,
-        )
+    max_count: int = 1  # boxes of an image
+    split: bool = False  # leave the first half of a batch alone (timm's two splits)
 
     def plan(self, rng, batch: int, channels: int, height: int, width: int) -> list[np.ndarray]:
         """What `apply` needs on the device, int32: four arrays for each box that an image may have.
@@ -110,10 +91,6 @@ class RandomErasing:
             filled = paddle.where(inside, noise, paddle.gather(pixels, rows))
             pixels = paddle.scatter(pixels, rows, filled)
         return pixels.reshape(images.shape)
-
-    def __call__(self, images: paddle.Tensor, rng: np.random.Generator) -> paddle.Tensor:
-        """Erases boxes of a batch by itself."""
-        return self.apply(images, to_device(self.plan(rng, *images.shape)))
 
     def _noise(self, planes: paddle.Tensor, count: int, width: int) -> paddle.Tensor:
         """What to fill rows with, ``[R, W]``; ``planes`` ``[R]`` says whose they are."""

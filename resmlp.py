@@ -28,10 +28,7 @@ setup.set_threads()
 
 
 def default_layer_scale(depth: int) -> float:
-    """The initial LayerScale for a depth: 0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond.
-
-    Source: CaiT (arXiv 2103.17239, section 3), which ResMLP follows.
-    """
+    """LayerScale's start (CaiT, arXiv 2103.17239, section 3, which ResMLP follows)."""
     if depth <= 18:
         return 0.1
     return 1e-5 if depth <= 24 else 1e-6
@@ -42,12 +39,7 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
 
     (Its ``trunc_normal_`` cuts at -2 and 2, a hundred deviations away.)
     """
-    return nn.Linear(
-        in_features,
-        out_features,
-        weight_attr=paddle.ParamAttr(initializer=Normal(std=0.02)),
-        bias_attr=paddle.ParamAttr(initializer=Constant(0.0)),
-    )
+    return nn.Linear(in_features, out_features, Normal(std=0.02), Constant(0.0))
 
 
 class Affine(nn.Layer):
@@ -100,8 +92,8 @@ class PatchEmbedding(nn.Layer):
             embed_dim,
             kernel_size=patch_size,
             stride=patch_size,
-            weight_attr=paddle.ParamAttr(initializer=Uniform(-bound, bound)),
-            bias_attr=paddle.ParamAttr(initializer=Uniform(-bound, bound)),
+            weight_attr=Uniform(-bound, bound),
+            bias_attr=Uniform(-bound, bound),
         )
 
     def forward(self, images):
@@ -226,7 +218,13 @@ class ResMLP(nn.Layer):
 
     def forward_features(self, images):
         """Images ``[B, 3, height, width]`` -> the mean of the normalised tokens, ``[B, C]``."""
-        self._check_size(images)
+        wanted, found = [self.in_channels, *[self.image_size] * 2], list(images.shape[1:])
+        if any(size > 0 and size != want for size, want in zip(found, wanted)):  # -1: unknown
+            raise ConfigError(
+                f"the model takes images [B, {', '.join(map(str, wanted))}], found "
+                f"{list(images.shape)}: resize the images, or build the model for that size "
+                f"(DATA.IMAGE_SIZE) and resample its weights (MODEL.RESIZE_TOKENS)"
+            )
         x = self.patch_embed(images)
         for block in self.mixer_layers:
             # Where nothing is trained before it, recomputing would cost a block its gradients.
@@ -240,16 +238,6 @@ class ResMLP(nn.Layer):
     def forward(self, images):
         """Images ``[B, 3, height, width]``, normalised -> logits ``[B, K]``."""
         return self.head(self.forward_features(images))
-
-    def _check_size(self, images) -> None:
-        expected = [self.in_channels, self.image_size, self.image_size]
-        found = list(images.shape[1:])
-        if any(size > 0 and size != want for size, want in zip(found, expected)):  # -1: unknown
-            raise ConfigError(
-                f"the model takes images [B, {', '.join(map(str, expected))}], found "
-                f"{list(images.shape)}: resize the images, or build the model for that size "
-                f"(DATA.IMAGE_SIZE) and resample its weights (MODEL.RESIZE_TOKENS)"
-            )
 
 
 def build_resmlp(config) -> ResMLP:

@@ -23,7 +23,6 @@ except ImportError:  # Windows
     resource = None
 
 
-# ------------------------------------------------------------------------------------ seeds
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and Paddle, the same on every rank (weights are built from it)."""
     random.seed(seed)
@@ -41,7 +40,6 @@ def step_rng(seed: int, rank: int, epoch: int, step: int) -> np.random.Generator
     return rng
 
 
-# ------------------------------------------------------------------------------------ device
 class Normalize:
     """uint8 ``[B, H, W, 3]`` -> float32 ``[B, 3, H, W]``: ``(x / 255 - mean) / std``."""
 
@@ -95,7 +93,6 @@ def memory_mb(process: Process) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# ---------------------------------------------------------------------------------- progress
 class Meter:
     """Time, images and time spent waiting for data since the last report, of this process."""
 
@@ -103,7 +100,6 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Starts a new interval."""
         self.images, self._start, self._waited = 0, time.monotonic(), 0.0
 
     @contextlib.contextmanager

@@ -6,9 +6,11 @@ import numpy as np
 import paddle
 import pytest
 
+from batch_augment import BatchAugment
 from cli.errors import ConfigError
 from config import get_config
 from mixup import Mixup, cutmix_boxes, cutmix_boxes_minmax, smooth_one_hot
+from utils import to_device
 
 CLASSES = 7
 
@@ -19,10 +21,24 @@ def make_batch(batch, height=12, width=9, seed=0):
     return images, rng.integers(CLASSES, size=batch)
 
 
+def mix(mixup, images, labels, seed):
+    """Of tensors."""
+    plan = mixup.plan(np.random.default_rng(seed), len(labels), *images.shape[2:])
+    return mixup.apply(images, labels, to_device(plan))
+
+
 def call(mixup, images, labels, seed):
-    rng = np.random.default_rng(seed)
-    mixed, targets = mixup(paddle.to_tensor(images), paddle.to_tensor(labels), rng)
-    return mixed.numpy(), targets.numpy()
+    result = mix(mixup, paddle.to_tensor(images), paddle.to_tensor(labels), seed)
+    return [tensor.numpy() for tensor in result]
+
+
+def configured(**train):
+    """The mixing of a config."""
+    config = get_config()
+    config.MODEL.NUM_CLASSES = 11
+    for key, value in train.items():
+        config.TRAIN[key] = value
+    return BatchAugment(config).mix
 
 
 def one_hot(labels, smoothing):
@@ -60,9 +76,9 @@ def test_a_batch_is_mixed_as_its_images_would_be_one_by_one(mode, batch, minmax)
     images, labels = make_batch(batch)
     mixup = Mixup(CLASSES, cutmix_minmax=minmax, prob=0.8, mode=mode, smoothing=0.1)
     for seed in range(6):
-        mix = mixup.draw(np.random.default_rng(seed), batch, *images.shape[2:])
+        plan = mixup.draw(np.random.default_rng(seed), batch, *images.shape[2:])
         mixed, targets = call(mixup, images, labels, seed)
-        expected_images, expected_targets = mix_one_by_one(images, labels, mix, 0.1)
+        expected_images, expected_targets = mix_one_by_one(images, labels, plan, 0.1)
         np.testing.assert_allclose(mixed, expected_images, atol=1e-6)
         np.testing.assert_allclose(targets, expected_targets, atol=1e-6)
 
@@ -105,9 +121,6 @@ def test_minmax_boxes_lie_inside_and_keep_the_bounds():
     top, bottom, left, right = boxes.T
     assert top.min() == 0 and bottom.max() == 20 and left.min() == 0 and right.max() == 30
     assert set(bottom - top) == set(range(4, 16)) and set(right - left) == set(range(6, 24))
-
-
-def test_minmax_bounds_that_are_equal_give_one_size():
     boxes = cutmix_boxes_minmax(np.random.default_rng(0), 50, 20, 30, (0.5, 0.5))
     assert set(boxes[:, 1] - boxes[:, 0]) == {10} and set(boxes[:, 3] - boxes[:, 2]) == {15}
 
@@ -135,9 +148,9 @@ def test_in_an_odd_batch_the_image_in_the_middle_stays_as_it_is(mode):
 @pytest.mark.parametrize("prob, switch_prob", [(0.3, 0.5), (1.0, 0.2), (0.6, 1.0)])
 def test_probabilities_are_kept(prob, switch_prob):
     mixup = Mixup(CLASSES, prob=prob, switch_prob=switch_prob, mode="elem")
-    mix = mixup.draw(np.random.default_rng(0), 20000, 32, 32)
-    assert np.mean(mix.strength > 0) == pytest.approx(prob, abs=0.01)
-    assert np.mean(mix.strength == 1) == pytest.approx(prob * switch_prob, abs=0.01)
+    strength = mixup.draw(np.random.default_rng(0), 20000, 32, 32).strength
+    assert np.mean(strength > 0) == pytest.approx(prob, abs=0.01)
+    assert np.mean(strength == 1) == pytest.approx(prob * switch_prob, abs=0.01)
 
 
 def test_what_is_not_mixed_comes_back_with_smoothed_labels():
@@ -149,14 +162,11 @@ def test_what_is_not_mixed_comes_back_with_smoothed_labels():
 
 def test_the_result_is_a_function_of_the_generator_and_the_arguments_are_kept():
     images, labels = make_batch(6)
-    tensor = paddle.to_tensor(images)
-    mixup = Mixup(CLASSES, mode="elem")
-    results = [
-        mixup(tensor, paddle.to_tensor(labels), np.random.default_rng(seed))[0].numpy()
-        for seed in (3, 3, 4)
-    ]
-    np.testing.assert_array_equal(results[0], results[1])
-    assert (results[0] != results[2]).any()
+    tensor, mixup = paddle.to_tensor(images), Mixup(CLASSES, mode="elem")
+    once, again, other = (
+        mix(mixup, tensor, paddle.to_tensor(labels), seed)[0].numpy() for seed in (3, 3, 4)
+    )
+    assert (once == again).all() and (once != other).any()
     np.testing.assert_array_equal(tensor.numpy(), images)
 
 
@@ -169,49 +179,19 @@ def test_no_value_travels_back_to_the_host(mode, monkeypatch):
 
     for name in ("numpy", "item", "tolist", "__bool__", "__float__", "__int__", "__array__"):
         monkeypatch.setattr(paddle.Tensor, name, refuse, raising=False)
-    Mixup(CLASSES, mode=mode)(images, labels, np.random.default_rng(0))
+    mix(Mixup(CLASSES, mode=mode), images, labels, 0)
 
 
 def test_the_config_is_followed():
-    config = get_config()
-    config.defrost()
-    config.MODEL.NUM_CLASSES = 11
-    config.TRAIN.MIXUP_MODE = "elem"
-    config.TRAIN.SMOOTHING = 0.2
-    config.TRAIN.CUTMIX_ALPHA = 0.0
-    mixup = Mixup.from_config(config)
-    mix = mixup.draw(np.random.default_rng(0), 100, 8, 8)
-    assert (mix.boxes == [0, 8, 0, 8]).all() and len(mix.strength) == 100
-    images, labels = paddle.zeros([2, 3, 8, 8]), paddle.to_tensor([0, 0])
-    _, targets = mixup(images, labels, np.random.default_rng(0))
+    mixup = configured(MIXUP_MODE="elem", SMOOTHING=0.2, CUTMIX_ALPHA=0.0)
+    plan = mixup.draw(np.random.default_rng(0), 100, 8, 8)
+    assert (plan.boxes == [0, 8, 0, 8]).all() and len(plan.strength) == 100
+    _, targets = mix(mixup, paddle.zeros([2, 3, 8, 8]), paddle.to_tensor([0, 0]), 0)
     assert targets.shape == [2, 11]
     assert targets.numpy()[0] == pytest.approx([0.8 + 0.2 / 11] + [0.2 / 11] * 10)
-
-
-@pytest.mark.parametrize(
-    "off",
-    [
-        {"MIXUP_ALPHA": 0.0, "CUTMIX_ALPHA": 0.0},
-        {"MIXUP_PROB": 0.0},
-    ],
-)
-def test_there_is_no_mixup_where_the_config_turns_it_off(off):
-    config = get_config()
-    config.defrost()
-    for key, value in off.items():
-        config.TRAIN[key] = value
-    assert Mixup.from_config(config) is None
-
-
-def test_minmax_alone_turns_cutmix_on():
-    config = get_config()
-    config.defrost()
-    config.TRAIN.MIXUP_ALPHA = config.TRAIN.CUTMIX_ALPHA = 0.0
-    config.TRAIN.CUTMIX_MINMAX = (0.2, 0.8)
-    mix = Mixup.from_config(config).draw(np.random.default_rng(0), 4, 32, 32)
-    assert (mix.strength == 1).all()
-
-
-def test_no_class_is_refused_by_key():
+    assert configured(MIXUP_ALPHA=0.0, CUTMIX_ALPHA=0.0) is None
+    assert configured(MIXUP_PROB=0.0) is None
+    mixup = configured(MIXUP_ALPHA=0.0, CUTMIX_ALPHA=0.0, CUTMIX_MINMAX=(0.2, 0.8))
+    assert (mixup.draw(np.random.default_rng(0), 4, 32, 32).strength == 1).all()
     with pytest.raises(ConfigError, match="MODEL.NUM_CLASSES"):
         Mixup(0)

@@ -11,7 +11,7 @@ from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_
 
 from batch_augment import BatchAugment
 from distillation import build_teacher
-from losses import build_criterion, build_distillation_loss
+from losses import DistillationLoss, build_criterion
 from model_ema import ModelEma
 from optimizer import build_optimizer, clip_gradients, load_optimizer_state, optimizer_state
 from parallel.process import Process, wait_for_all
@@ -25,8 +25,10 @@ class Objective:
 
     def __init__(self, config, labels: Sequence[int] = ()):
         self.criterion = build_criterion(config, labels)
-        self.distill = build_distillation_loss(config)
-        self.teacher = build_teacher(config) if self.distill else None
+        self.teacher, train = None, config.TRAIN
+        if train.DISTILLATION_TYPE != "none":
+            self.teacher, kind = build_teacher(config), train.DISTILLATION_TYPE
+            self.distill = DistillationLoss(kind, train.DISTILLATION_ALPHA, train.DISTILLATION_TAU)
 
     def __call__(self, logits, images, targets) -> paddle.Tensor:
         loss = self.criterion(logits, targets)
