@@ -38,8 +38,6 @@ class _Op(NamedTuple):
     spread: tuple[float, float] | None = None  # the argument is uniform in here, at any level
 
 
-# ---- pixels ------------------------------------------------------------------------------------
-
 _VALUES = np.arange(256)
 
 
@@ -141,9 +139,6 @@ def _blur(pixels, radius, *_):
     return from_image(to_image(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
-# ---- level -> argument -------------------------------------------------------------------------
-
-
 def _factor(strength, _sign):
     """0.1 ... 1.9: *level 5 changes nothing* (TPU EfficientNet)."""
     return strength * 1.8 + 0.1
@@ -210,9 +205,6 @@ def op_argument(name: str, level: float, sign: int = 1) -> float | None:
     """
     argument = OPS[name].argument
     return None if argument is None else argument(level / 10, sign)
-
-
-# ---- decisions ---------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """From the config to batches: which files a split has, and how they are transformed and loaded.
 
     loader = build_loader(config, "train", rank, world)
-    loader.set_epoch(epoch, start)
+    loader.sampler.set_epoch(epoch, start)
     for images, labels, indices in loader:  # uint8 [B, H, W, 3], int64 [B], on the device
 
 What comes out depends on the config, the epoch and the rank, not on the number of workers.

@@ -121,7 +121,7 @@ class Trainer:
         """Trains the rest of an epoch, from where `progress` stands."""
         progress, loader, steps = self.progress, self.train_loader, self.schedule.steps_per_epoch
         accum = self.schedule.accum_iter
-        loader.set_epoch(progress.epoch, progress.samples)
+        loader.sampler.set_epoch(progress.epoch, progress.samples)
         if len(loader) == 0:
             return  # the run was stopped in the evaluation of this epoch
         self.learner.network.train()

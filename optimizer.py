@@ -17,7 +17,6 @@ from cli.errors import CheckpointError
 _log = logging.getLogger("resmlp")
 
 
-# --------------------------------------------------------------------------------- schedule
 def scaled_rate(config, total_batch: int) -> float:
     """BASE_LR for a total batch: times ``total_batch / LINEAR_SCALED_LR`` where that is set."""
     train = config.TRAIN
@@ -72,7 +71,6 @@ class Schedule:
         return learning_rate(self.config, epoch, self.samples_per_step)
 
 
-# ---------------------------------------------------------------------------------- roles
 def decayed_parameters(model: nn.Layer) -> set[str]:
     """Names of the weights of linear layers and the patch convolution (DeiT, LAMB's usual set)."""
     return {
@@ -87,20 +85,6 @@ def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
     return {name: p for name, p in model.named_parameters() if not p.stop_gradient}
 
 
-def layer_scale_of_rate(name: str, depth: int, decay: float) -> float:
-    """The learning-rate factor of a parameter under layer-wise decay: 1 for the head and the last
-    norm, ``decay`` for the last block, ``decay ** (depth + 1)`` for the patch embedding (BEiT).
-    """
-    if name.startswith("patch_embed."):
-        level = 0
-    elif name.startswith("mixer_layers."):
-        level = int(name.split(".")[1]) + 1
-    else:
-        level = depth + 1
-    return decay ** (depth + 1 - level)
-
-
-# -------------------------------------------------------------------------------- optimizer
 _ADAM = frozenset({"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"})
 OPTIMIZERS = {  # TRAIN.OPTIMIZER.NAME -> Paddle's class, what that keeps for each parameter
     "lamb": (paddle.optimizer.Lamb, _ADAM),
@@ -119,8 +103,12 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
     named = trainable_parameters(model)
     names = decayed_parameters(model) & named.keys()
     decayed = {named[name].name for name in names}  # Paddle's own names
+    depth = len(model.mixer_layers)
     for name, parameter in named.items():
-        factor = layer_scale_of_rate(name, len(model.mixer_layers), config.TRAIN.LAYER_DECAY or 1.0)
+        level = 0 if name.startswith("patch_embed.") else depth + 1  # of head and last norm
+        if name.startswith("mixer_layers."):
+            level = int(name.split(".")[1]) + 1
+        factor = (config.TRAIN.LAYER_DECAY or 1.0) ** (depth + 1 - level)  # as BEiT
         parameter.optimize_attr["learning_rate"] = factor
         if settings.NAME == "sgd" and name in names:
             parameter.regularizer = paddle.regularizer.L2Decay(decay)
@@ -176,7 +164,6 @@ def clip_gradients(parameters: list, max_norm: float | None) -> paddle.Tensor:
     return norm
 
 
-# -------------------------------------------------------------------- state for checkpoints
 def optimizer_state(optimizer, model: nn.Layer) -> dict:
     """The optimizer's state under the model's parameter names: ``{parameter: {slot: tensor}}``.
 

@@ -29,9 +29,6 @@ _TRAIN_RESAMPLES["random"] = (_RESAMPLE["bilinear"], _RESAMPLE["bicubic"])
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
 
 
-# ---- evaluation --------------------------------------------------------------------------------
-
-
 def resized_size(width: int, height: int, short: int) -> tuple[int, int]:
     """Width and height after resizing the short side to `short`; the long one is rounded down."""
     if width <= height:
@@ -76,9 +73,6 @@ class EvalTransform:
         # Outside of the image, torchvision's crop is black too.
         crop = center_box(*size, self.size)
         return operations().to_rgb(operations().resize(pixels, size, self.resample, crop))
-
-
-# ---- training ----------------------------------------------------------------------------------
 
 
 def draw_crop(
@@ -157,9 +151,6 @@ class TrainTransform:
         for augment in self.augmentations:
             pixels = augment(pixels, rng)
         return operations().to_rgb(pixels)
-
-
-# ---- from the config ---------------------------------------------------------------------------
 
 
 def build_eval_transform(config) -> EvalTransform:

@@ -43,9 +43,8 @@ class Pillow:
 
     def affine(self, pixels: np.ndarray, matrix: Sequence[float], resample: int, fill: tuple):
         """Output (x, y) shows input (ax + by + c, dx + ey + f), outside of it `fill`."""
-        image, kind = to_image(pixels), Image.Transform.AFFINE
-        options = dict(resample=resample, fillcolor=fill)
-        return from_image(image.transform(image.size, kind, matrix, **options))
+        image, affine = to_image(pixels), Image.Transform.AFFINE
+        return from_image(image.transform(image.size, affine, matrix, resample, fillcolor=fill))
 
     def saturate(self, pixels: np.ndarray, factor: float) -> np.ndarray:
         """0 gray, 1 as it is."""
@@ -129,7 +128,7 @@ _ORDERS = (
 
 
 def operations() -> Pillow:
-    """The fastest operations that give this Pillow's pixels; the first call takes a while."""
+    """The fastest operations that give this Pillow's pixels."""
     return load_operations()[0]
 
 

@@ -157,11 +157,8 @@ def to_rgb(image):
     out = np.empty((*image.shape, 3), np.uint8)
     four, three = image.view(np.uint8).reshape(4 * image.size), out.reshape(out.size)
     for i in range(image.size):
-        three[3 * i], three[3 * i + 1], three[3 * i + 2] = (
-            four[4 * i],
-            four[4 * i + 1],
-            four[4 * i + 2],
-        )
+        for channel in range(3):
+            three[3 * i + channel] = four[4 * i + channel]
     return out
 
 

@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 
 @dataclass(eq=False)
 class Loader:
-    """Iterates over batches; `len` is the batches of a pass, from where `set_epoch` has gone.
+    """Iterates over batches; `len` is those of a pass, from where the sampler's `set_epoch` went.
 
     Unreadable images that ``DATA.BAD_IMAGE: skip`` replaces (in training) or leaves out are logged
     when the pass ends; `skipped` holds them meanwhile, by index.
@@ -79,10 +79,6 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.sampler)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the training epoch, and how many of its images are past, for the next pass."""
-        self.sampler.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the data.
@@ -150,14 +146,12 @@ class Loader:
             expired.set()
             iterator._exit_thread_unexpectedly()  # wakes the main thread with a SystemError
 
-        timer, problem, batch = threading.Timer(self.timeout, give_up), "", None
+        timer, problem = threading.Timer(self.timeout, give_up), ""
         timer.daemon = True
         try:
             timer.start()
             batch = next(iterator)
-        except StopIteration:
-            problem = "the data loader ended before its last batch"
-        except (SystemError, RuntimeError) as error:
+        except (StopIteration, SystemError, RuntimeError) as error:
             problem = f"the data loader failed: {error}"
         finally:
             timer.cancel()
@@ -248,20 +242,20 @@ def _start_worker(worker_id: int) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP means nothing
             signal.signal(number, lambda signum, frame: signal.alarm(_SAVING))
-    # A thread waits for these: a handler would not run while the main one sleeps in a read.
     ends = (signal.SIGALRM, signal.SIGUSR2)
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    threading.Thread(target=lambda: _leave(signal.sigwait(ends)), daemon=True).start()
+
+    def leave():  # in a thread: a handler would not run while the main one sleeps in a read
+        number = signal.sigwait(ends)
+        _remove_batches(os.getpid())
+        os._exit(128 + number)
+
+    threading.Thread(target=leave, daemon=True).start()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
     if os.getppid() != multiprocessing.parent_process().pid:  # killed before that line
         os._exit(1)
     setup.set_threads(1)
-
-
-def _leave(signum) -> None:
-    _remove_batches(os.getpid())
-    os._exit(128 + signum)
 
 
 def _remove_batches(pid: int) -> None:

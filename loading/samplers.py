@@ -25,9 +25,9 @@ def sample_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
     return np.random.default_rng((_SAMPLE, seed, epoch, position))
 
 
-def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many images as there are labels ``[n]``, of each class equally many (or one less), in
-    rounds of all classes. A class's images are taken in turn: none comes twice before all have.
+def _balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many images as labels ``[n]``, in rounds of all classes: of each equally many (or one
+    less). A class's images are taken in turn: none comes twice before all have.
     """
     images = rng.permutation(len(labels))
     images = images[np.argsort(labels[images], kind="stable")]  # class by class
@@ -51,13 +51,11 @@ def train_indices(
 
     Every rank gets equally many, as collectives need. With ``repeats == 1`` the epoch holds every
     image; where `world` does not divide `num_images`, the order goes on from its start. Otherwise
-    it is repeated augmentation: each image stands `repeats` times in a row, so its copies land on
-    other ranks, and ``floor(num_images / 256) * 256 / world`` samples are taken per rank (fewer
-    than 256 images: ``ceil(num_images / world)``), so that an epoch sees ``1 / repeats`` of the
-    images.
+    each image stands `repeats` times in a row, so its copies land on other ranks, and the epoch
+    ends after ``floor(num_images / 256) * 256`` positions (of 256 images or more).
 
     Args:
-        labels: ``[num_images]`` class of each image, for a `balanced_order`; None: each image once.
+        labels: ``[num_images]``, to see each class equally often; None: each image once.
         start: global position to begin at, for whatever `world` that was reached with.
 
     Returns:
@@ -66,7 +64,7 @@ def train_indices(
     Source: DeiT's RASampler (repeated augmentation, arXiv 1902.05509) for ``repeats > 1``.
     """
     rng = np.random.default_rng((_ORDER, seed, epoch))
-    order = rng.permutation(num_images) if labels is None else balanced_order(labels, rng)
+    order = rng.permutation(num_images) if labels is None else _balanced_order(labels, rng)
     count = _samples_per_rank(num_images, world, repeats, start)
     positions = start + rank + world * np.arange(count)
     return order[positions // repeats % num_images]
@@ -93,8 +91,7 @@ class TrainBatchSampler:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Goes to an epoch, to the global position where an interrupted run has stopped in it."""
-        self.epoch = epoch
-        self.start = start
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         if self.drop_last:

@@ -72,7 +72,7 @@ def passes(config, split="train", epochs=(0,), start=0, **kwargs):
     result = []
     for epoch in epochs:
         if split == "train":
-            loader.set_epoch(epoch, start)
+            loader.sampler.set_epoch(epoch, start)
         result += run(loader)
     return result
 

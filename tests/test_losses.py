@@ -147,7 +147,6 @@ def test_the_config_is_followed(monkeypatch):
     assert (distill.kind, distill.alpha, distill.tau) == ("soft", 0.7, 3.0)
 
 
-# --------------------------------------------------------------------------- class weights
 WEIGHTS = np.linspace(0.2, 3.0, CLASSES).astype("float32")
 
 

@@ -9,7 +9,7 @@ import pytest
 from batch_augment import BatchAugment
 from cli.errors import ConfigError
 from config import get_config
-from mixup import Mixup, cutmix_boxes, cutmix_boxes_minmax, smooth_one_hot
+from mixup import Mixup, cutmix_boxes_minmax, smooth_one_hot
 from utils import to_device
 
 CLASSES = 7
@@ -83,16 +83,6 @@ def test_a_batch_is_mixed_as_its_images_would_be_one_by_one(mode, batch, minmax)
         np.testing.assert_allclose(targets, expected_targets, atol=1e-6)
 
 
-def test_mixup_blends_the_whole_image_by_lambda():
-    images, labels = make_batch(4)
-    mixed, targets = call(Mixup(CLASSES, cutmix_alpha=0, smoothing=0), images, labels, seed=1)
-    difference = images[::-1] - images
-    share = (mixed - images) / difference
-    np.testing.assert_allclose(share, share[0, 0, 0, 0], rtol=1e-3)
-    hot = np.eye(CLASSES)[labels]
-    np.testing.assert_allclose(targets, hot + (hot[::-1] - hot) * share[0, 0, 0, 0], rtol=1e-3)
-
-
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_cutmix_lambda_is_corrected_to_the_true_area(mode):
     labels = np.arange(6)
@@ -106,21 +96,7 @@ def test_cutmix_lambda_is_corrected_to_the_true_area(mode):
             np.testing.assert_allclose(targets[i, [i, 5 - i]], [own, 1 - own], atol=1e-6)
 
 
-def test_boxes_are_cut_off_at_the_edges_of_the_image():
-    own_share = np.full(4000, 0.5)
-    boxes = cutmix_boxes(np.random.default_rng(0), own_share, 20, 30)
-    top, bottom, left, right = boxes.T
-    assert (top >= 0).all() and (bottom <= 20).all() and (left >= 0).all() and (right <= 30).all()
-    # sqrt(1 - 0.5) of the sides, where not cut off; down to the half of it at the edge
-    assert set(bottom - top) == set(range(7, 15)) and set(right - left) == set(range(11, 22))
-    assert (top == 0).any() and (bottom == 20).any() and (left == 0).any() and (right == 30).any()
-
-
-def test_minmax_boxes_lie_inside_and_keep_the_bounds():
-    boxes = cutmix_boxes_minmax(np.random.default_rng(0), 4000, 20, 30, (0.2, 0.8))
-    top, bottom, left, right = boxes.T
-    assert top.min() == 0 and bottom.max() == 20 and left.min() == 0 and right.max() == 30
-    assert set(bottom - top) == set(range(4, 16)) and set(right - left) == set(range(6, 24))
+def test_minmax_bounds_that_are_equal_give_one_size():
     boxes = cutmix_boxes_minmax(np.random.default_rng(0), 50, 20, 30, (0.5, 0.5))
     assert set(boxes[:, 1] - boxes[:, 0]) == {10} and set(boxes[:, 3] - boxes[:, 2]) == {15}
 
@@ -143,14 +119,6 @@ def test_in_an_odd_batch_the_image_in_the_middle_stays_as_it_is(mode):
         np.testing.assert_allclose(targets[2], one_hot(labels, 0.1)[2], atol=1e-6)
         if mode == "batch":
             assert (mixed[[0, 1, 3, 4]] != images[[0, 1, 3, 4]]).any(axis=(1, 2, 3)).all()
-
-
-@pytest.mark.parametrize("prob, switch_prob", [(0.3, 0.5), (1.0, 0.2), (0.6, 1.0)])
-def test_probabilities_are_kept(prob, switch_prob):
-    mixup = Mixup(CLASSES, prob=prob, switch_prob=switch_prob, mode="elem")
-    strength = mixup.draw(np.random.default_rng(0), 20000, 32, 32).strength
-    assert np.mean(strength > 0) == pytest.approx(prob, abs=0.01)
-    assert np.mean(strength == 1) == pytest.approx(prob * switch_prob, abs=0.01)
 
 
 def test_what_is_not_mixed_comes_back_with_smoothed_labels():

@@ -11,7 +11,6 @@ from optimizer import (
     build_optimizer,
     clip_gradients,
     decayed_parameters,
-    layer_scale_of_rate,
     learning_rate,
     load_optimizer_state,
     optimizer_state,
@@ -31,15 +30,19 @@ def config_for(name="adamw", **train):
     return config
 
 
-def step(model, optimizer, images, lr=0.01, clip=None):
-    optimizer.set_lr(lr)
-    (model(images) ** 2).mean().backward()
-    clip_gradients(model.parameters(), clip)
+def step(model, optimizer, images=None):
+    optimizer.set_lr(0.01)
+    (model(paddle.ones([2, 3, 16, 16]) if images is None else images) ** 2).mean().backward()
     optimizer.step()
     optimizer.clear_grad()
 
 
-# --------------------------------------------------------------------------- learning rate
+def host_state(optimizer, model):
+    """The state as a checkpoint has it."""
+    state = optimizer_state(optimizer, model)
+    return {k: {s: np.asarray(v) for s, v in slots.items()} for k, slots in state.items()}
+
+
 def test_warmup_replaces_the_start_of_the_cosine_as_in_timm():
     config = config_for(BASE_LR=1.0, LINEAR_SCALED_LR=None, NUM_EPOCHS=10, WARMUP_EPOCHS=2.0)
     config.TRAIN.WARMUP_START_LR, config.TRAIN.END_LR = 0.1, 0.2
@@ -66,9 +69,11 @@ def test_step_and_constant_schedules():
     config.TRAIN.LR_SCHEDULER.MILESTONES = ""
     config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 10.0
     assert np.isclose(learning_rate(config, 25, 1), 0.01)
+    for name in ("warmupcosine", "cosine", "constant", "step"):  # in cooldown
+        config.TRAIN.LR_SCHEDULER.NAME = name
+        assert learning_rate(config, config.TRAIN.NUM_EPOCHS + 0.5, 1) == config.TRAIN.END_LR
 
 
-# --------------------------------------------------------------------------- weight decay
 def test_decay_is_for_matrices_and_the_patch_convolution_only():
     expected = {"patch_embed.patch_embed.weight", "head.weight"}
     for block in range(2):
@@ -77,8 +82,9 @@ def test_decay_is_for_matrices_and_the_patch_convolution_only():
     assert decayed_parameters(tiny()) == expected
 
 
-@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
-def test_only_decayed_parameters_shrink_under_zero_gradients(name):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_decayed_parameters_shrink_under_zero_gradients(name, caplog):
+    caplog.set_level(logging.INFO, logger="resmlp")
     model = tiny()
     for parameter in model.parameters():
         parameter.set_value(paddle.ones_like(parameter))
@@ -88,16 +94,9 @@ def test_only_decayed_parameters_shrink_under_zero_gradients(name):
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not np.allclose(p.numpy(), 1.0)}
     assert moved == decayed_parameters(model)
+    assert "weight decay 0.5 on 8 tensors" in caplog.text and "none on 22" in caplog.text
 
 
-def test_the_log_says_how_many_tensors_are_decayed(caplog):
-    logging.getLogger("resmlp").propagate = True
-    with caplog.at_level(logging.INFO, logger="resmlp"):
-        build_optimizer(config_for("lamb"), tiny())
-    assert "weight decay 0.2 on 8 tensors" in caplog.text and "none on 22" in caplog.text
-
-
-# ------------------------------------------------------------------ against NumPy, float64
 def reference(name, weights, grads_of, steps, lr, decay, decayed):
     """LAMB, AdamW and Nesterov momentum, written out in float64."""
     m = {k: np.zeros_like(v) for k, v in weights.items()}
@@ -125,7 +124,7 @@ def reference(name, weights, grads_of, steps, lr, decay, decayed):
     return weights
 
 
-@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fifty_steps_agree_with_a_reference_in_float64(name):
     rng = np.random.default_rng(0)
     model = tiny(depth=1)
@@ -148,16 +147,17 @@ def test_fifty_steps_agree_with_a_reference_in_float64(name):
         assert np.abs(parameter.numpy() - expected[key]).max() < 2e-6, key
 
 
-# ---------------------------------------------------------------------------- layer decay
 def test_layer_decay_falls_from_the_head_to_the_patches():
-    assert layer_scale_of_rate("head.weight", 12, 0.5) == 1.0
-    assert layer_scale_of_rate("norm.alpha", 12, 0.5) == 1.0
-    assert layer_scale_of_rate("mixer_layers.11.ls1", 12, 0.5) == 0.5
-    assert layer_scale_of_rate("mixer_layers.0.ls1", 12, 0.5) == 0.5**12
-    assert layer_scale_of_rate("patch_embed.patch_embed.bias", 12, 0.5) == 0.5**13
+    model = tiny(depth=12)
+    build_optimizer(config_for(LAYER_DECAY=0.5), model)
+    factors = {k: p.optimize_attr["learning_rate"] for k, p in model.named_parameters()}
+    assert factors["head.weight"] == factors["norm.alpha"] == 1.0
+    assert factors["mixer_layers.11.ls1"] == 0.5
+    assert factors["mixer_layers.0.ls1"] == 0.5**12
+    assert factors["patch_embed.patch_embed.bias"] == 0.5**13
 
 
-@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_layer_decay_scales_the_steps(name):
     moves = []
     for decay in (None, 0.25):
@@ -165,7 +165,7 @@ def test_layer_decay_scales_the_steps(name):
         model = tiny(depth=1)
         start = {k: p.numpy() for k, p in model.named_parameters()}
         optimizer = build_optimizer(config_for(name, LAYER_DECAY=decay, WEIGHT_DECAY=0.0), model)
-        step(model, optimizer, paddle.ones([2, 3, 16, 16]) * 3, lr=0.01)
+        step(model, optimizer, paddle.ones([2, 3, 16, 16]) * 3)
         moves.append({k: np.abs(p.numpy() - start[k]).max() for k, p in model.named_parameters()})
     assert np.isclose(moves[1]["head.bias"], moves[0]["head.bias"], rtol=1e-3)
     ratio = moves[1]["patch_embed.patch_embed.bias"] / moves[0]["patch_embed.patch_embed.bias"]
@@ -176,13 +176,12 @@ def test_layer_decay_scales_the_steps(name):
 def test_what_an_optimizer_keeps_for_a_parameter_is_declared(name):
     model = tiny()
     optimizer = build_optimizer(config_for(name), model)
-    step(model, optimizer, paddle.ones([2, 3, 16, 16]))
+    step(model, optimizer)
     assert {frozenset(s) for s in optimizer_state(optimizer, model).values()} == {
         OPTIMIZERS[name][1]
     }
 
 
-# ------------------------------------------------------------------------------- clipping
 def test_clipping_scales_all_gradients_together():
     model = tiny()
     (model(paddle.ones([2, 3, 16, 16])).sum() * 100).backward()
@@ -191,18 +190,12 @@ def test_clipping_scales_all_gradients_together():
     assert np.isclose(float(clip_gradients(model.parameters(), 0.5)), norm, rtol=1e-5)
     for parameter, grad in zip(model.parameters(), grads):
         assert np.allclose(parameter.grad.numpy(), grad * 0.5 / norm, rtol=1e-4, atol=1e-9)
-
-
-def test_small_gradients_are_not_clipped():
-    model = tiny()
-    model(paddle.ones([2, 3, 16, 16])).mean().backward()
     before = model.head.weight.grad.numpy()
-    clip_gradients(model.parameters(), 1e6)
+    clip_gradients(model.parameters(), 0.6)  # they are small now
     assert (model.head.weight.grad.numpy() == before).all()
 
 
-# ------------------------------------------------------------------------------ its state
-@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_continues_exactly_from_a_saved_state(name):
     images = paddle.randn([4, 3, 16, 16])
     model = tiny()
@@ -210,8 +203,7 @@ def test_training_continues_exactly_from_a_saved_state(name):
     for _ in range(3):
         step(model, optimizer, images)
     weights = {k: v.numpy() for k, v in model.state_dict().items()}
-    saved = optimizer_state(optimizer, model)
-    saved = {k: {s: np.asarray(v.numpy()) for s, v in slots.items()} for k, slots in saved.items()}
+    saved = host_state(optimizer, model)
     for _ in range(3):
         step(model, optimizer, images)
 
@@ -229,11 +221,8 @@ def test_training_continues_exactly_from_a_saved_state(name):
 def test_the_state_of_another_optimizer_is_refused():
     model = tiny()
     optimizer = build_optimizer(config_for("sgd"), model)
-    step(model, optimizer, paddle.ones([2, 3, 16, 16]))
-    state = {
-        k: {s: v.numpy() for s, v in slots.items()}
-        for k, slots in optimizer_state(optimizer, model).items()
-    }
+    step(model, optimizer)
+    state = host_state(optimizer, model)
     other = build_optimizer(config_for("adamw"), model)
     with pytest.raises(CheckpointError, match="set TRAIN.OPTIMIZER.NAME as it was"):
         load_optimizer_state(other, model, state)
@@ -244,7 +233,7 @@ def test_the_state_of_another_optimizer_is_refused():
 def test_master_weights_of_a_run_in_amp_o2_become_the_weights():
     model = tiny()
     optimizer = build_optimizer(config_for("adamw"), model)
-    step(model, optimizer, paddle.ones([2, 3, 16, 16]))
+    step(model, optimizer)
     state, masters = optimizer_state(optimizer, model), {}
     for name in ("head.weight", "mixer_layers.0.linear_tokens.bias"):
         masters[name] = paddle.rand(state[name]["moment1_0"].shape)
@@ -253,10 +242,3 @@ def test_master_weights_of_a_run_in_amp_o2_become_the_weights():
     load_optimizer_state(build_optimizer(config_for("adamw"), again), again, state)
     parameters = dict(again.named_parameters())
     assert all((parameters[name] == value).all() for name, value in masters.items())
-
-
-def test_cooldown_is_at_the_floor_for_every_schedule():
-    for name in ("warmupcosine", "cosine", "constant", "step"):
-        config = config_for(NUM_EPOCHS=10, WARMUP_EPOCHS=2.0, COOLDOWN_EPOCHS=3)
-        config.TRAIN.LR_SCHEDULER.NAME = name
-        assert learning_rate(config, 10.5, 2048) == config.TRAIN.END_LR

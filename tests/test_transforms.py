@@ -53,9 +53,6 @@ def changed(name, image, argument=None, resample=BICUBIC, fill=(1, 2, 3)):
 SIZES = [(50, 40), (40, 50), (32, 32), (33, 97), (300, 20), (7, 5), (1, 1), (1, 60), (60, 1)]
 
 
-# ---- evaluation --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_pipelines_return_contiguous_uint8_of_the_configured_size(config, size):
     config.TRAIN.RAND_AUGMENT = True
@@ -104,9 +101,6 @@ def test_every_mode_is_read_as_pil_converts_it_to_rgb(tmp_path, mode):
     assert to_image(read_pixels(str(path))) == image.convert("RGB")
 
 
-# ---- random crops and flips --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "switch", ["RAND_AUGMENT", "AUTO_AUGMENT", "THREE_AUGMENT", "COLOR_JITTER", None]
 )
@@ -122,22 +116,12 @@ def test_training_is_a_function_of_the_image_and_the_generator(config, switch):
     assert np.array_equal(before, pixels)  # the next epoch gets the same image
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_crops_lie_inside_the_image(size):
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        left, top, right, bottom = draw_crop(*size, (0.08, 1.0), (0.75, 4 / 3), rng)
-        assert 0 <= left < right <= size[0]
-        assert 0 <= top < bottom <= size[1]
-
-
-def test_crops_keep_to_the_scale_and_the_ratio():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        box = draw_crop(600, 600, (0.2, 0.5), (0.75, 4 / 3), rng)
-        width, height = box[2] - box[0], box[3] - box[1]
-        assert 0.195 < width * height / 600**2 < 0.505
-        assert 0.74 < width / height < 1.35
+def test_crops_lie_inside_the_image():
+    for size in SIZES:
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            left, top, right, bottom = draw_crop(*size, (0.08, 1.0), (0.75, 4 / 3), rng)
+            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1], size
 
 
 @pytest.mark.parametrize(
@@ -168,9 +152,6 @@ def test_random_interpolation_is_bilinear_or_bicubic(config):
     found = [transform(from_image(image), np.random.default_rng(seed)) for seed in range(20)]
     seen = [[np.array_equal(array, expected) for expected in both] for array in found]
     assert np.sum(seen, axis=1).tolist() == [1] * 20 and np.any(seen, axis=0).all()
-
-
-# ---- operations and policies -------------------------------------------------------------------
 
 
 def test_posterizing_and_solarizing_equal_pils_operations():
@@ -275,9 +256,6 @@ def test_colour_jitter_draws_each_factor_once_in_random_order():
     assert 0.6 <= min(factors) < 0.62 and 1.38 < max(factors) <= 1.4
     factors = [f for _ in range(50) for _, f in ColorJitter(3.0).draw(rng)]
     assert min(factors) >= 0.0 and max(factors) > 3.0  # nothing is inverted
-
-
-# ---- from the config ---------------------------------------------------------------------------
 
 
 def test_timms_string_is_read_and_configures_what_the_numbers_do(config):
