@@ -62,11 +62,11 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class BadImage(DataError):
-    """An image file that is missing or cannot be decoded: `path` and `reason`."""
+    """An image file that is missing or cannot be decoded, and its `reason`."""
 
     def __init__(self, path: str, reason: str):
         super().__init__(f"{printable(path)}: {reason}")
-        self.path, self.reason = path, reason
+        self.reason = reason
 
 
 def regular_size(path: str) -> int:

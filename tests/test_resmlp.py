@@ -9,7 +9,7 @@ from config import get_config
 from port_weights.names import convert
 from resmlp import DropPath, ResMLP, build_resmlp, default_layer_scale, load_state
 
-GOLDEN = Path(__file__).parent / "golden" / "resmlp_timm.npz"  # made by make_resmlp_golden.py
+GOLDEN = Path(__file__).parent / "golden" / "resmlp_timm.npz"  # made by make_golden.py
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 

@@ -1,4 +1,4 @@
-"""A recorded training of timm's, step by step; see golden/make_training_golden.py."""
+"""A recorded training of timm's, step by step; see golden/make_golden.py."""
 
 from pathlib import Path
 

@@ -222,7 +222,7 @@ def _encoded(path: str, settings: Settings, index: int, psnr: list[float]) -> tu
 
 
 def _exif(image: Image.Image) -> bytes:
-    """The EXIF data of a picture for a JPEG, with the orientation that `upright` goes by."""
+    """The EXIF data of a picture for a JPEG, with the orientation that `read_pixels` goes by."""
     orientation, least = None, Image.Exif()
     with contextlib.suppress(Exception):  # Pillow raises anything on broken data
         orientation = image.getexif().get(_ORIENTATION)  # from XMP where EXIF has none

@@ -1,10 +1,11 @@
-"""Makes training_timm.npz: 60 steps of a small ResMLP of timm's under DeiT's recipe, recorded.
+"""Makes resmlp_timm.npz: a small ResMLP of timm's, with every parameter random, and its logits;
+and training_timm.npz: 60 steps of another under DeiT's recipe, recorded.
 
-It holds the first weights, the batches after timm's whole augmentation (crop, flip, RandAugment,
-erasing, mixup or CutMix, smoothed targets), the masks of drop path, the rates, and the losses of
-timm's LAMB in float32. Pixels are rounded to 1/32, for the size of the file.
+The latter holds the first weights, the batches after timm's whole augmentation (crop, flip,
+RandAugment, erasing, mixup or CutMix, smoothed targets), the masks of drop path, the rates, and the
+losses of timm's LAMB in float32. Pixels are rounded to 1/32, for the size of the file.
 
-Needs torch and timm: python tests/golden/make_training_golden.py
+Needs torch and timm: python tests/golden/make_golden.py
 """
 
 import random
@@ -58,7 +59,32 @@ def recorded_batches():
     return np.stack(images), np.stack(targets)
 
 
-def main():
+def mixer(size, patch, dim, depth, classes, **options):
+    block, shape = partial(ResBlock, init_values=0.1), dict(img_size=size, patch_size=patch)
+    shape.update(embed_dim=dim, num_blocks=depth, num_classes=classes, mlp_ratio=4)
+    return MlpMixer(**shape, block_layer=block, norm_layer=Affine, **options)
+
+
+def save(name, model_state, **arrays):
+    weights = {f"timm/{key}": value.numpy() for key, value in model_state.items()}
+    np.savez_compressed(Path(__file__).with_name(name), **arrays, **weights)
+
+
+@torch.no_grad()
+def make_model():
+    torch.manual_seed(0)
+    model = mixer(24, 8, 12, 3, 7)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.eval()
+    images = torch.randn(3, 3, 24, 24)
+    arrays = dict(
+        images=images, logits=model(images), features=model.forward_features(images).mean(1)
+    )
+    save("resmlp_timm.npz", model.state_dict(), **{k: v.numpy() for k, v in arrays.items()})
+
+
+def make_training():
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
     with patch.object(ImageOps, "posterize", posterize):
@@ -67,18 +93,8 @@ def main():
     kept = torch.rand(STEPS, 2 * DEPTH, BATCH) < KEEP
     rates = 0.01 * np.minimum(1.0, np.arange(1, STEPS + 1) / 10)
 
-    model = MlpMixer(
-        img_size=SIZE,
-        patch_size=4,
-        embed_dim=24,
-        num_blocks=DEPTH,
-        num_classes=CLASSES,
-        mlp_ratio=4,
-        block_layer=partial(ResBlock, init_values=0.1),
-        norm_layer=Affine,
-        drop_path_rate=1 - KEEP,
-    )
-    weights = {f"timm/{k}": v.numpy().copy() for k, v in model.state_dict().items()}
+    model = mixer(SIZE, 4, 24, DEPTH, CLASSES, drop_path_rate=1 - KEEP)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
     # Decay on matrices, as DeiT has it; timm's own grouping would take its [1, 1, C] Affines along.
     decayed = [p for name, p in model.named_parameters() if name.endswith(".weight")]
     kept_as_is = [p for name, p in model.named_parameters() if not name.endswith(".weight")]
@@ -97,17 +113,11 @@ def main():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    np.savez_compressed(
-        Path(__file__).with_name("training_timm.npz"),
-        images=images,
-        targets=targets,
-        kept=kept.numpy(),
-        rates=rates,
-        losses=np.array(losses),
-        **weights,
-    )
+    arrays = dict(images=images, targets=targets, kept=kept.numpy(), rates=rates)
+    save("training_timm.npz", first, losses=np.array(losses), **arrays)
     print(f"losses: first {losses[0]:.4f}, mean of the last ten {np.mean(losses[-10:]):.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    make_model()
+    make_training()
