@@ -1,4 +1,4 @@
-"""Many processes do what one does: the same gradients, weights, counts, and shards of an epoch."""
+"""Many processes do what one does: the same gradients, weights and counts."""
 
 import time
 
@@ -7,7 +7,6 @@ import paddle.distributed as dist
 import pytest
 
 import engine
-from loading.samplers import train_indices
 from storage import checkpoints
 
 from .helpers import rank_checks
@@ -56,12 +55,3 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data, amp, to
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
         assert all(a[key] == b[key] for key in a if key.endswith(("top1", "top5")))
     assert (runs[1] / "log.rank1.txt").stat().st_size > 0
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_the_number_of_processes_changes_the_shards_not_the_images(world):
-    shards = [train_indices(40, 5, 2, rank, world) for rank in range(world)]
-    assert len({len(shard) for shard in shards}) == 1
-    assert set(np.concatenate(shards)) == set(range(40))
-    order = np.stack(shards, axis=1).ravel()[:40]
-    assert np.array_equal(order, train_indices(40, 5, 2))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -309,27 +310,19 @@ def test_one_rank_under_the_launcher_takes_its_device_alone(launched, monkeypatc
 
 
 # ------------------------------------------------------------------------------- signals
-@pytest.fixture
-def handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def test_a_signal_is_remembered_and_one_sent_twice_is_one(handlers):
-    stop = StopSignal()
-    child = os.fork()
-    if not child:  # a loader worker leaves signals to the main process
+def test_a_signal_is_remembered_and_one_sent_twice_is_one():
+    with closing(StopSignal()) as stop:
+        child = os.fork()
+        if not child:  # a loader worker leaves signals to the main process
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(stop.received)
+        assert os.waitpid(child, 0)[1] == 0 and not stop.received
         os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(stop.received)
-    assert os.waitpid(child, 0)[1] == 0 and not stop.received
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.received
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received
 
 
-def test_a_second_signal_later_exits_at_once(handlers, monkeypatch):
+def test_a_second_signal_later_exits_at_once(monkeypatch):
     child = os.fork()
     if not child:
         StopSignal()
