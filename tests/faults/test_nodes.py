@@ -18,13 +18,13 @@ from ..helpers.runs import (
     DRIVER,
     ROOT,
     alive,
+    await_save,
     command,
     differences,
     finish,
     metrics,
     run,
     start,
-    wait_for_checkpoint,
 )
 from ..helpers.tiny_data import make_data
 
@@ -139,7 +139,7 @@ def test_a_rank_killed_on_the_second_host_ends_both(job, place):
 @pytest.mark.parametrize("fault", ["", "save_half:0:1:sleep20"], ids=["training", "waiting"])
 def test_a_link_that_is_down_ends_both_hosts(job, hosts, fault):
     nodes = job.start("TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 50, faults=(fault, ""))
-    wait_for_checkpoint(job.folder, *nodes)
+    await_save(job.folder, *nodes)
     subprocess.run(["ip", "-n", hosts[1], "link", "set", "eth0", "down"], check=True)
     begin = time.monotonic()
     endings = [finish(node, LIMIT) for node in nodes]
@@ -151,7 +151,7 @@ def test_a_link_that_is_down_ends_both_hosts(job, hosts, fault):
 @pytest.mark.parametrize("node", [0, 1])
 def test_sigterm_at_one_host_saves_and_another_number_of_hosts_goes_on(job, node):
     nodes = job.start("TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 0)
-    wait_for_checkpoint(job.folder, *nodes)
+    await_save(job.folder, *nodes)
     nodes[node].terminate()
     endings = [finish(node, LIMIT) for node in nodes]
     log, last = (job.folder / "run" / name for name in ("log.txt", "last.pdparams"))

@@ -11,16 +11,7 @@ import pytest
 from loading.samplers import train_indices
 from storage import checkpoints
 
-from ..helpers.runs import (
-    DRIVER,
-    alive,
-    command,
-    error_line,
-    finish,
-    run,
-    start,
-    wait_for_checkpoint,
-)
+from ..helpers.runs import DRIVER, alive, await_save, command, error_line, finish, run, start
 from ..helpers.tiny_data import make_data
 
 LIMIT = 30  # seconds from the fault to the end of the job; a start takes most of it here
@@ -73,7 +64,7 @@ def test_a_killed_rank_ends_the_job(tmp_path, data, rank, where, count, step):
 
 def test_rank_1_dies_while_rank_0_saves(tmp_path, data):
     process = start(job(data, tmp_path), fault="snapshot:0:2:sleep3600")
-    wait_for_checkpoint(tmp_path, process)
+    await_save(tmp_path, process)
     time.sleep(1)
     begin = time.monotonic()
     os.kill(children(process.pid, "spawn_main")[1], signal.SIGKILL)
@@ -166,7 +157,7 @@ def test_a_checkpoint_on_its_way_is_finished_when_all_ranks_fail(tmp_path, data,
 def test_ctrl_c_saves_though_the_reader_of_the_output_is_gone(tmp_path, data, nprocs):
     """`... 2>&1 | tee log`: a terminal's Ctrl-C ends tee too."""
     process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 0, nprocs=nprocs))
-    wait_for_checkpoint(tmp_path, process)
+    await_save(tmp_path, process)
     process.stdout.close()
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) == 75
@@ -183,7 +174,7 @@ def test_a_preempted_run_says_when_it_could_not_save(tmp_path, data, nprocs):
 
 def test_ranks_end_when_their_parent_is_killed(tmp_path, data):
     process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "DATA.NUM_WORKERS", 2))
-    wait_for_checkpoint(tmp_path, process)
+    await_save(tmp_path, process)
     process.kill()
     process.wait()
     assert all_end(tmp_path, 10)
@@ -208,7 +199,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step(tmp_path, data, to, number):
     before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP would mean nothing
     process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000, "DATA.NUM_WORKERS", 2))
     signal.signal(number, before)
-    wait_for_checkpoint(tmp_path, process)
+    await_save(tmp_path, process)
     begin = time.monotonic()
     if to == "its group":
         os.killpg(process.pid, number)
@@ -235,7 +226,7 @@ def test_a_signal_that_reaches_a_rank_late_does_not_kill_it(tmp_path, data, rank
 
 def test_a_second_signal_ends_all_at_once(tmp_path, data):
     process = start(job(data, tmp_path), fault="snapshot:0:2:sleep3600")
-    wait_for_checkpoint(tmp_path, process)
+    await_save(tmp_path, process)
     process.terminate()
     time.sleep(1.5)
     assert process.poll() is None
@@ -246,7 +237,7 @@ def test_a_second_signal_ends_all_at_once(tmp_path, data):
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path, data):
     process = start(job(data, tmp_path, "TRAIN.NUM_EPOCHS", 5000))
-    wait_for_checkpoint(tmp_path, process)
+    await_save(tmp_path, process)
     code, output = run(job(data, tmp_path, "MODEL.RESUME", "auto", nprocs=1))
     assert code == 2 and "still going uses this folder" in output, output
     process.terminate()
@@ -295,7 +286,7 @@ def test_the_launcher_ends_the_job_and_names_the_log_of_a_rank_that_fails(
 def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, data):
     opts = ["TRAIN.NUM_EPOCHS", 5000, "SAVE_STEPS", 100000]
     process = start(job(data, tmp_path, *opts, launched=True))
-    wait_for_checkpoint(tmp_path, process)
+    await_save(tmp_path, process)
     process.kill()
     process.communicate()
     assert all_end(tmp_path, 15)

@@ -69,7 +69,7 @@ def run(words: list, fault: str = "", seconds: float = 120, **environment) -> tu
     return finish(start(words, fault, **environment), seconds)
 
 
-def wait_for_checkpoint(folder: Path, *processes: subprocess.Popen) -> None:
+def await_save(folder: Path, *processes: subprocess.Popen) -> None:
     """Returns when the run in ``folder`` has saved for the first time."""
     deadline = time.monotonic() + 90
     while not (folder / "run" / "last.pdparams").exists():
