@@ -124,14 +124,13 @@ def _or_step_by_step(function):
             if arguments[0].dtype != paddle.bfloat16:
                 raise
             _log_once(f"oneDNN: {error} in bfloat16, to which results are rounded instead")
-            wide = [cast(a, paddle.float32) if _is_bfloat16(a) else a for a in arguments]
+            wide = [
+                cast(a, paddle.float32) if getattr(a, "dtype", None) == paddle.bfloat16 else a
+                for a in arguments
+            ]
             return cast(attempt(*wide, **options), dtype, out)
 
     return attempt
-
-
-def _is_bfloat16(x) -> bool:
-    return isinstance(x, paddle.Tensor) and x.dtype == paddle.bfloat16
 
 
 @_or_step_by_step
@@ -141,9 +140,7 @@ def product(
     """``a @ b + bias``, then GELU, then each of ``then``, in one pass.
 
     Args:
-        a: ``[M, K]`` or ``[B, M, K]``; transposed ``[..., K, M]``.
-        b: ``[K, N]`` or ``[B, K, N]``; one of both may lack B.
-        bias: ``[N]``.
+        a, b: ``[M, K]`` or ``[B, M, K]``, transposed ``[..., K, M]``; ``[K, N]`` or ``[B, K, N]``.
         then: pairs ``("add" or "multiply", tensor)``; a tensor is broadcast to the result.
         dtype: of the result; None for that of ``a``.
         out: where the result is to be written, contiguous and of this type; None: a new tensor.

@@ -101,30 +101,22 @@ def embed_patches(images, conv):
     grid = [batch, channels, sizes[0] // height, height, sizes[1] // width, width]
     rows = onednn.reorder(images, grid, [0, 2, 4, 1, 3, 5], _narrow_type(images))
     rows = rows.reshape([-1, channels * height * width])  # [M, 3 * patch]
-    weight = conv.weight.flatten(1).t()
-    if _wants_gradient(weight, conv.bias):
-        y = _Linear.apply(rows, weight, conv.bias)
-    else:
-        y = onednn.product(rows, _narrow(weight), bias=conv.bias, dtype=conv.bias.dtype)
+    y = _Linear.apply(rows, conv.weight.flatten(1).t(), conv.bias)
     return y.reshape([batch, -1, y.shape[-1]])
 
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
     """``x + mask * layer_scale * linear(norm(x))``, linear over the token axis; ``[B, N, C]``."""
     kept, scale = _kept(mask, layer_scale)
-    parameters = norm.alpha, norm.beta, linear.weight, linear.bias, scale
-    if _wants_gradient(x, *parameters):
-        return _MixTokens.apply(x, *parameters, kept)
-    return _tokens_forward(x, *parameters, kept)[0]
+    return _MixTokens.apply(x, norm.alpha, norm.beta, linear.weight, linear.bias, scale, kept)
 
 
 def mix_channels(x, norm, mlp, layer_scale, mask):
     """``x + mask * layer_scale * mlp(norm(x))``; ``[B, N, C]``."""
     kept, scale = _kept(mask, layer_scale)
     parameters = norm.alpha, norm.beta, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    if _wants_gradient(x, *parameters, scale):
-        return _MixChannels.apply(x, *parameters, scale, kept)
-    return _channels_forward(x, *parameters, scale, kept)[0]
+    differentiable = _wants_gradient(x, *parameters, scale)
+    return _MixChannels.apply(x, *parameters, scale, kept, differentiable)
 
 
 class _Linear(PyLayer):
@@ -197,28 +189,23 @@ def _add_branch(x, kept, branch):
     return y
 
 
-def _tokens_forward(x, alpha, beta, w, bias, scale, kept):
-    """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
-    factor, sums = alpha.flatten() * scale, _column_sum(w)
-    constant = _outer(sums, beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
-    narrow_w, narrow_x = _narrow(w), _take(x, kept, _narrow_type(x))
-    first = [("multiply", factor), ("add", constant * scale)]
-
-    def branch(part, then, **result):
-        then = [*first, *then]
-        return onednn.product(narrow_w, narrow_x[part], transpose_a=True, then=then, **result)
-
-    return _add_branch(x, kept, branch), narrow_x, narrow_w, factor, sums, constant
-
-
 class _MixTokens(PyLayer):
     @staticmethod
     def forward(ctx, x, alpha, beta, w, bias, scale, kept):
-        y, *saved = _tokens_forward(x, alpha, beta, w, bias, scale, kept)
-        ctx.save_for_backward(*saved, alpha, beta, scale)
+        """As ``(w^T x) * (alpha scale) + scale * (w^T beta + bias)``: a scale and a constant."""
+        factor, sums = alpha.flatten() * scale, _column_sum(w)
+        constant = _outer(sums, beta.flatten()) + bias.unsqueeze(-1)  # [N, C]
+        narrow_w, narrow_x = _narrow(w), _take(x, kept, _narrow_type(x))
+        ctx.save_for_backward(narrow_x, narrow_w, factor, sums, constant, alpha, beta, scale)
         ctx.kept = kept
         _remember_needed(ctx, x, alpha, beta, w, bias, scale)
-        return y
+        first = [("multiply", factor), ("add", constant * scale)]
+
+        def branch(part, then, **result):
+            then = [*first, *then]
+            return onednn.product(narrow_w, narrow_x[part], transpose_a=True, then=then, **result)
+
+        return _add_branch(x, kept, branch)
 
     @staticmethod
     @once_differentiable
@@ -248,35 +235,28 @@ class _MixTokens(PyLayer):
         )
 
 
-def _channels_forward(x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable=False):
-    """With alpha and beta in the first linear layer, and scale in the second. A pass that is
-    ``differentiable`` keeps the hidden units from before the GELU, too.
-    """
-    folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
-    folded2 = _narrow(onednn.multiply(w2, scale))  # [H, C]
-    narrow = _take(x, kept, _narrow_type(x))
-    bias1, bias2 = bias1 + paddle.matmul(beta.flatten(), w1), bias2 * scale
-    hidden = onednn.product(narrow, folded1, bias=bias1, gelu=not differentiable)  # [kept, N, H]
-    before = hidden
-    if differentiable:
-        hidden = onednn.gelu(before)
-
-    def branch(part, **last):
-        return onednn.product(hidden[part], folded2, bias=bias2, **last)
-
-    return _add_branch(x, kept, branch), narrow, folded1, folded2, hidden, before
-
-
 class _MixChannels(PyLayer):
     @staticmethod
-    def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, kept):
-        y, narrow, folded1, folded2, *ctx.hidden = _channels_forward(
-            x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable=True
-        )
-        ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, folded1, folded2)
-        ctx.kept = kept
+    def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable):
+        """With alpha and beta in the first linear layer, and scale in the second."""
         _remember_needed(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale)
-        return y
+        folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
+        folded2 = _narrow(onednn.multiply(w2, scale))  # [H, C]
+        narrow = _take(x, kept, _narrow_type(x))
+        first_bias = bias1 + paddle.matmul(beta.flatten(), w1)
+        if differentiable:
+            before = onednn.product(narrow, folded1, bias=first_bias)  # [kept, N, H]
+            hidden = onednn.gelu(before)
+            ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, folded1, folded2)
+            ctx.kept, ctx.hidden = kept, (hidden, before)
+        else:
+            hidden = onednn.product(narrow, folded1, bias=first_bias, gelu=True)
+        bias = bias2 * scale
+
+        def branch(part, **last):
+            return onednn.product(hidden[part], folded2, bias=bias, **last)
+
+        return _add_branch(x, kept, branch)
 
     @staticmethod
     @once_differentiable

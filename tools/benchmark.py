@@ -155,11 +155,7 @@ def choose_peers(job: Job, compare: Sequence[str]) -> list[str]:
 
 
 def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[dict]:
-    """Measures a job, and peers in alternation with it.
-
-    Args:
-        rounds: timed steps of each; a step of one is followed by a step of the next.
-        compare: names of `PEER_NAMES`, which include the precision, or ``best``.
+    """Measures a job, and peers (of `PEER_NAMES`, or ``best``) in alternation with it.
 
     Returns the `figures` of Paddle, then of each peer; in mode ``step`` also ``parts_ms``. Raises
     UserError for a peer that cannot do the job or a missing package.

@@ -53,19 +53,14 @@ class ModelError(Exception):
 
 @dataclass
 class ExportedModel:
-    """A model with its metadata; ``engine`` is a line that says what runs it, and where.
-
-    ``run`` takes float32 or uint8, as the file does, and gives ``[B, K]``.
-    """
+    """A model with its metadata. ``run`` takes what the file takes, and gives ``[B, K]``."""
 
     metadata: dict
     run: Run
-    engine: str = ""
+    engine: str = ""  # a line that says what runs it, and where
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``. Raises
-        ModelError where they are NaN or infinite.
-        """
+        """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``."""
         inside = self.metadata["preprocessing_inside"]
         if not inside:
             mean = np.array(self.metadata["mean"], np.float32)
