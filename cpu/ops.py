@@ -101,22 +101,35 @@ def embed_patches(images, conv):
     grid = [batch, channels, sizes[0] // height, height, sizes[1] // width, width]
     rows = onednn.reorder(images, grid, [0, 2, 4, 1, 3, 5], _narrow_type(images))
     rows = rows.reshape([-1, channels * height * width])  # [M, 3 * patch]
-    y = _Linear.apply(rows, conv.weight.flatten(1).t(), conv.bias)
+    y = _run(_Linear, rows, conv.weight.flatten(1).t(), conv.bias)
     return y.reshape([batch, -1, y.shape[-1]])
 
 
 def mix_tokens(x, norm, linear, layer_scale, mask):
     """``x + mask * layer_scale * linear(norm(x))``, linear over the token axis; ``[B, N, C]``."""
     kept, scale = _kept(mask, layer_scale)
-    return _MixTokens.apply(x, norm.alpha, norm.beta, linear.weight, linear.bias, scale, kept)
+    parameters = norm.alpha, norm.beta, linear.weight, linear.bias, scale
+    return _run(_MixTokens, x, *parameters, kept=kept)
 
 
 def mix_channels(x, norm, mlp, layer_scale, mask):
     """``x + mask * layer_scale * mlp(norm(x))``; ``[B, N, C]``."""
     kept, scale = _kept(mask, layer_scale)
     parameters = norm.alpha, norm.beta, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    differentiable = _wants_gradient(x, *parameters, scale)
-    return _MixChannels.apply(x, *parameters, scale, kept, differentiable)
+    return _run(_MixChannels, x, *parameters, scale, kept=kept)
+
+
+class _NoGradient:
+    """In the place of a PyLayer's context, where no backward pass will come."""
+
+    def save_for_backward(self, *_):
+        pass
+
+
+def _run(branch, *tensors, **options):
+    if _wants_gradient(*tensors):
+        return branch.apply(*tensors, **options)
+    return branch.forward(_NoGradient(), *tensors, **options)
 
 
 class _Linear(PyLayer):
@@ -237,20 +250,20 @@ class _MixTokens(PyLayer):
 
 class _MixChannels(PyLayer):
     @staticmethod
-    def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, kept, differentiable):
+    def forward(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale, kept):
         """With alpha and beta in the first linear layer, and scale in the second."""
         _remember_needed(ctx, x, alpha, beta, w1, bias1, w2, bias2, scale)
         folded1 = _narrow(_scale_rows(alpha, w1))  # [C, H]
         folded2 = _narrow(onednn.multiply(w2, scale))  # [H, C]
         narrow = _take(x, kept, _narrow_type(x))
         first_bias = bias1 + paddle.matmul(beta.flatten(), w1)
-        if differentiable:
+        if isinstance(ctx, _NoGradient):
+            hidden = onednn.product(narrow, folded1, bias=first_bias, gelu=True)
+        else:
             before = onednn.product(narrow, folded1, bias=first_bias)  # [kept, N, H]
             hidden = onednn.gelu(before)
             ctx.save_for_backward(narrow, alpha, beta, w1, w2, bias2, scale, folded1, folded2)
             ctx.kept, ctx.hidden = kept, (hidden, before)
-        else:
-            hidden = onednn.product(narrow, folded1, bias=first_bias, gelu=True)
         bias = bias2 * scale
 
         def branch(part, **last):
