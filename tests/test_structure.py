@@ -157,29 +157,28 @@ def test_another_module_of_a_name_of_ours_is_told_in_one_line(tmp_path, name):
     assert said.startswith(f"ImportError: another module named {start}") and said.endswith(end)
 
 
-def _private(name):
+def private(name):
     return name.startswith("_") and not name.startswith("__")
+
+
+OURS = {*FOLDERS, *(name for name in NODES if "." not in name)}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
 def test_tests_use_no_private_names_of_modules(path):
-    ours, found = {*FOLDERS, *(name for name in NODES if "." not in name)}, []
-    nodes, modules = parse(path), set()
+    nodes, taken = parse(path), []
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ours:
-            modules |= {alias.asname or alias.name for alias in node.names}
-            found += [alias.name for alias in node.names if _private(alias.name)]
-        elif isinstance(node, ast.Import):
-            names = [alias for alias in node.names if alias.name.split(".")[0] in ours]
-            modules |= {alias.asname or alias.name for alias in names}
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None)
+            taken += [a for a in node.names if (module or a.name).split(".")[0] in OURS]
+    modules = {alias.asname or alias.name for alias in taken}
+    found = [alias.name for alias in taken if private(alias.name)]
     for node in nodes:
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found += [node.attr] * (node.value.id in modules and _private(node.attr))
+        if isinstance(node, ast.Attribute):
+            found += [node.attr] * (id_of(node.value) in modules and private(node.attr))
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
-            of, name = (*node.args, None, None)[:2]
-            if isinstance(of, ast.Constant):  # "module.name"
-                module, _, attribute = str(of.value).rpartition(".")
-                found += [attribute] * (module.split(".")[0] in ours and _private(attribute))
-            if getattr(of, "id", None) in modules and _private(str(getattr(name, "value", ""))):
-                found.append(name.value)
+            of, name = (*node.args, None, None)[:2]  # (module, "name") or ("module.name")
+            name = getattr(of, "value", f"{id_of(of)}.{getattr(name, 'value', '')}")
+            module, _, name = str(name).rpartition(".")
+            found += [name] * (module.split(".")[0] in OURS | modules and private(name))
     assert not found

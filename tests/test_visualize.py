@@ -53,6 +53,7 @@ def quiet_config(data, **train):
     """No augmentation but what a test asks for."""
     config = get_config()
     config.DATA.DATA_PATH, config.DATA.IMAGE_SIZE = str(data), 16
+    config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = BATCH, 0
     config.MODEL.NUM_CLASSES, config.MODEL.MIXER.PATCH_SIZE = 4, 4
     quiet = {"RAND_AUGMENT": False, "COLOR_JITTER": 0.0, "HFLIP": 0.0, "REPEATED_AUG": 1}
     quiet.update(RANDOM_ERASE_PROB=0.0, MIXUP_ALPHA=0.0, CUTMIX_ALPHA=0.0, SMOOTHING=0.0)

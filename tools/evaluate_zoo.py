@@ -196,7 +196,7 @@ def evaluate_zoo(folder: str, evaluation: Evaluation) -> None:
 def main() -> int:
     parser = Parser(__doc__)
     parser.flag("weights", "folder of weight files, with those in it", metavar="DIR", required=True)
-    parser.flag("data_path", "ImageNet's validation set", metavar="DIR")
+    parser.flag("data_path", "ImageNet's validation set", metavar="DIR", dest="val")
     parser.flag("real", "ImageNet-ReaL's real.json", metavar="FILE")
     for name, title in zip(SETS[1:], ("V2", "Sketch", "A", "R")):
         parser.flag(name, f"ImageNet-{title}", metavar="DIR")
@@ -207,9 +207,8 @@ def main() -> int:
     parser.flag("amp", "mixed precision", action="store_true")
     parser.opts_flag("config keys of all evaluations")
     args = parser.parse_args()
-    folders = {"val": args.data_path, **{name: getattr(args, name) for name in SETS[1:]}}
-    data = {name: root for name, root in folders.items() if root}
-    if not data or (args.real and not args.data_path):
+    data = {name: root for name in SETS if (root := getattr(args, name))}
+    if not data or (args.real and not args.val):
         raise UserError("name a set: -data_path (and with it -real), -v2, -sketch, -a or -r")
     flags = [f"-nprocs={args.nprocs}", f"-batch_size={args.batch_size}"] + ["-amp"] * args.amp
     evaluation = Evaluation(args.output, data, args.real, args.opts, flags)

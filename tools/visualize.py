@@ -101,9 +101,6 @@ def contributions(model: ResMLP, images: paddle.Tensor) -> tuple[np.ndarray, np.
 
 def training_batch(config) -> tuple[np.ndarray, np.ndarray]:
     """The first batch of a run, made visible again: uint8 ``[B, H, W, 3]``, targets ``[B, K]``."""
-    config = config.clone()
-    config.defrost()
-    config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS, config.DATA.DROP_LAST = BATCH, 0, False
     augment, batch = BatchAugment(config), next(iter(build_loader(config, "train")))
     images, targets = augment(batch.images, batch.labels, step_rng(config.SEED, 0, 0, 0))
     if targets.ndim == 1:
@@ -216,7 +213,8 @@ def visualize(
     images are there. Raises UserError for weights, images or data that cannot be used, and a layer
     or class that is not there.
     """
-    config = run_config(pretrained, cfg, opts)
+    few = ["DATA.BATCH_SIZE", BATCH, "DATA.NUM_WORKERS", 0, "DATA.DROP_LAST", False]
+    config = run_config(pretrained, cfg, [*opts, *few])
     model, data = load_model(config), config.DATA
     names = find_class_names(config, class_names, model.classes)
     figures = {
