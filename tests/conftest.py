@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from loading import archives
+
 from .helpers.tiny_data import make_data
 
 if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
@@ -14,9 +16,10 @@ if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the c
 
 
 @pytest.fixture(autouse=True)
-def fresh_log():
-    """Takes away what a run in this process did to the log: its handlers, its reticence."""
+def fresh_process():
+    """Takes away what a test has left: opened archives, the log's handlers and reticence."""
     yield
+    archives.open_archive.cache_clear()
     log = logging.getLogger("resmlp")
     for handler in list(log.handlers):
         handler.close()

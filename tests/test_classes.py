@@ -5,7 +5,6 @@ import unicodedata
 
 import paddle
 import pytest
-from PIL import Image
 
 from cli.errors import DataError
 from config import get_config
@@ -23,20 +22,13 @@ from loading.imagenet import wordnet_ids
 from resmlp import build_resmlp
 from storage.weights import read_weights, write_weights
 
+from .helpers.tiny_data import make_tree
+
 NFC, NFD = (unicodedata.normalize(form, "caf\xe9") for form in ("NFC", "NFD"))
 
 
 def named(*names, source="here", folders=()):
     return ClassNames(names, source, folders)
-
-
-def make_tree(root, classes=("ant", "bee"), splits=("train", "val"), count=1):
-    for split in splits:
-        for name in classes:
-            for i in range(count):
-                path = root / split / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (8, 6)).save(path)
 
 
 def make_lists(root, *classes):

@@ -22,11 +22,6 @@ from .helpers.runs import ROOT
 from .helpers.tiny_data import make_config, make_data
 
 
-@pytest.fixture(autouse=True)
-def no_opened_archives():
-    archives.open_archive.cache_clear()
-
-
 def photograph(path, width, height, **options):
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1)

@@ -19,11 +19,6 @@ from .helpers.tiny_data import make_config
 from .helpers.transfer_data import cifar10, cifar100, flowers102, write_mat, write_tar
 
 
-@pytest.fixture(autouse=True)
-def no_opened_archives():
-    archives.open_archive.cache_clear()
-
-
 def contents(output, split):
     """Label and pixels of what a prepared folder lists, in order."""
     lines = (output / f"{split}_list.txt").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,19 @@ def make_data(folder: Path, train: int = 24, val: int = 9) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype("uint8")).save(path)
     return folder
+
+
+def make_tree(root: Path, classes=("ant", "bee"), splits=("train", "val"), count: int = 1) -> None:
+    """Folders ``split/class`` with images of one colour."""
+    for folder in (root / split / name for split in splits for name in classes):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (8, 6)).save(folder / f"{number}.png")
+
+
+def entries(index) -> dict[str, int]:
+    """The paths and labels of an `ImageIndex`, in its order."""
+    return {os.fsdecode(index.name(i)): label for i, label in enumerate(index.labels)}
 
 
 def make_config(folder: Path, data: Path, *opts):

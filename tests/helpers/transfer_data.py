@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 
@@ -9,12 +10,19 @@ import numpy as np
 from PIL import Image
 
 
-def write_tar(path, files):
-    with tarfile.open(path, "w:gz") as tar:
+def tar_of(files):
+    """The bytes of a tar with these files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def write_tar(path, files):
+    path.write_bytes(gzip.compress(tar_of(files)))
     return str(path)
 
 
