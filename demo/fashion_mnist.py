@@ -17,16 +17,8 @@ import numpy as np
 from cli.errors import DataError
 
 CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 SPLITS = {"train": "train", "val": "t10k"}  # ImageNet's name of a split -> the one in idx files
 
@@ -41,18 +33,17 @@ def read(source: str | Path) -> dict[str, Split]:
     gzipped or not, or a tar archive. Raises DataError where files are missing or wrong.
     """
     source = Path(source)
-    files = _read_folder(source) if source.is_dir() else _read_archive(source)
+    files = (_read_folder if source.is_dir() else _read_archive)(source)
     splits = {}
     for split, stem in SPLITS.items():
         images = _parse_idx(files, f"{stem}-images-idx3-ubyte", source)
         labels = _parse_idx(files, f"{stem}-labels-idx1-ubyte", source)
-        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        shapes = images.shape, labels.shape
+        if shapes != ((len(labels), 28, 28), (len(labels),)) or labels.max(initial=0) > 9:
             raise DataError(
-                f"{source}: {stem}: images of shape {images.shape} and labels of shape "
-                f"{labels.shape}; expected [n, 28, 28] and [n]"
+                f"{source}: {stem}: images {shapes[0]} and labels {shapes[1]} up to "
+                f"{labels.max(initial=0)}; expected [n, 28, 28] and [n], 0 to 9"
             )
-        if labels.max(initial=0) >= len(CLASSES):
-            raise DataError(f"{source}: {stem}: a label is {labels.max()}, classes are 0 to 9")
         splits[split] = Split(images, labels)
     return splits
 
@@ -78,6 +69,10 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
         for array in splits[split]:
             digest.update(_to_idx(array))
     return digest.hexdigest()
+
+
+def counts(splits: Mapping[str, Split]) -> str:
+    return " and ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
 
 
 def folder_name(label: int) -> str:
@@ -116,8 +111,8 @@ def _parse_idx(files: Mapping[str, bytes], name: str, source: Path) -> np.ndarra
     if name not in files:
         raise DataError(f"{source}: {name} (or {name}.gz) is missing")
     data, rank = files[name], int(name.rsplit("idx", 1)[1][0])
-    shape = np.frombuffer(data[4 : 4 + 4 * rank], ">u4")
     start = 4 + 4 * rank
+    shape = np.frombuffer(data[4:start], ">u4")
     if data[:4] != bytes([0, 0, 8, rank]) or len(data) != start + np.prod(shape, dtype=np.int64):
         raise DataError(f"{source}: {name} is not a whole idx file of rank {rank}")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape.astype(int))

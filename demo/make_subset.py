@@ -18,7 +18,7 @@ import numpy as np
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
-from demo.fashion_mnist import CLASSES, Split, fingerprint, read, write_archive
+from demo.fashion_mnist import CLASSES, Split, counts, fingerprint, read, write_archive
 
 ARCHIVE = Path(__file__).with_name("fashion_mnist_subset.tar.xz")
 PER_CLASS = {"train": 940, "val": 120}  # as many as fit into 4 MB
@@ -38,19 +38,15 @@ def cut(split: Split, per_class: int, rng: np.random.Generator) -> Split:
 
 
 def main() -> None:
-    parser = Parser(
-        "Cuts the balanced subset of Fashion-MNIST that the demo trains on, and packs it."
-    )
+    parser = Parser("Cuts the balanced subset of Fashion-MNIST that the demo trains on.")
     parser.flag("idx", "folder of the original idx files", metavar="DIR", required=True)
     parser.flag("output", f"archive (default: {ARCHIVE.name})", metavar="FILE", default=ARCHIVE)
     args = parser.parse_args()
-    rng = np.random.default_rng(SEED)
-    full = read(args.idx)
+    rng, full = np.random.default_rng(SEED), read(args.idx)
     subset = {name: cut(full[name], PER_CLASS[name], rng) for name in PER_CLASS}
     write_archive(subset, args.output)
-    counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in subset.items())
     size = Path(args.output).stat().st_size
-    print(f"{args.output}: {counts} images, {size:,} bytes, {fingerprint(subset)[:16]}")
+    print(f"{args.output}: {counts(subset)} images, {size:,} bytes, {fingerprint(subset)[:16]}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from PIL import Image
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
-from demo.fashion_mnist import CLASSES, Split, fingerprint, folder_name, read
+from demo.fashion_mnist import CLASSES, Split, counts, fingerprint, folder_name, read
 from demo.make_subset import ARCHIVE
 
 _MARK = ".fashion_mnist"  # in a folder that this script made: the fingerprint of its images
@@ -36,10 +36,13 @@ def prepare(splits: Mapping[str, Split], output: str | Path) -> bool:
     """Lays the splits out under ``output``; False if they were there already. Raises DataError
     where it holds something else or is not writable.
     """
-    output, mark = Path(output), fingerprint(splits)
-    if _mark_of(output) == mark:
+    output, mark, found = Path(output), fingerprint(splits), None
+    with contextlib.suppress(OSError):
+        found = (output / _MARK).read_text()
+    if found == mark:
         return False
-    if output.exists() and _mark_of(output) is None and not _is_empty_folder(output):
+    is_empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and found is None and not is_empty:
         raise DataError(f"{output}: exists, and was not made by this script; name another -output")
     draft = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:
@@ -68,27 +71,15 @@ def _write(splits: Mapping[str, Split], folder: Path) -> None:
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
 
 
-def _mark_of(folder: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        return (folder / _MARK).read_text()
-    return None
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
 def main() -> None:
     parser = Parser("Lays Fashion-MNIST out as PNG files in the structure of ImageNet2012.")
     parser.flag("output", "folder to make", metavar="DIR", required=True)
-    parser.flag(
-        "idx", "folder of the original idx files (default: the bundled subset)", metavar="DIR"
-    )
+    idx = "folder of the original idx files (default: the bundled subset)"
+    parser.flag("idx", idx, metavar="DIR")
     args = parser.parse_args()
     splits = read(args.idx or ARCHIVE)
     made = prepare(splits, args.output)
-    counts = " and ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
-    print(f"{args.output}: {counts} images" + ("" if made else " (there already)"))
+    print(f"{args.output}: {counts(splits)} images" + ("" if made else " (there already)"))
 
 
 if __name__ == "__main__":

@@ -40,10 +40,8 @@ def read_real_labels(path: str | os.PathLike, files: ImageIndex, num_classes: in
                 f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(entries):08d}.JPEG"
             )
         row = entries[number - 1]
-        known = isinstance(row, list) and all(
-            type(label) is int and 0 <= label < num_classes for label in row
-        )
-        if not known:
+        labels = row if isinstance(row, list) else [None]
+        if not all(type(label) is int and 0 <= label < num_classes for label in labels):
             raise DataError(
                 f"{path}: entry {number}: expected a list of labels 0 .. {num_classes - 1}, "
                 f"found {json.dumps(row)[:60]}"

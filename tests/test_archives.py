@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,10 @@ from loading import archives
 from loading.files import find_classes, scan_folder
 from loading.images import BadImage, read_image
 
-from .helpers.tiny_data import make_config, make_data
+from .helpers.tiny_data import make_config, make_data, samples, write_lists
+from .helpers.transfer_data import tar_of
 
 FILES = {"cat/1.jpg": b"one", "cat/sub/2.jpg": b"two" * 999, "dog/3.jpg": b""}
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    archives.open_archive.cache_clear()
 
 
 def add(tar, name, data=b"x", **fields):
@@ -36,10 +32,8 @@ def add(tar, name, data=b"x", **fields):
     tar.addfile(info, io.BytesIO(data))
 
 
-def tar_of(path, files=FILES):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            add(tar, name, data)
+def write_tar(path, files=FILES):
+    path.write_bytes(tar_of(files))
     return str(path)
 
 
@@ -59,44 +53,28 @@ def by_program(*words):
     return write
 
 
-def by_python_tar(folder, path):
-    tar_of(path)
-
-
-def by_python_zip(folder, path, method=zipfile.ZIP_STORED):
+def by_python(folder, path, method=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", method) as archive:
         for name in FILES:
             archive.write(folder / name, name)
-
-
-def by_deflating_zip(folder, path):
-    by_python_zip(folder, path, zipfile.ZIP_DEFLATED)
-
-
-def by_tar_in_a_tar(folder, path):
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w") as tar:
-        for name in FILES:
-            add(tar, name, FILES[name])
-    with tarfile.open(path, "w") as tar:
-        add(tar, "in.tar", inner.getvalue())
 
 
 WRITERS = {
     "GNU.tar": by_program("tar", "-cf"),
     "bsd.tar": by_program("bsdtar", "-cf"),
     "old.tar": by_program("tar", "--format=v7", "-cf"),
-    "python.tar": by_python_tar,
+    "python.tar": lambda folder, path: write_tar(path),
     "InfoZIP.zip": by_program("zip", "-qr"),
-    "python.zip": by_python_zip,
-    "deflated.zip": by_deflating_zip,
+    "python.zip": by_python,
+    "deflated.zip": partial(by_python, method=zipfile.ZIP_DEFLATED),
 }
 
 
 @pytest.mark.parametrize("name, write", WRITERS.items())
 def test_members_read_as_the_files_they_were(tmp_path, name, write):
-    path = str(tmp_path / name)
+    path = tmp_path / name
     write(tree_of(tmp_path / "tree"), path)
+    path = str(path)
     for name, data in FILES.items():
         assert archives.read(f"{path}/{name}") == data
     assert list(archives.open_archive(path).under("")) == sorted(FILES)
@@ -107,7 +85,7 @@ def test_members_read_as_the_files_they_were(tmp_path, name, write):
 
 
 def test_a_tar_in_a_tar_is_a_folder(tmp_path):
-    by_tar_in_a_tar(None, tmp_path / "out.tar")
+    write_tar(tmp_path / "out.tar", {"in.tar": tar_of(FILES)})
     assert archives.read(f"{tmp_path}/out.tar/in.tar/cat/sub/2.jpg") == FILES["cat/sub/2.jpg"]
     assert archives.open_archive(f"{tmp_path}/out.tar").folders("in.tar") == ["cat", "dog"]
 
@@ -120,14 +98,14 @@ def test_a_second_name_of_a_file_is_that_file(tmp_path):
 
 
 def test_an_index_is_kept_until_the_archive_changes(tmp_path):
-    path = tar_of(tmp_path / "a.tar")
+    path = write_tar(tmp_path / "a.tar")
     archives.open_archive(path)
     kept = tmp_path / ".a.tar.index.npz"
     before = kept.stat().st_mtime_ns
     archives.open_archive.cache_clear()
     archives.open_archive(path)
     assert kept.stat().st_mtime_ns == before
-    tar_of(path, {"other.jpg": b"new"})
+    write_tar(tmp_path / "a.tar", {"other.jpg": b"new"})
     archives.open_archive.cache_clear()
     assert archives.read(f"{path}/other.jpg") == b"new"
     kept.write_bytes(b"PK\3\4 half")  # or it is damaged
@@ -136,10 +114,10 @@ def test_an_index_is_kept_until_the_archive_changes(tmp_path):
 
 
 def test_an_index_is_made_anew_for_another_archive_of_the_same_size_and_time(tmp_path):
-    path = tar_of(tmp_path / "a.tar", {"a.jpg": b"one"})
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"one"})
     before = os.stat(path)
     archives.open_archive(path)
-    tar_of(path, {"b.jpg": b"two"})
+    write_tar(tmp_path / "a.tar", {"b.jpg": b"two"})
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     archives.open_archive.cache_clear()
     assert os.stat(path).st_size == before.st_size
@@ -147,20 +125,19 @@ def test_an_index_is_made_anew_for_another_archive_of_the_same_size_and_time(tmp
 
 
 def _longer(path):
-    with open(path, "ab") as file:
-        file.write(b"more")
+    path.write_bytes(path.read_bytes() + b"more")
 
 
 def _another(path):
-    tar_of(f"{path}.new", {**FILES, "cat/1.jpg": b"other"})
-    os.replace(f"{path}.new", path)
+    write_tar(path.with_name("new"), {**FILES, "cat/1.jpg": b"other"})
+    path.with_name("new").replace(path)
 
 
-@pytest.mark.parametrize("change", [_longer, _another, os.remove])
+@pytest.mark.parametrize("change", [_longer, _another, Path.unlink])
 def test_an_archive_that_changes_in_use_is_refused(tmp_path, change):
-    path = tar_of(tmp_path / "a.tar")
+    path = write_tar(tmp_path / "a.tar")
     archives.open_archive(path)
-    change(path)
+    change(tmp_path / "a.tar")
     with pytest.raises(DataError, match="a.tar/cat/1.jpg: the archive was changed while it was in"):
         archives.open_archive(path).read("cat/1.jpg")
 
@@ -169,12 +146,11 @@ def test_an_archive_that_changes_in_use_is_refused(tmp_path, change):
     "cut, last", [(100, ""), (512, "cat/1.jpg"), (1600, "cat/sub/2.jpg"), (3000, "cat/sub/2.jpg")]
 )
 def test_a_truncated_tar_is_refused_at_whatever_place(tmp_path, cut, last):
-    path = tmp_path / "a.tar"
-    tar_of(path)
+    path = write_tar(tmp_path / "a.tar")
     os.truncate(path, cut)
     where = f".*, behind the member '{last}'" if last else ""
     with pytest.raises(DataError, match=f"a.tar: cannot be read as an archive{where}"):
-        archives.open_archive(str(path))
+        archives.open_archive(path)
 
 
 def _zero_a_header(data):
@@ -185,21 +161,16 @@ def _zero_a_header(data):
 @pytest.mark.parametrize("damage", [lambda data: data * 2, _zero_a_header])
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_tar_that_goes_on_behind_its_end_is_refused(tmp_path, damage, inner):
-    path = tmp_path / "in.tar"
-    tar_of(path, {f"{number}.jpg": b"x" * 700 for number in range(9)})
-    path.write_bytes(damage(path.read_bytes()))
-    if inner:
-        tar_of(tmp_path / "out.tar", {"in.tar": path.read_bytes()})
-        path = tmp_path / "out.tar"
-    with pytest.raises(DataError, match=f"{path.name}: .* goes on behind its end, at byte"):
+    data = damage(tar_of({f"{number}.jpg": b"x" * 700 for number in range(9)}))
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of({"in.tar": data}) if inner else data)
+    with pytest.raises(DataError, match="a.tar: .* goes on behind its end, at byte"):
         archives.open_archive(str(path))
 
 
 def test_a_tar_may_end_in_many_zeros(tmp_path):
-    path = tar_of(tmp_path / "a.tar")
-    with open(path, "ab") as file:
-        file.write(bytes(2**21))
-    assert len(archives.open_archive(path)) == len(FILES)
+    (tmp_path / "a.tar").write_bytes(tar_of(FILES) + bytes(2**21))
+    assert len(archives.open_archive(f"{tmp_path}/a.tar")) == len(FILES)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +208,7 @@ def test_a_class_folder_without_images_is_a_class_as_on_the_disk(tmp_path, endin
 
 def test_a_truncated_zip_is_refused(tmp_path):
     path = str(tmp_path / "a.zip")
-    by_python_zip(tree_of(tmp_path / "tree"), path)
+    by_python(tree_of(tmp_path / "tree"), path)
     os.truncate(path, os.path.getsize(path) - 30)
     with pytest.raises(DataError, match=f"a.zip: cannot be .* at its end; unzip -t {path} checks"):
         archives.open_archive(path)
@@ -245,7 +216,7 @@ def test_a_truncated_zip_is_refused(tmp_path):
 
 def test_a_damaged_member_of_a_zip_is_named(tmp_path):
     path = str(tmp_path / "a.zip")
-    by_python_zip(tree_of(tmp_path / "tree"), path)
+    by_python(tree_of(tmp_path / "tree"), path)
     data = Path(path).read_bytes()
     Path(path).write_bytes(data.replace(b"twotwo", b"owtowt", 1))
     with pytest.raises(BadImage, match="^[^ ]*/a.zip/cat/sub/2.jpg: the member is damaged$"):
@@ -291,8 +262,9 @@ def test_a_compressed_tar_says_how_to_convert_it(tmp_path, name, tool):
     assert archives.read(f"{tmp_path}/NEW.tar/a.jpg") == b"x"
 
 
-def test_an_index_goes_to_the_cache_where_the_archive_cannot_have_it_beside(tmp_path):
-    path = tar_of(tmp_path / "a.tar")
+def test_an_index_goes_to_the_cache_where_the_archive_cannot_have_it_beside(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "a.tar")
     (tmp_path / ".a.tar.index.npz").mkdir()  # cannot be replaced by a file
     assert archives.read(f"{path}/cat/1.jpg") == b"one"
     assert [file.suffix for file in (tmp_path / "cache" / "resmlp").iterdir()] == [".npz"]
@@ -310,18 +282,9 @@ def packed(files, to, ending):
     to.mkdir()
     for split in ("train", "val"):
         shutil.make_archive(str(to / split), ending, files / split)
-        images = sorted((files / split).rglob("*.png"))
-        for folder, name in ((files, split), (to, f"{split}.{ending}")):
-            lines = [f"{name}/{p.parent.name}/{p.name} {p.parent.name[-1]}\n" for p in images]
-            (folder / f"{split}_list.txt").write_text("".join(lines))
+    write_lists(files)
+    write_lists(files, to, f".{ending}")
     return to
-
-
-def samples(work, root, *opts, split="train"):
-    data = build_dataset(make_config(work, root, *opts), split)
-    found = [data[(0, index, index)] for index in range(len(data))]
-    assert not any(sample.error for sample in found)
-    return [(sample.label, sample.image.tobytes()) for sample in found]
 
 
 @pytest.mark.parametrize("dataset", ["imagenet2012", "imagefolder"])
@@ -329,15 +292,15 @@ def samples(work, root, *opts, split="train"):
 def test_a_packed_data_set_gives_the_samples_of_its_files(tmp_path, ending, dataset):
     files = make_data(tmp_path / "files")
     archive = packed(files, tmp_path / "packed", ending)
-    for split in ("train", "val"):
-        opts = ("DATA.DATASET", dataset)
-        expected = samples(tmp_path, files, *opts, split=split)
-        assert len(expected) == {"train": 24, "val": 9}[split]
-        assert samples(tmp_path, archive, *opts, split=split) == expected
+    for split, count in (("train", 24), ("val", 9)):
+        expected = samples(make_config(tmp_path, files, "DATA.DATASET", dataset), split)
+        assert len(expected) == count
+        found = samples(make_config(tmp_path, archive, "DATA.DATASET", dataset), split)
+        assert found == expected
 
 
 def test_a_member_that_is_no_image_is_named_with_its_archive(tmp_path):
-    path = tar_of(tmp_path / "a.tar", {"x.jpg": b"no image"})
+    path = write_tar(tmp_path / "a.tar", {"x.jpg": b"no image"})
     with pytest.raises(BadImage, match="a.tar/x.jpg: not an image of a known format"):
         read_image(f"{path}/x.jpg")
     with pytest.raises(BadImage, match="a.tar/y.jpg: no such file"):
@@ -358,20 +321,20 @@ def test_the_archives_of_a_list_are_opened_before_workers_are_forked(tmp_path):
     subprocess.run("tar -cf a.tar train; tar -cf b.tar val", shell=True, cwd=data, check=True)
     lines = [f"a.tar/train/class_{i}/{i}.png {i}\n" for i in range(3)]
     (data / "train_list.txt").write_text("".join(lines) + "b.tar/val/class_0/0.png 0\n" + lines[0])
-    dataset = build_dataset(make_config(tmp_path, data, "DATA.DATASET", "imagenet2012"), "train")
+    config = make_config(tmp_path, data, "DATA.DATASET", "imagenet2012")
+    dataset = build_dataset(config, "train")
     assert archives.open_archive.cache_info().currsize == 2
     assert not any(dataset[0, i, i].error for i in range(5))
     (data / "b.tar").write_bytes(b"no tar")
     archives.open_archive.cache_clear()
     with pytest.raises(DataError, match="b.tar: cannot be read as an archive"):
-        build_dataset(make_config(tmp_path, data, "DATA.DATASET", "imagenet2012"), "train")
+        build_dataset(config, "train")
 
 
 def test_more_archives_are_open_than_a_process_usually_may(tmp_path):
     pytest.importorskip("resource")
-    tar_of(tmp_path / "0.tar")
-    for number in range(1, 100):
-        shutil.copy(tmp_path / "0.tar", tmp_path / f"{number}.tar")
+    for number in range(100):
+        write_tar(tmp_path / f"{number}.tar")
     program = (
         "import resource, sys\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"

@@ -349,25 +349,29 @@ def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
     rgb = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
-    variants = {
-        "rgb.png": rgb,
-        "grey.png": rgb.convert("L"),
-        "grey.jpg": rgb.convert("L"),
-        "cmyk.jpg": rgb.convert("CMYK"),
-        "palette.png": rgb.convert("P"),
-        "palette.gif": rgb.convert("P"),
-        "rgba.png": rgb.convert("RGBA"),
-        "grey_alpha.png": rgb.convert("LA"),
-        "one_bit.png": rgb.convert("1"),
-        "rotated.jpg": rgb,
-        "misnamed.txt": rgb,
-        "w.webp": rgb,
-        "t.tif": rgb,
-        "b.bmp": rgb,
-        "p.ppm": rgb,
-    }
-    for name, image in variants.items():
+    modes = {"grey": "L", "cmyk": "CMYK", "palette": "P", "rgba": "RGBA", "two": "LA", "bit": "1"}
+    names = [
+        "rgb.png",
+        "grey.png",
+        "grey.jpg",
+        "cmyk.jpg",
+        "palette.png",
+        "palette.gif",
+        "rgba.png",
+    ]
+    names += [
+        "two.png",
+        "bit.png",
+        "rotated.jpg",
+        "misnamed.txt",
+        "w.webp",
+        "t.tif",
+        "b.bmp",
+        "p.ppm",
+    ]
+    for name in names:
         path = tmp_path / name
+        image = rgb.convert(modes.get(path.stem, "RGB"))
         image.save(path, format="PNG" if name == "misnamed.txt" else None, exif=exif)
         result = read_image(str(path))
         assert result.mode == "RGB", name
@@ -404,13 +408,8 @@ def test_a_damaged_or_turned_jpeg_is_what_pillow_makes_of_it(tmp_path, change):
     Image.effect_noise((40, 30), 80).convert("RGB").save(path, exif=exif)
     data = path.read_bytes()
     scan = data.index(b"\xff\xda")
-    path.write_bytes(
-        {
-            "bytes behind": data + b"more" * 99,
-            "bytes between": data[:scan] + b"\0\0" + data[scan:],
-            "none": data,
-        }[change]
-    )
+    changed = {"bytes behind": data + b"more" * 99, "none": data}
+    path.write_bytes(changed.get(change, data[:scan] + b"\0\0" + data[scan:]))
     if change == "bytes between":
         with pytest.raises(ValueError):
             images.simplejpeg.decode_jpeg(path.read_bytes())
@@ -457,6 +456,8 @@ def bad_files(folder):
     Image.effect_noise((64, 64), 50).save(png)
     broken = bytearray(png.read_bytes())
     broken[60:80] = bytes(20)
+    (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
     contents = {
         "empty.jpg": (b"", "empty"),
         "truncated.jpg": (half, "truncated"),
@@ -465,26 +466,28 @@ def bad_files(folder):
         "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC picture, whatever its name"),
         "zero.ppm": (b"P6\n0 4\n255\n", "0 x 4 pixels|cannot be decoded|not an image"),
+        "missing.jpg": (None, "no such file"),
+        "folder.jpg": (None, "not a regular file"),
+        "pipe.jpg": (None, "not a regular file"),
     }
-    for name, (data, _) in contents.items():
-        (folder / name).write_bytes(data)
-    (folder / "folder.jpg").mkdir()
-    os.mkfifo(folder / "pipe.jpg")
-    reasons = {name: reason for name, (_, reason) in contents.items()}
-    return {
-        **reasons,
-        "missing.jpg": "no such file",
-        "folder.jpg": "not a regular file",
-        "pipe.jpg": "not a regular file",
-    }
+    for name, (data, reason) in contents.items():
+        if data is not None:
+            (folder / name).write_bytes(data)
+        yield name, reason
 
 
-def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path):
-    for name, reason in bad_files(tmp_path).items():
+def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
+        raise PermissionError(13, "Permission denied", args[0])
+
+    for name, reason in bad_files(tmp_path):
         for read in (read_image, read_pixels):
             with pytest.raises(BadImage, match=reason) as caught:
                 read(str(tmp_path / name))
             assert str(caught.value).startswith(f"{tmp_path}/{name}: ")
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(BadImage, match="whole.jpg: permission denied"):
+        read_image(f"{tmp_path}/whole.jpg")
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -503,17 +506,6 @@ def test_images_above_pillows_limit_are_refused_before_they_are_decoded(
             read(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read(path).size == (11, 10)
-
-
-def test_a_file_that_may_not_be_read_says_permission_denied(tmp_path, monkeypatch):
-    path = save(tmp_path / "secret.png")
-
-    def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(BadImage, match="permission denied"):
-        read_image(path)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in there

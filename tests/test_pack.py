@@ -12,27 +12,19 @@ from PIL import Image
 
 from cli.errors import DataError, UserError
 from cpu.resample import to_image
-from datasets import build_dataset
 from loading import archives
 from loading.images import read_pixels
 from tools import pack as tool
 from tools.pack import Settings, pack
 
 from .helpers.runs import ROOT
-from .helpers.tiny_data import make_config, make_data
+from .helpers.tiny_data import make_config, make_data, samples
 
 
 def photograph(path, width, height, **options):
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1)
     Image.fromarray(pixels.astype("uint8")).save(path, quality=95, **options)
-
-
-def data_of(config, split="train"):
-    data = build_dataset(config, split)
-    samples = [data[(0, index, index)] for index in range(len(data))]
-    assert not any(sample.error for sample in samples)
-    return [(sample.label, sample.image.tobytes()) for sample in samples]
 
 
 def test_small_pictures_are_copied_byte_for_byte(tmp_path):
@@ -46,8 +38,8 @@ def test_small_pictures_are_copied_byte_for_byte(tmp_path):
     ]
     opts = ("DATA.DATASET", "imagenet2012")
     for split in ("train", "val"):
-        packed = data_of(make_config(tmp_path, tmp_path / "packed", *opts), split)
-        assert packed == data_of(make_config(tmp_path, source), split)
+        packed = samples(make_config(tmp_path, tmp_path / "packed", *opts), split)
+        assert packed == samples(make_config(tmp_path, source), split)
     assert (tmp_path / "packed" / "classes.txt").read_text() == "class_0\nclass_1\nclass_2\n"
 
 
@@ -105,8 +97,8 @@ def test_lists_of_other_spellings_and_images_listed_twice_are_packed(tmp_path):
     (source / "train_list.txt").write_text("".join(f"{p}\n" for p in paths))
     pack(str(source), str(tmp_path / "packed"), Settings(320, 90, 3), 1)
     opts = ("DATA.DATASET", "imagenet2012")
-    packed = data_of(make_config(tmp_path, tmp_path / "packed", *opts), "train")
-    assert packed == data_of(make_config(tmp_path, source, *opts), "train") and len(packed) == 4
+    packed = samples(make_config(tmp_path, tmp_path / "packed", *opts), "train")
+    assert packed == samples(make_config(tmp_path, source, *opts), "train") and len(packed) == 4
 
 
 def test_other_names_of_the_splits_are_packed(tmp_path):

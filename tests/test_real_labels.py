@@ -44,16 +44,16 @@ def test_labels_go_by_the_number_in_an_images_name(tmp_path):
         ([[1], 3], "entry 2: expected a list of labels 0 .. 7, found 3"),
         ([[1]], "ILSVRC2012_val_00000002.JPEG: .*has no labels for it"),
         ([[], []], "none of the 2 images has a label"),
+        (None, "real.json: cannot be read: No such file"),
     ],
 )
 def test_a_file_that_is_not_real_json_is_refused(tmp_path, contents, message):
+    path = tmp_path / "real.json" if contents is None else write(tmp_path, contents)
     with pytest.raises(DataError, match=message):
-        read_real_labels(write(tmp_path, contents), index_of(1, 2), 8)
+        read_real_labels(path, index_of(1, 2), 8)
 
 
-def test_a_missing_file_and_a_foreign_image_are_named(tmp_path):
-    with pytest.raises(DataError, match="real.json: cannot be read: No such file"):
-        read_real_labels(tmp_path / "real.json", index_of(1), 8)
+def test_a_foreign_image_is_named(tmp_path):
     files = ImageIndex("/data")
     files.add(b"val/cat.png", 0)
     with pytest.raises(DataError, match="cat.png: .*has no labels for it; they go by the names"):

@@ -31,9 +31,8 @@ Entry = tuple[str, str]  # (path relative to the data folder, WordNet id)
 
 
 def find_imagenet(root: str, log: Callable[[str], None]) -> tuple[list[Entry], list[Entry]] | None:
-    """The images to train and to validate on, where a folder has one of ImageNet's own layouts.
-
-    Either list may be empty. None: some other folder, or one folder per class on both sides. Raises
+    """The images to train and to validate on, where a folder has one of ImageNet's own layouts;
+    either list may be empty. None: some other folder, or one folder per class on both sides.
     DataError for such a layout with images or classes that are not ImageNet's.
     """
     for folder in ("", "data", "ILSVRC2012_devkit_t12/data"):
@@ -67,8 +66,7 @@ def describe(side: str, entries: list[Entry]) -> str:
     text = f"{len(entries):,} images of {len(classes):,} classes"
     if len(entries) != COUNTS[side]:
         text += f" (ImageNet has {COUNTS[side]:,})"
-    missing = [name for name in wordnet_ids() if name not in classes]
-    if missing:
+    if missing := [name for name in wordnet_ids() if name not in classes]:
         text += f"; without images: {shorten(missing, 5)}"
     return text
 
@@ -131,7 +129,6 @@ def _val_entries(root: str, paths: list[str], log: Callable[[str], None]) -> lis
         if found.setdefault(number, entry) is not entry:
             both = f"{printable(path)} and {printable(os.path.join(root, found[number][0]))}"
             raise DataError(f"{both}: both are image {number}")
-    missing = [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in found]
-    if missing:
+    if missing := [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in found]:
         log(f"warning: {len(missing):,} validation images are missing: {shorten(missing, 5)}")
     return [found[number] for number in sorted(found)]

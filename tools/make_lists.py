@@ -8,10 +8,10 @@ Tar and zip archives may stand for folders. ImageNet is known in the layouts in 
 downloaded (see imagenet.py): the official tars, unpacked or not, and Kaggle's.
 
 The lists lie in the folder itself (a CSV's: the one it lies in), so that the mains take it with
-`-data_path FOLDER`; -output writes them elsewhere. Labels count the classes in the order of their
-names, whole numbers by value. Where there are train/ and val/ (or Training/, valid/, Validation/),
-they are the split. Else each image (of train/, if it is there alone) is drawn by its own content
-and a seed, so that it stays where it is when others are added, renamed or removed.
+`-data_path FOLDER`, or in -output. Labels count the classes in the order of their names, numbers by
+value. Where there are train/ and val/ (or Training/, valid/, ...), they are the split. Else each
+image (of train/, if it is there alone) is drawn by its own content and a seed, so that it stays
+where it is when others are added, renamed or removed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
@@ -63,9 +63,7 @@ _MISSING = ("nan", "null", "none", "na", "n/a", "#n/a", "?")  # labels that tabl
 Entry = tuple[str, str]  # (path relative to the data folder, class name)
 
 
-@dataclass
-class Split:
-    root: str
+class Split(NamedTuple):
     classes: list[str]  # by label; empty where lists that were there have been checked
     train: list[Entry]
     val: list[Entry]
@@ -81,21 +79,18 @@ def make_lists(
     log: Callable[[str], None] = print,
     output: str | None = None,
 ) -> Split:
-    """Splits the images of a folder or CSV file and writes the three files beside them.
+    """Splits the images of a folder or CSV file and writes the three files beside them, or into
+    ``output``; ``verify`` first decodes every image, and where lists exist checks those alone.
 
-    Args:
-        verify: first decode every image. Where lists exist, check those and write nothing.
-        output: folder for the files; their paths stay relative to the images' folder.
-
-    Raises DataError for no such layout, unusable names, the same content on both sides, images that
-    cannot be decoded (each is logged), lists that exist.
+    DataError for no such layout, unusable names, the same content on both sides, images that cannot
+    be decoded (each is logged), lists that exist.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
     if os.path.basename(source) in imagenet.ARCHIVES:
         source = root  # one of ImageNet's archives: they are looked at together
-    folder = root if output is None else os.path.abspath(os.path.expanduser(output))
+    folder = os.path.abspath(output) if output else root
     there = [path for name in FILES if os.path.exists(path := os.path.join(folder, name))]
     if there and not force and not verify:
         raise DataError(f"{there[0]} is there already; -force replaces it, -verify checks it")
@@ -118,16 +113,16 @@ def make_lists(
     _check_repeats(root, sides, content, log)
     if "drawn" in sides:
         sides = _draw(sides["drawn"], content, val_fraction, seed, before, log)
-    split = Split(root, classes, sides.get("train", []), sides.get("val", []))
+    split = Split(classes, sides.get("train", []), sides.get("val", []))
     if only_check:
         return split
     _write_lists(split, folder)
     counts = f"{len(split.train)} images to train on, {len(split.val)} to validate on"
-    log(f"{root}: {counts}, {len(split.classes)} classes")
+    log(f"{root}: {counts}, {len(classes)} classes")
     for side, name in ((split.train, TRAIN_LIST), (split.val, VAL_LIST)):
         if not side:
             log(f"warning: {name} is not written: no images for it (training needs some)")
-    log(f"use them with: {_next_command(split, None if output is None else folder)}")
+    log(f"use them with: {_next_command(split, root, folder)}")
     return split
 
 
@@ -184,8 +179,8 @@ def _find_folders(source: str, root: str, log) -> tuple[list[str], dict[str, lis
     sides, others = {side: [] for side in folders}, []
     for side, folder in folders.items():
         for name in class_folders(folder):
-            for path in list_images(os.path.join(folder, name), others):
-                sides[side].append((os.path.relpath(path, root), name))
+            paths = list_images(os.path.join(folder, name), others)
+            sides[side] += [(os.path.relpath(path, root), name) for path in paths]
     if unknown := sorted({name for _, name in sides.get("val", ())} - set(classes)):
         raise DataError(f"{folders['val']}: class {unknown[0]!r} is not among the folders of train")
     for line in describe_others(source, others) + passed_over(source):
@@ -258,8 +253,8 @@ def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
     for side, name in (there or names).items():
         index = read_list(os.path.join(folder, name), root, 10**9, allow_outside=True)
         index.open_archives()  # a damaged one is one error, not that of all its images
-        paths = [os.path.normpath(os.fsdecode(index.name(i))) for i in range(len(index))]
-        sides[side] = [(path, str(label)) for path, label in zip(paths, index.labels)]
+        paths = (os.path.normpath(os.fsdecode(index.name(i))) for i in range(len(index)))
+        sides[side] = list(zip(paths, map(str, index.labels)))
     return sides
 
 
@@ -388,21 +383,20 @@ def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str],
 def _problems(path: str) -> list[str]:
     try:
         read_pixels(path)
+        return []
     except BadImage as error:
         return [str(error)]
-    return []
 
 
 def _write_lists(split: Split, folder: str) -> None:
     label = {name: i for i, name in enumerate(split.classes)}
-
-    def listed(entries: list[Entry]) -> list[str]:  # without "./", "#" would begin a comment
-        return [f"{'./' * path.startswith('#')}{path} {label[name]}" for path, name in entries]
-
-    contents = zip(FILES, (listed(split.train), listed(split.val), split.classes))
+    train, val = (  # without "./", "#" would begin a comment
+        [f"{'./' * path.startswith('#')}{path} {label[name]}" for path, name in entries]
+        for entries in (split.train, split.val)
+    )
     try:
         with ExitStack() as stack:  # all get their names when all are written
-            for file_name, lines in contents:
+            for file_name, lines in zip(FILES, (train, val, split.classes)):
                 if lines:
                     file = stack.enter_context(atomic(os.path.join(folder, file_name)))
                     file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
@@ -410,7 +404,7 @@ def _write_lists(split: Split, folder: str) -> None:
         raise DataError(f"{folder}: cannot write the lists: {error.strerror}") from None
 
 
-def _next_command(split: Split, lists: str | None) -> str:
+def _next_command(split: Split, root: str, lists: str) -> str:
     """The next command: fine-tuning on the lists, or ImageNet's training or evaluation."""
     config, flags = "resmlp_finetune", ["-pretrained=resmlp_12_224"]
     if split.classes == list(wordnet_ids()):
@@ -419,11 +413,12 @@ def _next_command(split: Split, lists: str | None) -> str:
     here = _REPOSITORY if here.startswith(os.pardir) else here
     main = os.path.normpath(f"{here}/main_single_gpu.py")
     cfg = os.path.normpath(f"{here}/configs/{config}.yaml")
-    name = os.path.basename(os.path.abspath(split.root))
-    words = ["python", main, f"-cfg={cfg}", f"-data_path={split.root}", *flags]
-    words += [f"-output=output/{name}", *(["-opts"] if lists else [])]
-    for key, file in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES if lists else ()):
-        words += [f"DATA.{key}", os.path.join(lists, file)]
+    name = os.path.basename(os.path.abspath(root))
+    words = ["python", main, f"-cfg={cfg}", f"-data_path={root}", *flags, f"-output=output/{name}"]
+    if lists != root:
+        words += ["-opts"]
+        for key, file in zip(("TRAIN_LIST", "VAL_LIST", "CLASS_NAMES"), FILES):
+            words += [f"DATA.{key}", os.path.join(lists, file)]
     return shlex.join(words)
 
 
@@ -440,7 +435,7 @@ def main() -> None:
     check = "decode every image and list the bad ones; checks lists that are there already"
     parser.flag("verify", check, action="store_true")
     parser.flag("force", "replace lists that are there already", action="store_true")
-    parser.flag("output", "folder for the lists (default: beside the images)", metavar="FOLDER")
+    parser.flag("output", "folder for the lists (default: beside the images)", metavar="DIR")
     parser.flag("workers", "processes for -verify (default: one a core)", type=int, metavar="N")
     make_lists(**vars(parser.parse_args()))
 

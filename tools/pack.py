@@ -89,9 +89,8 @@ def pack(
 ) -> None:
     """Packs the data folder `source` into the folder `output`.
 
-    Raises:
-        DataError: the data set cannot be read, or pictures not decoded (each is logged).
-        UserError: `output` holds something else, or cannot be written; as `map_in_processes`.
+    DataError: the data set cannot be read, or pictures not decoded (each is logged). UserError:
+    `output` holds something else, or cannot be written; as `map_in_processes`.
     """
     splits = _splits(source)
     if not splits:
@@ -120,10 +119,10 @@ def pack(
         write_file(os.path.join(output, f"{split}_list.txt"), os.fsencode("".join(lines)))
     names = Path(source, "classes.txt")
     if names.is_file():
-        write_file(os.path.join(output, "classes.txt"), names.read_text(encoding="utf-8-sig"))
-    elif not os.path.isfile(os.path.join(source, "train_list.txt")):
+        write_file(Path(output, "classes.txt"), names.read_text(encoding="utf-8-sig"))
+    elif not Path(source, "train_list.txt").is_file():
         lines = [f"{name}\n" for name in find_classes(source)]
-        write_file(os.path.join(output, "classes.txt"), "".join(lines))
+        write_file(Path(output, "classes.txt"), "".join(lines))
     _report(shards, made, log)
     log(f"use it with: -dataset imagenet2012 -data_path {output}")
 
@@ -237,8 +236,7 @@ def _exif(image: Image.Image) -> bytes:
 def _verify(shard: Shard) -> list[str]:
     """Decodes every picture of a shard; returns what is wrong with them."""
     names = dict.fromkeys(map(shard.name, shard.indices))
-    count = len(archives.Archive(shard.path))
-    if count != len(names):
+    if (count := len(archives.Archive(shard.path))) != len(names):
         return [f"{shard.path}: {count} pictures, expected {len(names)}; remove it"]
     wrong = []
     for name in names:

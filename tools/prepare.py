@@ -51,9 +51,8 @@ Picture = tuple[str, str, int, bytes]  # split, name in its archive, label, the 
 def prepare(archive: str, output: str, log: Callable[[str], None] = print) -> None:
     """Writes the data folder `output` from an archive, which is recognised by what is in it.
 
-    Raises:
-        DataError: a damaged archive, or none of these; a file beside it is missing.
-        UserError: ``output`` holds something, or cannot be written.
+    DataError: a damaged archive, or none of these, or a file beside it is missing. UserError:
+    ``output`` holds something, or cannot be written.
     """
     if os.path.isdir(output) and os.listdir(output):
         raise UserError(f"-output {output}: is not empty; name another, or remove it")

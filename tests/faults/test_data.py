@@ -8,38 +8,22 @@ from PIL import Image
 from loading.samplers import train_indices
 
 from ..helpers.runs import DRIVER, alive, command, error_line, metrics, run
-from ..helpers.tiny_data import make_data
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:70])
-
-
-def bomb(path):
-    Image.new("1", (20_000, 20_000)).save(path)
-
-
-def zero_pixels(path):
-    path.write_bytes(b"GIF89a\x00\x00\x00\x00\x00\x00\x00;")
-
+from ..helpers.tiny_data import make_data, write_lists
 
 BAD = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
-    "truncated": truncated,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:70]),
     "no image": lambda path: path.write_text("<html>404</html>"),
-    "bomb": bomb,
-    "zero pixels": zero_pixels,
+    "bomb": lambda path: Image.new("1", (20_000, 20_000)).save(path),
+    "zero pixels": lambda path: path.write_bytes(b"GIF89a\x00\x00\x00\x00\x00\x00\x00;"),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
-def with_lists(folder, train=24, val=9):
-    data = make_data(folder / "data", train, val)
-    for split in ("train", "val"):
-        paths = sorted(data.glob(f"{split}/*/*.png"))
-        lines = [f"{path.relative_to(data)} {path.parent.name[-1]}\n" for path in paths]
-        (data / f"{split}_list.txt").write_text("".join(lines))
+def with_lists(folder):
+    data = make_data(folder / "data")
+    write_lists(data)
     return data, sorted(data.glob("train/*/*.png"))
 
 
@@ -90,21 +74,19 @@ def test_a_bad_image_in_validation_stops_a_run_unless_it_may_be_skipped(tmp_path
     assert code == expected and f"val_list.txt:5: {bad}" in output, output
 
 
-def test_a_worker_that_hangs_ends_the_run_in_time(tmp_path):
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("sleep3600", "delivered no batch for 3 s (DATA.WORKER_TIMEOUT)"),
+        ("kill", "a data loader worker died (SIGKILL, out of memory?)"),
+    ],
+)
+def test_a_worker_that_hangs_or_dies_ends_the_run_in_time(tmp_path, fault, said):
     data, _ = with_lists(tmp_path)
     begin = time.monotonic()
-    code, output = run(job(data, tmp_path, "DATA.WORKER_TIMEOUT", 3), fault="load:0:5:sleep3600")
+    code, output = run(job(data, tmp_path, "DATA.WORKER_TIMEOUT", 3), fault=f"load:0:5:{fault}")
     assert code == 2 and time.monotonic() - begin < 30
-    assert "delivered no batch for 3 s (DATA.WORKER_TIMEOUT)" in error_line(output)
-    assert alive(str(tmp_path)) == []
-
-
-def test_a_worker_that_dies_ends_the_run_in_time(tmp_path):
-    data, _ = with_lists(tmp_path)
-    begin = time.monotonic()
-    code, output = run(job(data, tmp_path), fault="load:0:5:kill")
-    assert code == 2 and time.monotonic() - begin < 30
-    assert "a data loader worker died (SIGKILL, out of memory?)" in error_line(output)
+    assert said in error_line(output)
     assert alive(str(tmp_path)) == []
 
 

@@ -45,6 +45,24 @@ def make_data(folder: Path, train: int = 24, val: int = 9) -> Path:
     return folder
 
 
+def write_lists(data: Path, root: Path | None = None, ending: str = "") -> None:
+    """List files of the images of `make_data`; in ``root``: as if each split were an archive."""
+    for split in ("train", "val"):
+        images = sorted(data.glob(f"{split}/*/*.png"))
+        lines = [f"{split}{ending}/{p.parent.name}/{p.name} {p.parent.name[-1]}\n" for p in images]
+        ((root or data) / f"{split}_list.txt").write_text("".join(lines))
+
+
+def samples(config, split: str = "train") -> list[tuple[int, bytes]]:
+    """The label and pixels of every image of a split."""
+    from datasets import build_dataset  # with Paddle, which not all tests need
+
+    dataset = build_dataset(config, split)
+    found = [dataset[0, index, index] for index in range(len(dataset))]
+    assert not any(sample.error for sample in found)
+    return [(sample.label, sample.image.tobytes()) for sample in found]
+
+
 def make_tree(root: Path, classes=("ant", "bee"), splits=("train", "val"), count: int = 1) -> None:
     """Folders ``split/class`` with images of one colour."""
     for folder in (root / split / name for split in splits for name in classes):
