@@ -323,7 +323,9 @@ def _zip_members(path: str) -> Iterator[tuple[str, Member]]:
     with zipfile.ZipFile(path) as archive:
         encoding = _encoding_of_names(archive.infolist())
         for info in archive.infolist():
-            name = info.filename if info.flag_bits & _UTF8 else _bare_name(info).decode(encoding)
+            name = info.filename
+            if not info.flag_bits & _UTF8:  # zipfile has read it as CP 437
+                name = info.orig_filename.encode("cp437").decode(encoding)
             if info.is_dir():
                 yield name, Member()
                 continue
@@ -333,15 +335,11 @@ def _zip_members(path: str) -> Iterator[tuple[str, Member]]:
             yield name, Member(info.header_offset, *sizes, info.compress_type, info.CRC)
 
 
-def _bare_name(info: zipfile.ZipInfo) -> bytes:
-    return info.orig_filename.encode("cp437")  # with which zipfile has read it
-
-
 def _encoding_of_names(members: list[zipfile.ZipInfo]) -> str:
     """Unmarked names are UTF-8 (Info-ZIP), GB 2312 (Windows in China) or as zipfile reads them."""
-    names = [_bare_name(info) for info in members if not info.flag_bits & _UTF8]
+    names = [info.orig_filename for info in members if not info.flag_bits & _UTF8]
     for encoding in ("utf-8", "gb2312"):
         with suppress(UnicodeDecodeError):
-            b"\n".join(names).decode(encoding)
+            "\n".join(names).encode("cp437").decode(encoding)
             return encoding
     return "cp437"

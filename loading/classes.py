@@ -1,7 +1,6 @@
 """The classes of a data set, of weights, of a teacher: their names, and what to do where two meet.
 
-    data, weights = data_classes(config), read_weights(path).classes
-    labels, line = data.labels_in(weights)  # raises where these are other classes
+    labels, line = data_classes(config).labels_in(read_weights(path).classes)
 
 ``labels`` is None where nothing has to be mapped, else ``labels[i]`` is the label that class ``i``
 of the data has in the weights, and ``line`` says so in the log. (No Paddle.)

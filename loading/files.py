@@ -75,9 +75,7 @@ class ImageIndex:
         return os.fsdecode(os.path.join(self.root, self.name(index)))
 
     def fingerprint(self) -> list[int]:
-        """How many images there are, and a CRC-32 of their labels and paths: the same in a folder
-        and in its archive.
-        """
+        """The number of images, and a CRC-32 of labels and paths, an archive's as its folder's."""
         names = self._names.replace(b".tar/", b"/").replace(b".zip/", b"/")
         return [len(self), zlib.crc32(self.labels, zlib.crc32(names))]
 
@@ -327,9 +325,7 @@ def one_name(name: str) -> str:
 
 
 def sort_classes(names: Iterable[str], where: str) -> list[str]:
-    """Class names in the order of their labels: by name, but whole numbers by their value, as
-    ImageNet-V2's folders 0 ... 999.
-    """
+    """Class names in the order of their labels: by name, but whole numbers by their value."""
     names = sorted(names)
     if all(re.fullmatch("-?[0-9]{1,9}", name) for name in names):
         names.sort(key=int)

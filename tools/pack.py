@@ -22,7 +22,6 @@ import math
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -48,15 +47,13 @@ from tools.common import write_file
 from tools.processes import map_in_processes
 from transforms import resized_size
 
-SETTINGS = "pack.json"
 _MEASURED = 50  # of so many re-encoded pictures, one is compared with what was encoded
 _MAX_PIXELS = 10**9  # of one picture: 4 GB while it is decoded
 _ORIENTATION = 0x112  # EXIF's tag
 _LONGEST_EXIF = 65_533  # bytes that a JPEG has room for
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What a packed data set was made with; a run that goes on needs the same."""
 
     short_side: int  # pixels
@@ -137,11 +134,10 @@ def _splits(source: str) -> dict[str, ImageIndex]:
 
 def _claim(output: str, settings: Settings) -> None:
     """Makes the folder, or sees that what is in it was begun with the same settings."""
-    note = Path(output, SETTINGS)
-    text = json.dumps(asdict(settings), indent=1) + "\n"
+    note = Path(output, "pack.json")
+    text = json.dumps(settings._asdict(), indent=1) + "\n"
     if note.is_file():
-        old = note.read_text()
-        if old != text:
+        if (old := note.read_text()) != text:
             raise UserError(
                 f"{note}: this folder was begun with {' '.join(old.split())}, not with "
                 f"{' '.join(text.split())}; go on with the same, or name another -output"
