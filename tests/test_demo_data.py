@@ -110,23 +110,24 @@ def test_a_folder_of_idx_files_is_read_gzipped_or_not(splits, tmp_path, compress
 
 
 def test_a_missing_or_damaged_source_is_named(splits, tmp_path):
+    def refuse(source, message):
+        with pytest.raises(DataError, match=message):
+            read(source)
+
     folder = write_idx_folder(tmp_path / "idx", splits, compress=True)
     labels = folder / "t10k-labels-idx1-ubyte.gz"
     whole = labels.read_bytes()
     labels.write_bytes(whole[:-9])
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz: cannot be read"):
-        read(folder)
+    refuse(folder, "t10k-labels-idx1-ubyte.gz: cannot be read")
     labels.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte is not a whole idx file"):
-        read(folder)
+    refuse(folder, "t10k-labels-idx1-ubyte is not a whole idx file")
+    labels.write_bytes(gzip.compress(gzip.decompress(whole)[:-1] + b"\x0a"))
+    refuse(folder, r"t10k: images \(10, 28, 28\) and labels \(10,\) up to 10; expected")
     labels.unlink()
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte .* is missing"):
-        read(folder)
-    with pytest.raises(DataError, match="no such file"):
-        read(tmp_path / "nothing.tar.xz")
+    refuse(folder, "t10k-labels-idx1-ubyte .* is missing")
+    refuse(tmp_path / "nothing.tar.xz", "no such file")
     (tmp_path / "text.tar.xz").write_text("text")
-    with pytest.raises(DataError, match="cannot be read as a tar archive"):
-        read(tmp_path / "text.tar.xz")
+    refuse(tmp_path / "text.tar.xz", "cannot be read as a tar archive")
 
 
 # ------------------------------------------------------------------------------ the layout

@@ -107,12 +107,11 @@ def test_an_empty_list_and_a_missing_list_say_so(tmp_path):
         read_list(str(tmp_path / "none.txt"), str(tmp_path), 10, False)
 
 
-@pytest.mark.parametrize("read", [read_list, read_class_names])
-def test_a_pipe_in_place_of_a_text_file_is_refused_unopened(tmp_path, read):
+@pytest.mark.parametrize("read, more", [(read_list, ("", 10, False)), (read_class_names, ())])
+def test_a_pipe_in_place_of_a_text_file_is_refused_unopened(tmp_path, read, more):
     os.mkfifo(tmp_path / "pipe")
-    arguments = [str(tmp_path), 10, False] if read is read_list else [10]
     with pytest.raises(DataError, match="pipe: not a regular file"):
-        read(str(tmp_path / "pipe"), *arguments)
+        read(str(tmp_path / "pipe"), *more)
 
 
 def test_an_entry_is_named_by_its_line_and_without_control_characters(tmp_path):
