@@ -41,7 +41,7 @@ def make_lists(root, *classes):
 def make_config(root, num_classes=2, evaluate=False, **data):
     config = get_config()
     config.MODEL.NUM_CLASSES, config.EVAL = num_classes, evaluate
-    config.DATA.update(DATA_PATH=str(root), **data)
+    config.DATA.update({"DATA_PATH": str(root), **data})
     return config
 
 
