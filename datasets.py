@@ -179,9 +179,8 @@ def loader_of(
     log: Callable[[str], None] = print,
     say_workers: bool = True,
 ) -> Loader:
-    """A `Loader` with DATA.NUM_WORKERS workers, but not more than there are batches.
-
-    ``auto``: one per core that this process may use, less its own; 1 to 16, for their memory.
+    """A `Loader` with DATA.NUM_WORKERS workers (``auto``: one per core that this process may use,
+    less its own; 1 to 16, for their memory), but not more than there are batches.
     """
     data, cores = config.DATA, setup.usable_cores()
     auto = data.NUM_WORKERS == "auto"

@@ -175,9 +175,8 @@ def _look_alike(one: str, other: str) -> str:
 
 
 def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
-    """Reads a text file of class names, line i the name of label i.
-
-    DataError if it is unreadable, a line has no name, or there are not `num_classes` lines.
+    """The names in a text file, line i of label i. DataError if it is unreadable, lacks a name in a
+    line, or has not `num_classes` lines.
     """
     try:
         regular_size(path)
@@ -194,9 +193,8 @@ def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
 
 
 def data_classes(config) -> ClassNames:
-    """The classes of a config's data, by the data's own labels: DATA.CLASS_NAMES, else
-    ``classes.txt`` in the data folder, else the folders of an `imagefolder` tree. DataError if it
-    cannot be read, or does not have MODEL.NUM_CLASSES names.
+    """The classes of a config's data, by its labels: DATA.CLASS_NAMES, or ``classes.txt``, or the
+    folders of an `imagefolder` tree. DataError: unreadable, or not MODEL.NUM_CLASSES names.
     """
     given, root = _given_names(config), config.DATA.DATA_PATH
     if config.DATA.DATASET != "imagefolder" or not archives.is_folder(root):

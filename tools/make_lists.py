@@ -259,10 +259,7 @@ def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
 
 
 def contents(root: str, paths: Sequence[str], workers: int | None = None) -> dict[str, bytes]:
-    """What tells the contents of files apart, by path: equal where, and only where, they are.
-
-    16 bytes for the size and samples of start, middle and end; a digest of all where these agree.
-    """
+    """By path, 16 bytes of a file's size, start, middle and end; and of all, where these agree."""
     found = dict(zip(paths, map_in_processes(partial(_digest, root, False), paths, workers)))
     counts = Counter(found.values())
     alike = [path for path in paths if counts[found[path]] > 1]

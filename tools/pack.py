@@ -2,11 +2,10 @@
 
 python tools/pack.py imagenet -output packed -short_side 320
 
-Takes list files, or train/ and val/ with a folder per class (also in archives), and writes
-train-00000.tar ..., train_list.txt, val_list.txt and classes.txt. Pictures whose short side is
-longer are resized to it (bicubic) and saved as JPEG; the others are copied byte for byte. Run
-again, it goes on where it was stopped, and makes shards anew whose pictures have changed. At the
-end every picture is decoded once more.
+Takes list files, or train/ and val/ with a folder per class (also in archives). Pictures whose
+short side is longer are resized to it (bicubic) and saved as JPEG; others are copied byte for byte.
+Run again, it goes on where it was stopped, and makes shards anew whose pictures have changed. At
+the end every picture is decoded once more.
 """
 
 from __future__ import annotations

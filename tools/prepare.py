@@ -44,7 +44,6 @@ _PIXELS = 3 * 32 * 32  # of an image of CIFAR: red, green and blue plane
 _SETS = {"trnid": "train", "valid": "train", "tstid": "val"}  # of setid.mat
 _DAMAGED = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
 
-
 Picture = tuple[str, str, int, bytes]  # split, name in its archive, label, the file
 
 
