@@ -192,17 +192,13 @@ RAND_OPS = [
     *("Color", "Contrast", "Brightness", "Sharpness"),
     *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
 ]
-_HAS_INCREASING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
 RAND_INCREASING_OPS = [
-    name + "Increasing" if name in _HAS_INCREASING else name for name in RAND_OPS
+    name + "Increasing" if name + "Increasing" in OPS else name for name in RAND_OPS
 ]
 
 
 def op_argument(name: str, level: float, sign: int = 1) -> float | None:
-    """The argument of an operation at a level: degrees, bits, a threshold, a factor or None.
-
-    `sign` +1 or -1 is the direction of an operation that has two.
-    """
+    """Degrees, bits, a threshold, a factor or None; `sign` +1 or -1 is one of two directions."""
     argument = OPS[name].argument
     return None if argument is None else argument(level / 10, sign)
 
@@ -248,22 +244,13 @@ class Policy:
         return pixels
 
 
-def rand_augment(
-    layers: int = 2,
-    level: float = 10.0,
-    level_std: float = 0.0,
-    level_max: float = 10.0,
-    increasing: bool = False,
-    probability: float = 0.5,
-    **kwargs,
-) -> Policy:
-    """RandAugment (arXiv:1909.13719) with timm's magnitude noise; the rest as in `Policy`.
+def rand_augment(level=10.0, increasing=False, probability=0.5, layers=2, **options) -> Policy:
+    """RandAugment (arXiv:1909.13719) with timm's magnitude noise; `options` as in `Policy`.
 
     `increasing`: operations get stronger with the level; each is applied with `probability`.
     """
     names = RAND_INCREASING_OPS if increasing else RAND_OPS
-    choices = [[(name, probability, level)] for name in names]
-    return Policy(choices, layers, level_std, level_max, **kwargs)
+    return Policy([[(name, probability, level)] for name in names], layers, **options)
 
 
 def _sub_policies(text: str) -> list[list[tuple[str, float, float]]]:

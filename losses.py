@@ -73,8 +73,7 @@ class BinaryCrossEntropy:
     """One yes-or-no question for each class, as in ResNet strikes back (arXiv 2110.00476).
 
     The mean is over images *and* classes, as timm's. Targets above ``target_threshold`` become 1
-    and all others 0, so that every class in a mixed image counts as fully present (the article; its
-    training used 0.2); with None they stay soft.
+    and all others 0, so that every class in a mixed image is fully present (the article used 0.2).
     """
 
     smoothing: float = 0.0

@@ -2,8 +2,7 @@
 
 Both are one operation: every pixel of an image moves towards the same pixel of its partner by a
 share that is constant inside a box and zero outside. Mixup (arXiv 1710.09412) is a share of
-1 - lambda and a box as large as the image; CutMix (arXiv 1905.04899) is a share of 1 and a smaller
-box. The boxes are drawn by NumPy on the host.
+1 - lambda and a box as large as the image; CutMix (arXiv 1905.04899) is 1 and a smaller box.
 """
 
 from __future__ import annotations

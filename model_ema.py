@@ -26,11 +26,9 @@ class ModelEma:
             parameter.stop_gradient = True
         pairs = zip(self.model.parameters(), model.parameters())
         self._pairs = [(average, p) for average, p in pairs if not p.stop_gradient]  # not frozen
-        if paddle.get_device() != "cpu":
-            self._join()
-
-    def _join(self) -> None:
-        """Lays the averages side by side, for an update of one launch instead of one for each."""
+        if paddle.get_device() == "cpu":
+            return
+        # Side by side they are updated in one launch instead of one for each.
         averages, parameters = zip(*self._pairs)
         joined, start = paddle.concat([average.flatten() for average in averages]), 0
         for average in averages:

@@ -24,10 +24,9 @@ def scaled_rate(config, total_batch: int) -> float:
 
 
 def learning_rate(config, epoch: float, total_batch: int) -> float:
-    """The learning rate at a moment of training: a pure function, so resuming needs no state.
-
-    ``epoch`` is how many are done: after step 30 of 100 in the third, 2.3. ``total_batch`` is the
-    images of an optimizer step, over all processes and accumulated batches.
+    """The learning rate at a moment of training, where ``epoch`` is how many are done: after step
+    30 of 100 in the third, 2.3. ``total_batch`` is the images of an optimizer step, over all
+    processes and accumulated batches.
 
     Source: timm's schedulers in epoch mode, as DeiT uses them: the warmup replaces the first
     epochs of the curve. DeiT scales the base rate only, by total_batch / LINEAR_SCALED_LR.
@@ -74,8 +73,8 @@ class Schedule:
 def decayed_parameters(model: nn.Layer) -> set[str]:
     """Names of the weights of linear layers and the patch convolution (DeiT, LAMB's usual set)."""
     return {
-        f"{prefix}.weight" if prefix else "weight"
-        for prefix, layer in model.named_sublayers(include_self=True)
+        f"{prefix}.weight"
+        for prefix, layer in model.named_sublayers()
         if isinstance(layer, (nn.Linear, nn.Conv2D))
     }
 

@@ -118,10 +118,7 @@ class Mlp(nn.Layer):
 
 
 class ResBlock(nn.Layer):
-    """One ResMLP layer: a linear layer mixes tokens, then an MLP mixes channels (paper, eq. 2-3).
-
-    ``dim`` is C, ``num_tokens`` N; the MLP has ``mlp_ratio`` times C hidden units.
-    """
+    """One ResMLP layer: a linear layer mixes tokens, an MLP channels (paper, eq. 2-3)."""
 
     def __init__(
         self,

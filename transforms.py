@@ -162,8 +162,8 @@ def build_eval_transform(config) -> EvalTransform:
 
 
 def build_augmentations(config) -> list[Policy | ColorJitter]:
-    """The augmentations behind crop and flips: the first that is on of THREE_AUGMENT (with colour
-    jitter, as DeiT III), RAND_AUGMENT, AUTO_AUGMENT, colour jitter alone. ConfigError: bad policy.
+    """The first that is on of THREE_AUGMENT (with colour jitter, as DeiT III), RAND_AUGMENT,
+    AUTO_AUGMENT, colour jitter alone. ConfigError: bad policy.
     """
     train = config.TRAIN
     common = {

@@ -31,9 +31,8 @@ def seed_everything(seed: int) -> None:
 
 
 def step_rng(seed: int, rank: int, epoch: int, step: int) -> np.random.Generator:
-    """The randomness of one training step, a function of its arguments alone, so that runs resume.
-
-    Seeds Paddle's generators (dropout, drop path, erasing noise) and returns a NumPy generator.
+    """The randomness of a training step, of its arguments alone so that runs resume: seeds Paddle's
+    generators (dropout, drop path, erasing noise) and returns one of NumPy.
     """
     rng = np.random.default_rng((3, seed, rank, epoch, step))  # 3: loading/samplers.py uses 1 and 2
     paddle.seed(int(rng.integers(2**31)))

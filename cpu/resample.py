@@ -1,11 +1,8 @@
 """What training does to the pixels of an image: resize, affine map, saturation, sharpness, tables.
 
 Pixels are ``uint32 [H, W]``: four bytes each, red, green, blue, unused, as Pillow keeps them. Numba
-compiles it (`resample_kernels`), two to five times faster than Pillow and with the same pixels:
-loaded code is compared with the installed Pillow, and where a pixel differs, or Numba is missing,
-`operations` gives Pillow's.
-
-Environment: ``RESMLP_NUMBA=off`` leaves it all to Pillow.
+compiles it (`resample_kernels`), two to five times faster than Pillow. Where it is missing, a pixel
+differs from those of the installed Pillow, or ``RESMLP_NUMBA`` is off, `operations` are Pillow's.
 """
 
 from __future__ import annotations
@@ -132,10 +129,9 @@ def operations() -> Pillow:
     return load_operations()[0]
 
 
-def prepare(log: Callable[[str], None] = print) -> None:
+def prepare(log: Callable[[str], None]) -> None:
     """Loads or compiles (9 s) the code before processes are forked; logs a line if that fails."""
-    _, reason = load_operations()
-    if reason:
+    if reason := load_operations()[1]:
         log(f"images are resized and augmented by Pillow, two to three times slower: {reason}")
 
 

@@ -1,12 +1,9 @@
 """The loops behind `resample`, compiled by Numba when this file is imported.
 
-Images are ``uint32 [H, W]``, a pixel of four bytes as Pillow keeps it in memory; the arithmetic is
-done on the bytes. To give Pillow's pixels, every kernel rounds where Pillow rounds: resizing in
-integers with 22 binary places, each direction for itself, affine maps in float64 and mixtures of
-two images in float32, cut off at the end.
-
-Nothing here runs in parallel or needs the interpreter lock. Compiled code is kept beside this file,
-in ``__pycache__``, or in Numba's folder in the user's home.
+Images are ``uint32 [H, W]``, a pixel of four bytes. Every kernel rounds where Pillow rounds:
+resizing in integers with 22 binary places, each direction for itself, affine maps in float64 and
+mixtures of two images in float32, cut off at the end. Nothing needs the interpreter lock. Compiled
+code is kept in ``__pycache__`` beside this file, or in Numba's folder in the user's home.
 """
 
 import math

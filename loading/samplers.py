@@ -72,10 +72,8 @@ def train_indices(
 
 @dataclass(eq=False)
 class TrainBatchSampler:
-    """Batches of training samples for one process (see `train_indices`), as lists of `Key`.
-
-    `len` is the batches from `start` to the epoch's end, the same on every rank. `drop_last` leaves
-    out the last step where it is smaller than ``world * batch_size``.
+    """Batches of training samples for one process (see `train_indices`), as lists of `Key`; `len`
+    are left of the epoch, on every rank. `drop_last` leaves out a last step that is smaller.
     """
 
     num_images: int
