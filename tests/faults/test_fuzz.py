@@ -205,10 +205,9 @@ def test_weight_files(tmp_path, watch, suffix):
     data = path.read_bytes()
     header = int.from_bytes(data[:8], "little") if suffix == "safetensors" else len(data)
     for number in range(2 * COUNT):
-        if number % 2:  # half of the inputs are hit where the structure is, half anywhere
-            path.write_bytes(mutate(rng, data[:header], WEIGHT_WORDS) + data[header:])
-        else:
-            path.write_bytes(mutate(rng, data, WEIGHT_WORDS))
+        # half of the inputs are hit where the structure is, half anywhere
+        hit = data[:header] if number % 2 else data
+        path.write_bytes(mutate(rng, hit, WEIGHT_WORDS) + data[len(hit) :])
         file = watch(WeightsError, read_weights, str(path))
         if file is None:
             continue

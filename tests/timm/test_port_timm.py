@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections import defaultdict
+from datetime import datetime
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
+from cli.errors import WeightsError  # noqa: E402
 from port_weights import export_timm_weights, load_timm_weights, names, verify  # noqa: E402
 from port_weights.zoo import ZOO  # noqa: E402
 from storage.weights import read_weights  # noqa: E402
@@ -38,14 +44,15 @@ def reference(request):
 
 def facebook_names(state: dict) -> dict:
     """timm's state dict as facebookresearch/deit names it: what timm's own filter undoes."""
+    new = {
+        "stem.": "patch_embed.",
+        "linear_tokens": "attn",
+        "mlp_channels": "mlp",
+        ".ls": ".gamma_",
+    }
     renamed = {}
     for name, value in state.items():
-        for ours, theirs in (
-            ("stem.", "patch_embed."),
-            ("linear_tokens", "attn"),
-            ("mlp_channels", "mlp"),
-            (".ls", ".gamma_"),
-        ):
+        for ours, theirs in new.items():
             name = name.replace(ours, theirs)
         renamed[name] = value.reshape(-1) if name.endswith((".alpha", ".beta")) else value
     return renamed
@@ -59,7 +66,6 @@ def test_a_port_proves_itself_and_goes_back_bit_for_bit(reference, tmp_path, sty
     arguments = ["-checkpoint", str(tmp_path / "x.pth"), "-output", str(tmp_path / "x.pdparams")]
     load_timm_weights.main([*arguments, "-proof", "timm"])
     report = capsys.readouterr().out
-    print(report)
     assert f"{style} names" in report and "features differ by" in report
 
     suffix = "safetensors" if style == "timm" else "pth"
@@ -86,7 +92,7 @@ def test_a_wrong_port_of_a_fresh_model_fails_its_proof(fresh, layer, block):
     name, wrong = f"blocks.{block}.{layer}", dict(fresh)
     wrong[name] = fresh[name].T if fresh[name].ndim == 2 else 1.1 * fresh[name]
     compare(fresh, fresh)
-    with pytest.raises(verify.WeightsError, match="the port is wrong"):
+    with pytest.raises(WeightsError, match="the port is wrong"):
         compare(fresh, wrong)
 
 
@@ -117,10 +123,6 @@ def test_the_zoo_agrees_with_timms_own_table():
 
 
 def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_path):
-    from argparse import Namespace
-
-    from cli.errors import WeightsError
-
     tensors = {"a": torch.ones(2, dtype=torch.bfloat16)}
     content = {"model": tensors, "epoch": 3, "args": Namespace(lr=0.1)}
     torch.save(content, tmp_path / "x.pth")
@@ -147,10 +149,6 @@ def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_pat
 
 
 def test_what_stands_beside_the_weights_is_no_hindrance_and_tensors_are_torchs_own(tmp_path):
-    from collections import defaultdict
-    from datetime import datetime
-    from pathlib import Path
-
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {
         "a": whole.T[1:, ::2],
