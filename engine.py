@@ -71,8 +71,9 @@ class Trainer:
         share = process.rank, process.world, _log.info
         self.train_loader = build_loader(config, "train", *share, known)
         self.val_loader = build_loader(config, "val", *share, known)
-        self.saver.describe(self.train_loader.dataset, self.val_loader.dataset)
-        dataset = self.train_loader.dataset
+        dataset, val = self.train_loader.dataset, self.val_loader.dataset
+        images = {"train": dataset.files.fingerprint(), "val": val.files.fingerprint()}
+        self.saver.data = {"classes": dataset.classes.record(), "images": images}
         batches = len(self.train_loader)
         self.schedule = Schedule(config, batches, process.world, len(dataset))
         seed_everything(config.SEED)
@@ -189,16 +190,14 @@ class Trainer:
 
     def evaluate(self, models: dict[str, Callable]) -> list[Metrics]:
         """Metrics of models, by labels for the log, on the validation images; saves nothing."""
-        bar = ProgressLine(f"{next(iter(models))}: evaluation", self.process.main)
         found = evaluate(
             [predictor(self.config, self.process.on_gpu, model) for model in models.values()],
             self.val_loader,
             self.process,
             self.config.MODEL.NUM_CLASSES,
             stop=lambda: self.monitor.signal.received,
-            progress=bar,
+            label=f"{next(iter(models))}: evaluation",
         )
-        bar.end()
         if found is None:
             self.saver.stop("stopped in evaluation")
         for label, metrics in zip(models, found):

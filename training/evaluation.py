@@ -184,7 +184,7 @@ def evaluate(
     num_classes: int,
     confusion: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    label: str = "",
     accepted: np.ndarray | None = None,
     subset: list[int] | None = None,
 ) -> list[Metrics] | None:
@@ -199,6 +199,7 @@ def evaluate(
             top-5 is top-K where K is smaller.
         confusion: also count `Metrics.confusion` and `Metrics.calibration`.
         stop: called before each batch: whether to break off.
+        label: of a line on the terminal that shows how far it is.
         accepted: int64 ``[images, M]``, labels that count as right, filled up with -1: also
             measures ``real_top1`` and ``real_top5`` (a right one is among the predictions).
         subset: the classes that the data have: also measures ``subset_top1`` and ``subset_top5``,
@@ -208,6 +209,7 @@ def evaluate(
     Raises UserError: a logit is not finite.
     """
     start, seen, stopped = time.monotonic(), 0, False
+    bar = ProgressLine(label, process.main and bool(label))
     sums = [_Sums(num_classes, confusion, accepted, subset) for _ in models]
     for number, (images, labels, indices) in enumerate(loader):
         if stopped := stop():
@@ -215,7 +217,8 @@ def evaluate(
         for model, own in zip(models, sums):
             own.add(model(images), labels, indices)
         seen += len(labels)
-        progress(number + 1, len(loader))
+        bar(number + 1, len(loader))
+    bar.end()
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
     found = [own.metrics(process, seen, stopped, start) for own in sums]
     return None if None in found else found
@@ -246,18 +249,16 @@ def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightF
     dataset, accepted = loader.dataset, None
     if config.EVAL_REAL_LABELS:
         accepted = read_real_labels(config.EVAL_REAL_LABELS, dataset.files, count)
-    progress = ProgressLine("evaluation", process.main)
     (metrics,) = evaluate(
         [predictor(config, process.on_gpu, model)],
         loader,
         process,
         count,
         config.EVAL_REPORT,
-        progress=progress,
+        label="evaluation",
         accepted=accepted,
         subset=dataset.files.subset,
     )
-    progress.end()
     _log.info(f"evaluation of {config.MODEL.NAME}: {metrics}")
     folder.write("eval.json", json.dumps(metrics.scores(), indent=1) + "\n")
     if config.EVAL_REPORT and process.main:

@@ -127,15 +127,13 @@ class Report:
         self, learner: Learner, progress: Progress, raw: Metrics | None, ema: Metrics | None
     ) -> None:
         """Records an epoch that has ended, with its evaluation where there was one."""
-        epoch, mean = progress.epoch, None
-        if progress.epoch_count:
-            mean = progress.epoch_loss / progress.epoch_count
+        epoch, images = progress.epoch, progress.epoch_count
         record = {
             "kind": "epoch",
             "epoch": epoch + 1,
             "step": progress.step,
             "lr": self.schedule.rate(epoch, self.schedule.steps_per_epoch - 1),
-            "train_loss": mean,
+            "train_loss": progress.epoch_loss / images if images else None,
             "images_per_second": round(progress.timed_images / max(progress.seconds, 1e-9), 1),
             "seconds": round(progress.seconds, 1),
         }

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from cli.errors import CheckpointError, ConfigError, WeightsError
-from datasets import ImageDataset
 from loading.classes import UNKNOWN, ClassNames, data_classes
 from parallel.process import Preempted, Process, from_main, main_first
 from resmlp import build_resmlp
@@ -25,12 +24,13 @@ class Saver:
     """Saves and resumes one run. The writing thread sees copies; it changes nothing of the run.
 
     Rank 0 writes; the others wait until it has copied the state. ``saved``: there is a checkpoint.
+    ``data`` is what checkpoints say of the data.
     """
 
     def __init__(self, config, process: Process, folder: RunFolder):
         self.config, self.process, self.folder = config, process, folder
         self.saved = False
-        self._data: dict = {}
+        self.data: dict = {}
         self.writer = checkpoints.Writer()
 
     def choose(self) -> dict | None:
@@ -53,11 +53,6 @@ class Saver:
             state = checkpoints.load(resume, lambda path: ppvit_checkpoint.load(path, self.config))
         inside = ClassNames.of_record(state.get("classes"), str(resume))
         return {**state, "classes": inside or ClassNames.beside(resume)}
-
-    def describe(self, train: ImageDataset, val: ImageDataset) -> None:
-        """Notes what the run's checkpoints shall say of its data."""
-        images = {"train": train.files.fingerprint(), "val": val.files.fingerprint()}
-        self._data = {"classes": train.classes.record(), "images": images}
 
     def resume(self, state: dict, start: Progress) -> Progress:
         """Puts the folder back to where a checkpoint stands, says so, and returns where that is.
@@ -88,7 +83,7 @@ class Saver:
         if state["processes"] != self.process.world:
             changes.append(f"processes {state['processes']} -> {self.process.world}")
         for split, before in state.get("images", {}).items():
-            if before != (now := self._data["images"][split]):
+            if before != (now := self.data["images"][split]):
                 same = ", other paths or labels" * (before[0] == now[0])
                 changes.append(f"{split} images {before[0]} -> {now[0]}{same}")
         for change in changes:
@@ -120,7 +115,7 @@ class Saver:
                     "metrics_lines": self.folder.metrics_lines,
                     "config": config.dump(),
                     "processes": self.process.world,
-                    **self._data,
+                    **self.data,
                 }
                 state = checkpoints.to_numpy(state)
                 self.writer.start(write)
