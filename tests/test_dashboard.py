@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -53,17 +54,11 @@ def test_tensorboard_files_hold_what_was_written(tmp_path):
 
 
 def test_a_resumed_run_drops_the_points_after_its_checkpoint(tmp_path, monkeypatch):
-    opened = []
-
-    class Writer:
-        def __init__(self, path, **options):
-            opened.append(options.get("purge_step"))
-            os.makedirs(path, exist_ok=True)
-
-    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    writer = MagicMock(side_effect=lambda path, **_: os.makedirs(path, exist_ok=True))
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=writer))
     for step in (0, 5, 0):
         build_dashboard("tensorboard", tmp_path, step)
-    assert opened == [None, 6, 1]
+    assert [call.kwargs.get("purge_step") for call in writer.call_args_list] == [None, 6, 1]
 
 
 def test_visualdl_files_hold_what_was_written(tmp_path):
