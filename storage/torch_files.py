@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import zipfile
 from pathlib import Path
@@ -26,7 +27,8 @@ def load(path: Path, head: bytes) -> Any:
         return _load_zip(path)
     torch = import_torch(path)
     try:
-        return _arrays(torch.load(path, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's and timm's arguments
+            return _arrays(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises whatever a damaged or hostile file provokes
         named = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
         reason = printable((named or [type(error).__name__])[0], 200)

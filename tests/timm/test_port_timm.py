@@ -122,10 +122,11 @@ def test_the_zoo_agrees_with_timms_own_table():
         assert config.mean == pytest.approx((0.485, 0.456, 0.406))
 
 
-def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
+def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_path, zipped):
     tensors = {"a": torch.ones(2, dtype=torch.bfloat16)}
     content = {"model": tensors, "epoch": 3, "args": Namespace(lr=0.1)}
-    torch.save(content, tmp_path / "x.pth")
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     file = read_weights(tmp_path / "x.pth")
     assert file.key == "model" and file.state["a"].dtype == np.float32
     torch.save({"model": tensors, "model_ema": {"a": torch.zeros(2)}}, tmp_path / "x.pth")
