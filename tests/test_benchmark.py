@@ -239,20 +239,13 @@ def test_what_does_not_exist_is_refused_in_one_line(config, arguments, word):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("mode", ["train", "step"])
-def test_a_model_without_classes_cannot_be_trained(config, mode):
-    config = config.clone()
-    config.defrost()
-    config.MODEL.NUM_CLASSES = 0
-    with pytest.raises(UserError, match=f"-mode {mode} needs classes"):
-        Job(config, mode)
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["-threads", "0"], "-threads is 0"),
         (["-mode", "train", "-compare", "openvino"], "-compare openvino is for -mode infer"),
+        (["-mode", "step", "-opts", "MODEL.NUM_CLASSES", "0"], "-mode step needs classes"),
+        (["-mode", "train", "-opts", "MODEL.NUM_CLASSES", "0"], "-mode train needs classes"),
         (["-batch_size", str(10**14)], "-batch_size 100000000000000 does not fit"),
     ],
 )

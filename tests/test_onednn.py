@@ -287,19 +287,14 @@ def test_results_are_written_where_they_are_wanted():
     close(y.numpy(), np.concatenate(expected))
 
 
-def test_an_image_that_wants_a_gradient_gets_the_convolution_s():
-    model, images = ResMLP(32, 8, 3, 5, 16, 2), paddle.randn([2, 3, 32, 32])
-    images.stop_gradient = False
-    tokens = model.patch_embed(images)
-    tokens.sum().backward()
-    weight = model.patch_embed.patch_embed.weight.numpy().sum(0)  # [3, 8, 8]
-    close(images.grad.numpy()[0, :, :8, :8], weight)
-
-
-def test_a_float32_image_is_cut_into_the_patches_of_the_convolution():
+def test_patches_are_the_convolution_s_and_an_image_that_wants_a_gradient_gets_it():
     layer, images = ResMLP(32, 8, 3, 5, 16, 2).patch_embed, paddle.randn([2, 3, 32, 32])
     expected = layer.patch_embed(images).flatten(2).transpose([0, 2, 1]).numpy()
     close(layer(images).numpy(), expected, 1e-5)
+    images.stop_gradient = False
+    layer(images).sum().backward()
+    weight = layer.patch_embed.weight.numpy().sum(0)  # [3, 8, 8]
+    close(images.grad.numpy()[0, :, :8, :8], weight)
 
 
 @needs_onednn

@@ -338,10 +338,10 @@ def classify(
     paths: Sequence[str],
     top_k: int = 5,
     batch_size: int = 8,
-    on_bad: Callable[[str], None] | None = None,
+    on_bad: Callable[[str], None] = print,
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
     """Yields for every image its path and `top_k` of ``(label, probability)``, the likeliest first.
-    `on_bad` takes a line for each that cannot be read; without it that is a ModelError.
+    `on_bad` takes a line for each that cannot be read.
     """
     for start in range(0, len(paths), batch_size):
         batch, images = [], []
@@ -353,10 +353,7 @@ def classify(
                     images.append(preprocess(image, model.metadata))
             except Exception as error:  # decoders raise whatever a broken file leads them to
                 reason = getattr(error, "strerror", None) or error
-                problem = f"{path}: cannot be read: {reason}"
-                if on_bad is None:
-                    raise ModelError(problem) from None
-                on_bad(problem)
+                on_bad(f"{path}: cannot be read: {reason}")
             else:
                 batch.append(path)
         for path, row in zip(batch, model(np.stack(images)) if images else ()):
