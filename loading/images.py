@@ -77,6 +77,19 @@ def regular_size(path: str) -> int:
     return info.st_size
 
 
+def open_image(path: str) -> Image.Image:
+    """Opens an image file, to be used in ``with``; BadImage as `read_pixels`."""
+    try:
+        return _open(path, _read(path))
+    except Exception as error:
+        raise _bad_image(path, error) from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image in RGB, turned as its EXIF orientation says; with none, as it is."""
+    return to_image(_turned(image, from_image(_to_rgb(image.filename, image))))
+
+
 def read_pixels(path: str, exif_orientation: bool = False) -> np.ndarray:
     """Decodes an image file, of any mode, to RGB: ``uint32 [H, W]`` (`cpu.resample`).
 
@@ -106,12 +119,16 @@ def _decode(path: str, exif_orientation: bool = False, with_info: bool = False) 
         with _open(path, data) as image:
             if pixels is None:
                 pixels = from_image(_to_rgb(path, image))
-            if exif_orientation:  # asked for last: Pillow turns a TIFF by itself
-                with suppress(Exception):  # no such entry, or any error from broken EXIF data
-                    pixels = np.ascontiguousarray(_TURNS[image.getexif()[_ORIENTATION]](pixels))
-            return pixels, image.info
+            return _turned(image, pixels) if exif_orientation else pixels, image.info
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise _bad_image(path, error) from None
+
+
+def _turned(image: Image.Image, pixels: np.ndarray) -> np.ndarray:
+    with suppress(Exception):  # no such entry, or any error from broken EXIF data
+        # asked for after decoding: Pillow turns a TIFF by itself
+        return np.ascontiguousarray(_TURNS[image.getexif()[_ORIENTATION]](pixels))
+    return pixels
 
 
 def _read(path: str) -> bytes:

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from cpu.resample import from_image, to_image
 from datasets import build_dataset, build_loader
-from loading.images import read_pixels
+from loading.images import open_image, read_pixels, upright
 from tools import infer_exported
 from tools.export import export
 from tools.predict import predict
@@ -59,6 +59,8 @@ def test_an_image_is_turned_as_pillow_turns_it(tmp_path, ending, mode, orientati
     if ending == "png":
         assert expected.shape == ((16, 24, 3) if orientation < 5 else (24, 16, 3))
     np.testing.assert_array_equal(turned(path), expected)
+    with open_image(path) as image:
+        np.testing.assert_array_equal(upright(image), expected)
     np.testing.assert_array_equal(infer_exported.upright(Image.open(path)), expected)
 
 
