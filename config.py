@@ -295,7 +295,16 @@ def get_config(cfg_file: str | None = None, opts: Sequence[str] = ()) -> CN:
 
     ConfigError if a file cannot be read, a key is unknown, a value has the wrong type or range.
     """
-    return _resolve(cfg_file, _pairs(opts))[0]
+    return _resolve(cfg_file, _pairs(opts), _C.clone())[0]
+
+
+def update_config(config: CN, args: argparse.Namespace) -> CN:
+    """Merges a main's arguments into ``config``: their file, the flags, then ``-opts``.
+
+    ConfigError as `get_config`; it names the flag.
+    """
+    config.defrost()
+    return _resolve(getattr(args, "cfg", None), _settings(args), config)[0]
 
 
 def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
@@ -304,12 +313,7 @@ def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
     Prints one line on unset keys that PPViT has other defaults for, unless ``quiet``. Our own YAML
     files, and those that build on one of them, hold the recipe that they mean.
     """
-    settings = []
-    for flags in _FLAGS.values():
-        for flag, (_, *keys) in flags.items():
-            if value := getattr(args, flag):
-                settings += [(key, value, f"-{flag}") for key in keys]
-    config, given, files = _resolve(args.cfg, settings + _pairs(args.opts))
+    config, given, files = _resolve(args.cfg, _settings(args), _C.clone())
     ours = any(os.path.dirname(path) == _OURS for path in files)
     if files and not (ours or config.EVAL or quiet):
         values = {key: reduce(dict.get, key.split("."), config) for key in PPVIT.keys() - given}
@@ -321,15 +325,25 @@ def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
     return config
 
 
+def _settings(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Dotted key, text, and where it comes from, of a main's arguments."""
+    settings = []
+    for flags in _FLAGS.values():
+        for flag, (_, *keys) in flags.items():
+            if value := getattr(args, flag, None):
+                settings += [(key, value, f"-{flag}") for key in keys]
+    return settings + _pairs(getattr(args, "opts", None) or ())
+
+
 def _pairs(opts: Sequence[str]) -> list[tuple[str, str, str]]:
     if len(opts) % 2:
         raise ConfigError(f"-opts takes KEY VALUE pairs, found an odd count: {' '.join(opts)}")
     return [(key, value, "-opts") for key, value in zip(opts[::2], opts[1::2])]
 
 
-def _resolve(cfg_file: str | None, settings: list) -> tuple[CN, set[str], list[str]]:
-    """A config of a file and settings ``(dotted key, text, where)``; keys set; files merged."""
-    config, files = _C.clone(), []
+def _resolve(cfg_file: str | None, settings: list, config: CN) -> tuple[CN, set[str], list[str]]:
+    """Merges a file, then settings ``(dotted key, text, where)``; also the keys set, the files."""
+    files: list[str] = []
     entries = list(_read_entries(cfg_file, files)) if cfg_file else []
     entries += [(key, _parse(text, key, where), where) for key, text, where in settings]
     for key, value, where in entries:
@@ -509,7 +523,7 @@ def _suggest(name: str, known: list[str]) -> str:
 def _parse(text, key: str, where: str):
     """Reads a value of the command line: a text as it stands, anything else as YAML."""
     declared = KEYS.get(_OLD_NAMES.get(key, key))
-    if text is True or (declared and declared.rule.takes_text):  # True: a flag
+    if not isinstance(text, str) or (declared and declared.rule.takes_text):
         return text
     try:
         return yaml.safe_load(text)

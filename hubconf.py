@@ -7,9 +7,11 @@ paddle.hub.load(".", "resmlp_24_224", source="local", pretrained="resmlp_24_224"
 
 from __future__ import annotations
 
+import argparse as _argparse
 from pathlib import Path as _Path
 
 from config import get_config as _get_config
+from config import update_config as _update_config
 from port_weights.zoo import ZOO as _ZOO
 from resmlp import build_resmlp as _build_resmlp
 from resmlp import load_pretrained as _load_pretrained
@@ -28,8 +30,9 @@ def _entry_point(name: str):
     path = str(_Path(__file__).resolve().parent / "configs" / f"{name}.yaml")
 
     def build(pretrained=None, new_head=False, opts=()):
-        weights = ["MODEL.PRETRAINED", pretrained] if pretrained else []
-        config = _get_config(path, [str(opt) for opt in [*weights, *opts]])
+        config = _get_config(path)
+        opts = [str(opt) for opt in opts]
+        _update_config(config, _argparse.Namespace(pretrained=pretrained, opts=opts))
         model = _build_resmlp(config)
         if pretrained:
             _load_pretrained(model, config, new_head)

@@ -1,3 +1,4 @@
+import argparse
 import shlex
 import subprocess
 import sys
@@ -7,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from cli.errors import ConfigError
-from config import KEYS, PPVIT, describe_keys, get_arguments, get_config, resolve_config
+from config import (
+    KEYS,
+    PPVIT,
+    describe_keys,
+    get_arguments,
+    get_config,
+    resolve_config,
+    update_config,
+)
 from optimizer import learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +36,19 @@ def write(tmp_path):
 
 def from_flags(flags):
     return resolve_config(get_arguments(shlex.split(flags)))
+
+
+def test_a_config_is_updated_by_arguments_of_ones_own_as_in_ppvit(write):
+    config = get_config(write("{SEED: 3, DATA: {BATCH_SIZE: 4}}"))
+    config.TRAIN.NUM_EPOCHS = 50
+    cfg = write("TRAIN: {BASE_LR: 0.25}", "more.yaml")
+    args = argparse.Namespace(cfg=cfg, batch_size=16, data_path="here", amp=True, eval=False)
+    assert update_config(config, args) is config
+    assert (config.SEED, config.TRAIN.NUM_EPOCHS, config.TRAIN.BASE_LR) == (3, 50, 0.25)
+    assert (config.DATA.BATCH_SIZE, config.DATA.BATCH_SIZE_EVAL) == (16, 16)
+    assert (config.DATA.DATA_PATH, config.AMP, config.EVAL) == ("here", True, False)
+    with pytest.raises(ConfigError, match="-batch_size: DATA.BATCH_SIZE"):
+        update_config(config, argparse.Namespace(batch_size="many"))
 
 
 def values(config, keys):
