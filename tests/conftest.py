@@ -31,3 +31,11 @@ def fresh_process():
 def data(tmp_path_factory):
     """Tiny data of three classes, to read only."""
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """The weights of a tiny run, beside its config and class names, to read only."""
+    from .helpers.tiny_run import make_run  # with Paddle, which not all tests need
+
+    return make_run(tmp_path_factory.mktemp("run"))

@@ -20,14 +20,9 @@ from cpu import onednn
 from tools.common import IMAGENET_CLASSES, load_model, run_config
 from tools.predict import draw_grid, find_class_names, find_images, predict, print_result
 
-from .helpers.tiny_run import NAMES, crop_by_hand, logits_by_hand, make_images, make_run, run_tool
+from .helpers.tiny_run import NAMES, crop_by_hand, logits_by_hand, make_images, run_tool
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.229, 0.224, 0.225)  # tiny_run's, and the default
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,7 @@ from tools.visualize import (
     visualize,
 )
 
-from .helpers.tiny_run import make_images, make_run, run_tool
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
+from .helpers.tiny_run import make_images, run_tool
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -49,66 +50,31 @@ def state():
 
 # ------------------------------------------------------------------------------ what is read
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_a_state_dict_of_paddle_save_is_read_exactly(tmp_path, protocol):
-    model = tiny()
-    paddle.save(model.state_dict(), str(tmp_path / "x.pdparams"), protocol=protocol)
-    file = read_weights(tmp_path / "x.pdparams")
-    assert_same(file.state, arrays(model))
+def test_we_and_paddle_read_what_the_other_writes(tmp_path, state, protocol):
+    path = tmp_path / "x.pdparams"
+    paddle.save({name: paddle.to_tensor(v) for name, v in state.items()}, str(path), protocol)
+    file = read_weights(path)
+    assert_same(file.state, state)
     assert file.key == ""
-
-
-def ppvit_checkpoint(path):
-    """A training checkpoint as PPViT's mains write it; returns the model and its average."""
-    model, ema = tiny(), tiny()
-    optimizer = paddle.optimizer.AdamW(
-        parameters=model.parameters(),
-        learning_rate=paddle.optimizer.lr.CosineAnnealingDecay(0.1, 10),
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
-    )
-    model(paddle.ones([1, 3, 16, 16])).sum().backward()
-    optimizer.step()
-    content = {
-        "model": model.state_dict(),
-        "model_ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epoch": 7,
-    }
-    paddle.save(content, str(path))
-    return arrays(model), arrays(ema)
+    write_weights(state, path)
+    loaded = paddle.load(str(path))
+    assert all(isinstance(value, paddle.Tensor) for value in loaded.values())
+    assert_same({name: value.numpy() for name, value in loaded.items()}, state)
 
 
 def test_the_key_chooses_the_model_or_its_average_in_a_checkpoint(tmp_path):
-    path = tmp_path / "last.pdparams"
-    states = ppvit_checkpoint(path)
+    path, models = tmp_path / "last.pdparams", (tiny(), tiny())
+    model, average = (model.state_dict() for model in models)
+    paddle.save({"model": model, "model_ema": average, "epoch": 7}, str(path))
     for key, taken in (("auto", 1), ("model_ema", 1), ("model", 0)):
         file = read_weights(path, key)
-        assert_same(file.state, states[taken])
+        assert_same(file.state, arrays(models[taken]))
         assert file.key == ("model", "model_ema")[taken]
         assert str(file) == f"{file.key} of {path}"
-    content = safe_load(path)  # the whole of it
-    assert content["epoch"] == 7
-    assert content["optimizer"]["LR_Scheduler"]["last_epoch"] == 0
-    assert all(isinstance(value, np.ndarray) for value in content["model"].values())
-
-    paddle.save({"model": tiny().state_dict(), "model_ema": None}, str(path))
+    paddle.save({"model": model, "model_ema": None}, str(path))
     assert read_weights(path).key == "model"
     with pytest.raises(WeightsError, match="has no model_ema; it holds model, model_ema"):
         read_weights(path, "model_ema")
-
-
-def test_safe_load_keeps_tuples_that_are_not_tensors(tmp_path):
-    words = np.arange(3, dtype=np.uint32)
-    content = {
-        "numpy": ("MT19937", words, 624),
-        "pair": ("name", words),
-        "tensor": paddle.ones([2]),
-    }
-    paddle.save(content, str(tmp_path / "x.pdparams"))
-    found = safe_load(tmp_path / "x.pdparams")
-    assert found["numpy"][0] == "MT19937"
-    assert found["pair"][0] == "name"
-    np.testing.assert_array_equal(found["pair"][1], words)
-    np.testing.assert_array_equal(found["tensor"], [1, 1])
 
 
 def test_files_of_numpy_1_and_of_numpy_2_are_read(tmp_path, state):
@@ -127,15 +93,16 @@ def test_plain_data_survives_every_protocol(tmp_path, protocol):
         3: {"fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3))},
         "big-endian": [np.arange(3, dtype=">i4"), np.arange(3, dtype=">i4")],
         "empty": np.zeros((0, 2), np.float32),
+        "pair": ("name", np.arange(3)),  # nearly a tensor of Paddle's
     }
     (tmp_path / "x.pdparams").write_bytes(pickle.dumps(content, protocol=protocol))
     found = safe_load(tmp_path / "x.pdparams")
-    assert found["list"] == content["list"]
-    assert found["tuples"] == content["tuples"]
-    assert found["scalar"] == 1.5
+    for key in ("list", "tuples", "scalar"):
+        assert found[key] == content[key]
     np.testing.assert_array_equal(found[3]["fortran"], content[3]["fortran"])
     np.testing.assert_array_equal(found["big-endian"], content["big-endian"])
     assert found["empty"].shape == (0, 2)
+    assert found["pair"][0] == "name" and found["pair"][1].tolist() == [0, 1, 2]
 
 
 def test_safetensors_is_read_by_name_or_by_content(tmp_path, state):
@@ -148,14 +115,15 @@ def test_safetensors_is_read_by_name_or_by_content(tmp_path, state):
     assert read_weights(tmp_path / "x").state["a"].size == 0
 
 
-def test_half_precision_becomes_float32(tmp_path):
+def test_half_precision_and_scalars_become_arrays_of_float32(tmp_path):
     values = np.array([1.0, -0.15625, 3.0e-5], np.float32)
     for dtype, limit in (("bfloat16", 2**-8), ("float16", 2**-10)):
-        tensor = paddle.to_tensor(values).astype(dtype)
-        paddle.save({"a": tensor}, str(tmp_path / "x.pdparams"))
-        found = read_weights(tmp_path / "x.pdparams").state["a"]
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, values, rtol=limit)
+        content = {"a": paddle.to_tensor(values).astype(dtype), "b": np.float64(1.5)}
+        paddle.save(content, str(tmp_path / "x.pdparams"))
+        found = read_weights(tmp_path / "x.pdparams").state
+        assert found["a"].dtype == found["b"].dtype == np.float32
+        np.testing.assert_allclose(found["a"], values, rtol=limit)
+        assert found["b"].shape == () and found["b"] == 1.5
     header = b'{"a":{"dtype":"BF16","shape":[3],"data_offsets":[0,6]}}'
     upper = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
     (tmp_path / "y.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + upper)
@@ -164,23 +132,11 @@ def test_half_precision_becomes_float32(tmp_path):
 
 
 # --------------------------------------------------------------------------- what is written
-def test_paddle_load_reads_what_write_weights_writes(tmp_path, state):
-    write_weights(state, tmp_path / "x.pdparams")
-    loaded = paddle.load(str(tmp_path / "x.pdparams"))
-    assert all(isinstance(value, paddle.Tensor) for value in loaded.values())
-    model = tiny()
-    model.set_state_dict(loaded)
-    assert_same(arrays(model), state)
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, state, monkeypatch):
     write_weights(state, tmp_path / "x.pdparams")
     before = (tmp_path / "x.pdparams").read_bytes()
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="cannot be written: No space left"):
         write_weights({"other": np.ones(3, np.float32)}, tmp_path / "x.pdparams")
     assert (tmp_path / "x.pdparams").read_bytes() == before
@@ -224,7 +180,6 @@ def hostile_files(state, marker):
         return dump({**state, name: array, **more})
 
     yield "empty file", b"", "empty"
-    yield "one byte", b"\x80", "truncated"
     yield "text", b"hello, I am no weight file\n", "truncated, damaged, or not"
     yield "an image", b"\x89PNG\r\n\x1a\n" + bytes(64), "truncated, damaged, or not"
     yield "a git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"
@@ -309,11 +264,7 @@ def hostile_files(state, marker):
     none = {"weight": np.zeros((0, 0), np.float32), "bias": np.zeros(0, np.float32)}
     none = {f"mixer_layers.0.linear_tokens.{part}": value for part, value in none.items()}
     yield "no tokens", replaced(value, **none), r"linear_tokens.weight \[0, 0\], needed \[4, 4\]"
-    yield (
-        "no dimensions",
-        replaced(value, **{"head.weight": np.ones(())}),
-        "head.weight",
-    )
+    yield "no dimensions", replaced(value, **{"head.weight": np.ones(())}), "head.weight"
     timm = {key.replace("mixer_layers", "blocks"): array for key, array in state.items()}
     timm["stem.proj.weight"] = timm.pop("patch_embed.patch_embed.weight")
     escape = replaced(value, **{"two\nlines\x1b[31m" + "x" * 10**5: np.ones(2, np.float32)})
@@ -368,12 +319,6 @@ def test_an_array_with_many_names_is_converted_once():
         check_state({"a": array, "b": array, "c": array[1:]}, "x")
 
 
-def test_a_scalar_is_an_array_without_dimensions(tmp_path):
-    (tmp_path / "x.pdparams").write_bytes(pickle.dumps({"a": np.float64(1.5)}))
-    found = read_weights(tmp_path / "x").state["a"]
-    assert found.shape == () and found.dtype == np.float32 and found == 1.5
-
-
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -415,14 +360,14 @@ SIZES = "from 16 x 16 pixels (4 tokens) to 32 x 32 (16 tokens)"
     ],
 )
 def test_weights_of_another_head_or_resolution_are_adapted_on_request(state, changes, note):
-    model = tiny(**changes)
+    model, given = tiny(**changes), {name: value.copy() for name, value in state.items()}
     own = arrays(model)
     new_head = model.num_classes == 7  # the others need no leave
-    assert load_state(model, state, new_head, resize_tokens=True) == [note]
+    assert load_state(model, given, new_head, resize_tokens=True) == [note]
+    assert_same(given, state)  # what is given stays as it is
     if "num_classes" in changes:
         state |= {name: value for name, value in own.items() if name.startswith("head.")}
-        state = {name: state[name] for name in own}
-        assert_same(arrays(model), state)
+        assert_same(arrays(model), {name: state[name] for name in own})
     assert model(paddle.ones([1, 3, *[model.image_size] * 2])).shape[0] == 1
 
 
@@ -442,18 +387,6 @@ def test_a_head_is_new_only_where_it_must_be(state):
             load_state(tiny(**changes), weights)
 
 
-def test_adapting_does_not_touch_the_state_dict_that_is_given(state):
-    before = {name: value.copy() for name, value in state.items()}
-    load_state(tiny(image_size=24, num_classes=9), state, new_head=True, resize_tokens=True)
-    assert_same(state, before)
-
-
-def random_layer(grid):
-    rng = np.random.default_rng(0)
-    weight = rng.normal(size=(grid**2, grid**2)).astype(np.float32)
-    return weight, rng.normal(size=grid**2).astype(np.float32)
-
-
 def pillow_resize(images, size):
     """Bicubic resizing by Pillow of ``[..., H, W]`` float images."""
     flat = images.reshape(-1, *images.shape[-2:]).astype(np.float32)
@@ -461,15 +394,11 @@ def pillow_resize(images, size):
     return np.stack([np.asarray(image) for image in out]).reshape(*images.shape[:-2], size, size)
 
 
-def test_resampling_to_the_same_grid_changes_nothing():
-    layer = random_layer(14)
-    for found, expected in zip(resample_tokens(*layer, 14), layer):
-        np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("old, new", [(7, 14), (14, 7), (8, 11)])
+@pytest.mark.parametrize("old, new", [(7, 14), (14, 7), (8, 11), (14, 14)])
 def test_the_new_layer_mixes_as_the_old_one_between_two_resizings_by_pillow(old, new):
-    weight, bias = random_layer(old)
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(old**2, old**2)).astype(np.float32)
+    bias = rng.normal(size=old**2).astype(np.float32)
     new_weight, new_bias = resample_tokens(weight, bias, new)
     expected = pillow_resize(bias.reshape(old, old), new)
     np.testing.assert_allclose(new_bias.reshape(new, new), expected, atol=2e-6)
@@ -506,14 +435,13 @@ def test_averaged_weights_come_first_and_no_parameter_is_there_twice(tmp_path, s
         read_weights(path)
 
 
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
-def test_files_obey_the_umask(tmp_path, state, umask, mode):
-    before = os.umask(umask)
+def test_files_obey_the_umask(tmp_path, state):
+    before = os.umask(0o007)
     try:
         write_weights(state, tmp_path / "x.pdparams")
     finally:
         os.umask(before)
-    assert (tmp_path / "x.pdparams").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "x.pdparams").stat().st_mode & 0o777 == 0o660
 
 
 _KILLED = """
