@@ -10,12 +10,10 @@ import numpy as np
 import paddle
 import pytest
 
-import engine
 from cli.errors import CheckpointError, ConfigError, TrainingError, UserError
 from config import get_config
 from engine import Trainer, run
 from optimizer import Schedule
-from parallel.process import Process
 from storage import checkpoints
 from storage.weights import read_weights
 from tools.predict import predict
@@ -77,12 +75,6 @@ def test_training_learns_and_leaves_what_a_run_leaves(trained):
     loaded = paddle.load(str(folder / "last.pdparams"))["model"]
     file = read_weights(folder / "last.pdparams", "model")
     assert all((np.asarray(loaded[name]) == file.state[name]).all() for name in file.state)
-
-
-@pytest.mark.parametrize("accumulate, batch", [(2, 4), (4, 2)])
-def test_accumulated_batches_are_one_large_batch(train, accumulate, batch):
-    opts = ["TRAIN.ACCUM_ITER", accumulate, "DATA.BATCH_SIZE", batch]
-    assert distance(weights_of(train(name="a")), weights_of(train(*opts, name="b"))) < 1e-5
 
 
 def test_a_last_window_and_a_last_batch_that_are_smaller_weigh_each_image_the_same(train, tmp_path):
@@ -163,6 +155,7 @@ RESUME = "MODEL.RESUME auto"
         (f"{RESUME} MODEL.MIXER.DEPTH 3", CheckpointError, "auto: another model: .*_layers.2"),
         (f"{RESUME} TRAIN.OPTIMIZER.NAME sgd", CheckpointError, "TRAIN.OPTIMIZER.NAME"),
         (f"{RESUME} TRAIN.FREEZE 1", CheckpointError, "another TRAIN.FREEZE"),
+        ("TRAIN.FREEZE 3", ConfigError, "TRAIN.FREEZE is 3, but MODEL.MIXER.DEPTH is 2"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(
@@ -191,20 +184,6 @@ def test_another_head_is_new_in_training_and_refused_in_evaluation(train, tmp_pa
     assert "head initialised for 5 classes" in log_of(train(*opts, data=other))
 
 
-def test_the_output_folder_is_chosen_by_rank_0_alone(train, monkeypatch):
-    class Told(Exception):
-        pass
-
-    def from_main(value, process):
-        raise Told(value)
-
-    monkeypatch.setattr(engine, "prepare_process", lambda: Process(rank=1, world=2))
-    monkeypatch.setattr(engine, "choose_folder", lambda config: pytest.fail("rank 1 chose one"))
-    monkeypatch.setattr(engine, "from_main", from_main)
-    with pytest.raises(Told, match="^None$"):
-        train()
-
-
 def poison(monkeypatch, at):
     """Makes the losses of the optimizer steps ``at`` not a number."""
     forward, steps = Learner.forward, []
@@ -227,13 +206,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     assert all(np.isfinite(value).all() for value in weights_of(tmp_path / "run").values())
 
 
-def full_disk(path, text, **_):
-    if "nonfinite" in path.name:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    path.write_bytes(text.encode())
-
-
 def test_a_full_disk_hides_no_step_that_is_not_finite(train, monkeypatch):
+    def full_disk(path, text, **_):
+        if "nonfinite" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.write_bytes(text.encode())
+
     poison(monkeypatch, at={0})
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(TrainingError, match=r"step 0: the loss .*; nothing was saved yet\."):

@@ -7,12 +7,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from cpu.resample import from_image, to_image
-from datasets import build_dataset, build_loader
+from datasets import build_loader
 from loading.images import open_image, read_pixels, upright
 from tools import infer_exported
 from tools.export import export
 from tools.predict import predict
-from training.eval_report import Calibration
 from transforms import build_eval_transform, build_train_transform
 
 from .helpers.tiny_data import make_config
@@ -147,18 +146,3 @@ def test_predictions_and_the_exported_model_turn_images_as_the_run_does(tmp_path
     assert (
         infer_exported.load(tmp_path / "False" / program.name).metadata["exif_orientation"] is False
     )
-
-
-def test_the_picture_of_mistakes_shows_what_the_model_saw(tmp_path, data):
-    for path in data.glob("*/*/*.png"):
-        copy = tmp_path / "turned" / path.relative_to(data)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(expected_of(path)).save(copy)
-    calibration = Calibration()
-    calibration.mistakes = np.array([[0.9, index, 0, 1] for index in range(2)])
-
-    def draw(root, wanted):
-        files = build_dataset(config_for(tmp_path, root, wanted), "val").files
-        return calibration.draw_mistakes(files, ["a", "b"])
-
-    assert draw(data, True) == draw(tmp_path / "turned", False) != draw(data, False)

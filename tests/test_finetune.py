@@ -9,14 +9,10 @@ import paddle
 import pytest
 
 import engine
-from cli.errors import ConfigError
-from config import get_config
 from datasets import build_loader
 from engine import Metrics, Trainer, run
 from loading.classes import data_classes
-from model_ema import ModelEma
-from optimizer import build_optimizer, optimizer_state
-from resmlp import ResMLP, build_resmlp
+from resmlp import ResMLP
 from storage import checkpoints
 from storage.weights import read_weights, write_weights
 from tools.export import export
@@ -102,31 +98,6 @@ def test_frozen_layers_drop_nothing_and_end_the_backward_pass():
     assert wanted == [False, False, True]
 
 
-@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
-@pytest.mark.parametrize("part", PARTS)
-def test_the_optimizer_holds_and_moves_what_is_not_frozen(part, name):
-    model, config = tiny(part), get_config()
-    config.TRAIN.OPTIMIZER.NAME, config.TRAIN.LAYER_DECAY = name, 0.5
-    config.TRAIN.BASE_LR = 1.0
-    before = {key: value.numpy() for key, value in model.state_dict().items()}
-    optimizer = build_optimizer(config, model)
-    gradients(model, paddle.randn([4, 3, 16, 16]))
-    optimizer.step()
-    moved = {k for k, v in model.state_dict().items() if (v.numpy() != before[k]).any()}
-    trained = before.keys() - frozen_names(model, part)
-    assert moved == optimizer_state(optimizer, model).keys() == trained
-
-
-def test_the_average_of_frozen_weights_is_not_computed():
-    model = tiny("backbone")
-    ema = ModelEma(model, 0.5)
-    for parameter in (model.head.bias, model.norm.beta):
-        parameter.set_value(paddle.ones_like(parameter))
-    ema.update(0)
-    assert np.allclose(ema.model.head.bias.numpy(), 0.5)
-    assert (ema.model.norm.beta.numpy() == 0).all()
-
-
 def test_a_run_leaves_frozen_weights_as_they_are_and_its_weights_can_be_exported(
     tmp_path, data, pretrained
 ):
@@ -142,14 +113,6 @@ def test_a_run_leaves_frozen_weights_as_they_are_and_its_weights_can_be_exported
     assert "; 14 frozen (0.01 M)" in (folder / "log.txt").read_text()
     exported = export(folder / "last", images=[data / "val"])
     assert exported["largest_difference"]["paddle"] < 1e-5
-
-
-def test_only_blocks_that_there_are_can_be_frozen():
-    depth = ["MODEL.MIXER.DEPTH", "3", "TRAIN.FREEZE"]
-    with pytest.raises(ConfigError, match="TRAIN.FREEZE is 4, but MODEL.MIXER.DEPTH is 3"):
-        get_config(None, [*depth, "4"])
-    config = get_config(None, [*depth, "backbone"])
-    assert all(p.stop_gradient for p in build_resmlp(config).norm.parameters())
 
 
 # ---------------------------------------------------------- early stopping, the best weights

@@ -43,22 +43,6 @@ def host_state(optimizer, model):
     return {k: {s: np.asarray(v) for s, v in slots.items()} for k, slots in state.items()}
 
 
-def test_warmup_replaces_the_start_of_the_cosine_as_in_timm():
-    config = config_for(BASE_LR=1.0, LINEAR_SCALED_LR=None, NUM_EPOCHS=10, WARMUP_EPOCHS=2.0)
-    config.TRAIN.WARMUP_START_LR, config.TRAIN.END_LR = 0.1, 0.2
-    assert learning_rate(config, 0, 1) == 0.1
-    assert np.isclose(learning_rate(config, 1, 1), 0.55)
-    assert np.isclose(learning_rate(config, 2, 1), 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * 0.2)))
-    assert np.isclose(learning_rate(config, 5, 1), 0.6)
-    assert learning_rate(config, 10, 1) == learning_rate(config, 12.5, 1) == 0.2
-
-
-def test_scaling_by_batch_moves_the_base_rate_only():
-    config = config_for(BASE_LR=1.0, LINEAR_SCALED_LR=512, WARMUP_EPOCHS=5.0)
-    assert learning_rate(config, 0, 2048) == config.TRAIN.WARMUP_START_LR
-    assert np.isclose(learning_rate(config, 5, 2048) / learning_rate(config, 5, 512), 4, rtol=1e-4)
-
-
 def test_step_and_constant_schedules():
     config = config_for(BASE_LR=1.0, LINEAR_SCALED_LR=None, WARMUP_EPOCHS=0.0)
     config.TRAIN.LR_SCHEDULER.NAME = "constant"
@@ -147,39 +131,19 @@ def test_fifty_steps_agree_with_a_reference_in_float64(name):
         assert np.abs(parameter.numpy() - expected[key]).max() < 2e-6, key
 
 
-def test_layer_decay_falls_from_the_head_to_the_patches():
-    model = tiny(depth=12)
-    build_optimizer(config_for(LAYER_DECAY=0.5), model)
-    factors = {k: p.optimize_attr["learning_rate"] for k, p in model.named_parameters()}
-    assert factors["head.weight"] == factors["norm.alpha"] == 1.0
-    assert factors["mixer_layers.11.ls1"] == 0.5
-    assert factors["mixer_layers.0.ls1"] == 0.5**12
-    assert factors["patch_embed.patch_embed.bias"] == 0.5**13
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_layer_decay_scales_the_steps(name):
+def test_layer_decay_scales_the_steps_from_the_head_to_the_patches(name):
     moves = []
     for decay in (None, 0.25):
         paddle.seed(1)
-        model = tiny(depth=1)
+        model = tiny()
         start = {k: p.numpy() for k, p in model.named_parameters()}
         optimizer = build_optimizer(config_for(name, LAYER_DECAY=decay, WEIGHT_DECAY=0.0), model)
         step(model, optimizer, paddle.ones([2, 3, 16, 16]) * 3)
         moves.append({k: np.abs(p.numpy() - start[k]).max() for k, p in model.named_parameters()})
-    assert np.isclose(moves[1]["head.bias"], moves[0]["head.bias"], rtol=1e-3)
-    ratio = moves[1]["patch_embed.patch_embed.bias"] / moves[0]["patch_embed.patch_embed.bias"]
-    assert np.isclose(ratio, 0.0625, rtol=0.02)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_an_optimizer_keeps_for_a_parameter_is_declared(name):
-    model = tiny()
-    optimizer = build_optimizer(config_for(name), model)
-    step(model, optimizer)
-    assert {frozenset(s) for s in optimizer_state(optimizer, model).values()} == {
-        OPTIMIZERS[name][1]
-    }
+    factors = {"head.bias": 1, "mixer_layers.1.ls1": 1 / 4, "mixer_layers.0.ls1": 1 / 16}
+    for name, factor in {**factors, "patch_embed.patch_embed.bias": 1 / 64}.items():
+        assert np.isclose(moves[1][name] / moves[0][name], factor, rtol=0.02), name
 
 
 def test_clipping_scales_all_gradients_together():

@@ -53,19 +53,13 @@ def test_resizing_and_crops_of_the_result_give_pillows_pixels(seed):
     rng = np.random.default_rng(seed)
     for _ in range(5):
         old, new = rng.integers(1, 600, 2), tuple(map(int, rng.integers(1, 300, 2)))
+        old = np.where(rng.random(2) < 0.1, (1, new[1]), old)  # also a line, and the same height
         left, top = rng.integers(-3, new)
         crop = tuple(map(int, (left, top, *rng.integers((left + 1, top + 1), np.add(new, 5)))))
         image = photo(*old)
         expected = image.resize(new, BICUBIC)
         assert run("resize", image, new, BICUBIC) == expected, (old, new)
         assert run("resize", image, new, BICUBIC, crop) == expected.crop(crop), (old, new, crop)
-
-
-def test_resizing_unusual_shapes_gives_pillows_pixels():
-    for old in ((1, 1), (1, 300), (300, 1), (224, 90), (90, 224), (224, 224)):
-        for new in ((224, 224), (1, 1), (3, 500)):
-            image = photo(*old)
-            assert run("resize", image, new, BICUBIC) == image.resize(new, BICUBIC), (old, new)
 
 
 @pytest.mark.parametrize("old, box", [((90, 60), (7, 5, 71, 58)), ((40, 130), (0, 1, 40, 2))])
@@ -139,23 +133,6 @@ def test_other_filters_are_pillows(switched):
     matrix, image = (0.8, 0.6, -3.3, -0.6, 0.8, 5.1), photo(40, 30)
     assert run("resize", image, (20, 20), BILINEAR) == image.resize((20, 20), BILINEAR)
     assert run("affine", image, matrix, BILINEAR, FILL) == mapped(image, matrix, BILINEAR)
-
-
-def test_the_memory_of_images_is_given_back():
-    resource = pytest.importorskip("resource")
-
-    def peak():  # KB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def use(times):
-        for _ in range(times):
-            pixels = from_image(Image.new("RGB", (1000, 1000)))  # 4 MB
-            operations().to_rgb(operations().resize(pixels, (20, 20), BICUBIC))
-
-    use(5)
-    before = peak()
-    use(100)
-    assert peak() - before < 100_000
 
 
 def round_otherwise(image, *args, original=Image.Image.resize):

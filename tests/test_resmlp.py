@@ -5,9 +5,8 @@ import paddle
 import pytest
 
 from cli.errors import ConfigError
-from config import get_config
 from port_weights.names import convert
-from resmlp import DropPath, ResMLP, build_resmlp, default_layer_scale, load_state
+from resmlp import DropPath, ResMLP, default_layer_scale, load_state
 
 GOLDEN = Path(__file__).parent / "golden" / "resmlp_timm.npz"  # made by make_golden.py
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -32,14 +31,6 @@ def test_zero_classes_returns_features():
     model = tiny(num_classes=0)
     assert model(paddle.randn([2, 3, 24, 24])).shape == [2, 12]
     assert "head.weight" not in model.state_dict()
-
-
-@pytest.mark.parametrize(
-    "name, count", [("12", 15_350_872), ("24", 30_020_680), ("36", 44_690_488)]
-)
-def test_parameter_counts_are_the_papers(name, count):
-    model = build_resmlp(get_config(str(CONFIGS / f"resmlp_{name}_224.yaml")))
-    assert sum(int(np.prod(p.shape)) for p in model.parameters()) == count
 
 
 def test_state_dict_names_and_shapes_are_ppvits():
@@ -99,12 +90,6 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples():
     assert abs(out.mean() - 1.0) < 0.04
     layer.eval()
     assert (layer(paddle.ones([10, 3, 2])).numpy() == 1).all()
-
-
-def test_every_parameter_gets_a_gradient():
-    model = tiny(drop_path=0.1, dropout=0.1)
-    model(paddle.randn([8, 3, 24, 24])).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_recomputation_changes_neither_loss_nor_gradients():

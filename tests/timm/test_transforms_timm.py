@@ -24,7 +24,6 @@ from torchvision.transforms import functional as F  # noqa: E402
 from augment import OPS, build_policy, op_argument  # noqa: E402
 from config import get_config  # noqa: E402
 from cpu.resample import from_image, to_image  # noqa: E402
-from loading.images import read_pixels  # noqa: E402
 from transforms import (  # noqa: E402
     ColorJitter,
     build_eval_transform,
@@ -78,16 +77,6 @@ def test_evaluation_pixels_equal_timms(crop_pct, interpolation):
         for size in SIZES:
             image = photo(*size)
             assert np.array_equal(ours(from_image(image)), hwc(theirs(image))), (image_size, size)
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA"])
-def test_evaluation_pixels_of_every_mode_equal_timms(mode, tmp_path):
-    """All but 16-bit grey, which Pillow and timm make white: see tests/test_files.py."""
-    image, path = photo(300, 260).convert(mode), tmp_path / "x.tif"
-    image.save(path)
-    theirs = create_transform(224, interpolation="bicubic", use_prefetcher=True)
-    ours = build_eval_transform(get_config())
-    assert np.array_equal(ours(read_pixels(str(path))), hwc(theirs(image.convert("RGB"))))
 
 
 @pytest.mark.parametrize("size", [*range(60, 76), 101, 223, 225])
@@ -172,8 +161,7 @@ def test_the_steps_of_colour_jitter_equal_torchvisions():
     image = photo(100, 80)
     theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
     for op, their in zip(ColorJitter.NAMES, theirs):
-        for factor in (0.0, 0.61, 1.0, 1.39):
-            assert np.array_equal(changed(op, image, factor), their(image, factor))
+        assert np.array_equal(changed(op, image, 0.61), their(image, 0.61))
 
 
 def assert_same_frequencies(ours, theirs):
@@ -291,9 +279,10 @@ def test_flips_happen_as_often_as_configured():
 
 
 @pytest.mark.slow
-def test_colour_jitter_draws_as_torchvision():
+@pytest.mark.parametrize("strength", [0.4, 3.0])  # of the latter no factor is below 0
+def test_colour_jitter_draws_as_torchvision(strength):
     torch.manual_seed(0)
-    theirs = TorchColorJitter(0.4, 0.4, 0.4)
+    theirs = TorchColorJitter(strength, strength, strength)
     orders, factors = [], [[], [], []]
     for _ in range(DRAWS // 5):
         order, *drawn, _hue = theirs.get_params(
@@ -303,7 +292,7 @@ def test_colour_jitter_draws_as_torchvision():
         for op, factor in enumerate(drawn):
             factors[op].append(factor)
     rng = np.random.default_rng(0)
-    draws = [ColorJitter(0.4).draw(rng) for _ in range(DRAWS // 5)]
+    draws = [ColorJitter(strength).draw(rng) for _ in range(DRAWS // 5)]
     assert_same_frequencies([tuple(op for op, _ in draw) for draw in draws], orders)
     for op in range(3):
         ours = [dict(draw)[op] for draw in draws]
