@@ -21,6 +21,7 @@ from training import report
 from training.evaluation import Metrics
 from training.learner import Learner
 
+from .helpers.runs import log_of, metrics
 from .helpers.tiny_data import make_config, make_data
 
 
@@ -39,15 +40,6 @@ def train(tmp_path, data):
         return run(make_config(tmp_path / name, data, *opts)).folder
 
     return train
-
-
-def metrics(folder, kind):
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == kind]
-
-
-def log_of(folder):
-    return (folder / "log.txt").read_text()
 
 
 def weights_of(folder, name="last", key="model"):

@@ -1,6 +1,5 @@
 """What fine-tuning can do beside the recipe: freezing, early stopping."""
 
-import json
 import re
 import shutil
 
@@ -18,6 +17,7 @@ from storage.weights import read_weights, write_weights
 from tools.export import export
 from training.saving import first_model
 
+from .helpers.runs import log_of, metrics
 from .helpers.tiny_data import make_config, make_data
 
 PARTS = [1, 3, "backbone"]  # of a model of three blocks
@@ -109,8 +109,8 @@ def test_a_run_leaves_frozen_weights_as_they_are_and_its_weights_can_be_exported
         same = {k for k, v in last[key].items() if (v == first["model"][k]).all()}
         assert same == frozen
     assert last["optimizer"].keys() == first["model"].keys() - frozen
-    assert "weight decay 0.2 on 4 tensors" in (folder / "log.txt").read_text()
-    assert "; 14 frozen (0.01 M)" in (folder / "log.txt").read_text()
+    log = log_of(folder)
+    assert "weight decay 0.2 on 4 tensors" in log and "; 14 frozen (0.01 M)" in log
     exported = export(folder / "last", images=[data / "val"])
     assert exported["largest_difference"]["paddle"] < 1e-5
 
@@ -125,8 +125,7 @@ def scripted(tmp_path, data, monkeypatch):
         found = (Metrics(loss, float(top1), 100.0, 9, 1.0) for loss, top1 in zip(losses, values))
         monkeypatch.setattr(Trainer, "evaluate", lambda *_: [next(found)])
         result = run(make_config(tmp_path, data, *opts))
-        records = map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
-        return result, [record["epoch"] for record in records if record["kind"] == "epoch"]
+        return result, [record["epoch"] for record in metrics(result.folder, "epoch")]
 
     return script
 
@@ -148,7 +147,7 @@ def test_training_ends_after_so_many_evaluations_without_a_better_one(scripted):
     assert scripted([20, 10], "TRAIN.NUM_EPOCHS", 2)[1] == [1, 2]
     result, epochs = scripted([15, 30, 20, 30, 10, 0, 0], *opts)  # a resumed run counts on
     assert (result.best_top1, epochs) == (30.0, [1, 2, 3, 4, 5, 6, 7])
-    log = (result.folder / "log.txt").read_text()
+    log = log_of(result.folder)
     assert "stopped early: 3 evaluations without a better one (TRAIN.EARLY_STOP)" in log
     assert scripted([0, 0], *opts)[1] == epochs  # there is nothing left to do
 
@@ -163,7 +162,7 @@ def test_the_best_weights_can_be_those_of_the_lowest_loss(scripted):
     place = best_place(result)
     assert (place["epoch"], place["best_epoch"], place["best_score"]) == (2, 2, -0.3)
     assert (result.best_top1, epochs) == (40.0, [1, 2, 3, 4])
-    log = (result.folder / "log.txt").read_text()
+    log = log_of(result.folder)
     assert "done: best top-1 40.00 %, after epoch 2, chosen by loss (0.3), in" in log
 
 
@@ -196,11 +195,11 @@ def test_a_run_on_unequal_classes_with_all_that_is_there_for_them(tmp_path, uneq
     opts = "TRAIN.BALANCED_SAMPLING True TRAIN.CLASS_WEIGHTS balanced TRAIN.MIXUP_ALPHA 0.8 "
     opts += "BEST_METRIC balanced_accuracy DATA.BATCH_SIZE 6 TRAIN.NUM_EPOCHS 4"
     result = run(make_config(tmp_path, unequal, *opts.split()))
-    log = (tmp_path / "run" / "log.txt").read_text()
+    log = log_of(result.folder)
     assert f"(balanced accuracy {result.balanced_accuracy:.2f} %)" in log
     assert "chosen by balanced_accuracy (" in log
-    record = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(record)["val_balanced_accuracy"] == result.balanced_accuracy
+    record = metrics(result.folder, "epoch")[-1]
+    assert record["val_balanced_accuracy"] == result.balanced_accuracy
 
 
 def test_the_loader_of_a_run_samples_classes_equally(tmp_path, unequal):

@@ -80,22 +80,6 @@ def test_minmax_bounds_that_are_equal_give_one_size():
     assert set(boxes[:, 1] - boxes[:, 0]) == {10} and set(boxes[:, 3] - boxes[:, 2]) == {15}
 
 
-def test_batch_mode_draws_one_plan_and_the_others_one_for_each_pair_or_image():
-    rng = np.random.default_rng(0)
-    assert len(Mixup(CLASSES, mode="batch").draw(rng, 8, 32, 32).strength) == 1
-    pair = Mixup(CLASSES, mode="pair").draw(rng, 8, 32, 32).own_share(32, 32)
-    np.testing.assert_array_equal(pair, pair[::-1])
-    assert len(set(pair)) == 4
-    assert len(set(Mixup(CLASSES, mode="elem").draw(rng, 8, 32, 32).own_share(32, 32))) == 8
-
-
-def test_what_is_not_mixed_comes_back_with_smoothed_labels():
-    images, labels = make_batch(4)
-    mixed, targets = call(Mixup(CLASSES, prob=1e-12, smoothing=0.1), images, labels, seed=0)
-    np.testing.assert_array_equal(mixed, images)
-    np.testing.assert_allclose(targets, one_hot(labels, 0.1), rtol=1e-6)
-
-
 def test_the_result_is_a_function_of_the_generator_and_the_arguments_are_kept():
     images, labels = make_batch(6)
     tensor, mixup = paddle.to_tensor(images), Mixup(CLASSES, mode="elem")

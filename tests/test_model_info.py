@@ -68,14 +68,9 @@ def test_the_zoos_table_has_a_row_for_every_weight():
     for row, weights in zip(rows, ZOO):
         assert row.count("|") == header.count("|")
         assert f"[{weights.name}]" in row and weights.url in row
-        assert (ROOT / "configs" / f"{weights.config}.yaml").is_file()
         assert not weights.paddle or weights.paddle.links in row
-    without = [weights.name for weights in ZOO if not weights.paddle]
-    assert without == ["resmlp_12_224", "resmlp_12_dino_224", "resmlp_24_dino_224"]
     assert "| 79.38 | 94.55 | 85.28 | 67.70 |" in rows[1]  # PPViT's, not timm's
-    assert "?pwd=jdcx)" in rows[1]
     assert "| 62.6 (k-NN) |  |  |  | 15.35" in rows[9]  # DINO's has no head
-    assert "| 15.35 | 3.01 |" in rows[0] and "| 129.14 | 100.23 |" in rows[3]
 
 
 def test_the_readme_shows_the_zoos_table_as_the_tool_prints_it():

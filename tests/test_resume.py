@@ -25,7 +25,7 @@ from storage import checkpoints
 from storage.run_folder import RunFolder
 from training import report
 
-from .helpers.runs import HALF, RECIPE, differences, metrics
+from .helpers.runs import HALF, RECIPE, differences, log_of, metrics
 from .helpers.tiny_data import make_config, make_data
 
 RESUME = ["MODEL.RESUME", "auto"]
@@ -140,7 +140,7 @@ def test_the_newest_whole_checkpoint_is_taken_when_the_last_is_damaged(tmp_path,
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     engine.run(config_for(tmp_path, data, *RESUME))
-    log = (tmp_path / "run" / "log.txt").read_text()
+    log = log_of(tmp_path / "run")
     assert "last.pdparams" in log and "damaged" in log and "resumed after epoch 1, step 3" in log
     assert differences(tmp_path / "run", whole) == []
 
@@ -184,7 +184,7 @@ def test_a_run_in_a_thread_trains(tmp_path, data):
 def test_what_changed_since_the_checkpoint_is_said(tmp_path, data):
     interrupt(config_for(tmp_path, data), Crash, crash_at_step(3))
     engine.run(config_for(tmp_path, data, *RESUME, "TRAIN.BASE_LR", 0.001, "DATA.BATCH_SIZE", 8))
-    log = (tmp_path / "run" / "log.txt").read_text()
+    log = log_of(tmp_path / "run")
     changes = re.findall("changed since the checkpoint: (.*)", log)
     assert changes == ["DATA.BATCH_SIZE 4 -> 8", "TRAIN.BASE_LR 0.003 -> 0.001"]
 
@@ -205,7 +205,7 @@ def test_any_batch_size_goes_on_at_the_next_image(tmp_path, data, monkeypatch, b
     config = config_for(tmp_path, data, *RESUME, "DATA.BATCH_SIZE", batch, "TRAIN.NUM_EPOCHS", 3)
     engine.run(config)
     assert [position for epoch, position in positions if epoch == 1] == list(range(8, 21))
-    ends = [(r["epoch"], r["step"]) for r in metrics(tmp_path / "run") if r["kind"] == "epoch"]
+    ends = [(r["epoch"], r["step"]) for r in metrics(tmp_path / "run", "epoch")]
     assert len(ends) == 3 and ends[1] == (2, 4 + steps_left)
     shown = [call.args[2] for call in dashboard.add_image.call_args_list]
     assert shown == [1, 4, 5 + steps_left]
@@ -240,7 +240,7 @@ def test_a_run_goes_on_in_another_folder(tmp_path, data, whole):
     opts = [*RESUME, "TRAIN.NUM_EPOCHS", 4]
     interrupt(config_for(tmp_path / "b", data, *opts), Crash, crash_at_step(8))
     engine.run(config_for(tmp_path / "b", data, *opts))
-    steps = [r["step"] for r in metrics(tmp_path / "b" / "run") if r["kind"] == "step"]
+    steps = [r["step"] for r in metrics(tmp_path / "b" / "run", "step")]
     assert steps == sorted(set(steps))
 
 
@@ -300,7 +300,7 @@ def test_the_order_of_a_checkpoints_classes_is_kept_and_its_file_of_names(short)
     checkpoints.save(state, folder / "last.pdparams")
     (folder / "classes.txt").write_text("class_2\nclass_0\nclass_1\n")
     engine.run(config)
-    assert "label 0 is 'class_0', not 'class_2'" in (folder / "log.txt").read_text()
+    assert "label 0 is 'class_0', not 'class_2'" in log_of(folder)
     assert checkpoints.load(folder / "last")["classes"] == state["classes"]
     assert (folder / "classes.txt").read_text().startswith("class_2")
 

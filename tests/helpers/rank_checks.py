@@ -71,29 +71,20 @@ def evaluated(count: int, process: Process, **options):
 
 
 def evaluation_counts(process: Process) -> None:
+    """As one process has them; test_evaluation.py has those against NumPy's."""
     for count in (1, 7, 1001):
-        images, real = np.arange(count), accepted_of(np.arange(count))
-        options = dict(confusion=True, accepted=real, subset=SUBSET)
-        (metrics,) = evaluated(count, process, **options)
-        among = logits_of(images)[:, SUBSET].argmax(1)
-        right = np.array(SUBSET)[among] == labels_of(images)
-        assert metrics.subset_top1 == 100 * int(right.sum()) / count
-        order = np.argsort(-logits_of(images), axis=1)
-        hits = order == labels_of(images)[:, None]
-        assert metrics.images == count
-        assert metrics.top1 == 100 * int(hits[:, 0].sum()) / count
-        assert metrics.top5 == 100 * int(hits[:, :5].sum()) / count
-        assert metrics.confusion[:, 2].sum() == count
-        labelled = int((real[:, 0] >= 0).sum())
-        assert metrics.real_images == labelled
-        if labelled:
-            right = (order[:, :1] == real).any(1).sum()
-            assert metrics.real_top1 == 100 * int(right) / labelled
-        assert sum(n for a, b, n in metrics.confusion.tolist() if a == b) == int(hits[:, 0].sum())
-        (one,) = evaluated(count, Process(), confusion=True)
-        assert (metrics.counts == one.counts).all() and metrics.counts.sum() > count
-        assert (metrics.calibration.bins == one.calibration.bins).all()
-        assert (metrics.calibration.mistakes == one.calibration.mistakes).all()
+        options = dict(confusion=True, accepted=accepted_of(np.arange(count)), subset=SUBSET)
+        (all_ranks,) = evaluated(count, process, **options)
+        (one,) = evaluated(count, Process(), **options)
+        assert all_ranks.scores() == pytest.approx(one.scores(), rel=1e-12)
+        assert (all_ranks.images, all_ranks.counts.sum() > count) == (count, True)
+        for found, expected in (
+            (all_ranks.confusion, one.confusion),
+            (all_ranks.counts, one.counts),
+            (all_ranks.calibration.bins, one.calibration.bins),
+            (all_ranks.calibration.mistakes, one.calibration.mistakes),
+        ):
+            np.testing.assert_array_equal(found, expected)
 
 
 def breaking_off(process: Process) -> None:

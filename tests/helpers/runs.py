@@ -94,9 +94,15 @@ def alive(marker: str) -> list[int]:
     return found
 
 
-def metrics(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+def metrics(folder: Path, kind: str = "") -> list[dict]:
+    """The records of ``kind``, or all."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    records = [record for record in records if kind in ("", record["kind"])]
+    return [{k: v for k, v in record.items() if k not in SPEED} for record in records]
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "log.txt").read_text()
 
 
 def differences(one: Path, other: Path) -> list[str]:
