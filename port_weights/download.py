@@ -134,7 +134,7 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
                 )
             write_atomically(f"{found['sha256']}\n".encode(), f"{path}.sha256")
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
+        reason = getattr(error, "reason", None) or error  # a host may give none
         reason = str(getattr(reason, "strerror", None) or reason) or type(error).__name__
         where = "" if isinstance(error, URLError) else f" to {path.parent}"  # a full disk, say
         raise WeightsError(f"{url}: cannot be downloaded{where}: {reason}") from None

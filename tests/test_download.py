@@ -34,7 +34,8 @@ class Host(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(self.path)
         data, headers = self.files.get(self.path, (None, {}))
-        self.send_response(404 if data is None else 302 if "Location" in headers else 200)
+        reason = headers.pop("reason", None)  # None: the usual one
+        self.send_response(404 if data is None else 302 if "Location" in headers else 200, reason)
         headers = {"Content-Length": len(data or b""), **headers}
         for name, value in headers.items():
             if value is not None:
@@ -129,6 +130,7 @@ def test_the_sum_in_the_address_is_what_counts(host, tmp_path):
         (DATA[:-9], {"Content-Length": None}, "neither a length nor a checksum"),
         (b"version https://git-lfs", {}, "a git-lfs pointer"),
         (None, {}, "a.pth: cannot be downloaded: Not Found"),
+        (None, {"reason": ""}, "a.pth: cannot be downloaded: HTTP Error 404"),
         (b"", {"Location": "https://127.0.0.1/"}, "sent elsewhere"),
     ],
 )

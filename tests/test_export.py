@@ -395,6 +395,8 @@ def test_an_onnx_file_from_elsewhere_is_refused(exported, tmp_path):
     [
         (".metadata", None, "model.metadata: not there; copy it together with the model"),
         (".metadata", b"{", "model.metadata: not from export.py: "),
+        (".metadata", b"[1]", "model.metadata: not from export.py: "),
+        (".metadata", b"{}", "metadata lacks preprocessing_inside"),
         (".pdiparams", None, "model.pdiparams: not there"),
         (".pdiparams", b"cut", "model.pdiparams: not the file that was exported"),
         ("", b"cut", "not the file that was exported"),
@@ -412,10 +414,13 @@ def test_a_paddle_model_that_is_not_whole_is_refused(weights, tmp_path, ending, 
 
 
 @pytest.mark.parametrize("inside, wrong", [(True, np.nan), (False, np.inf)])
-def test_an_output_that_is_not_finite_is_an_error(inside, wrong):
+def test_an_output_that_is_not_finite_or_has_no_names_is_an_error(inside, wrong):
     metadata = {"preprocessing_inside": inside, "mean": [0, 0, 0], "std": [1, 1, 1]}
-    model = ExportedModel(metadata, lambda x: np.float32([[1, wrong]]))
+    model = ExportedModel({**metadata, "class_names": "ab"}, lambda x: np.float32([[1, wrong]]))
     with pytest.raises(ModelError, match="NaN or infinite"):
+        model(UNSEEN[:1])
+    model.metadata["class_names"] = "a"
+    with pytest.raises(ModelError, match="its metadata names 1 classes, but the model has 2"):
         model(UNSEEN[:1])
 
 

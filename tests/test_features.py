@@ -83,10 +83,15 @@ def test_features_are_the_models_before_the_head_of_images_cropped_as_in_evaluat
 def test_what_is_no_whole_file_of_features_is_refused(run, tmp_path):
     path = tmp_path / "x.safetensors"
     written(run, path)
-    data = path.read_bytes()
+    data, features = path.read_bytes(), np.zeros([2, 3], "float32")
     for content in (
         *(data[:size] for size in (0, 4, 20, 90, len(data) // 2)),
         save({"a": np.zeros([2, 3])}),  # weights
+        save({"features": features, "labels": np.array([-1, 0])}),
+        save({"features": features[:0], "labels": np.zeros(0, "int64")}),
+        save({"features": np.zeros([2, 3], "int64"), "labels": np.zeros(2, "int64")}),
+        data.replace(b'"__metadata__": {', b'"__metadata__":1,"a":{', 1),
+        data.replace(b'"data_offsets": [0, ', b'"data_offsets": [], "a": [', 1),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match="no whole file of features"):

@@ -138,21 +138,22 @@ def read_features(path: str) -> Features:
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             about = json.loads(file.read(min(start - 8, 2**24)))
-        arrays = []
+        named, arrays = dict(about.get("__metadata__", {})), []
         for name in ("features", "labels"):
             dtype = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}[about[name]["dtype"]]
             begin = start + about[name]["data_offsets"][0]
             arrays.append(np.memmap(path, dtype, "r", begin, tuple(about[name]["shape"])))
         features, labels = arrays
-        if features.ndim != 2 or labels.shape != features.shape[:1]:
+        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+            raise ValueError
+        if (features.dtype.kind, labels.dtype.kind) != ("f", "i") or labels.min() < 0:
             raise ValueError
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise DataError(f"{path}: no whole file of features (tools/features.py)") from None
-    about = about.get("__metadata__", {})
-    classes = ClassNames.of_record(about.get("classes"), path)
-    return Features(features, np.asarray(labels), about.get("weights", ""), classes)
+    classes = ClassNames.of_record(named.get("classes"), path)
+    return Features(features, np.asarray(labels), str(named.get("weights", "")), classes)
 
 
 def main() -> None:

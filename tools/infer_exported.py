@@ -68,6 +68,8 @@ class ExportedModel:
             normalized = (images.astype(np.float32) / 255 - mean) / std
             images = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
         output = self.run(images)
+        if (names := len(self.metadata["class_names"])) != (classes := output.shape[1]):
+            raise ModelError(f"its metadata names {names} classes, but the model has {classes}")
         if not np.isfinite(output).all():
             raise ModelError("the model gives NaN or infinite values; export it again")
         if inside:
@@ -101,15 +103,16 @@ def load(
     if path.suffix == ".onnx":
         engine = engine or "onnxruntime"
         open_it = open_openvino if engine == "openvino" else open_onnx
-        run, texts = open_it(path, bf16, gpu, threads)
-        if "preprocessing_inside" not in texts:
-            raise ModelError(f"{path}: not from export.py: its metadata lacks preprocessing_inside")
-        metadata = {key: json.loads(text) for key, text in texts.items()}
+        run, metadata = open_it(path, bf16, gpu, threads)
     elif engine:
         raise ModelError(f"-engine {engine} is for ONNX files; Paddle runs {path}")
     else:
         engine, metadata = "Paddle Inference", _read_metadata(path)
         run, _ = open_paddle(path, bf16, gpu, threads)
+    if "preprocessing_inside" not in metadata:
+        raise ModelError(f"{path}: not from export.py: its metadata lacks preprocessing_inside")
+    if path.suffix == ".onnx":
+        metadata = {key: json.loads(text) for key, text in metadata.items()}
     metadata = {"exif_orientation": False, **metadata}  # earlier exports have none
     place = "the GPU" if gpu else f"the CPU, {threads} thread{'s' * (threads > 1)}"
     return ExportedModel(metadata, run, f"{engine} on {place}")
@@ -128,7 +131,7 @@ def _read_metadata(path: Path) -> dict:
     if path.with_suffix(".metadata").is_file() or not described.is_file():
         described = _beside(path, ".metadata")
     with _one_line(f"{described}: not from export.py"):
-        metadata = json.loads(described.read_text(encoding="utf-8"))
+        metadata = dict(json.loads(described.read_text(encoding="utf-8")))
     for suffix, expected in metadata.get("sha256", {}).items():
         file = _beside(path, suffix)
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
