@@ -229,10 +229,20 @@ def test_flags_that_cannot_be_are_one_line(run_main, flags, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_peer_runs_on_the_gpu_as_paddle_does_or_says_that_it_cannot(config, monkeypatch):
-    pytest.importorskip("timm")
+BLIND = """import sys
+from unittest.mock import MagicMock
+for name in ("timm", "timm.models", "timm.models.mlp_mixer"): sys.modules[name] = MagicMock()
+cuda = MagicMock(**{"is_available.return_value": False})
+"""
+
+
+def test_a_peer_runs_on_the_gpu_as_paddle_does_or_says_that_it_cannot(
+    config, monkeypatch, tmp_path
+):
+    (tmp_path / "torch.py").write_text(BLIND)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(tool, "on_gpu", lambda: True)
-    peer = tool.Peer("timm", Job(config, "infer", 1), [])  # there is no GPU here
+    peer = tool.Peer("timm", Job(config, "infer", 1), [])
     with pytest.raises(UserError, match="this PyTorch sees no GPU, on which Paddle runs"), peer:
         pass
 

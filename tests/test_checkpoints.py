@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -10,6 +11,8 @@ import pytest
 
 from cli.errors import CheckpointError
 from storage import checkpoints
+
+full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
 
 
 def make_state(step=1, size=1000):
@@ -50,24 +53,17 @@ def test_a_copy_of_the_state_does_not_follow_the_training():
 
 
 @pytest.mark.parametrize("where", np.linspace(0, 0.999, 23))
-def test_one_flipped_bit_anywhere_is_found(tmp_path, where):
+def test_one_flipped_bit_anywhere_and_a_cut_are_found(tmp_path, where):
     path = tmp_path / "last.pdparams"
     checkpoints.save(make_state(size=50), path)
     content = bytearray(path.read_bytes())
-    content[int(where * len(content))] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="last.pdparams"):
-        state = checkpoints.load(path)
-        assert not same(state, make_state(size=50)), "the flip changed nothing"
-
-
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_found(tmp_path, share):
-    path = tmp_path / "last.pdparams"
-    checkpoints.save(make_state(), path)
-    os.truncate(path, int(share * path.stat().st_size))
-    with pytest.raises(CheckpointError, match="last.pdparams"):
-        checkpoints.load(path)
+    place = int(where * len(content))
+    flipped = content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+    for damaged in (flipped, content[:place]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="last.pdparams"):
+            state = checkpoints.load(path)
+            assert not same(state, make_state(size=50)), "the flip changed nothing"
 
 
 @pytest.mark.parametrize(
@@ -83,10 +79,6 @@ def test_what_is_no_checkpoint_is_named(tmp_path, name, message):
     paddle.save({"w": paddle.ones([2])}, str(tmp_path / "weights.pdparams"))
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(tmp_path / name)
-
-
-def full(*args):
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -156,9 +148,7 @@ def test_the_newest_whole_one_is_found(tmp_path, caplog):
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
-    def closed(path):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
+    closed = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr(checkpoints.os, "listdir", closed)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be read: Permission denied"):
         checkpoints.load_newest(tmp_path)
@@ -175,22 +165,13 @@ def test_rotation_keeps_the_newest_and_every_so_many(tmp_path):
 
 def test_the_writer_works_behind_training_and_passes_on_what_fails():
     writer, gate, written = checkpoints.Writer(), threading.Event(), []
-
-    def write():
-        gate.wait()
-        written.append(1)
-
-    writer.start(write)
+    writer.start(lambda: written.append(gate.wait()))
     writer.finish(wait=False)
     assert written == []
     gate.set()
     writer.finish()
-    assert written == [1]
-
-    def fail():
-        raise CheckpointError("full")
-
-    writer.start(fail)
+    assert written == [True]
+    writer.start(mock.Mock(side_effect=CheckpointError("full")))
     with pytest.raises(CheckpointError, match="full"):
         writer.finish()
     writer.finish()  # said once

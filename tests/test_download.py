@@ -14,13 +14,11 @@ from cli.errors import WeightsError
 from port_weights import zoo
 from port_weights.download import cache_file, download
 from port_weights.names import convert
-from resmlp import build_resmlp
 from storage.adapt import read_pretrained
 from storage.weights import read_weights
+from tools.predict import predict
 
-from .helpers.runs import ROOT, command, error_line, run
-from .helpers.tiny_data import make_config, make_data
-from .helpers.tiny_run import make_images, make_run, run_tool
+from .helpers.tiny_run import ROOT, make_images, make_run
 
 DATA = bytes(range(1, 256)) * 5000  # more than a block
 
@@ -205,41 +203,22 @@ def test_a_name_of_the_zoo_is_a_file_here_or_what_the_first_host_that_answers_ha
     assert Host.asked == [hub, facebook, hub]
 
 
-def put_into_cache(url, data):
-    path = cache_file(url)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(data)
-    path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(data).hexdigest())
-
-
 URL = f"{zoo.HOSTS[1]}timm/tiny/resolve/main/model.safetensors"
 
 
-def test_predict_takes_published_weights(cache, tmp_path):
-    weights = make_run(tmp_path / "run")
-    put_into_cache(URL, timms(read_weights(weights).state))
+def test_tools_take_published_weights_that_are_in_the_cache(cache, tmp_path):
+    weights, path = make_run(tmp_path / "run"), cache_file(URL)
+    cfg, data = weights.with_name("config.yaml"), timms(read_weights(weights).state)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(data).hexdigest())
     weights.with_name("classes.txt").unlink()
-    images, cfg = make_images(tmp_path, 2), weights.with_name("config.yaml")
-    by_path, by_name = (
-        run_tool("predict", *images, "-pretrained", name, "-cfg", cfg, cwd=tmp_path)
-        for name in (weights, URL)
-    )
-    assert by_name.returncode == 0 and by_name.stdout.split() == by_path.stdout.split()
+    images = make_images(tmp_path, 2)
+    assert predict(images, URL, cfg) == predict(images, weights, cfg)
 
 
-def test_evaluation_in_two_processes_takes_a_name_of_the_zoo(cache, tmp_path):
-    data = make_data(tmp_path / "data")
-    state = build_resmlp(make_config(tmp_path, data)).state_dict()
-    state = timms({name: value.numpy() for name, value in state.items()})
-    put_into_cache(zoo.find("resmlp_12_224").hub_url, state)
-    words = command(data, tmp_path / "out", main="main_multi_gpu.py", nprocs=2)
-    code, output = run([*words, "-eval", "-pretrained=resmlp_12_224"])
-    assert code == 0 and "evaluation of tiny: loss" in output
-
-
-def test_without_a_network_there_is_one_line(cache, tmp_path):
-    words = command(make_data(tmp_path / "data"), tmp_path / "out")
-    weights = f"-pretrained={zoo.find('resmlp_12_224').url}"
-    code, output = run([*words, "-eval", weights], https_proxy="http://127.0.0.1:9")
-    assert code == 2
-    assert "resmlp_12_no_dist.pth: cannot be downloaded: " in error_line(output)
+def test_without_a_network_there_is_one_line(cache, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(WeightsError, match="resmlp_12_no_dist.pth: cannot be downloaded: ") as one:
+        read_pretrained(zoo.find("resmlp_12_224").url)
+    assert "\n" not in str(one.value)

@@ -1,7 +1,6 @@
 """Exported files compute what the model computes, say how to be used, and run on their own."""
 
 import csv
-import io
 import json
 import os
 import shutil
@@ -424,26 +423,6 @@ def test_an_output_that_is_not_finite_or_has_no_names_is_an_error(inside, wrong)
         model(UNSEEN[:1])
 
 
-def test_an_output_that_is_closed_early_ends_it_quietly(infer, monkeypatch):
-    """As by `... | head`."""
-    monkeypatch.setattr(infer_module, "find_images", mock.Mock(side_effect=BrokenPipeError))
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert infer("model.onnx", "x.jpg")[0] == 0
-
-
-def test_names_that_the_output_cannot_encode_are_shown_escaped(infer, monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    path = os.fsdecode(b"caf\xe9.jpg")
-    monkeypatch.setattr(sys, "stdout", stream)
-    model = ExportedModel({"class_names": ["\xfcn\xef"]}, None)
-    monkeypatch.setattr(infer_module, "load", lambda *_: model)
-    monkeypatch.setattr(infer_module, "classify", lambda *_: [(path, [(0, 1.0)])])
-    assert infer("model.onnx", path)[0] == 0
-    stream.flush()
-    shown = stream.buffer.getvalue().decode("ascii").splitlines()[1]
-    assert shown.split() == ["caf\\udce9.jpg", "100.00", "%", "\\xfcn\\xef"]
-
-
 @pytest.mark.parametrize("dtype, largest", [("uint16", 65535), ("uint16", 4095), ("uint8", 255)])
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_grey_images_are_read_as_in_training(tmp_path, dtype, largest, ending):
@@ -497,11 +476,6 @@ def test_openvino_gives_the_same(exported, logits):
     assert model.engine == "openvino on the CPU, 1 thread"
     assert_near(model(UNSEEN), softmax(logits))
     assert model.metadata == load(exported[0]).metadata
-
-
-def test_threads_keep_to_the_cores_of_the_process(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5}, raising=False)
-    assert infer_module.usable_cores() == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,21 +22,11 @@ from .helpers.runs import ROOT
 from .helpers.tiny_data import make_config, make_data, samples
 
 
-def photograph(path, width, height, **options):
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1)
-    Image.fromarray(pixels.astype("uint8")).save(path, quality=95, **options)
-
-
 def test_small_pictures_are_copied_byte_for_byte(tmp_path):
     source = make_data(tmp_path / "data")
     pack(str(source), str(tmp_path / "packed"), Settings(320, 90, 10), 1)
-    assert sorted(os.listdir(tmp_path / "packed"))[-4:] == [
-        "train-00002.tar",
-        "train_list.txt",
-        "val-00000.tar",
-        "val_list.txt",
-    ]
+    shown = ["train-00002.tar", "train_list.txt", "val-00000.tar", "val_list.txt"]
+    assert sorted(os.listdir(tmp_path / "packed"))[-4:] == shown
     opts = ("DATA.DATASET", "imagenet2012")
     for split in ("train", "val"):
         packed = samples(make_config(tmp_path, tmp_path / "packed", *opts), split)
@@ -59,7 +50,9 @@ LONG[0x0112], LONG[0x010E] = 6, "x" * 70_000  # more than a JPEG can hold
 def test_large_pictures_get_the_short_side_and_keep_their_rotation(tmp_path, name, options):
     source = make_data(tmp_path / "data")
     original = source / "train" / "class_1" / name
-    photograph(original, 400, 300, **options)
+    x, y = np.meshgrid(np.arange(400), np.arange(300))
+    pixels = np.stack([x * 255 // 400, y * 255 // 300, (x + y) % 256], -1)
+    Image.fromarray(pixels.astype("uint8")).save(original, quality=95, **options)
     lines = []
     pack(str(source), str(tmp_path / "packed"), Settings(60, 90, 100), 1, lines.append)
     path = f"{tmp_path}/packed/train-00000.tar/train/class_1/{name}"
@@ -99,13 +92,6 @@ def test_lists_of_other_spellings_and_images_listed_twice_are_packed(tmp_path):
     opts = ("DATA.DATASET", "imagenet2012")
     packed = samples(make_config(tmp_path, tmp_path / "packed", *opts), "train")
     assert packed == samples(make_config(tmp_path, source, *opts), "train") and len(packed) == 4
-
-
-def test_other_names_of_the_splits_are_packed(tmp_path):
-    source = make_data(tmp_path / "data")
-    (source / "val").rename(source / "valid")
-    pack(str(source), str(tmp_path / "packed"), Settings(320, 90, 100), 1)
-    assert len((tmp_path / "packed" / "val_list.txt").read_text().splitlines()) == 9
 
 
 def test_other_settings_do_not_mix_into_a_packed_set(tmp_path):
@@ -149,9 +135,7 @@ def test_a_shard_that_was_damaged_later_is_found_at_the_end(tmp_path):
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(UserError, match="train-00000.tar: cannot be written: No space left"):
         pack(str(make_data(tmp_path / "data")), str(tmp_path / "packed"), Settings(9, 90, 10), 1)

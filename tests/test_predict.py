@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import tools.predict as predict_module
-from cli.errors import DataError, UserError
+from cli.errors import DataError, UserError, run_as_script
 from config import get_config
 from cpu import onednn
 from tools.common import IMAGENET_CLASSES, load_model, run_config
@@ -75,50 +75,61 @@ def test_a_missing_image_is_named_whatever_its_name_looks_like(weights, tmp_path
         predict(name, weights)
 
 
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs the script in this process; returns its code and what it printed on either stream."""
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as end:
+            run_as_script(predict_module.main)
+        return end.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
 @pytest.mark.parametrize("form", ["-csv", "-json", None])
 def test_a_broken_image_among_others_is_named_and_the_others_are_classified(
-    weights, images, tmp_path, form
+    weights, images, tmp_path, call, form
 ):
     (tmp_path / "x.png").write_bytes(b"no image")
-    paths = [images[0], "x.png", images[1]]
     flags = ["-pretrained", weights, "-top_k", "1", *filter(None, [form])]
-    done = run_tool("predict", *paths, *flags, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+    code, shown, said = call(images[0], "x.png", images[1], *flags)
+    assert code == 2
+    assert said.splitlines() == [
         "error: x.png: not an image of a known format",
         "error: 1 of 3 images cannot be read",
     ]
     if form == "-json":
-        assert [found["image"] for found in json.loads(done.stdout)] == images[:2]
+        assert [found["image"] for found in json.loads(shown)] == images[:2]
     else:
-        start = "image,rank" if form else "image "
-        lines = done.stdout.splitlines()
-        assert len(lines) == 3 and lines[0].startswith(start)
-        assert [line.split("," if form else None)[0] for line in lines[1:]] == images[:2]
+        header, *rows = shown.splitlines()
+        assert header.startswith("image,rank" if form else "image ")
+        assert [row.split("," if form else None)[0] for row in rows] == images[:2]
 
 
 def test_names_come_from_the_file_then_the_weights_then_the_config(weights, tmp_path):
-    own, other = tmp_path / "own.txt", tmp_path / "other.txt"
-    own.write_text("a\nb\nc\nd\n")
+    own, other, lone = (tmp_path / name for name in ("own.txt", "other.txt", "lone.pdparams"))
+    own.write_text("a\x1b[2J\nb\nc\nd\u00e9\n", encoding="utf-8")
     other.write_text("e\nf\ng\nh\n")
     config = run_config(weights, opts=["DATA.CLASS_NAMES", str(other)])
     classes = load_model(config).classes
-    assert find_class_names(config, own, classes) == list("abcd")
+    found = find_class_names(config, own, classes)
+    assert found == ["a\\x1b[2J", "b", "c", "d\u00e9"]  # nothing for a terminal to obey
     assert find_class_names(config, None, classes) == list(NAMES)
     assert find_class_names(config) == list("efgh")
-    lone = tmp_path / "lone.pdparams"
+    own.write_text("a\nb\n")
+    with pytest.raises(DataError, match="2 names"):
+        find_class_names(config, own)
     lone.write_bytes(weights.read_bytes())
     config = run_config(lone, weights.with_name("config.yaml"))
     assert find_class_names(config, None, load_model(config).classes)[3] == "class 3"
-
-
-def test_a_file_has_a_name_per_class_and_nothing_for_a_terminal_to_obey(weights, tmp_path):
-    (tmp_path / "names.txt").write_text("a\x1b[2J\nb\nc\nd\u00e9\n", encoding="utf-8")
-    found = find_class_names(run_config(weights), tmp_path / "names.txt")
-    assert found == ["a\\x1b[2J", "b", "c", "d\u00e9"]
-    (tmp_path / "names.txt").write_text("a\nb\n")
-    with pytest.raises(DataError, match="2 names"):
-        find_class_names(run_config(weights), tmp_path / "names.txt")
+    config = weights.with_name("config.yaml")
+    for given, words in (((lone,), r"-cfg.*config\.yaml"), ((), "-pre"), ((None, config), "-pre")):
+        with pytest.raises(UserError, match=words):
+            run_config(*given)
 
 
 def test_a_thousand_classes_are_imagenets():
@@ -128,15 +139,6 @@ def test_a_thousand_classes_are_imagenets():
     assert names[281] == "tabby, tabby cat"  # the labels everybody knows
     assert names[207] == "golden retriever"
     assert "Apache" in IMAGENET_CLASSES.with_suffix(".NOTICE.txt").read_text()
-
-
-def test_without_a_config_beside_the_weights_one_must_be_named(weights, tmp_path):
-    lone = tmp_path / "lone.pdparams"
-    lone.write_bytes(weights.read_bytes())
-    config = weights.with_name("config.yaml")
-    for given, words in (((lone,), r"-cfg.*config\.yaml"), ((), "-pre"), ((None, config), "-pre")):
-        with pytest.raises(UserError, match=words):
-            run_config(*given)
 
 
 def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys):
@@ -155,22 +157,20 @@ def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys):
     assert row == {**expected, "confidence": "0.065500"}
 
 
-def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path):
+def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path, call):
     (tmp_path / "file").touch()
-    flags = ["-pretrained", weights, "-grid", "file/grid.png", "-json"]
-    done = run_tool("predict", *images, *flags, cwd=tmp_path)
-    assert done.returncode == 2 and "grid.png: cannot be written" in done.stderr
-    assert len(json.loads(done.stdout)) == len(images)
+    code, shown, said = call(*images, "-pretrained", weights, "-grid", "file/grid.png", "-json")
+    assert code == 2 and "grid.png: cannot be written" in said
+    assert len(json.loads(shown)) == len(images)
 
 
 def test_the_script_reads_paths_from_standard_input_prints_json_and_draws(
-    weights, images, tmp_path
+    weights, images, tmp_path, call
 ):
     flags = ["-pretrained", weights, "--top-k", "2", "-json", "-grid", "grid.png"]
-    stdin = "\n\n".join(images) + "\n"
-    done = run_tool("predict", "-", *flags, cwd=tmp_path, stdin=stdin)
-    assert done.returncode == 0 and "wrote grid.png" in done.stderr, done.stderr
-    assert json.loads(done.stdout) == predict(images, weights, top_k=2)
+    code, shown, said = call("-", *flags, stdin="\n\n".join(images).encode() + b"\n")
+    assert code == 0 and "wrote grid.png" in said
+    assert json.loads(shown) == predict(images, weights, top_k=2)
     grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).reshape(-1, 3)
     assert (grid == crop_by_hand(images[0])[8, 8]).all(axis=1).sum() > 100  # one enlarged pixel
 
@@ -195,12 +195,9 @@ def test_amp_is_bfloat16_by_onednn_and_else_float32_and_says_which(
 
 
 def test_names_of_any_bytes_come_from_standard_input_go_out_as_ascii_and_are_drawn(
-    monkeypatch, capsys
+    monkeypatch, call
 ):
-    names = [b"caf\xe9.png", "ünï.png".encode()]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(names))))
-    monkeypatch.setattr(sys, "argv", ["predict", "-", "-json"])
-    results = []
+    names, results = [b"caf\xe9.png", "ünï.png".encode()], []
 
     def fake(images, show, **_):
         for image in images:
@@ -208,8 +205,7 @@ def test_names_of_any_bytes_come_from_standard_input_go_out_as_ascii_and_are_dra
             show(results[-1], 9)
 
     monkeypatch.setattr(predict_module, "predict", fake)
-    predict_module.main()
-    shown = capsys.readouterr().out
+    _, shown, _ = call("-", "-json", stdin=b"\n".join(names))
     assert shown.isascii()
     assert [os.fsencode(found["image"]) for found in json.loads(shown)] == names
     assert draw_grid(results, [np.zeros([4, 4, 3], "uint8")]).startswith(b"\x89PNG")

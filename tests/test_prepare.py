@@ -8,62 +8,34 @@ import numpy as np
 import pytest
 
 from cli.errors import DataError, UserError
-from datasets import build_loader
 from loading import archives
 from loading.images import read_image
 from tools import prepare as prepare_module
 from tools.prepare import prepare, read_mat
 
 from .helpers.runs import ROOT
-from .helpers.tiny_data import make_config
 from .helpers.transfer_data import cifar10, cifar100, flowers102, write_mat, write_tar
-
-
-def contents(output, split):
-    """Label and pixels of what a prepared folder lists, in order."""
-    lines = (output / f"{split}_list.txt").read_text().splitlines()
-    paths, labels = zip(*(line.rsplit(" ", 1) for line in lines))
-    return [np.asarray(read_image(str(output / path))) for path in paths], [*map(int, labels)]
-
-
-def same(output, split, *parts):
-    images, labels = contents(output, split)
-    expected = np.concatenate([part[0] for part in parts])
-    assert labels == np.concatenate([part[1] for part in parts]).tolist()
-    np.testing.assert_array_equal(np.stack(images), expected)
 
 
 @pytest.mark.parametrize("download", [cifar10, cifar100])  # of the latter, the fine labels
 def test_cifar_keeps_every_pixel_label_and_name(tmp_path, download):
     archive, parts, classes = download(tmp_path / "cifar-binary.tar.gz")
-    lines = []
-    prepare(archive, str(tmp_path / "out"), lines.append)
-    same(tmp_path / "out", "train", *parts[:-1])
-    same(tmp_path / "out", "val", parts[-1])
-    assert (tmp_path / "out" / "classes.txt").read_text().split() == classes
+    output, lines = tmp_path / "out", []
+    prepare(archive, str(output), lines.append)
+    for split, part in (("train", parts[:-1]), ("val", parts[-1:])):
+        rows = (output / f"{split}_list.txt").read_text().splitlines()
+        paths, labels = zip(*(row.rsplit(" ", 1) for row in rows))
+        images, expected = (np.concatenate(x) for x in zip(*(p[:2] for p in part)))
+        assert [*map(int, labels)] == expected.tolist()
+        found = [np.asarray(read_image(str(output / path))) for path in paths]
+        np.testing.assert_array_equal(np.stack(found), images)
+    assert (output / "classes.txt").read_text().split() == classes
     train = sum(len(labels) for _, labels, *_ in parts[:-1])
     assert lines[0].endswith(f"{train} images to train on, {len(parts[-1][1])} to test")
 
 
-def test_a_prepared_folder_is_what_the_mains_train_on(tmp_path):
-    archive, parts, _ = cifar10(tmp_path / "x.tar.gz")
-    prepare(archive, str(tmp_path / "out"), lambda line: None)
-    opts = ["DATA.DATASET", "imagenet2012", "MODEL.NUM_CLASSES", 10, "DATA.IMAGE_SIZE", 32]
-    (batch,) = build_loader(make_config(tmp_path, tmp_path / "out", *opts), "val")
-    np.testing.assert_array_equal(batch.images.numpy(), parts[5][0])
-    assert batch.labels.numpy().tolist() == parts[5][1].tolist()
-
-
-# ------------------------------------------------------------------------------- Flowers-102
-@pytest.fixture
-def flowers(tmp_path):
-    return flowers102(tmp_path)
-
-
-def test_flowers_are_copied_byte_for_byte_with_the_labels_of_the_files_beside_them(
-    tmp_path, flowers
-):
-    archive, images = flowers
+def test_flowers_are_copied_byte_for_byte_with_the_labels_of_the_files_beside_them(tmp_path):
+    archive, images = flowers102(tmp_path)
     prepare(archive, str(tmp_path / "out"), lambda line: None)
     found = {}
     for split in ("train", "val"):
@@ -118,8 +90,8 @@ def test_each_kind_of_wrong_archive_has_its_message_and_leaves_nothing(tmp_path)
     refuse("cut.tar.gz: cannot be read", tmp_path / "cut.tar.gz", out)
 
 
-def test_flowers_files_that_are_missing_or_do_not_fit_are_named(tmp_path, flowers):
-    archive, images = flowers
+def test_flowers_files_that_are_missing_or_do_not_fit_are_named(tmp_path):
+    archive, images = flowers102(tmp_path)
     out = tmp_path / "out"
     (tmp_path / "setid.mat").rename(tmp_path / "kept")
     refuse("setid.mat: no such file.* belongs beside 102flowers.tgz", archive, out)
