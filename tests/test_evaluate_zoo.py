@@ -153,21 +153,14 @@ def test_two_processes_count_as_one_does_and_unusable_files_do_not_stop_them(zoo
 
 def test_each_name_of_the_zoo_is_known_in_every_place_that_publishes_it(tmp_path):
     for weights in ZOO:
-        for name in (
-            f"{weights.name}.pdparams",
-            weights.file,
-            f"{weights.timm}.bin",
-            f"{weights.timm}/model.safetensors",
-            f"models--timm--{weights.timm}/snapshots/0a1b/pytorch_model.bin",
-        ):
+        hub = f"models--timm--{weights.timm}/snapshots/0a1b/pytorch_model.bin"
+        timm = (f"{weights.timm}.bin", f"{weights.timm}/model.safetensors", hub)
+        for name in (f"{weights.name}.pdparams", weights.file, *timm):
             assert identify(tmp_path / name) is weights
     assert identify(tmp_path / "model.safetensors") is identify(tmp_path / "best.pdparams") is None
-
-
-def test_a_file_that_was_ported_from_another_one_is_not_evaluated_twice(tmp_path):
     for name in ("resmlp_12_dist.pth", "resmlp_12_dist.pth.pdparams", "notes.txt"):
         (tmp_path / name).touch()
-    assert find_files(str(tmp_path)) == [tmp_path / "resmlp_12_dist.pth"]
+    assert find_files(str(tmp_path)) == [tmp_path / "resmlp_12_dist.pth"]  # and not what it became
     with pytest.raises(UserError, match="no weight files"):
         find_files(str(tmp_path / "none"))
 

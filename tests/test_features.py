@@ -12,10 +12,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save
 
 from cli.errors import DataError, UserError, WeightsError
-from config import get_config
 from loading.classes import ClassNames
-from resmlp import build_resmlp
-from tools.common import run_config
+from tools.common import load_model, run_config
 from tools.features import read_features, write_features
 from tools.knn import knn_accuracies
 
@@ -47,15 +45,12 @@ def written(run, output, split="val", dtype="float32", opts=()):
 def by_hand(run, split):
     """Features of the images, each resized (short side 20) and cropped (16) by Pillow alone."""
     weights, data = run
-    config = get_config(str(weights.with_name("config.yaml")))
-    model = build_resmlp(config)
-    model.set_state_dict(paddle.load(str(weights)))
-    model.eval()
+    config = run_config(weights)
     paths = sorted((data / split).glob("*/*.png"))
     pixels = np.stack([crop_by_hand(path) for path in paths]) / 255
     x = (pixels - config.DATA.IMAGENET_MEAN) / config.DATA.IMAGENET_STD
     x = paddle.to_tensor(x.transpose(0, 3, 1, 2).astype("float32"))
-    return model.forward_features(x).numpy(), paths
+    return load_model(config).forward_features(x).numpy(), paths
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -173,12 +168,10 @@ def test_features_and_k_nn_work_as_commands(run, tmp_path):
     files = ["train.safetensors", "val.safetensors"]
     written(run, tmp_path / files[0], "train")
     flags = ["-pretrained", weights, "-data_path", data, "-output", files[1]]
-    result = run_tool("features", *flags, "-opts", "DATA.DATASET", "imagefolder", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "val.safetensors: 3 images, 12 features each" in result.stdout
-    result = run_tool("knn", *files, "-k", 3, 5, 200, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "left out: k [200], for there are only 5 features" in result.stdout
-    assert "3-NN: top-1 " in result.stdout and "5-NN: top-1 " in result.stdout
-    result = run_tool("knn", *files, "-probe", cwd=tmp_path)
-    assert result.returncode == 0 and "linear probe: top-1 " in result.stdout
+    for name, words, said in (
+        ("features", [*flags, "-opts", "DATA.DATASET", "imagefolder"], "3 images, 12 features"),
+        ("knn", [*files, "-k", 3, 200], "left out: k [200], for there are only 5 "),
+        ("knn", [*files, "-probe"], "linear probe: top-1 "),
+    ):
+        result = run_tool(name, *words, cwd=tmp_path)
+        assert result.returncode == 0 and said in result.stdout, result.stderr
