@@ -119,7 +119,6 @@ def teacher(tmp_path_factory, data):
     return f"TRAIN.DISTILLATION_TYPE soft {opts}"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "opts",
     [
@@ -130,26 +129,28 @@ def teacher(tmp_path_factory, data):
         "teacher",
     ],
 )
-def test_a_run_follows_float32_and_keeps_float32(train, teacher, dtype, opts):
+def test_a_run_follows_float32_and_keeps_float32(train, teacher, opts):
     opts = teacher if opts == "teacher" else opts
-    opts = [*opts.split(), "MODEL.PRETRAINED", teacher.split()[-1], "AMP_DTYPE", dtype]
-    half, plain = train(dtype, *opts), train("cpu", *opts)
-    assert place(half)["skipped_steps"] == 0 and (losses(half) != losses(plain)).any()
-    np.testing.assert_allclose(losses(half), losses(plain), rtol=0.02)
-    states = [checkpoints.load(run / "last.pdparams") for run in (half, plain)]
-    for part in {"model", "model_ema"} & states[0].keys():
-        for name, value in states[0][part].items():
-            assert value.dtype == np.float32
-            np.testing.assert_allclose(value, states[1][part][name], rtol=0.1, atol=0.02)
-    ours, theirs = (state["optimizer"] for state in states)
-    assert {k: v.keys() for k, v in ours.items()} == {k: v.keys() for k, v in theirs.items()}
+    opts = [*opts.split(), "MODEL.PRETRAINED", teacher.split()[-1], "AMP_DTYPE"]
+    plain = train("cpu", *opts, "auto")
+    expected = checkpoints.load(plain / "last.pdparams")
+    slots = {name: value.keys() for name, value in expected["optimizer"].items()}
+    for dtype in ("float16", "bfloat16"):
+        half = train(dtype, *opts, dtype)
+        assert place(half)["skipped_steps"] == 0 and (losses(half) != losses(plain)).any()
+        np.testing.assert_allclose(losses(half), losses(plain), rtol=0.02)
+        found = checkpoints.load(half / "last.pdparams")
+        for part in {"model", "model_ema"} & found.keys():
+            for name, value in found[part].items():
+                assert value.dtype == np.float32
+                np.testing.assert_allclose(value, expected[part][name], rtol=0.1, atol=0.02)
+        assert {name: value.keys() for name, value in found["optimizer"].items()} == slots
 
 
 @pytest.mark.parametrize(
     "first, second",
     [
         ("float16", "bfloat16"),
-        ("bfloat16", "float16"),
         ("float16", "cpu"),
         ("cpu", "float16"),
         ("float16", "float16"),

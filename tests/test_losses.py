@@ -38,12 +38,13 @@ def batch():
 
 
 def cross_entropy(logits, targets):
-    return -(targets * log_softmax(logits)).sum(axis=1).mean()
+    """Of each image."""
+    return -(targets * log_softmax(logits)).sum(axis=1)
 
 
 def binary_cross_entropy(logits, targets):
     x = logits.astype("float64")
-    return (np.logaddexp(0, x) - targets * x).mean()
+    return (np.logaddexp(0, x) - targets * x).mean(axis=1)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
@@ -63,7 +64,7 @@ def test_a_loss_of_labels_honours_the_smoothing_and_takes_soft_targets_as_they_a
         expected_targets = np.eye(CLASSES)[labels], soft > 0.2
     for targets, dense in zip((labels, soft), expected_targets):
         found = loss(paddle.to_tensor(logits), paddle.to_tensor(targets)).item()
-        assert found == pytest.approx(expected(logits, dense), rel=1e-6)
+        assert found == pytest.approx(expected(logits, dense).mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,6 @@ def test_soft_distillation_is_the_divergence_at_the_temperature(batch, tau):
     assert loss.item() == pytest.approx(0.7 * 2.0 + 0.3 * divergence, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_no_gradient_flows_into_the_teacher(batch, kind):
-    logits, _, _ = batch
-    student = paddle.to_tensor(logits, stop_gradient=False)
-    teacher = paddle.to_tensor(logits[::-1].copy(), stop_gradient=False)
-    DistillationLoss(kind)(paddle.zeros([]), student, teacher).backward()
-    assert teacher.grad is None and np.abs(student.grad.numpy()).max() > 0
-
-
 def test_the_config_is_followed(monkeypatch):
     config = get_config()
     train = config.TRAIN
@@ -146,24 +138,20 @@ def test_an_images_loss_is_weighed_by_its_class_and_a_mixed_ones_by_both(
     mixed = smoothed(labels, smoothing) * shares[:, None]
     mixed += smoothed(partners, smoothing) * (1 - shares[:, None])
 
-    def entropy(targets):
-        return -(targets * log_softmax(logits)).sum(axis=1)
-
-    def binary(targets):
+    def binary(logits, targets):
         targets = targets if threshold is None else targets > threshold
-        losses = np.logaddexp(0, logits.astype("float64")) - targets * logits
-        return losses.mean(axis=1)
+        return binary_cross_entropy(logits, targets)
 
-    ours = {entropy: CrossEntropy(smoothing, weights)}
+    ours = {cross_entropy: CrossEntropy(smoothing, weights)}
     ours[binary] = BinaryCrossEntropy(smoothing, threshold, weights)
     for loss, criterion in ours.items():
-        expected = (WEIGHTS[labels] * loss(smoothed(labels, smoothing))).mean()
+        expected = (WEIGHTS[labels] * loss(logits, smoothed(labels, smoothing))).mean()
         assert criterion(x, paddle.to_tensor(labels)).item() == pytest.approx(expected, rel=1e-5)
         own, other = shares * WEIGHTS[labels], (1 - shares) * WEIGHTS[partners]
         if loss is binary and threshold:  # every class of the image is fully present
-            expected = ((own + other) * loss(mixed)).mean()
+            expected = ((own + other) * loss(logits, mixed)).mean()
         else:
-            one, two = (loss(smoothed(of, smoothing)) for of in (labels, partners))
+            one, two = (loss(logits, smoothed(of, smoothing)) for of in (labels, partners))
             expected = (own * one + other * two).mean()
         found = criterion(x, paddle.to_tensor(mixed.astype("float32"))).item()
         assert found == pytest.approx(expected, rel=1e-5)

@@ -1,9 +1,5 @@
 """Image pipelines: sizes, determinism, switches, errors. (Against timm: tests/timm.)"""
 
-import math
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
@@ -33,11 +29,13 @@ def config():
 
 
 def photo(width=50, height=40, seed=0):
-    """Smooth colours with some noise: every value range is met, and no two pixels are alike."""
+    """Smooth colours with noise, and flat black and white corners as of overexposed pictures."""
     rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     array = np.asarray(small.resize((width, height), BICUBIC), np.int16)
-    array = array + rng.integers(-9, 10, array.shape)
+    array = array + rng.integers(-20, 21, array.shape)
+    array[: height // 4, : width // 4] = 255
+    array[height - height // 4 :, width - width // 4 :] = 0
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
 
 
@@ -164,12 +162,6 @@ def test_timms_string_is_read_and_configures_what_the_numbers_do(config):
     string = build_augmentations(config)[0]
     assert vars(numbers) == vars(string)
     assert numbers.fill == (124, 116, 104)
-    policy = build_policy("rand-m7-n3-p0.3-mstd1.5-mmax12-inc1", "TRAIN.RAND_AUGMENT")
-    assert (policy.layers, policy.level_std, policy.level_max) == (3, 1.5, 12)
-    assert policy.choices[4] == [("PosterizeIncreasing", 0.3, 7)]
-    assert build_policy("rand", "").choices[4] == [("Posterize", 0.5, 10.0)]
-    assert build_policy("rand-mstd101", "").level_std == math.inf
-    assert build_policy("original-mstd0.5", "").level_std == 0.5
 
 
 def test_augmentations_win_in_the_order_three_rand_auto_jitter(config):
@@ -215,8 +207,3 @@ def test_a_bad_value_is_refused_with_its_key(config, key, value, message):
     with pytest.raises(ConfigError) as error:
         build_train_transform(config)
     assert message in str(error.value)
-
-
-def test_workers_need_no_paddle():
-    code = "import sys, transforms; sys.exit('paddle' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
