@@ -191,17 +191,6 @@ def unequal(tmp_path_factory):
     return root
 
 
-def test_a_run_on_unequal_classes_with_all_that_is_there_for_them(tmp_path, unequal):
-    opts = "TRAIN.BALANCED_SAMPLING True TRAIN.CLASS_WEIGHTS balanced TRAIN.MIXUP_ALPHA 0.8 "
-    opts += "BEST_METRIC balanced_accuracy DATA.BATCH_SIZE 6 TRAIN.NUM_EPOCHS 4"
-    result = run(make_config(tmp_path, unequal, *opts.split()))
-    log = log_of(result.folder)
-    assert f"(balanced accuracy {result.balanced_accuracy:.2f} %)" in log
-    assert "chosen by balanced_accuracy (" in log
-    record = metrics(result.folder, "epoch")[-1]
-    assert record["val_balanced_accuracy"] == result.balanced_accuracy
-
-
 def test_the_loader_of_a_run_samples_classes_equally(tmp_path, unequal):
     for balanced, expected in ((True, [6, 6, 6]), (False, [8, 8, 2])):
         opts = ["TRAIN.BALANCED_SAMPLING", balanced, "DATA.BATCH_SIZE", 9]

@@ -26,19 +26,13 @@ def sets():
     return clusters(8400, 12, 6, 1), clusters(4200, 12, 6, 2)
 
 
-@pytest.fixture(scope="module")
-def nearest(sets):
-    """Cosines and labels of the 200 nearest; every step in float64, all at once."""
-    train, val = (x.features.astype("float64") for x in sets)
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, val))
-    cosines = b @ a.T
-    near = np.argsort(-cosines, axis=1, kind="stable")[:, :200]
-    return np.take_along_axis(cosines, near, 1), sets[0].labels[near]
-
-
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
-def test_k_nn_is_float64s(sets, nearest, temperature):
-    cosines, labels = nearest
+def test_k_nn_is_float64s(sets, temperature):
+    """Whose every step is made all at once."""
+    features = (x.features.astype("float64") for x in sets)
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in features)
+    near = np.argsort(-(b @ a.T), axis=1, kind="stable")[:, :200]
+    cosines, labels = np.take_along_axis(b @ a.T, near, 1), sets[0].labels[near]
     found = knn_accuracies(*sets, [1, 10, 20, 100, 200], temperature)
     for k, both in found.items():
         votes = np.zeros([len(labels), 12])

@@ -53,13 +53,11 @@ def whole(tmp_path_factory, data):
 
 
 @pytest.fixture(autouse=True)
-def handlers():
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
-    kept = {number: signal.getsignal(number) for number in numbers}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored under nohup, by a run too
+def hangup():
+    """It is ignored under nohup, by a run too."""
+    kept = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, kept)
 
 
 def crash_at_step(number):
