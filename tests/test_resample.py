@@ -152,3 +152,17 @@ def test_where_the_compiled_code_cannot_serve_pillow_does_it_and_that_is_said(sa
     lines = []
     resample.prepare(lines.append)
     assert "by Pillow" in lines[0] and said in lines[0]
+
+
+def test_the_memory_of_images_is_given_back():
+    resource = pytest.importorskip("resource")
+
+    def grown(times):  # KB
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(times):
+            pixels = from_image(Image.new("RGB", (1000, 1000)))  # 4 MB
+            operations().to_rgb(operations().resize(pixels, (20, 20), BICUBIC))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+    grown(5)
+    assert grown(100) < 100_000
