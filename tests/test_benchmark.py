@@ -105,23 +105,6 @@ def test_a_peer_is_told_its_form_and_labelled_with_it(config, peers, name, secon
     assert other["ms_per_step"] == 1e3 * seconds
 
 
-@pytest.mark.parametrize(
-    "mode, openvino, expected",
-    [
-        ("infer", True, ["timm", "timm_compile", "timm_compile_freeze", "openvino"]),
-        ("infer", False, ["timm", "timm_compile", "timm_compile_freeze"]),
-        ("train", True, ["timm", "timm_compile"]),
-        ("data", True, ["timm"]),
-        ("step", True, []),
-    ],
-)
-def test_the_best_is_sought_among_all_that_do_the_job(
-    config, monkeypatch, mode, openvino, expected
-):
-    monkeypatch.setattr(tool, "find_spec", lambda name: openvino)
-    assert tool.choose_peers(Job(config, mode), ["best"]) == expected
-
-
 @pytest.fixture
 def run_main(config, tmp_path, capsys):
     """Calls the script on the tiny model; returns what it printed on either stream."""
@@ -134,12 +117,17 @@ def run_main(config, tmp_path, capsys):
     return call
 
 
-def test_the_ratio_to_the_fastest_peer_is_said(peers, run_main, monkeypatch):
+def test_the_best_is_sought_among_all_that_do_the_job_and_the_ratio_to_it_said(
+    config, peers, run_main, monkeypatch
+):
     monkeypatch.setattr(tool, "find_spec", lambda name: True)
     shown, said = run_main("-compare", "best", "-json")
     ratios = [json.loads(line)["speedup"] for line in shown.splitlines()]
     assert len(ratios) == 5
     assert said.endswith(f"{ratios[1]} times as fast as timm, the fastest peer\n")
+    assert tool.choose_peers(Job(config, "train"), ["best"]) == ["timm", "timm_compile"]
+    monkeypatch.setattr(tool, "find_spec", lambda name: False)
+    assert "openvino" not in tool.choose_peers(Job(config), ["best"])
 
 
 def test_the_figures_follow_from_the_median_time(config):

@@ -100,12 +100,8 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         order.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
         fsync(descriptor)
 
-    def log_replace(a, b):
-        order.append("rename")
-        replace(a, b)
-
-    monkeypatch.setattr(checkpoints.os, "fsync", log_fsync)
-    monkeypatch.setattr(checkpoints.os, "replace", log_replace)
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: order.append("rename") or replace(*paths))
     checkpoints.save(make_state(), tmp_path / "last.pdparams")
     assert order == ["file", "rename", "folder"]
 

@@ -246,17 +246,6 @@ def test_gelu_and_its_gradient_are_the_formulas_also_after_memory_was_short(monk
 
 
 @needs_onednn
-def test_results_are_written_where_they_are_wanted():
-    x, y, z = paddle.randn([2, 3, 4]), paddle.zeros([6, 3, 4]), paddle.randn([4])
-    onednn.product(x[:1], paddle.eye(4), then=[("add", x[:1])], out=y[:1])
-    onednn.multiply(x, z, then=[("add", x)], out=y[1:3])
-    onednn.cast(x[1:], paddle.float32, y[4:5])
-    x, z = x.numpy(), z.numpy()
-    expected = [2 * x[:1], x * z + x, np.zeros([1, 3, 4]), x[1:], np.zeros([1, 3, 4])]
-    close(y.numpy(), np.concatenate(expected))
-
-
-@needs_onednn
 def test_nothing_is_computed_by_plain_loops():
     """oneDNN takes every form, and computes those it has no kernel for a thousand times slower: a
     multiplication of mixed types in some versions, which is made in float32 then.

@@ -13,16 +13,16 @@ from training import ppvit_checkpoint
 from training.learner import Learner
 from training.saving import first_model
 
-from .helpers.tiny_data import make_config, make_data
+from .helpers.tiny_data import make_config
 
 CHANNELS, TOKENS = 16, 4  # of tests/helpers/tiny_data.py
 
 
-class Affine(nn.Layer):
-    def __init__(self):
-        super().__init__()
-        self.alpha = paddle.create_parameter([1, 1, CHANNELS], "float32")
-        self.beta = paddle.create_parameter([1, 1, CHANNELS], "float32")
+def affine():
+    layer = nn.Layer()
+    layer.alpha = paddle.create_parameter([1, 1, CHANNELS], "float32")
+    layer.beta = paddle.create_parameter([1, 1, CHANNELS], "float32")
+    return layer
 
 
 class Block(nn.Layer):
@@ -30,9 +30,9 @@ class Block(nn.Layer):
 
     def __init__(self):
         super().__init__()
-        self.norm1 = Affine()
+        self.norm1 = affine()
         self.linear_tokens = nn.Linear(TOKENS, TOKENS)
-        self.norm2 = Affine()
+        self.norm2 = affine()
         self.mlp_channels = nn.Layer()
         self.mlp_channels.fc1 = nn.Linear(CHANNELS, 4 * CHANNELS)
         self.mlp_channels.fc2 = nn.Linear(4 * CHANNELS, CHANNELS)
@@ -46,7 +46,7 @@ class Model(nn.Layer):
         self.patch_embed = nn.Layer()
         self.patch_embed.patch_embed = nn.Conv2D(3, CHANNELS, 8, 8)
         self.mixer_layers = nn.Sequential(Block(), Block())
-        self.norm = Affine()
+        self.norm = affine()
         self.head = nn.Linear(CHANNELS, 3)
 
 
@@ -85,11 +85,6 @@ class Theirs:
         return {**parts, "lr_scheduler": self.rate.state_dict(), **more}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"), train=6, val=3)
-
-
 @pytest.fixture
 def theirs():
     nn.Linear(3, 3)  # of another model: their names do not start at 0
@@ -107,7 +102,7 @@ def config_for(tmp_path, data):
     def make(path, state, *opts):
         paddle.save(state, str(path))
         no_decay = ["TRAIN.WEIGHT_DECAY", 0, "TRAIN.GRAD_CLIP", None, "TRAIN.OPTIMIZER.EPS", 1e-8]
-        ema = ["TRAIN.MODEL_EMA", True, "TRAIN.MODEL_EMA_DECAY", 0.9, "DATA.BATCH_SIZE", 3]
+        ema = ["TRAIN.MODEL_EMA", True, "TRAIN.MODEL_EMA_DECAY", 0.9, "DATA.BATCH_SIZE", 12]
         run = ["MODEL.RESUME", path, "TRAIN.NUM_EPOCHS", 5]
         return make_config(tmp_path, data, *run, *no_decay, *ema, *opts)
 

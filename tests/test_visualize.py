@@ -139,15 +139,13 @@ def test_layers_are_spread_from_the_first_to_the_last_or_chosen(model):
 
 
 def test_the_two_likeliest_classes_are_explained():
-    logits = np.array([[0.0, 3.0, -1.0, 2.0]])
-    terms = np.random.default_rng(0).normal(size=[1, 4, 4, 4])
-    views = np.zeros([1, 16, 16, 3], "u1")
-    figure = draw_contributions(views, terms, logits, ["a", "b", "c", "$d"])
+    terms, logits = np.random.default_rng(0).normal(size=[1, 4, 4, 4]), np.array([[0, 3.0, -1, 2]])
+    shown = np.zeros([1, 16, 16, 3], "u1"), terms, logits, ["a", "b", "c", "$d"]
+    figure = draw_contributions(*shown)
     titles = [axis.get_title() for axis in figure.axes[:3]]
     assert titles == ["image", "b\nlogit 3.00", "$d\nlogit 2.00"]
     np.testing.assert_array_equal(figure.axes[1].images[1].get_array(), terms[0, ..., 1])
-    figure = draw_contributions(views, terms, logits, ["a", "b", "c", "d"], label=2)
-    assert figure.axes[1].get_title() == "c\nlogit -1.00"
+    assert draw_contributions(*shown, label=2).axes[1].get_title() == "c\nlogit -1.00"
 
 
 def test_the_page_gathers_all_pictures_and_needs_nothing_else(weights, data, tmp_path):

@@ -452,17 +452,13 @@ files.write_atomically(b"half of it", sys.argv[1])
 """
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, state):
-    path = tmp_path / "x.pdparams"
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_another_writes_left_alone(
+    tmp_path, state
+):
+    path, other = tmp_path / "x.pdparams", tmp_path / ".x.pdparams.1-2.tmp"
     subprocess.run([sys.executable, "-c", _KILLED, path], cwd=ROOT)
     assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
-    write_weights(state, path)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_another_writer_is_writing_is_left_alone(tmp_path, state):
-    other = tmp_path / ".x.pdparams.1-2.tmp"
     with open(other, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        write_weights(state, tmp_path / "x.pdparams")
-        assert other.exists()
+        write_weights(state, path)
+        assert sorted(tmp_path.iterdir()) == [other, path]
