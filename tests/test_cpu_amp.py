@@ -13,6 +13,7 @@ from storage import checkpoints
 from training.learner import Objective
 from training.precision import autocast, choose_precision
 
+from .helpers.gradients import outputs_and_gradients
 from .helpers.runs import HALF, metrics
 from .helpers.tiny_data import make_config
 
@@ -24,21 +25,11 @@ def seed():
     paddle.seed(0)
 
 
-def gradients(block, x, half, run=lambda block, x: block(x)):
-    x = x.detach()
-    x.stop_gradient = False
-    for parameter in block.parameters():
-        parameter.clear_gradient(False)
-    paddle.seed(1)
+def gradients(block, x, half, *run):
     with ops.bfloat16(half):
-        y = run(block, x)
-        paddle.sum(
-            y * paddle.cos(paddle.arange(y.size).reshape(y.shape).astype(y.dtype))
-        ).backward()
-    tensors = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
-    tensors |= {"output": y, "x": x.grad}
-    assert {tensor.dtype for tensor in tensors.values()} == {paddle.float32}
-    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+        found = outputs_and_gradients(block, x, *run)
+    assert {value.dtype for value in found.values()} == {np.dtype("float32")}
+    return found
 
 
 def random_block(**options):

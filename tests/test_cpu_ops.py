@@ -11,6 +11,7 @@ from cpu import onednn, ops
 from resmlp import DropPath, PatchEmbedding, ResBlock, ResMLP
 
 from .helpers import plain_onednn
+from .helpers.gradients import outputs_and_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -51,20 +52,6 @@ def random_block(**settings) -> ResBlock:
     for parameter in block.parameters():
         parameter.set_value(paddle.randn(parameter.shape))
     return block
-
-
-def outputs_and_gradients(block, x, run=lambda block, x: block(x)) -> dict:
-    """The block's output and every gradient of a random projection of it, by name."""
-    x = x.detach()
-    x.stop_gradient = False
-    block.clear_gradients()
-    paddle.seed(1)  # the same drop path masks
-    y = run(block, x)
-    projection = paddle.to_tensor(np.random.default_rng(0).standard_normal(y.shape))
-    (y * projection).sum().backward()
-    found = {name: p.grad for name, p in block.named_parameters()}
-    found = {name: None if grad is None else grad.numpy().copy() for name, grad in found.items()}
-    return {"output": y.numpy(), "x": x.grad.numpy(), **found}
 
 
 def assert_equal(found: dict, expected: dict, tolerance: float = 1e-12):

@@ -15,6 +15,8 @@ import pytest
 from cpu import onednn, ops, setup
 from resmlp import DropPath, ResBlock
 
+from .helpers.gradients import outputs_and_gradients
+
 ROOT = Path(__file__).parent.parent
 needs_onednn = pytest.mark.skipif(not onednn.has(paddle.float32), reason="no oneDNN in this Paddle")
 
@@ -82,27 +84,17 @@ def test_a_reorder_is_a_reshape_a_transposition_and_a_cast_to_the_nearest_bfloat
     assert (np.frombuffer(found.tobytes(), "uint32") & 0xFFFF == 0).all()
 
 
-def gradients(block, x, projection):
-    x = x.detach()
-    x.stop_gradient = False
-    block.clear_gradients()
-    y = block(x)
-    (y * projection).sum().backward()
-    found = {name: p.grad.numpy().copy() for name, p in block.named_parameters()}
-    return {"output": y.numpy(), "x": x.grad.numpy(), **found}
-
-
 @pytest.mark.parametrize("kept", ["111", "101", "011", "010", "000"])
 def test_a_float32_block_of_real_width_equals_its_layers(kept, monkeypatch):
     block = ResBlock(dim=384, num_tokens=196)
     mask = paddle.to_tensor([2.0 * int(sample) for sample in kept]).reshape([3, 1, 1])
     monkeypatch.setattr(DropPath, "mask", lambda self, x: None if kept == "111" else mask)
-    x, projection = paddle.randn([3, 196, 384]), paddle.randn([3, 196, 384])
+    x = paddle.randn([3, 196, 384])
     for parameter in block.parameters():
         parameter.set_value(parameter + 0.1 * paddle.randn(parameter.shape))
-    found = gradients(block, x, projection)
+    found = outputs_and_gradients(block, x)
     monkeypatch.setattr(ops, "usable", lambda layer: False)
-    for name, expected in gradients(block, x, projection).items():
+    for name, expected in outputs_and_gradients(block, x).items():
         close(found[name], expected, 1e-5)
 
 
