@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from cli.errors import UserError
-from config import get_config
 from resmlp import ResMLP
 from tools.common import load_model, run_config
 from tools.visualize import (
@@ -25,6 +24,7 @@ from tools.visualize import (
     visualize,
 )
 
+from .helpers.tiny_data import make_config
 from .helpers.tiny_run import make_images
 
 
@@ -44,17 +44,11 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def quiet_config(data, **train):
+def quiet_config(data, cutmix=0.0):
     """No augmentation but what a test asks for."""
-    config = get_config()
-    config.DATA.DATA_PATH, config.DATA.IMAGE_SIZE = str(data), 16
-    config.DATA.BATCH_SIZE, config.DATA.NUM_WORKERS = BATCH, 0
-    config.MODEL.NUM_CLASSES, config.MODEL.MIXER.PATCH_SIZE = 4, 4
-    quiet = {"RAND_AUGMENT": False, "COLOR_JITTER": 0.0, "HFLIP": 0.0, "REPEATED_AUG": 1}
-    quiet.update(RANDOM_ERASE_PROB=0.0, MIXUP_ALPHA=0.0, CUTMIX_ALPHA=0.0, SMOOTHING=0.0)
-    config.TRAIN.update({**quiet, **train})
-    config.freeze()
-    return config
+    opts = ["DATA.DATASET", "imagenet2012", "MODEL.NUM_CLASSES", "4", "TRAIN.SMOOTHING", "0.0"]
+    opts += ["DATA.BATCH_SIZE", BATCH, "TRAIN.CUTMIX_ALPHA", cutmix]
+    return make_config(data.parent, data, *opts)
 
 
 def test_contributions_are_the_normalised_tokens_times_the_head_and_sum_to_the_logits(model):
@@ -118,7 +112,7 @@ def test_a_batch_is_the_training_images_and_a_mixed_one_shows_both_and_their_sha
     number = clean[:, 8, 8, 0] // 10
     assert len(set(number)) == BATCH and (clean[..., 0] == 10 * number[:, None, None]).all()
     np.testing.assert_array_equal(labels, np.eye(4)[number % 4])
-    images, targets = training_batch(quiet_config(data, CUTMIX_ALPHA=1.0))
+    images, targets = training_batch(quiet_config(data, 1.0))
     changed = (images != clean).any(axis=-1).mean(axis=(1, 2))
     assert changed.max() > 0
     own, other = labels.argmax(1), labels[::-1].argmax(1)
