@@ -10,10 +10,12 @@ import numpy as np
 import paddle
 import pytest
 
+import engine
 from cli.errors import CheckpointError, ConfigError, TrainingError, UserError
 from config import get_config
 from engine import Trainer, run
 from optimizer import Schedule
+from parallel.process import Process
 from storage import checkpoints
 from storage.weights import read_weights
 from tools.predict import predict
@@ -245,3 +247,23 @@ def test_a_student_is_distilled_from_another_resmlp_and_resumes(train, trained):
     assert "teacher: loss" in log and log.index("teacher: loss") < log.index("epoch 1/1")
     folder = train(*opts, *RESUME.split())
     assert [record["epoch"] for record in metrics(folder, "epoch")] == [1, 2]
+
+
+@pytest.mark.parametrize("accumulate, batch", [(2, 4), (4, 2)])
+def test_accumulated_batches_are_one_large_batch(train, accumulate, batch):
+    opts = ["TRAIN.ACCUM_ITER", accumulate, "DATA.BATCH_SIZE", batch]
+    assert distance(weights_of(train(name="a")), weights_of(train(*opts, name="b"))) < 1e-5
+
+
+def test_the_output_folder_is_chosen_by_rank_0_alone(train, monkeypatch):
+    class Told(Exception):
+        pass
+
+    def from_main(value, process):
+        raise Told(value)
+
+    monkeypatch.setattr(engine, "prepare_process", lambda: Process(rank=1, world=2))
+    monkeypatch.setattr(engine, "choose_folder", lambda config: pytest.fail("rank 1 chose one"))
+    monkeypatch.setattr(engine, "from_main", from_main)
+    with pytest.raises(Told, match="^None$"):
+        train()

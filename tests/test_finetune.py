@@ -206,3 +206,14 @@ def test_class_weights_of_a_run_are_those_of_its_training_images(tmp_path, unequ
         folder = run(make_config(tmp_path / str(len(heads)), unequal, *opts)).folder
         heads.append(checkpoints.load(folder / "last.pdparams")["model"]["head.weight"])
     assert (heads[1] == heads[2]).all() and (heads[1] != heads[0]).any()
+
+
+def test_a_run_on_unequal_classes_with_all_that_is_there_for_them(tmp_path, unequal):
+    opts = "TRAIN.BALANCED_SAMPLING True TRAIN.CLASS_WEIGHTS balanced TRAIN.MIXUP_ALPHA 0.8 "
+    opts += "BEST_METRIC balanced_accuracy DATA.BATCH_SIZE 6 TRAIN.NUM_EPOCHS 4"
+    result = run(make_config(tmp_path, unequal, *opts.split()))
+    log = log_of(result.folder)
+    assert f"(balanced accuracy {result.balanced_accuracy:.2f} %)" in log
+    assert "chosen by balanced_accuracy (" in log
+    record = metrics(result.folder)[-1]
+    assert record["val_balanced_accuracy"] == result.balanced_accuracy

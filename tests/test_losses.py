@@ -178,3 +178,16 @@ def test_weights_can_be_given_one_a_class_and_are_off_by_default():
     assert class_weights(get_config()) is None
     with pytest.raises(ConfigError, match="CLASS_WEIGHTS has 2 numbers, MODEL.NUM_CLASSES is 4"):
         weights_for([1.0, 2.0])
+
+
+def test_balanced_weights_prefer_no_class():
+    rng = np.random.default_rng(1)
+    labels = (rng.random(4000) < 1 / 41).astype("int64")
+    weights = paddle.to_tensor(np.array([41 / 80, 20.5], "float32"))
+    for criterion in (CrossEntropy(0.1, weights), BinaryCrossEntropy(0.1, None, weights)):
+        logits = paddle.full([4000, 2], 1e-4)
+        logits.stop_gradient = False
+        criterion(logits, paddle.to_tensor(labels)).backward()
+        pull = logits.grad.numpy().sum(axis=0)  # of images of which nothing is known
+        each = np.abs(logits.grad.numpy()).sum()
+        assert np.abs(pull).max() < 0.1 * each
