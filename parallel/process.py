@@ -53,8 +53,7 @@ def launched_ranks() -> int:
         return 0
     needed = ["PADDLE_TRAINER_ID", "PADDLE_TRAINERS_NUM"]
     if ranks and ranks != "1":
-        needed += ["PADDLE_CURRENT_ENDPOINT"]
-        needed += [] if rendezvous.address() else ["PADDLE_TRAINER_ENDPOINTS"]
+        needed += ["PADDLE_CURRENT_ENDPOINT", "PADDLE_TRAINER_ENDPOINTS"]
         needed += ["FLAGS_selected_gpus"] if gpu_count() else []
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(

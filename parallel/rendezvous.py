@@ -41,11 +41,11 @@ def join(rank: int) -> None:
     global _store
     linux = sys.platform == "linux"
     own = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
-    endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")  # or the master alone
+    endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
     local = linux and all(endpoint.rpartition(":")[0] == own for endpoint in endpoints)
     if local:  # a socket that is tied to the loopback device refuses even this machine's
         # connections to another of its addresses
-        os.environ["PADDLE_MASTER"] = f"127.0.0.1:{address().rpartition(':')[2]}"
+        os.environ["PADDLE_MASTER"] = f"127.0.0.1:{_address().rpartition(':')[2]}"
         os.environ.pop("MASTER_ADDR", None)  # or this would be taken instead
     if device := _LOOPBACK if local else linux and device_of(own):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", device)
@@ -124,17 +124,16 @@ def tally(key: str, more: int = 0) -> int:
             raise ConnectionError("rank 0 is gone or cannot be reached") from error
 
 
-def address() -> str:
+def _address() -> str:
     """Where rank 0 listens, ``host:port``; Paddle looks for it in the same order."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    known = os.environ.get("PADDLE_MASTER") or os.environ.get("PADDLE_TRAINER_ENDPOINTS", "")
-    return known.split(",")[0]
+    return os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")[0]
 
 
 def find_rank_0(rank: int) -> tuple[str, int]:
     """Whether the ranks can meet, and where. (Paddle would abort, or try for 15 minutes.)"""
-    where = address()
+    where = _address()
     host, _, port = where.rpartition(":")
     deadline = time.monotonic() + JOIN_TIMEOUT
     while True:
