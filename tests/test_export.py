@@ -205,11 +205,14 @@ def test_a_gpu_s_products_and_linear_layers_stay_out_of_an_export(weights, tmp_p
 
 
 def test_what_an_export_needs_is_said(weights, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="pip install paddle2onnx onnx onnxruntime"):
+            export("nowhere.pdparams", formats=["onnx"])
+    for package in export_module.INT8_PACKAGES:
+        pytest.importorskip(package)
     with pytest.raises(UserError, match="is not there; give -opts DATA.DATA_PATH DIR, or -images"):
         export(weights, tmp_path, ["onnx_int8"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install paddle2onnx onnx onnxruntime"):
-        export("nowhere.pdparams", formats=["onnx"])
 
 
 @pytest.fixture(scope="module")
