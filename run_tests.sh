@@ -20,14 +20,13 @@ with_extras=
 faults=
 commands=
 notebooks=
-scope=loadscope # the tests of a module stay in one process
 count=$#
 while [ "$count" -gt 0 ]; do # our options go, pytest's stay
     case $1 in
     --with-timm) with_timm=yes ;;
     --with-extras) with_extras=yes ;;
     --faults) faults=yes ;;
-    --commands) commands=yes scope=loadgroup ;; # those of a page
+    --commands) commands=yes ;;
     --notebooks) notebooks=yes ;;
     *) set -- "$@" "$1" ;;
     esac
@@ -53,9 +52,9 @@ step "Tests"
 [ -n "$faults" ] || set -- --ignore=tests/faults "$@"
 [ -n "$commands" ] || set -- --ignore=tests/commands "$@"
 [ -n "$notebooks" ] || set -- --ignore=tests/notebooks "$@"
-if [ -z "${PYTEST_ADDOPTS+set}" ]; then
+if [ -z "${PYTEST_ADDOPTS+set}" ]; then # the tests of a module stay in one process
     cores=$("$PYTHON" -c 'from cpu.setup import usable_cores; print(min(4, usable_cores()))')
-    export PYTEST_ADDOPTS="-n $cores --dist $scope"
+    export PYTEST_ADDOPTS="-n $cores --dist loadscope"
 fi
 show "$PYTHON" -m pytest "$@"
 [ $lint = passed ] || die "the tests passed, but not the lint above"

@@ -19,11 +19,6 @@ from . import stand_ins, tables
 from .pages import PAGES, Command, commands
 
 SECONDS = 180  # at most, for one command
-ALL = []
-for page in PAGES:
-    group = pytest.mark.xdist_group(page.name)  # a page's share a clone
-    names = [(command, f"{command.where} {command.text[:60]!r}") for command in commands(page)]
-    ALL += [pytest.param(command, id=name, marks=group) for command, name in names]
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +62,7 @@ def shell_line(command: Command) -> str:
     return "python - <<'END'\n{}\nEND".format("\n".join(blocks))
 
 
-@pytest.mark.parametrize("command", ALL)
-def test_a_command_works_and_leaves_what_the_page_says(clone_for, command):
+def works_and_leaves_what_the_page_says(clone_for, command: Command) -> None:
     if reason := tables.elsewhere(command.text):
         pytest.skip(reason)
     if missing := tables.missing(command.text):
@@ -81,3 +75,20 @@ def test_a_command_works_and_leaves_what_the_page_says(clone_for, command):
     for name in tables.leaves(command.text):
         found = [path.stat().st_mtime for path in repository.glob(name)]
         assert found and max(found) >= stamp.stat().st_mtime, f"{line}\nleft no {name}:\n{output}"
+
+
+def tests_of(page: Path) -> type:
+    """The tests of a page are a class: their scope, in one process, as they share a clone."""
+    found = list(commands(page))
+
+    class Tests:
+        @pytest.mark.parametrize(
+            "command", found, ids=[f"{c.where} {c.text[:60]!r}" for c in found]
+        )
+        def test_command(self, clone_for, command):
+            works_and_leaves_what_the_page_says(clone_for, command)
+
+    return Tests
+
+
+globals().update({f"Test_{page.stem}": tests_of(page) for page in PAGES if list(commands(page))})
