@@ -77,7 +77,7 @@ def works_and_leaves_what_the_page_says(clone_for, command: Command) -> None:
         assert found and max(found) >= stamp.stat().st_mtime, f"{line}\nleft no {name}:\n{output}"
 
 
-def tests_of(page: Path) -> type:
+def of_page(page: Path) -> type:
     """The tests of a page are a class: their scope, in one process, as they share a clone."""
     found = list(commands(page))
 
@@ -91,4 +91,4 @@ def tests_of(page: Path) -> type:
     return Tests
 
 
-globals().update({f"Test_{page.stem}": tests_of(page) for page in PAGES if list(commands(page))})
+globals().update({f"Test_{page.stem}": of_page(page) for page in PAGES if list(commands(page))})
