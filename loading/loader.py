@@ -251,7 +251,8 @@ def _start_worker(worker_id: int) -> None:
         os._exit(128 + number)
 
     threading.Thread(target=leave, daemon=True).start()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
+    with suppress(OSError, AttributeError):  # macOS has none
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
     if os.getppid() != multiprocessing.parent_process().pid:  # killed before that line
         os._exit(1)
     setup.set_threads(1)
