@@ -143,6 +143,13 @@ def test_the_newest_whole_checkpoint_is_taken_when_the_last_is_damaged(tmp_path,
     assert differences(tmp_path / "run", whole) == []
 
 
+def test_a_kill_between_the_last_save_and_the_rotation_leaves_no_trace(tmp_path, data, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "epoch_001.pdparams", tmp_path / "run" / "epoch_000.pdparams")
+    engine.run(config_for(tmp_path, data, *RESUME, "KEEP_CHECKPOINTS", 2))
+    assert differences(tmp_path / "run", whole) == []
+
+
 def test_an_earlier_checkpoint_of_the_run_becomes_its_last(tmp_path, data, whole):
     """From the very start: a crash before the first save of its own must not bring back the old."""
     engine.run(config_for(tmp_path, data, "TRAIN.BASE_LR", 0.5))

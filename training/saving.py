@@ -77,6 +77,8 @@ class Saver:
                 checkpoints.go_back_to(chosen, state)  # an earlier one of this very run
                 if not (self.folder.path / checkpoints.BEST).exists():
                     progress.forget_best()
+        if self.process.main:  # a run that ended between its last save and this saves no more
+            self._rotate()
         self.folder.rewind_metrics(state["metrics_lines"])
         self.saved = True
         changes = checkpoints.config_changes(state["config"], self.config.dump())
@@ -98,11 +100,11 @@ class Saver:
 
     def save(self, learner, progress: Progress, *names: str) -> None:
         """Rank 0 saves under more ``names`` and as ``last``, in the background."""
-        path, config = self.folder.path / checkpoints.LAST, self.config
+        path = self.folder.path / checkpoints.LAST
 
         def write() -> None:
             checkpoints.save(state, path, names)
-            checkpoints.rotate(path.parent, config.KEEP_CHECKPOINTS, config.KEEP_EVERY)
+            self._rotate()
 
         with main_first(self.process) as main:
             if main:
@@ -113,13 +115,17 @@ class Saver:
                     "epoch": progress.epoch,
                     "place": asdict(progress),
                     "metrics_lines": self.folder.metrics_lines,
-                    "config": config.dump(),
+                    "config": self.config.dump(),
                     "processes": self.process.world,
                     **self.data,
                 }
                 state = checkpoints.to_numpy(state)
                 self.writer.start(write)
         self.saved = True
+
+    def _rotate(self) -> None:
+        keep, keep_every = self.config.KEEP_CHECKPOINTS, self.config.KEEP_EVERY
+        checkpoints.rotate(self.folder.path, keep, keep_every)
 
     def close(self) -> None:
         """Ends the last save; its error is only logged, so that it hides no earlier one."""
