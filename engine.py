@@ -11,7 +11,7 @@ from cli.errors import ConfigError, TrainingError
 from datasets import build_loader
 from loading.classes import UNKNOWN, with_num_classes
 from optimizer import Schedule
-from parallel.process import Preempted, Process, from_main, main_first, prepare_process
+from parallel.process import Process, from_main, main_first, prepare_process
 from storage import checkpoints
 from storage.adapt import read_pretrained
 from storage.run_folder import RunFolder, choose_folder
@@ -103,10 +103,6 @@ class Trainer:
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
             self.saver.writer.finish()
-        except Preempted:
-            if process.world > 1:  # this rank's own signal may come later than another's
-                self.monitor.signal.ignore()
-            raise
         except TrainingError:  # of all ranks: a launcher would end rank 0 when another has ended
             with main_first(process):
                 self.saver.close()
@@ -114,7 +110,7 @@ class Trainer:
         finally:
             self.saver.close()
             self.report.close()
-            self.monitor.signal.close()
+            self.monitor.signal.close(process.world > 1)  # a rank's signals may come late
         self.report.done(progress, self.learner.ema is not None)
         return Result.of(self.report.folder.path, process.rank, metrics, progress.best_top1)
 

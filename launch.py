@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 import warnings
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -63,15 +62,12 @@ _log = logging.getLogger("resmlp")
 
 
 def launch(config, processes: int) -> int:
-    """Runs a config in so many processes; 0: one a visible GPU, or one on CPU.
-
-    One runs right here; under ``python -m paddle.distributed.launch`` this process is one rank of
-    many already. Otherwise they are spawned.
+    """Runs a config in so many processes (0: one a visible GPU, or one on CPU), or as a rank that
+    Paddle's launcher has started.
 
     Returns 0, or the exit code of the first process that failed: 2 after a user's mistake,
     `PREEMPTED` when it saved and stopped on request, 1 after an unexpected error. Raises UserError
-    for more processes than GPUs or than the system starts, and where a launcher's variables are
-    incomplete.
+    for more processes than GPUs or than the system starts, and as `launched_ranks`.
     """
     if launched_ranks():
         return run_launched(config)
@@ -141,8 +137,7 @@ def _spawn(config, count: int) -> int:
     def forward(number, frame):
         signals.append(time.monotonic())
         for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
+            worker.terminate()
 
     for number in stop_signals():
         signal.signal(number, forward)
@@ -154,9 +149,8 @@ def _spawn(config, count: int) -> int:
 def watch_ranks(workers: list, readers: tuple, signals: list[float], saving: Callable[[], bool]):
     """Waits until every rank has ended, or one has failed and the others had time to say why.
 
-    ``readers`` are pipes from the ranks, with exit codes and texts; ``signals`` the times of those
-    passed on; ``saving``: rank 0 has a checkpoint to finish. Returns ``{rank: (code, text)}`` of
-    the ranks that have ended; a killed one has no text.
+    ``signals`` are the times of those passed on; ``saving``: rank 0 has a checkpoint to finish.
+    Returns ``{rank: (code, text)}`` of the ranks that have ended; a killed one has no text.
     """
     endings: dict[int, tuple[int, str]] = {}
     deadline = float("inf")
@@ -226,13 +220,11 @@ def _say(code: int, text: str) -> int:
 
 
 def run_launched(config) -> None:
-    """Runs one rank that Paddle's launcher has started, and exits.
-
-    Its last words go to its output: the terminal for a node's first rank, else a file in the
-    launcher's log folder. Of a rank that is killed the launcher tells.
+    """Runs one rank that Paddle's launcher has started, and exits. Its last words go to its output;
+    of a rank that is killed the launcher tells.
     """
-    _follow(setup.PARENT, partial(os.kill, os.getpid(), signal.SIGTERM))  # saves, then exits
-    steps, this_process = deque([0], maxlen=1), os.getpid()
+    this_process, steps = os.getpid(), [0]
+    _follow(setup.PARENT, partial(os.kill, this_process, signal.SIGTERM))  # saves, then exits
 
     def explain():  # C++ is about to abort, as where gloo loses a rank in backward
         if os.getpid() == this_process:  # a loader worker is no rank
@@ -247,7 +239,8 @@ def run_launched(config) -> None:
         set_terminate.restype = handler = ctypes.CFUNCTYPE(None)
         kept = handler(explain)  # what C++ calls must not be collected
         before = set_terminate(kept)
-    os._exit(_say(*_run(config, steps.append)))  # no atexit hook may wait for a rank that is gone
+    ending = _run(config, partial(steps.__setitem__, 0))
+    os._exit(_say(*ending))  # no atexit hook may wait for a rank that is gone
 
 
 def _follow(parent: int, end: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ import paddle.distributed as dist
 from cli.errors import UserError
 from cli.progress import line_start
 from cpu import setup
-from parallel import rendezvous
+from parallel.rendezvous import join, wait_for_all
 
 PREEMPTED = 75  # exit code of a run that saved on SIGTERM or Ctrl-C and wants to be resumed
 SIGNAL_GRACE = 1.0  # seconds within which signals count as one: a scheduler sends SIGTERM to every
@@ -67,14 +67,14 @@ def launched_ranks() -> int:
 
 def prepare_process() -> Process:
     """Chooses the device, joins the ranks that a launcher started, opens the log. One process makes
-    no collective calls. Raises UserError as `launched_ranks` and `rendezvous.join`.
+    no collective calls. Raises UserError as `launched_ranks` and `join`.
     """
     world = max(launched_ranks(), 1)
     rank = int(os.environ["PADDLE_TRAINER_ID"]) if world > 1 else 0
     process = Process(rank, world, gpu_count() > 0)
     _open_log(process)
     if world > 1:
-        rendezvous.join(rank)
+        join(rank)
     else:
         paddle.set_device("gpu" if process.on_gpu else "cpu")  # "gpu": the launcher's --devices
     setup.set_threads()
@@ -109,13 +109,18 @@ def sum_over_ranks(values: list[float], process: Process) -> list[float]:
     return tensor.numpy().tolist()
 
 
+def from_all(value, process: Process) -> list:
+    """The values of all ranks, by rank, on every rank."""
+    values: list = []
+    if process.world == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
 def from_main(value, process: Process):
     """Rank 0's value, on every rank."""
-    if process.world == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    return from_all(value, process)[0]
 
 
 @contextlib.contextmanager
@@ -125,12 +130,6 @@ def main_first(process: Process):
         yield process.main
     finally:
         wait_for_all(process)
-
-
-def wait_for_all(process: Process) -> None:
-    """Returns when every rank has called it, however long that takes; see `rendezvous.meet`."""
-    if process.world > 1:
-        rendezvous.meet(process.rank, process.world)
 
 
 def stop_signals() -> list[int]:
@@ -149,9 +148,7 @@ class StopSignal:
 
     def __init__(self):
         self.received = False
-        self._first = 0.0
-        self._pid = os.getpid()
-        self._before = {}
+        self._first, self._pid, self._before = 0.0, os.getpid(), {}
         here = threading.current_thread() is threading.main_thread()
         for number in stop_signals() if here else ():
             self._before[number] = signal.signal(number, self._handle)
@@ -159,18 +156,15 @@ class StopSignal:
             if hasattr(signal, "siginterrupt"):  # not on Windows
                 signal.siginterrupt(number, False)
 
-    def ignore(self) -> None:
-        """Lets no signal disturb this process any more: it is about to end."""
-        for number in self._before:
-            signal.signal(number, signal.SIG_IGN)
-        self._before = {}
+    def close(self, ends: bool = False) -> None:
+        """Gives the signals back to whom they belonged, when those that count as one are over.
 
-    def close(self) -> None:
-        """Gives the signals back to whom they belonged, when those that count as one are over."""
-        if self.received and self._before:
+        ``ends``: the process is about to end, as a rank's is; none disturbs it any more.
+        """
+        if self.received and self._before and not ends:
             time.sleep(max(0.0, self._first + SIGNAL_GRACE - time.monotonic()))
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
 
     def _handle(self, number, frame):
         if os.getpid() != self._pid:  # a forked loader worker: not its business

@@ -29,37 +29,39 @@ meetings = 0
 
 
 def join(rank: int) -> None:
-    """Joins the other ranks, as the launcher's environment describes them.
+    """Joins the other ranks, as the launcher's environment describes them; UserError where they
+    cannot meet.
 
     gloo and NCCL use the device that has this node's address, unless the user has named another;
     without one they would go by the host name. On one machine that is the loopback device, and
     Paddle's key-value store, which listens everywhere and asks for no password, is tied to it
     before the ranks meet there.
-
-    Raises UserError if rank 0 cannot be reached, or its port is in use.
     """
     global _store
-    linux = sys.platform == "linux"
-    own = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
-    endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
+    linux, environ = sys.platform == "linux", os.environ
+    own = environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
+    endpoints = environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
+    where = environ.get("PADDLE_MASTER") or endpoints[0]
+    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:  # Paddle's order too
+        where = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
     local = linux and all(endpoint.rpartition(":")[0] == own for endpoint in endpoints)
     if local:  # a socket that is tied to the loopback device refuses even this machine's
         # connections to another of its addresses
-        os.environ["PADDLE_MASTER"] = f"127.0.0.1:{_address().rpartition(':')[2]}"
-        os.environ.pop("MASTER_ADDR", None)  # or this would be taken instead
+        where = environ["PADDLE_MASTER"] = f"127.0.0.1:{where.rpartition(':')[2]}"
+        environ.pop("MASTER_ADDR", None)  # or this would be taken instead
     if device := _LOOPBACK if local else linux and device_of(own):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", device)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", device)
-    host, port = find_rank_0(rank)
+        environ.setdefault("GLOO_SOCKET_IFNAME", device)
+        environ.setdefault("NCCL_SOCKET_IFNAME", device)
+    host, port = find_rank_0(rank, where)
     if local and rank == 0:
-        world = os.environ["PADDLE_TRAINERS_NUM"]
-        os.environ["PADDLE_TRAINERS_NUM"] = "0"  # or it would wait for the others already here
+        world = environ["PADDLE_TRAINERS_NUM"]
+        environ["PADDLE_TRAINERS_NUM"] = "0"  # or it would wait for the others already here
         core.create_or_get_global_tcp_store()  # which `init_parallel_env` then takes
-        os.environ["PADDLE_TRAINERS_NUM"] = world
+        environ["PADDLE_TRAINERS_NUM"] = world
         shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
     _store = core.TCPStore(host, port, False, 0)  # a connection beside that of Paddle's threads
-    threading.Thread(target=_give_signs_of_life, args=(rank,), daemon=True).start()
+    threading.Thread(target=_give_signs_of_life, args=[rank], daemon=True).start()
     for connection in tcp_sockets():
         # Paddle sends a request in pieces, and would wait 40 ms for the receipt of the first.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -77,7 +79,7 @@ def _give_signs_of_life(rank: int) -> None:
             tally(f"resmlp/alive/{rank}", 1)
 
 
-def meet(rank: int, world: int) -> None:
+def wait_for_all(process) -> None:
     """Returns when every rank has called it, however long that takes.
 
     They ask the job's key-value store: gloo gives up on collectives after 30 seconds. Rank 0, whose
@@ -87,14 +89,16 @@ def meet(rank: int, world: int) -> None:
     machine `launch` learns of its end at once; another node's launcher says nothing.)
     """
     global meetings
+    if process.world == 1:
+        return
     meetings += 1
     here, answered = f"resmlp/meeting/{meetings}/here", f"resmlp/meeting/{meetings}/answered"
     tally(here, 1)
-    _wait_for(here, world, world)
-    if rank > 0:
-        tally(answered, 1)
+    _wait_for(here, process.world, process.world)
+    if process.main:
+        _wait_for(answered, process.world - 1, process.world)
     else:
-        _wait_for(answered, world - 1, world)
+        tally(answered, 1)
 
 
 def _wait_for(key: str, count: int, world: int) -> None:
@@ -124,16 +128,10 @@ def tally(key: str, more: int = 0) -> int:
             raise ConnectionError("rank 0 is gone or cannot be reached") from error
 
 
-def _address() -> str:
-    """Where rank 0 listens, ``host:port``; Paddle looks for it in the same order."""
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    return os.environ.get("PADDLE_MASTER") or os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")[0]
-
-
-def find_rank_0(rank: int) -> tuple[str, int]:
-    """Whether the ranks can meet, and where. (Paddle would abort, or try for 15 minutes.)"""
-    where = _address()
+def find_rank_0(rank: int, where: str) -> tuple[str, int]:
+    """Host and port of ``where``, if the ranks can meet there. (Paddle would abort, or try for 15
+    minutes.)
+    """
     host, _, port = where.rpartition(":")
     deadline = time.monotonic() + JOIN_TIMEOUT
     while True:

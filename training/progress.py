@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 
 from cli.errors import TrainingError
-from parallel.process import Process, StopSignal, sum_over_ranks
+from parallel.process import Process, StopSignal, from_all
 from storage.checkpoints import LAST
 
 SYNC_STEPS_GPU = 10  # steps between reads of the numbers on a GPU; on a CPU they cost nothing
@@ -138,7 +138,7 @@ class Monitor:
 
     def _error(self, record: StepRecord) -> TrainingError:
         """Writes what is needed to reproduce the step, on every rank, and says where it is."""
-        rank, world = self.process.rank, self.process.world
+        rank = self.process.rank
         own_loss, loss, _, norm = record.values
         scale = float(np.ravel(self.scaler.state_dict().get("scale", 1.0))[0])
         facts = dict(epoch=self.progress.epoch + 1, step=record.step, rank=rank, lr=record.lr)
@@ -149,8 +149,8 @@ class Monitor:
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         except OSError as error:  # the ranks still have to agree on what to say
             _log.warning(f"{path}: cannot be written: {error.strerror}")
-        wrong = [float(r == rank and not np.isfinite(own_loss)) for r in range(world)]
-        wrong = [r for r, flag in enumerate(sum_over_ranks(wrong, self.process)) if flag]
+        losses = enumerate(from_all(own_loss, self.process))
+        wrong = [r for r, its_loss in losses if not np.isfinite(its_loss)]
         where = f"rank {', '.join(map(str, wrong))}" if wrong else "all ranks together"
         what = "gradient" if np.isfinite(loss) else "loss"
         scaled = f", loss scale {scale:g}" if self.scaler.is_enable() else ""

@@ -11,7 +11,8 @@ import pytest
 from loading.samplers import train_indices
 from storage import checkpoints
 
-from ..helpers.runs import DRIVER, alive, await_save, command, error_line, finish, run, start
+from ..helpers import runs
+from ..helpers.runs import alive, await_save, finish, metrics, run, start
 from ..helpers.tiny_data import make_data
 
 LIMIT = 30  # seconds from the fault to the end of the job; a start takes most of it here
@@ -24,10 +25,10 @@ def data(tmp_path_factory):
 
 def job(data, folder, *opts, nprocs=2, launched=False):
     opts = ["DATA.BATCH_SIZE", 4, "SAVE_STEPS", 1, "TRAIN.NUM_EPOCHS", 3, *opts]
-    words = command(data, folder / "run", *opts, main=DRIVER, nprocs=0 if launched else nprocs)
+    python, *words = runs.command(data, folder / "run", *opts, main=runs.DRIVER, nprocs=nprocs)
     launcher = ["-m", "paddle.distributed.launch", "--log_dir", str(folder / "logs")]
     launcher += ["--nproc_per_node", str(nprocs)]
-    return [words[0], *(launcher if launched else []), *words[1:]]
+    return [python, *(launcher if launched else []), *words]
 
 
 ways = pytest.mark.parametrize("launched", [False, True], ids=["spawned", "launched"])
@@ -92,8 +93,8 @@ def test_a_rank_that_raises_is_heard_with_its_traceback(tmp_path, data, rank):
     assert code == 1
     assert f"[rank {rank}] Traceback" in output
     assert line.startswith(f"error: rank {rank}, after step 2: ValueError: a fault of the test;")
-    log = "log.txt" if rank == 0 else "log.rank1.txt"
-    assert "ValueError: a fault of the test" in (tmp_path / "run" / log).read_text()
+    log = tmp_path / "run" / ("log.txt" if rank == 0 else "log.rank1.txt")
+    assert "ValueError: a fault of the test" in log.read_text()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -112,8 +113,8 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path, data):
     code, output = run(job(data, tmp_path, "TRAIN.NONFINITE", "skip"), fault="forward:1:4:nan")
     assert code == 0, output
     assert "step 3: skipped" in output
-    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
-    assert all(record["loss"] == record["loss"] for record in records if record["kind"] == "step")
+    losses = [record["loss"] for record in metrics(tmp_path / "run", "step")]
+    assert all(loss == loss for loss in losses)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -160,15 +161,14 @@ def test_ctrl_c_saves_though_the_reader_of_the_output_is_gone(tmp_path, data, np
     await_save(tmp_path, process)
     process.stdout.close()
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) == 75
-    assert "saved in" in (tmp_path / "run" / "log.txt").read_text()
+    assert process.wait(30) == 75 and "saved in" in runs.log_of(tmp_path / "run")
 
 
 @pytest.mark.parametrize("nprocs", [1, 2])
 def test_a_preempted_run_says_when_it_could_not_save(tmp_path, data, nprocs):
     words = job(data, tmp_path, "SAVE_STEPS", 2, nprocs=nprocs)
     code, output = run(words, fault="step:0:5:term save_half:0:3:full")
-    assert code == 2 and "No space left" in error_line(output), output
+    assert code == 2 and "No space left" in runs.error_line(output), output
     assert checkpoints.load(tmp_path / "run" / "last.pdparams")["place"]["step"] == 4
 
 
@@ -253,8 +253,7 @@ def test_another_number_of_processes_goes_on_where_the_first_stopped(tmp_path, d
     assert code == 0, output
     assert "changed since the checkpoint: processes 2 -> 1" in output
     assert "resumed after epoch 0 and 24 images, step 3" in output
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    steps = [record["step"] for record in records if record["kind"] == "step"]
+    steps = [record["step"] for record in metrics(tmp_path / "run", "step")]
     assert steps == list(range(1, 3 + 6 + 12 + 12 + 1))  # the rest of 48 images in steps of 4
 
 
@@ -290,4 +289,4 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(tmp_path, data):
     process.kill()
     process.communicate()
     assert all_end(tmp_path, 15)
-    assert "-resume auto goes on from there" in (tmp_path / "run" / "log.txt").read_text()
+    assert "-resume auto goes on from there" in runs.log_of(tmp_path / "run")

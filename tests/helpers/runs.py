@@ -106,12 +106,9 @@ def log_of(folder: Path) -> str:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    names = [
-        sorted(p.name for p in folder.glob("*.pdparams") if not p.name.startswith("abandoned_"))
-        for folder in (one, other)
-    ]
-    found = [] if names[0] == names[1] else [f"checkpoints: {names[0]} {names[1]}"]
-    for name in set(names[0]) & set(names[1]):
+    names = [{path.name for path in folder.glob("[!a]*.pdparams")} for folder in (one, other)]
+    found = [f"checkpoints: {names}"] if names[0] != names[1] else []  # but abandoned_* ones
+    for name in names[0] & names[1]:
         states = [checkpoints.load(folder / name) for folder in (one, other)]
         for state in states:
             del state["config"]  # names the folder
