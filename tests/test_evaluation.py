@@ -14,7 +14,7 @@ from loading.imagenet import wordnet_ids
 from parallel.process import Process
 from resmlp import build_resmlp
 from storage.weights import write_weights
-from training.eval_report import Calibration, write_report
+from training.eval_report import worst_mistakes, write_report
 from training.evaluation import Metrics, evaluate
 
 from .helpers.tiny_data import make_config
@@ -63,11 +63,10 @@ def test_balanced_accuracy_is_said_where_classes_are_unequal():
     predictions = np.array([0, 0, 0, 1, 1, 2])
     unequal = run(np.eye(4)[predictions], np.array([0, 0, 0, 0, 1, 1]))
     assert unequal.counts.tolist() == [[4, 2, 0, 0], [3, 1, 0, 0], [3, 2, 1, 0]]
-    assert unequal.balanced_accuracy == pytest.approx(100 * (3 / 4 + 1 / 2) / 2)
+    assert unequal.balanced_accuracy == unequal.score("balanced_accuracy") == 62.5
     assert "top-1 66.67 % (balanced accuracy 62.50 %), top-5" in str(unequal)
     equal = run(np.eye(4)[predictions], np.array([0, 0, 0, 1, 1, 1]))
     assert equal.balanced_accuracy is None and "balanced" not in str(equal)
-    assert unequal.score("balanced_accuracy") == unequal.balanced_accuracy
     assert unequal.score("top5") == 100.0 and unequal.score("loss") == -unequal.loss
     assert unequal.score("macro_f1") == pytest.approx(100 * (6 / 7 + 1 / 2 + 0) / 3)
 
@@ -78,15 +77,12 @@ def rows_of(path):
 
 
 def metrics_of(pairs, classes):
-    """Those of an evaluation that has counted these labels and predictions."""
-    pairs = np.array(pairs)
-    counts = np.zeros([3, classes], "int64")
-    np.add.at(counts[0], pairs[:, 0], pairs[:, 2])
-    np.add.at(counts[1], pairs[:, 0], pairs[:, 2] * (pairs[:, 0] == pairs[:, 1]))
-    np.add.at(counts[2], pairs[:, 1], pairs[:, 2])
-    calibration = Calibration()
-    calibration.add(np.array([0.5]), np.array([0]), np.array([0]), np.array([1]))
-    return Metrics(0.0, 30.0, 100.0, 10, 1.0, pairs, calibration, counts=counts)
+    """Those of an evaluation with so many images of these labels and predictions."""
+    labels, predictions = np.concatenate([[pair] * count for *pair, count in pairs]).T
+    right = labels[labels == predictions]
+    counts = np.stack([np.bincount(x, None, classes) for x in (labels, right, predictions)])
+    rows = np.stack([np.full(len(labels), 0.5), np.arange(len(labels)), labels, predictions], 1)
+    return Metrics(0.0, 30.0, 100.0, 10, 1.0, rows, counts=counts)
 
 
 def test_the_report_names_each_class_with_its_most_frequent_mistake(tmp_path):
@@ -161,7 +157,7 @@ def test_the_scores_of_a_report_are_scikit_learns(tmp_path):
     logits, labels = 2 * rng.normal(size=[400, 6]).astype("float32"), rng.integers(0, 5, 400)
     logits[np.arange(400), labels] += 2
     logits[:, 4] -= 1
-    write_report(run(logits, labels, 7, confusion=True), (), tmp_path)
+    write_report(run(logits, labels, 7, rows=True), (), tmp_path)
     found = json.loads((tmp_path / "report.json").read_text())
     odds, predictions = softmax(logits.astype("float64")), logits.argmax(1)
     right, sure = predictions == labels, odds.max(1)
@@ -188,7 +184,7 @@ def test_the_most_confident_mistakes_are_kept_in_order_for_any_batch_size():
     sure, predictions = softmax(logits).max(1), logits.argmax(1)
     wrong = [i for i in np.argsort(-sure) if predictions[i] != labels[i]][:16]
     for batch in (1, 7, 300):
-        mistakes = run(logits, labels, batch, confusion=True).calibration.mistakes
+        mistakes = worst_mistakes(run(logits, labels, batch, rows=True).rows)
         assert mistakes[:, 1].tolist() == wrong
         assert mistakes[:, 2].tolist() == labels[wrong].tolist()
         assert mistakes[:, 3].tolist() == predictions[wrong].tolist()

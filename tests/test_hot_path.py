@@ -109,7 +109,7 @@ def test_gradient_norm_clipping_and_ema_are_a_few_launches_on_a_gpu(monkeypatch,
     assert len(parameters) > 60 and sum(calls.values()) < 20, calls
 
 
-@pytest.mark.parametrize("options, per_batch", [({}, False), ({"confusion": True}, True)])
+@pytest.mark.parametrize("options, per_batch", [({}, False), ({"rows": True}, True)])
 def test_evaluation_reads_the_device_once_unless_it_reports_on_images(
     monkeypatch, options, per_batch
 ):

@@ -13,7 +13,6 @@ import numpy as np
 
 from cpu.resample import to_image
 from loading.images import read_pixels
-from parallel.process import Process, sum_over_ranks
 from storage.files import printable, write_atomically
 from training.pictures import new_figure, new_grid, render
 
@@ -22,81 +21,6 @@ MISTAKES = 16  # in the picture
 PICTURE_CLASSES = 1000  # more make a confusion matrix whose cells are smaller than its pixels
 _NUMBERS = 20  # classes up to which its cells have numbers
 _log = logging.getLogger("resmlp")
-_SCALE = 2**30  # confidences are summed as integers: exact, in any order, up to 2**23 images
-
-
-class Calibration:
-    """Counts how confident a classifier is and how right; its memory does not grow with images.
-
-    ``bins``, int64 ``[BINS, 3]``: images, right ones, sum of confidence in units of 1 / 2**30; bin
-    i holds confidences in (i / BINS, (i + 1) / BINS]. ``mistakes``, float64 ``[n, 4]``: confidence,
-    image, label and prediction, the most confident first.
-    """
-
-    def __init__(self):
-        self.bins = np.zeros([BINS, 3], "int64")
-        self.mistakes = np.zeros([0, 4])
-
-    def add(self, confidence, indices, labels, predictions) -> None:
-        """Adds a batch: probability of the prediction, place in the data set, label, prediction."""
-        right = labels == predictions
-        places = np.clip(np.ceil(confidence * BINS).astype("int64") - 1, 0, BINS - 1)
-        units = np.rint(confidence.astype("float64") * _SCALE).astype("int64")
-        np.add.at(self.bins, places, np.stack([np.ones_like(units), right, units], axis=1))
-        batch = np.stack([confidence, indices, labels, predictions], axis=1).astype("float64")
-        self._keep(np.concatenate([self.mistakes, batch[~right]]))
-
-    def _keep(self, mistakes: np.ndarray) -> None:
-        order = np.lexsort([mistakes[:, 1], -mistakes[:, 0]])[:MISTAKES]
-        self.mistakes = mistakes[order]
-
-    def reduce(self, process: Process) -> None:
-        """Makes this the counts and mistakes of all ranks, on every rank."""
-        shared = np.zeros([process.world, MISTAKES, 4])
-        shared[process.rank, : len(self.mistakes)] = self.mistakes
-        sums = np.array(sum_over_ranks([*self.bins.ravel(), *shared.ravel()], process))
-        self.bins = sums[: self.bins.size].astype("int64").reshape(BINS, 3)
-        rows = sums[self.bins.size :].reshape(-1, 4)
-        self._keep(rows[rows[:, 0] > 0])  # the others are not filled
-
-    def error(self) -> float:
-        """Expected calibration error in percent."""
-        images, right, units = self.bins.T
-        return 100 * float(np.abs(right - units / _SCALE).sum() / images.sum())
-
-    def draw(self) -> bytes:
-        """The reliability diagram as PNG: accuracy over confidence, and how many images."""
-        images, right, units = self.bins.T
-        some = images > 0
-        figure = new_figure(5, 6, layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        edges, width = 100 * np.arange(BINS) / BINS, 100 / BINS
-        accuracy = 100 * right / np.maximum(images, 1)
-        upper.bar(edges, accuracy, width, align="edge", edgecolor="white")
-        confidence = 100 * units[some] / _SCALE / images[some]
-        upper.plot(confidence, accuracy[some], "k.", label="mean confidence and accuracy")
-        upper.plot([0, 100], [0, 100], "--", color="gray", label="calibrated")
-        upper.legend(loc="upper left")
-        title = f"expected calibration error {self.error():.2f} %"
-        upper.set(ylabel="accuracy, %", ylim=(0, 100), xlim=(0, 100), title=title)
-        lower.bar(edges, images, width, align="edge", edgecolor="white")
-        lower.set(xlabel="confidence, %", ylabel="images")
-        return render(figure)
-
-    def draw_mistakes(self, files, names: Sequence[str]) -> bytes:
-        """The most confident mistakes as PNG: images of an `ImageIndex`, classes by name."""
-        count = max(len(self.mistakes), 4)
-        figure, grid = new_grid(count, 4, 2.6, 3.2, layout="constrained")
-        for axes, (confidence, index, label, prediction) in zip(grid, self.mistakes):
-            image = to_image(read_pixels(files.path(int(index)), files.exif_orientation))
-            image.thumbnail([224, 224])
-            axes.imshow(image)
-            said, true = (names[int(c)][:24] for c in (prediction, label))
-            file = printable(Path(files.path(int(index))).name)
-            file = file if len(file) <= 30 else f"…{file[-29:]}"
-            title = f"{file}\n{said} {100 * confidence:.1f} %\nlabel: {true}"
-            axes.set_title(title, fontsize=8)
-        return render(figure)
 
 
 def class_scores(counts: np.ndarray) -> dict[str, float]:
@@ -113,44 +37,57 @@ def class_scores(counts: np.ndarray) -> dict[str, float]:
     }
 
 
+def worst_mistakes(rows: np.ndarray) -> np.ndarray:
+    """The most confident mistakes among the rows of images, the first `MISTAKES`."""
+    wrong = rows[rows[:, 2] != rows[:, 3]]
+    return wrong[np.lexsort([wrong[:, 1], -wrong[:, 0]])[:MISTAKES]]
+
+
 def write_report(metrics, names: Sequence[str], folder: Path, files=None) -> None:
     """Writes the files of a report (docs/tools.md); UserError if it cannot.
 
-    ``metrics`` are of an evaluation with ``confusion=True``; without ``names`` the classes have
-    numbers. Of ``files``, the `ImageIndex` evaluated, the most confident mistakes are shown.
+    ``metrics.rows``, float64 ``[images, 4]``: confidence (the probability of the prediction), place
+    in the data set, label, prediction. Without ``names`` the classes have numbers. Of ``files``,
+    the `ImageIndex` evaluated, the most confident mistakes are shown.
     """
-    calibration, classes = metrics.calibration, metrics.counts.shape[1]
+    rows, classes = metrics.rows, metrics.counts.shape[1]
     names = names or [str(label) for label in range(classes)]
+    confidence, right = rows[:, 0], rows[:, 2] == rows[:, 3]
+    places = np.clip(np.ceil(confidence * BINS).astype("int64") - 1, 0, BINS - 1)
+    # images, right ones, sum of confidence; bin i holds confidences in (i / BINS, (i + 1) / BINS]
+    bins = [np.bincount(places, weights, BINS) for weights in (None, right, confidence)]
+    error = 100 * float(np.abs(bins[1] - bins[2]).sum() / len(rows))
     scores = class_scores(metrics.counts)
-    scores.update(calibration_error=calibration.error(), negative_log_likelihood=metrics.loss)
+    scores.update(calibration_error=error, negative_log_likelihood=metrics.loss)
     _log.info(", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in scores.items()))
+    cells = np.unique(rows[:, 2:].astype("int64"), axis=0, return_counts=True)
     contents = {
-        "per_class.csv": _per_class(metrics, names),
+        "per_class.csv": _per_class(metrics.counts, *cells, names),
         "report.json": (json.dumps(scores, indent=1) + "\n").encode(),
-        "reliability.png": calibration.draw(),
+        "reliability.png": _draw_reliability(*bins, error),
     }
     if classes <= PICTURE_CLASSES:
-        contents["confusion.png"] = _draw_confusion(metrics, names)
+        contents["confusion.png"] = _draw_confusion(metrics, *cells, names)
     else:
         _log.info(f"no confusion.png: {classes} classes are more than {PICTURE_CLASSES}")
     if files is not None:
-        rows = [
+        mistakes = worst_mistakes(rows)
+        table = [
             [files.path(int(index)), names[int(label)], names[int(said)], f"{confidence:.6f}"]
-            for confidence, index, label, said in calibration.mistakes
+            for confidence, index, label, said in mistakes
         ]
-        contents["mistakes.csv"] = _csv([["image", "label", "prediction", "confidence"], *rows])
-        contents["mistakes.png"] = calibration.draw_mistakes(files, names)
+        contents["mistakes.csv"] = _csv([["image", "label", "prediction", "confidence"], *table])
+        contents["mistakes.png"] = _draw_mistakes(mistakes, files, names)
     for name, data in contents.items():
         write_atomically(data, folder / name)
         _log.info(f"wrote {folder / name}")
 
 
-def _per_class(metrics, names: Sequence[str]) -> bytes:
+def _per_class(counts, pairs, images_of_pairs, names: Sequence[str]) -> bytes:
     """Rows of each class, in percent; empty without images or predictions. Top-1 is its recall."""
-    wrong = metrics.confusion[:, 0] != metrics.confusion[:, 1]
     mistakes = {}  # label -> its most frequent wrong prediction (the first of several), and images
-    for label, other, count in metrics.confusion[wrong].tolist():
-        if count > mistakes.get(label, (0, 0))[1]:
+    for (label, other), count in zip(pairs.tolist(), images_of_pairs.tolist()):
+        if label != other and count > mistakes.get(label, (0, 0))[1]:
             mistakes[label] = other, count
     rows = [["label", "name", "images", "top1", "most_confused_with", "confused"]]
     rows[0] += ["precision", "recall", "f1"]
@@ -158,7 +95,7 @@ def _per_class(metrics, names: Sequence[str]) -> bytes:
     def percent(part: int, whole: int) -> str:
         return f"{100 * part / whole:.2f}" if whole else ""
 
-    for label, (name, images, right, said) in enumerate(zip(names, *metrics.counts.tolist())):
+    for label, (name, images, right, said) in enumerate(zip(names, *counts.tolist())):
         other, count = mistakes.get(label, (None, 0))
         recall = percent(right, images)
         row = [label, name, images, recall, names[other] if count else "", count]
@@ -172,11 +109,46 @@ def _csv(rows: Iterable[Sequence]) -> bytes:
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
-def _draw_confusion(metrics, names: Sequence[str]) -> bytes:
+def _draw_reliability(images, right, confidence, error: float) -> bytes:
+    """The reliability diagram as PNG: accuracy over confidence, and how many images, by bins."""
+    some = images > 0
+    figure = new_figure(5, 6, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    edges, width = 100 * np.arange(BINS) / BINS, 100 / BINS
+    accuracy = 100 * right / np.maximum(images, 1)
+    upper.bar(edges, accuracy, width, align="edge", edgecolor="white")
+    mean = 100 * confidence[some] / images[some]
+    upper.plot(mean, accuracy[some], "k.", label="mean confidence and accuracy")
+    upper.plot([0, 100], [0, 100], "--", color="gray", label="calibrated")
+    upper.legend(loc="upper left")
+    title = f"expected calibration error {error:.2f} %"
+    upper.set(ylabel="accuracy, %", ylim=(0, 100), xlim=(0, 100), title=title)
+    lower.bar(edges, images, width, align="edge", edgecolor="white")
+    lower.set(xlabel="confidence, %", ylabel="images")
+    return render(figure)
+
+
+def _draw_mistakes(mistakes: np.ndarray, files, names: Sequence[str]) -> bytes:
+    """The images of mistakes as PNG, with their classes."""
+    figure, grid = new_grid(max(len(mistakes), 4), 4, 2.6, 3.2, layout="constrained")
+    for axes, (confidence, index, label, prediction) in zip(grid, mistakes):
+        path = files.path(int(index))
+        image = to_image(read_pixels(path, files.exif_orientation))
+        image.thumbnail([224, 224])
+        axes.imshow(image)
+        said, true = (names[int(c)][:24] for c in (prediction, label))
+        file = printable(Path(path).name)
+        file = file if len(file) <= 30 else f"…{file[-29:]}"
+        title = f"{file}\n{said} {100 * confidence:.1f} %\nlabel: {true}"
+        axes.set_title(title, fontsize=8)
+    return render(figure)
+
+
+def _draw_confusion(metrics, pairs, images_of_pairs, names: Sequence[str]) -> bytes:
     """The confusion matrix as PNG, in percent of each label's images."""
-    labels, predictions, counts = metrics.confusion.T
+    labels, predictions = pairs.T
     share = np.zeros([len(names), len(names)])
-    share[labels, predictions] = 100 * counts / metrics.counts[0][labels]
+    share[labels, predictions] = 100 * images_of_pairs / metrics.counts[0][labels]
     side = 0.45 * len(names) if len(names) <= _NUMBERS else 0
     figure = new_figure(max(7, side + 2), max(6, side + 1), layout="constrained")
     axes = figure.subplots()

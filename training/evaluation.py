@@ -16,11 +16,11 @@ import paddle.nn.functional as F
 from cli.errors import UserError
 from datasets import build_loader
 from loading.real_labels import read_real_labels
-from parallel.process import Process, sum_over_ranks, wait_for_all
+from parallel.process import Process, from_all, sum_over_ranks, wait_for_all
 from resmlp import build_resmlp, load_pretrained
 from storage.run_folder import RunFolder
 from storage.weights import WeightFile
-from training.eval_report import Calibration, class_scores, write_report
+from training.eval_report import class_scores, write_report
 from training.precision import predictor
 from utils import ProgressLine
 
@@ -36,9 +36,7 @@ class Metrics:
     top5: float
     images: int
     seconds: float
-    # int64 [pairs, 3]: label, prediction, images, in order (K * K would take gigabytes)
-    confusion: np.ndarray | None = None
-    calibration: Calibration | None = None
+    rows: np.ndarray | None = None  # float64 [images, 4], see `eval_report.write_report`
     # with several right labels an image; images without any are left out
     real_top1: float | None = None
     real_top5: float | None = None
@@ -82,45 +80,35 @@ class Metrics:
         )
 
 
-@dataclass
-class Result:
-    """What a run ends with, the numbers of its last evaluation (of the EMA where there is one),
-    None without any; ``result["top1"]`` reads as ``result.top1``.
+class Result(dict):
+    """What a run ends with: ``folder``, ``rank``, the numbers of its last evaluation (of the EMA
+    where there is one; None without any), ``best_top1`` of a training run. ``result["top1"]`` reads
+    as ``result.top1``.
     """
 
-    folder: Path
-    rank: int
-    top1: float | None = None  # percent
-    top5: float | None = None
-    loss: float | None = None
-    images: int | None = None
-    balanced_accuracy: float | None = None  # where classes have unequal numbers of images
-    best_top1: float | None = None  # of a training run
-
-    def __getitem__(self, name: str):
-        return getattr(self, name)
+    def __getattr__(self, name: str):
+        return self[name]
 
     @classmethod
     def of(cls, folder: Path, rank: int, metrics: Metrics | None, best: float | None = None):
-        """The result with the numbers of an evaluation, if there was one."""
-        names = ("top1", "top5", "loss", "images", "balanced_accuracy") if metrics else ()
-        return cls(folder, rank, *(getattr(metrics, name) for name in names), best_top1=best)
+        names = ("top1", "top5", "loss", "images", "balanced_accuracy")
+        found = {name: metrics and getattr(metrics, name) for name in names}
+        return cls(folder=folder, rank=rank, **found, best_top1=best)
 
 
 class _Sums:
     """What one model has made of the images so far; see `evaluate` for the arguments."""
 
-    def __init__(self, num_classes: int, confusion: bool, accepted, subset):
-        self.num_classes, self.confusion = num_classes, confusion
+    def __init__(self, num_classes: int, rows: bool, accepted, subset):
+        self.num_classes, self.with_rows = num_classes, rows
         self.accepted, self.subset = accepted, subset or []
-        outside = np.full(num_classes, -np.inf, "float32")
-        outside[self.subset] = 0
-        self.outside = paddle.to_tensor(outside)  # added to logits
+        inside = np.isin(np.arange(num_classes), self.subset)
+        self.outside = paddle.to_tensor(np.where(inside, 0, -np.inf).astype("float32"))
         self.loss = paddle.zeros([], "float64")
         # hits of top-1 and top-k, the same in the subset, the same by `accepted` and the images
         # that have such labels; then `Metrics.counts`
         self.counts = paddle.zeros([7 + 3 * num_classes], "int64")
-        self.pairs, self.calibration = [], Calibration()  # of label and prediction; confidences
+        self.rows = [np.zeros([0, 4])]  # `Metrics.rows`
 
     def add(self, logits: paddle.Tensor, labels: paddle.Tensor, indices) -> None:
         logits, classes = logits.astype("float32"), self.num_classes
@@ -142,11 +130,10 @@ class _Sums:
         one = paddle.ones_like(labels)
         more = paddle.concat([paddle.stack(hits), one, hit[:, 0], one])
         self.counts = paddle.index_add(self.counts, paddle.concat(cells), 0, more)
-        if self.confusion:
-            truth, predicted = labels.numpy(), top[:, 0].numpy()
-            self.pairs.append(truth * classes + predicted)
+        if self.with_rows:
             confidence = F.softmax(logits, axis=-1).max(axis=-1).numpy()
-            self.calibration.add(confidence, np.asarray(indices), truth, predicted)
+            row = confidence, indices, labels.numpy(), top[:, 0].numpy()
+            self.rows.append(np.stack(row, axis=1).astype("float64"))
 
     def metrics(self, process: Process, seen: int, stopped: bool, start: float) -> Metrics | None:
         """The sums over all ranks as `Metrics`; None when any rank broke off."""
@@ -160,11 +147,10 @@ class _Sums:
             )
         top1, topk, *inner = [100 * hits / total for hits in rest[:4]]
         metrics = Metrics(loss / total, top1, topk, int(total), time.monotonic() - start)
-        metrics.counts = np.array(rest[7:], "int64").reshape(3, self.num_classes)
-        if self.confusion:
-            self.calibration.reduce(process)
-            metrics.calibration = self.calibration
-            metrics.confusion = _count_pairs(self.pairs, self.num_classes, process)
+        metrics.counts = np.array(rest[7:], "int64").reshape(3, -1)
+        if self.with_rows:
+            rows = np.concatenate(from_all(np.concatenate(self.rows), process))
+            metrics.rows = rows[rows[:, 1].argsort()]
         if self.accepted is not None:
             *right, labelled = rest[4:7]
             metrics.real_images = int(labelled)
@@ -182,7 +168,7 @@ def evaluate(
     loader,
     process: Process,
     num_classes: int,
-    confusion: bool = False,
+    rows: bool = False,
     stop: Callable[[], bool] = lambda: False,
     label: str = "",
     accepted: np.ndarray | None = None,
@@ -191,13 +177,12 @@ def evaluate(
     """Evaluates classifiers in one pass over a loader's whole data set; all ranks call together.
 
     Sums stay on the device and are reduced once, as integers and float64, so the counts are the
-    same for any number of processes and any batch size. `confusion` reads each batch's
-    predictions on the host.
+    same for any number of processes and any batch size.
 
     Args:
         models: each makes of uint8 images ``[B, H, W, 3]`` logits ``[B, K]``, K ``num_classes``;
             top-5 is top-K where K is smaller.
-        confusion: also count `Metrics.confusion` and `Metrics.calibration`.
+        rows: also collect `Metrics.rows`, batch by batch.
         stop: called before each batch: whether to break off.
         label: of a line on the terminal that shows how far it is.
         accepted: int64 ``[images, M]``, labels that count as right, filled up with -1: also
@@ -210,7 +195,7 @@ def evaluate(
     """
     start, seen, stopped = time.monotonic(), 0, False
     bar = ProgressLine(label, process.main and bool(label))
-    sums = [_Sums(num_classes, confusion, accepted, subset) for _ in models]
+    sums = [_Sums(num_classes, rows, accepted, subset) for _ in models]
     for number, (images, labels, indices) in enumerate(loader):
         if stopped := stop():
             break
@@ -222,17 +207,6 @@ def evaluate(
     wait_for_all(process)  # loading may keep one rank longer than a collective waits
     found = [own.metrics(process, seen, stopped, start) for own in sums]
     return None if None in found else found
-
-
-def _count_pairs(pairs: list[np.ndarray], num_classes: int, process: Process) -> np.ndarray:
-    """`Metrics.confusion` from each rank's pairs, as ``label * num_classes + prediction``."""
-    own = np.concatenate([np.zeros(0, "int64"), *pairs])
-    counts = np.array(sum_over_ranks(np.eye(process.world)[process.rank] * len(own), process))
-    start = int(counts[: process.rank].sum())
-    every = np.zeros(int(counts.sum()))  # each rank fills its part
-    every[start : start + len(own)] = own
-    cells, images = np.unique(sum_over_ranks(every, process), return_counts=True)
-    return np.stack([*np.divmod(cells.astype("int64"), num_classes), images], axis=1)
 
 
 def run_evaluation(config, process: Process, folder: RunFolder, weights: WeightFile) -> Result:
