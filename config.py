@@ -15,8 +15,8 @@ import difflib
 import os
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import reduce
+from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode as CN
@@ -50,6 +50,7 @@ def key(default, rule, meaning: str) -> tuple:  # a plain one, which is all that
 COUNT = integer(1)
 NATURAL = integer(0)
 SHARE = real(0.0, 1.0)  # probabilities and shares
+FRACTION = real(0.0, 1.0, open_low=True)
 RATE = real(0.0, 0.999)  # dropout and drop path: 1.0 would drop everything
 POSITIVE = real(0.0, open_low=True)
 NOT_NEGATIVE = real(0.0)
@@ -127,11 +128,9 @@ train.END_LR = key(1e-5, NOT_NEGATIVE, "learning rate at the end")
 train.LINEAR_SCALED_LR = key(2048, optional(COUNT), "BASE_LR *= total batch / this (DeiT: 512)")
 train.GRAD_CLIP = key(1.0, optional(POSITIVE), "global norm, as apex's and timm's LAMB; None: off")
 train.ACCUM_ITER = key(1, COUNT, "batches per optimizer step")
-train.LAYER_DECAY = key(None, real(0.0, 1.0, open_low=True), "rate factor a block below the head")
+train.LAYER_DECAY = key(None, FRACTION, "rate factor a block below the head")
 train.FREEZE = key(
-    0,
-    either(NATURAL, choice("backbone")),
-    "N: patch embedding, N blocks; backbone: all but head",
+    0, either(NATURAL, choice("backbone")), "N: patch embedding, N blocks; backbone: all but head"
 )
 train.EARLY_STOP = key(0, NATURAL, "evaluations without a better one that end training; 0: never")
 train.RECOMPUTE = key(False, boolean, "recompute activations in backward: less memory, more time")
@@ -144,7 +143,7 @@ schedule.NAME = key(
 )
 schedule.MILESTONES = key("30, 60, 90", milestones, "step: epochs; empty: every DECAY_EPOCHS")
 schedule.DECAY_EPOCHS = key(30.0, POSITIVE, "step: epochs between drops")
-schedule.DECAY_RATE = key(0.1, real(0.0, 1.0, open_low=True), "step: factor of each drop")
+schedule.DECAY_RATE = key(0.1, FRACTION, "step: factor of each drop")
 
 optimizer = _C.TRAIN.OPTIMIZER = CN()
 optimizer.NAME = key("lamb", choice("lamb", "adamw", "sgd"), "paper: lamb; sgd: Nesterov")
@@ -169,9 +168,7 @@ train.BALANCED_SAMPLING = key(False, boolean, "draw each class equally often")
 # augmentation of single images, in the loader's workers
 train.REPEATED_AUG = key(3, integer(1, 64), "copies of an image in an epoch's order (DeiT); 1: off")
 train.CROP_SCALE = key(
-    (0.08, 1.0),
-    sequence(real(0.0, 1.0, open_low=True), 2, ordered=True),
-    "share of the area of a random crop",
+    (0.08, 1.0), sequence(FRACTION, 2, ordered=True), "share of the area of a random crop"
 )
 train.CROP_RATIO = key((0.75, 4 / 3), sequence(POSITIVE, 2, ordered=True), "width / height")
 train.HFLIP = key(0.5, SHARE, "probability")
@@ -290,19 +287,14 @@ PPVIT = {
 
 # ------------------------------------------------------------------------------ public API
 def get_config(cfg_file: str | None = None, opts: Sequence[str] = ()) -> CN:
-    """The default config, merged with a YAML file (its ``BASE`` files first), then with ``opts``:
-    ``KEY, VALUE, ...``.
-
-    ConfigError if a file cannot be read, a key is unknown, a value has the wrong type or range.
+    """The default config, merged with a YAML file (its ``BASE`` files first), then with ``opts``,
+    ``KEY, VALUE, ...``. ConfigError: an unreadable file, unknown key, wrong type or range.
     """
     return _resolve(cfg_file, _pairs(opts), _C.clone())[0]
 
 
 def update_config(config: CN, args: argparse.Namespace) -> CN:
-    """Merges a main's arguments into ``config``: their file, the flags, then ``-opts``.
-
-    ConfigError as `get_config`; it names the flag.
-    """
+    """Merges a main's arguments into ``config``: their file, the flags, then ``-opts``."""
     config.defrost()
     return _resolve(getattr(args, "cfg", None), _settings(args), config)[0]
 
@@ -338,7 +330,7 @@ def _settings(args: argparse.Namespace) -> list[tuple[str, str, str]]:
 def _pairs(opts: Sequence[str]) -> list[tuple[str, str, str]]:
     if len(opts) % 2:
         raise ConfigError(f"-opts takes KEY VALUE pairs, found an odd count: {' '.join(opts)}")
-    return [(key, value, "-opts") for key, value in zip(opts[::2], opts[1::2])]
+    return [(_OLD_NAMES.get(key, key), value, "-opts") for key, value in zip(opts[::2], opts[1::2])]
 
 
 def _resolve(cfg_file: str | None, settings: list, config: CN) -> tuple[CN, set[str], list[str]]:
@@ -349,7 +341,7 @@ def _resolve(cfg_file: str | None, settings: list, config: CN) -> tuple[CN, set[
     for key, value, where in entries:
         _set(config, key, value, where)
     settle(config, where="config" if settings else cfg_file or "config")
-    return config, {_OLD_NAMES.get(key, key) for key, _, _ in entries}, files
+    return config, {key for key, _, _ in entries}, files
 
 
 _FLAGS = {  # group -> flag -> how help names its value, and the keys that it sets
@@ -377,10 +369,7 @@ _FLAGS = {  # group -> flag -> how help names its value, and the keys that it se
 
 
 def get_arguments(argv: list[str] | None = None, description: str = "ResMLP") -> argparse.Namespace:
-    """Parses the flags of the mains. Each works with one dash or two, with ``_`` or ``-``.
-
-    ConfigError if a flag is unknown, or has no value.
-    """
+    """Parses the flags of the mains. ConfigError if one is unknown, or has no value."""
     parser = Parser(description)
     for title, flags in _FLAGS.items():
         parser.group(title)
@@ -414,8 +403,7 @@ def describe_keys() -> str:
 
 # -------------------------------------------------------------------------------- merging
 def _read_entries(path: str, files: list[str], chain: tuple = ()) -> Iterator[tuple]:
-    """Yields ``(dotted key, value, 'file:line')`` of a YAML file, those of its BASE files first.
-
+    """Yields ``(dotted key, value, 'file:line')`` of a YAML file, those of its BASE files first;
     ``files``: all that were read so far; ``chain``: those that led here.
     """
     path = os.path.expanduser(path)
@@ -441,10 +429,7 @@ def _read_yaml(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
             text = file.read()
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
-        names = []
-        with suppress(OSError):  # no such folder either, or it may not be listed
-            names = os.listdir(os.path.dirname(path) or ".")
-        names = [name for name in names if name.endswith((".yaml", ".yml"))]
+        names = [found.name for found in Path(path).parent.glob("*.y*ml")]
         raise ConfigError(f"{path}: no such config file{_suggest(os.path.basename(path), names)}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}")
@@ -485,11 +470,10 @@ def _entries(pairs: list, path: str, prefix: str, lines: dict[str, int]):
         except Exception as error:  # PyYAML raises anything where a text does not fit its tag
             problem = getattr(error, "problem", None) or "its text does not fit its type"
             raise ConfigError(f"{where}: {_show(key)}: not a plain value: {problem[:200]}")
-        yield key, value, where
+        yield name, value, where
 
 
 def _set(config: CN, key: str, value, where: str) -> None:
-    key = _OLD_NAMES.get(key, key)
     if key in _IGNORED:
         return
     if key == "BASE":
@@ -522,8 +506,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 def _parse(text, key: str, where: str):
     """Reads a value of the command line: a text as it stands, anything else as YAML."""
-    declared = KEYS.get(_OLD_NAMES.get(key, key))
-    if not isinstance(text, str) or (declared and declared.rule.takes_text):
+    if not isinstance(text, str) or (key in KEYS and KEYS[key].rule.takes_text):
         return text
     try:
         return yaml.safe_load(text)

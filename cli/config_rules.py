@@ -19,9 +19,7 @@ _short.maxlevel = 2
 
 
 def _rule(expects: str, takes_text: bool = False, names: tuple = ()):
-    """Marks a rule with what it takes: ``takes_text`` of -opts as it stands, others read as YAML;
-    ``names`` to choose from.
-    """
+    """Marks a rule: ``takes_text`` of -opts as it stands, not as YAML; ``names`` to choose from."""
 
     def mark(rule):
         rule.expects, rule.takes_text, rule.names = expects, takes_text, names
@@ -32,39 +30,30 @@ def _rule(expects: str, takes_text: bool = False, names: tuple = ()):
 
 def integer(low, high=2**31 - 1):
     bound = f"from {low} to {high}" if high < 2**31 - 1 else f"of at least {low}"
-
-    @_rule(f"a whole number {bound}")
-    def rule(value):
-        value = _number(value)
-        if value != int(value) or not low <= value <= high:
-            raise ValueError
-        return int(value)
-
-    return rule
+    return _number(int, f"a whole number {bound}", low, high)
 
 
 def real(low, high=math.inf, open_low=False):
     bound = f"above {low}" if open_low else f"of at least {low}"
+    most = "" if high == math.inf else f" and at most {high}"
+    return _number(float, f"a number {bound}{most}", low, high, open_low)
 
-    @_rule(f"a number {bound}" + ("" if high == math.inf else f" and at most {high}"))
+
+def _number(kind, expects, low, high, open_low=False):
+    """Text that is a number is taken: YAML reads ``5e-3`` as text (it wants ``5.0e-3``)."""
+
+    @_rule(expects)
     def rule(value):
-        value = float(_number(value))
-        if not low <= value <= high or (open_low and value == low):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
-        return value
+        value = float(value) if isinstance(value, str) else value
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            raise ValueError
+        if value != kind(value):
+            raise ValueError
+        return kind(value)
 
     return rule
-
-
-def _number(value):
-    """YAML reads ``5e-3`` as text (it wants ``5.0e-3``): take text that is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError
-    if isinstance(value, str):
-        value = float(value)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
 
 
 @_rule("True or False")
@@ -144,7 +133,6 @@ def either(*rules):
 
 @_rule("increasing epochs such as '30, 60, 90'")
 def milestones(value):
-    """Epochs as PPViT writes them, '30, 60, 90'; a list or an empty text will do too."""
     if not isinstance(value, (list, tuple)):
         value = [part for part in str(value).split(",") if part.strip()]
     epochs = list(map(integer(1), value))
@@ -155,7 +143,6 @@ def milestones(value):
 
 @_rule("a YAML file, or a list of them")
 def files(value):
-    """BASE: one file or a flat list of them; empty names stand for none."""
     names = [value or ""] if value is None or isinstance(value, str) else value
     if not isinstance(names, (list, tuple)):
         raise ValueError
@@ -163,8 +150,8 @@ def files(value):
 
 
 def coerce(key: str, rule, value, where: str):
-    """``value`` in the type that a rule takes. The ConfigError for a wrong type or range names the
-    (dotted) key and ``where``, ``file:line`` or a flag.
+    """``value`` in the type that a rule takes; else a ConfigError that names the dotted key and
+    ``where``, ``file:line`` or a flag.
     """
     try:
         return rule(value)

@@ -1,7 +1,5 @@
 import argparse
 import shlex
-import subprocess
-import sys
 from functools import reduce
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from config import (
 from optimizer import learning_rate
 
 ROOT = Path(__file__).parent.parent
-ZOO = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -61,10 +58,10 @@ def test_every_key_has_a_rule_and_every_default_obeys_it():
         assert found == value and type(found) is type(value), key
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_every_config_of_the_zoo_is_valid_and_survives_being_written(name, write):
-    config = get_config(str(ROOT / "configs" / name))
-    assert f"{config.MODEL.NAME}.yaml" == name
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")))
+def test_every_config_of_the_zoo_is_valid_and_survives_being_written(path, write):
+    config = get_config(str(path))
+    assert path.stem == config.MODEL.NAME
     assert get_config(write(config.dump())) == config
 
 
@@ -131,13 +128,6 @@ def test_what_a_file_and_the_command_line_say_is_in_the_config(write, text, flag
     assert values(from_flags(f"-cfg={write(text)} {flags}"), expected) == expected
 
 
-def test_base_files_come_first_and_are_relative_to_the_file(write, tmp_path):
-    (tmp_path / "sub").mkdir()
-    write("SEED: 1\nDATA: {IMAGE_SIZE: 28}", "sub/base.yaml")  # its heir makes it consistent
-    config = get_config(write("BASE: [sub/base.yaml]\nSEED: 2\nMODEL: {MIXER: {PATCH_SIZE: 4}}"))
-    assert (config.SEED, config.DATA.IMAGE_SIZE) == (2, 28)
-
-
 @pytest.mark.parametrize(
     "flags, schedule, warmup, outcome",
     [
@@ -156,12 +146,15 @@ def test_a_warmup_that_does_not_fit_is_said(caplog, flags, schedule, warmup, out
     assert lines == ([said + outcome] if outcome else [])
 
 
-def test_a_home_folder_is_expanded_wherever_a_path_is_given(write, monkeypatch, tmp_path):
+def test_base_files_come_first_and_a_home_folder_is_expanded(write, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sub").mkdir()
     write("SEED: 7", "base.yaml")
-    write("BASE: ['~/base.yaml']\nDATA: {VAL_LIST: ~/val.txt}")
+    write("SEED: 1\nDATA: {IMAGE_SIZE: 28}", "sub/base.yaml")  # its heir makes it consistent
+    write("BASE: [sub/base.yaml, '~/base.yaml']\nMODEL: {MIXER: {PATCH_SIZE: 4}}", "heir.yaml")
+    write("BASE: heir.yaml\nDATA: {VAL_LIST: ~/val.txt}")
     config = from_flags("-cfg=~/x.yaml -output=~/run -opts TRAIN.TEACHER_PRETRAINED ~/teacher")
-    assert config.SEED == 7 and f"{tmp_path}/run" == config.SAVE
+    assert (config.SEED, config.DATA.IMAGE_SIZE) == (7, 28) and f"{tmp_path}/run" == config.SAVE
     assert f"{tmp_path}/val.txt" == config.DATA.VAL_LIST
     assert f"{tmp_path}/teacher" == config.TRAIN.TEACHER_PRETRAINED
 
@@ -169,11 +162,9 @@ def test_a_home_folder_is_expanded_wherever_a_path_is_given(write, monkeypatch, 
 def test_the_help_shows_each_flag_once_with_default_and_choices(capsys):
     with pytest.raises(SystemExit):
         get_arguments(["-h"])
-    text = " ".join(capsys.readouterr().out.split())
-    options = text.split("data and model:")[1]
-    assert options.count("-batch_size_eval") == 1 and "batch-size" not in text
-    assert "PATCH_SIZE (default: 224)" in options
-    assert "-dataset {imagenet2012,imagefolder}" in options
+    text = " ".join(capsys.readouterr().out.split("data and model:")[1].split())
+    assert text.count("-batch_size_eval") == 1 and "batch-size" not in text
+    assert "PATCH_SIZE (default: 224)" in text and "-dataset {imagenet2012,imagefolder}" in text
 
 
 def test_the_list_of_keys_is_a_config_with_a_meaning_for_each(write):
@@ -202,10 +193,8 @@ BAD_FILES = {
     "DATA: {CROP_PCT: 3}": r"DATA.CROP_PCT is 3; expected a number of at least 0.1 and at most 1.0",
     "DATA: {WORKER_TIMEOUT: 1e300}": r"WORKER_TIMEOUT is '1e300'; .* at most 1000000",
     "MODEL: {MIXER: {EMBED_DIM: 2147483647}}": r"EMBED_DIM is 2147483647; .* from 1 to 65536",
-    "TRAIN: {LAST_EPOCH: 99, NUM_EPOCHS: 9}": r"LAST_EPOCH is 99, which leaves nothing of .* 9",
     'SAVE: "\\ud800"': r"SAVE is .*ud800'; expected a path",
     "SEED: !!int ''": r"x.yaml:1: SEED: not a plain value: its text does not fit its type",
-    "TAG: !!timestamp foo": r"TAG: not a plain value",
     f"SEED: 0x{'f' * 5000}": r"SEED is a huge number; expected a whole number",
     "SEED: 1\nTAG: a\0b": r"x.yaml:2: not valid YAML: unacceptable character #x0000",
     "DATA.IMAGE_SIZE: 64\nDATA: {IMAGE_SIZE: 32}": r"x.yaml:2: .* twice .* first in line 1",
@@ -215,16 +204,13 @@ BAD_FILES = {
     "TRAIN: {BASE_LR: .nan}": r"TRAIN.BASE_LR is nan",
     "TRAIN: {OPTIMIZER: {NAME: adam2}}": r"NAME is 'adam2'; expected one of lamb, adamw, sgd",
     "TRAIN: {CROP_SCALE: [1.0, 0.5]}": r"smaller first",
-    "SEED: 1\nSEED: 2": r"x.yaml:2: SEED is given twice",
     "a: [1,": r"x.yaml:\d: not valid YAML",
     "- 1": r"expected `KEY: value` lines, found a sequence",
     f"DATA: {{IMAGENET_MEAN: {bomb('[x]')}}}": r"DATA.IMAGENET_MEAN is .*; expected",
     f"BASE: {bomb('[x]')}": r"BASE is .*; expected",
     "BASE: x.yaml": r"BASE leads back to this file",
     "BASE: gone.yaml": r"gone.yaml: no such config file",
-    "BASE: 5": r"x.yaml:1: BASE is 5; expected a YAML file, or a list of them",
-    "BASE: 2026-01-01": r"BASE is datetime.date.*; expected",
-    "BASE: [[a.yaml]]": r"BASE is \[\['a.yaml'\]\]; expected",
+    "BASE: [[a.yaml]]": r"BASE is \[\['a.yaml'\]\]; expected a YAML file, or a list of them",
     'BASE: ["a\\0b"]': r"BASE is .*; expected",
     "EVAL: !!python/object/apply:os.system [ls]": r"x.yaml:1: EVAL: not a plain value",
 }
@@ -240,7 +226,6 @@ def test_a_mistake_in_a_file_is_named_with_its_place(text, write):
 BAD_FLAGS = {
     "-foo": "unrecognized arguments: -foo",
     "-batch_size x": "-batch_size: DATA.BATCH_SIZE is 'x'; expected a whole number",
-    "-batch_size 0": "-batch_size: DATA.BATCH_SIZE is 0",
     "-opts SEED": "-opts takes KEY VALUE pairs",
     "-opts TRAIN.BETAS 1": "did you mean TRAIN.OPTIMIZER.BETAS",
     "-opts TRAIN.LOSS mse": "TRAIN.LOSS is 'mse'; expected one of ce, bce$",
@@ -248,10 +233,7 @@ BAD_FLAGS = {
     "-opts SEED !!int": "-opts: SEED: cannot read the value",
     "-opts BASE x.yaml": "-opts: BASE belongs in a YAML file",
     "-pretrained=": "argument -pretrained: is empty; leave it out",
-    "-resume=": "argument -resume: is empty; leave it out",
-    "-cfg=": "argument -cfg: is empty; leave it out",
     "-last_epoch 400": "TRAIN.LAST_EPOCH is 400, which leaves nothing of TRAIN.NUM_EPOCHS 400",
-    "-image_size 100": "DATA.IMAGE_SIZE is 100, not a multiple",
     "-cfg configs/resmlp_25_224.yaml": "no such config file",
 }
 
@@ -270,22 +252,8 @@ def test_files_that_multiply_through_base_are_refused(write):
         get_config(write("BASE: 0.yaml"))
 
 
-def test_a_missing_file_in_a_folder_that_may_not_be_listed_is_only_missing(tmp_path, monkeypatch):
-    def closed(path):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("config.os.listdir", closed)
-    with pytest.raises(ConfigError, match="x.yaml: no such config file"):
-        get_config(str(tmp_path / "x.yaml"))
-
-
-def test_config_needs_no_paddle():
-    code = "import sys, config; sys.exit('paddle' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 # ------------------------------------------------------------------------- PPViT's defaults
-def test_a_ppvit_yaml_is_told_each_default_that_differs(write, capsys):
+def test_a_ppvit_yaml_is_told_each_default_that_differs_but_not_a_recipe_of_ours(write, capsys):
     base = write("TRAIN: {NUM_EPOCHS: 400}", "base.yaml")
     path = write(f"BASE: [{base}]\nMODEL: {{MIXER: {{HIDDEN_SIZE: 384}}}}\nTRAIN: {{BASE_LR: 1}}")
     from_flags(f"-cfg={path} -opts TRAIN.GRAD_CLIP 1.0 TRAIN.WEIGHT_DECAY 0.1")
@@ -295,9 +263,6 @@ def test_a_ppvit_yaml_is_told_each_default_that_differs(write, capsys):
         "TRAIN.LINEAR_SCALED_LR 2048 (PPViT 512), TRAIN.OPTIMIZER.NAME lamb (PPViT adamw), "
         "TRAIN.REPEATED_AUG 3 (PPViT 1)\n"
     )
-
-
-def test_our_own_recipes_and_evaluation_need_no_note(write, capsys):
     ours = ROOT / "configs" / "resmlp_12_224.yaml"
     from_flags("-batch_size 2")
     from_flags(f"-cfg={ours}")
