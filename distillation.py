@@ -79,26 +79,25 @@ def build_teacher(config) -> Teacher:
     """
     train, data = config.TRAIN, config.DATA
     name, weights, count = train.TEACHER_MODEL, train.TEACHER_PRETRAINED, config.MODEL.NUM_CLASSES
-    size, mean, std = data.IMAGE_SIZE, data.IMAGENET_MEAN, data.IMAGENET_STD
-    student = mean, std
     if not name:
         raise ConfigError(
             f"TRAIN.DISTILLATION_TYPE is {train.DISTILLATION_TYPE}, but TRAIN.TEACHER_MODEL is None"
         )
+    student = settings = data.IMAGE_SIZE, data.IMAGENET_MEAN, data.IMAGENET_STD
     if Path(name).suffix in (".yaml", ".yml"):
         own = get_config(name)
-        size, mean, std = own.DATA.IMAGE_SIZE, own.DATA.IMAGENET_MEAN, own.DATA.IMAGENET_STD
+        settings = own.DATA.IMAGE_SIZE, own.DATA.IMAGENET_MEAN, own.DATA.IMAGENET_STD
         file, network = _teacher_weights(name, weights), build_resmlp(own)
         load_state(network, file.state)
         classes = file.classes
     elif (prefix := _saved_prefix(name)) is not None:
-        size, mean, std, classes = _metadata(prefix, size, mean, std)
+        settings, classes = _metadata(prefix) or (student, UNKNOWN)
         network = _saved_network(prefix, weights)
     else:
         network, classes = _vision_model(name, weights, count)
-    size = train.TEACHER_IMAGE_SIZE or size
-    mean, std = train.TEACHER_MEAN or mean, train.TEACHER_STD or std
-    teacher = Teacher(network, size, mean, std, student, classes)
+    given = train.TEACHER_IMAGE_SIZE, train.TEACHER_MEAN, train.TEACHER_STD
+    size, mean, std = (value or its for value, its in zip(given, settings))
+    teacher = Teacher(network, size, mean, std, student[1:], classes)
     blank = paddle.zeros([2, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])
     try:  # before training starts
         shape = list(teacher(blank).shape)
@@ -148,22 +147,21 @@ def _teacher_weights(name: str, weights: str | None) -> WeightFile:
 
 def _saved_prefix(name: str) -> str | None:
     """The prefix of a network saved by `paddle.jit.save`; None where there is none."""
-    path = Path(name)
-    prefix = str(path.with_suffix("")) if path.suffix in (".json", ".pdmodel") else name
-    files = [prefix + suffix for suffix in (".json", ".pdmodel")]
+    prefix = name.removesuffix(".json").removesuffix(".pdmodel")
+    files = [f"{prefix}.json", f"{prefix}.pdmodel"]
     if reason := unreachable(files[0]):
         raise ConfigError(f"TRAIN.TEACHER_MODEL {name}: cannot be read: {reason}")
     return prefix if any(map(os.path.isfile, files)) else None
 
 
-def _metadata(prefix: str, size: int, mean: list, std: list) -> tuple:
-    """Size, mean, deviation and classes, of tools/export.py's ``PREFIX.metadata`` or as given."""
+def _metadata(prefix: str) -> tuple | None:
+    """Size, mean, deviation; and classes: of tools/export.py's ``PREFIX.metadata``, if any."""
     path = Path(prefix + ".metadata")
     if not path.is_file():
-        return size, mean, std, UNKNOWN
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        size, mean, std = (found[key] for key in ("image_size", "mean", "std"))
+        settings = [found[key] for key in ("image_size", "mean", "std")]
         inside, names = found.get("preprocessing_inside"), found.get("class_names")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path}: no metadata of tools/export.py ({error})") from None
@@ -174,7 +172,7 @@ def _metadata(prefix: str, size: int, mean: list, std: list) -> tuple:
         )
     invented = names == [f"class {label}" for label in range(len(names or ()))]
     record = found.get("classes", {"names": [] if invented else names})
-    return size, mean, std, ClassNames.of_record(record, str(path))
+    return settings, ClassNames.of_record(record, str(path))
 
 
 def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:
@@ -198,5 +196,4 @@ def _saved_network(prefix: str, weights: str | None) -> paddle.nn.Layer:
 
 
 def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return str(error).rstrip().rpartition("\n")[2].strip() or type(error).__name__

@@ -274,8 +274,6 @@ def with_num_classes(config, weights: ClassNames = UNKNOWN):
         lists = [os.path.join(root, name) for name in (data.TRAIN_LIST, data.VAL_LIST)]
         path = next(filter(os.path.isfile, lists), lists[0])
         count = max(read_list(path, root, 10**9, data.ALLOW_OUTSIDE_PATHS).labels) + 1
-    config = config.clone()
-    config.defrost()
-    config.MODEL.NUM_CLASSES = count
+    config = type(config)({**config, "MODEL": {**config.MODEL, "NUM_CLASSES": count}})
     config.freeze()
     return config

@@ -27,7 +27,7 @@ def write_some(dashboard):
 def test_a_missing_package_is_one_line_in_the_log(kind, package, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, package, None)  # its import fails
     monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
-    assert build_dashboard(kind, tmp_path) is None and not list(tmp_path.iterdir())
+    assert build_dashboard(kind, tmp_path, 0) is None and not list(tmp_path.iterdir())
     lines = [f"DASHBOARD {kind} is off: `pip install {package}`"] if kind != "none" else []
     assert [message.split(" (")[0] for message in caplog.messages] == lines
 
@@ -36,7 +36,7 @@ def test_tensorboard_files_hold_what_was_written(tmp_path):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
-    write_some(build_dashboard("tensorboard", tmp_path))
+    write_some(build_dashboard("tensorboard", tmp_path, 0))
     (file,) = (tmp_path / "tensorboard").iterdir()
     values = {}
     data = file.read_bytes()
@@ -64,7 +64,7 @@ def test_a_resumed_run_drops_the_points_after_its_checkpoint(tmp_path, monkeypat
 def test_visualdl_files_hold_what_was_written(tmp_path):
     visualdl = pytest.importorskip("visualdl")
 
-    write_some(build_dashboard("visualdl", tmp_path))
+    write_some(build_dashboard("visualdl", tmp_path, 0))
     (file,) = (tmp_path / "visualdl").iterdir()
     reader = visualdl.LogReader(file_path=str(file))
     loss = reader.get_data("scalar", "train/loss")

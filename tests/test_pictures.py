@@ -22,19 +22,16 @@ def drawn(text, **options):
     return np.asarray(Image.open(io.BytesIO(render(figure))).convert("L")).astype(int)
 
 
-@pytest.mark.parametrize("name", ["$_$", r"$\frac$", "a$b$c", r"\$"])
+def width(text):
+    return np.ptp(np.flatnonzero((drawn(text) < 200).any(axis=0)))
+
+
+@pytest.mark.parametrize("name", ["$dog$", r"$\frac$", "a$b$c"])
 def test_dollar_signs_are_drawn_as_they_stand(name):
-    assert (drawn(name) < 128).any()
+    assert abs(width(name) - width(name.replace("$", "8"))) <= 2
     figure = new_figure(2, 2, layout="constrained")
     figure.subplots().set_xticks([0, 1], [name, "b"])
     assert render(figure)
-
-
-def test_a_text_between_dollar_signs_is_as_wide_as_with_another_sign():
-    def width(text):
-        return np.ptp(np.flatnonzero((drawn(text) < 200).any(axis=0)))
-
-    assert abs(width("$dog$") - width("8dog8")) <= 2
 
 
 @pytest.fixture

@@ -95,51 +95,36 @@ def test_the_requirements_differ_in_paddle_only():
 
 
 # ----------------------------------------------------------------------------- setup_env.sh
-def test_a_virtual_environment_is_made_once(sandbox):
+def test_an_environment_is_made_once_and_afresh_when_it_is_not_what_is_asked_for(sandbox):
+    output = sandbox.setup(2, PIP="fails")
+    assert "error: the installation failed" in output and "PIP_INDEX_URL" in output
     sandbox.setup()
     assert sandbox.calls("-m venv") == ["-m venv --clear .venv"]
     (call,) = sandbox.calls("-m pip")
     assert call.endswith("--disable-pip-version-check -r requirements-cpu.txt")
     sandbox.setup()
     assert not sandbox.calls("-m venv") and not sandbox.calls("-m pip")
-
-
-def test_changed_requirements_and_an_interrupted_installation_are_installed_afresh(sandbox):
-    output = sandbox.setup(2, PIP="fails")
-    assert "error: the installation failed" in output and "PIP_INDEX_URL" in output
-    sandbox.setup()
-    assert sandbox.calls("-m pip")
     with open(sandbox.folder / "requirements-cpu.txt", "a") as file:
         file.write("something-new\n")
     sandbox.setup()
     assert sandbox.calls("-m venv --clear") and sandbox.calls("-m pip")
-
-
-def test_another_paddle_gets_an_environment_of_its_own(sandbox):
     sandbox.setup(PADDLE_VERSION="2.6.2")
     assert sandbox.calls("-m venv") == ["-m venv --clear .venv-2.6.2"]
     assert sandbox.calls("-m pip")[0].endswith("paddlepaddle==2.6.2 numpy<2")
 
 
-def test_a_virtual_environment_of_somebody_else_is_left_alone(sandbox):
-    (sandbox.folder / ".venv").mkdir()
-    (sandbox.folder / ".venv" / "precious").touch()
-    assert "not of our making" in sandbox.setup(2)
-    assert (sandbox.folder / ".venv" / "precious").exists()
-
-
-def test_a_named_environment_gets_only_what_is_missing(sandbox):
+def test_environments_of_the_user_are_left_alone_or_get_what_is_missing(sandbox):
     mine = str(sandbox.bin / "python3.11")
     sandbox.setup(PYTHON=mine)
     assert not sandbox.calls("-m pip") and not sandbox.calls("-m venv")
     sandbox.setup(PYTHON=mine, HAVE="no")
     assert sandbox.calls("-m pip")[0].endswith("-r requirements-cpu.txt")
-    assert not (sandbox.folder / ".venv").exists()
-
-
-def test_this_very_environment_is_found_complete(sandbox):
-    output = sandbox.setup(PYTHON=sys.executable)
+    output = sandbox.setup(PYTHON=sys.executable)  # this very one is complete
     assert "pip install" not in output and "Paddle" in output
+    precious = sandbox.folder / ".venv" / "precious"
+    precious.parent.mkdir()  # not there yet
+    precious.touch()
+    assert "not of our making" in sandbox.setup(2) and precious.exists()
 
 
 def test_paddle_for_gpu_is_chosen_where_a_gpu_answers(sandbox):
@@ -167,9 +152,8 @@ esac
 
 def setup_with_gpu(sandbox, code=0, **environment):
     sandbox.program("nvidia-smi", GPU)
-    return sandbox.setup(
-        code, **{"CAPABILITY": "8.9", "PIP_INDEX_URL": "", "PIP_EXTRA_INDEX_URL": "", **environment}
-    )
+    plain = {"CAPABILITY": "8.9", "PIP_INDEX_URL": "", "PIP_EXTRA_INDEX_URL": ""}
+    return sandbox.setup(code, **{**plain, **environment})
 
 
 @pytest.mark.parametrize("capability", ["9.0", "10.0", "12.0"])
@@ -183,10 +167,9 @@ def test_a_gpu_that_the_default_paddle_has_no_code_for_is_said_first(sandbox, ca
 
 
 def test_python_313_with_a_gpu_needs_another_index(sandbox):
+    too_new = STAND_IN.replace("*version_info*)", "*'<= (3, 12)'* | *'> (3, 12)'*)")
     for name in PYTHONS:  # the stand-ins get the limit as a word of the code they shall run
-        sandbox.program(
-            name, STAND_IN.replace("*version_info*)", "*'<= (3, 12)'* | *'> (3, 12)'*)")
-        )
+        sandbox.program(name, too_new)
     assert "needs Python 3.9 to 3.12" in setup_with_gpu(sandbox, 2, VERSION="bad")
     mine = str(sandbox.bin / "python3.13")
     output = setup_with_gpu(sandbox, 2, VERSION="bad", PYTHON=mine, HAVE="no")
@@ -196,32 +179,25 @@ def test_python_313_with_a_gpu_needs_another_index(sandbox):
 
 # ----------------------------------------------------------------- run_tests.sh, run_demo.sh
 def test_the_options_of_run_tests_go_and_those_of_pytest_stay(sandbox):
-    def pytest_line(*arguments):
-        result = sandbox.run("run_tests.sh", *arguments, PYTHON=str(sandbox.bin / "python3"))
-        assert result.returncode == 0, result.stderr
-        return sandbox.calls("-m pytest")[0]
-
-    ignored = (
-        "--ignore=tests/notebooks --ignore=tests/commands --ignore=tests/faults --ignore=tests/timm"
-    )
-    assert pytest_line() == f"-m pytest {ignored}"
-    assert pytest_line("-k", "mixup", "--with-timm", "-x") == (
-        "-m pytest --ignore=tests/notebooks --ignore=tests/commands --ignore=tests/faults "
-        "-k mixup -x"
-    )
-    assert pytest_line("--faults", "tests/faults", "--commands", "--notebooks") == (
-        "-m pytest --ignore=tests/timm tests/faults"
-    )
+    folders = ("notebooks", "commands", "faults", "timm")
+    for options, ignored, rest in (
+        ("", folders, ""),
+        ("-k mixup --with-timm -x", folders[:3], "-k mixup -x"),
+        ("--faults tests/faults --commands --notebooks", ("timm",), "tests/faults"),
+    ):
+        python = str(sandbox.bin / "python3")
+        assert sandbox.run("run_tests.sh", *options.split(), PYTHON=python).returncode == 0
+        words = ["-m", "pytest", *(f"--ignore=tests/{name}" for name in ignored), *rest.split()]
+        assert sandbox.calls("-m pytest")[0].split() == words
     # a failing lint does not hide the tests, but fails the run
-    result = sandbox.run("run_tests.sh", PYTHON=str(sandbox.bin / "python3"), RUFF="fails")
+    result = sandbox.run("run_tests.sh", PYTHON=python, RUFF="fails")
     assert result.returncode != 0 and sandbox.calls("-m pytest")
 
 
 def test_the_tests_use_all_cores_unless_pytests_options_say_otherwise(sandbox):
     show_options = STAND_IN.replace('"$*" |', '"$* $PYTEST_ADDOPTS" |')
-    mine = str(
-        sandbox.program("mine", show_options.replace("case", "[ $1 != -c ] || echo 3\ncase", 1))
-    )
+    show_options = show_options.replace("case", "[ $1 != -c ] || echo 3\ncase", 1)
+    mine = str(sandbox.program("mine", show_options))
     sandbox.run("run_tests.sh", "-x", PYTHON=mine)
     assert sandbox.calls("-m pytest")[0].endswith(" -x -n 3 --dist loadscope")
     sandbox.run("run_tests.sh", "-x", PYTHON=mine, PYTEST_ADDOPTS="-q")
@@ -232,9 +208,8 @@ def demo(sandbox, **environment):
     (sandbox.folder / "data").mkdir(exist_ok=True)
     for name in ("train", "val"):
         (sandbox.folder / "data" / f"{name}_list.txt").write_text(f"{name}/a.png 0\n" * 500)
-    result = sandbox.run(
-        "run_demo.sh", PYTHON=str(sandbox.bin / "python3"), DEMO_DATA="data", **environment
-    )
+    environment = {"PYTHON": str(sandbox.bin / "python3"), "DEMO_DATA": "data", **environment}
+    result = sandbox.run("run_demo.sh", **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout, sandbox.calls(".py")
 

@@ -71,12 +71,13 @@ def _fonts_for(characters: set[str]) -> tuple[list[str], set[str]]:
     missing = {char for char in characters if char.isprintable()}
     missing -= covered(font_manager.findfont(font_manager.FontProperties()))
     families: list[str] = []
+    if not missing:
+        return families, missing
     manager, known = font_manager.fontManager, {}
-    if missing:  # fonts may have come since Matplotlib's list of them was made
-        for path in {*font_manager.findSystemFonts()} - {f.fname for f in manager.ttflist}:
-            with suppress(Exception):
-                manager.addfont(path)
-    for font in manager.ttflist if missing else ():
+    for path in {*font_manager.findSystemFonts()} - {font.fname for font in manager.ttflist}:
+        with suppress(Exception):  # it has come since Matplotlib's list of fonts was made
+            manager.addfont(path)
+    for font in manager.ttflist:
         if "resort" not in font.name.lower():  # these have a box for everything
             known[font.name] = known.get(font.name) or covered(font.fname)
     while missing & set().union(*known.values()):

@@ -24,11 +24,6 @@ class Run:
     step: list[dict] = field(default_factory=list)  # every REPORT_FREQ optimizer steps
     epoch: list[dict] = field(default_factory=list)  # at the end of every epoch
 
-    @property
-    def steps_per_epoch(self) -> float | None:
-        """Optimizer steps; None before the first epoch has ended."""
-        return self.epoch[-1]["step"] / self.epoch[-1]["epoch"] if self.epoch else None
-
     def values(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Optimizer steps and values of the records that have ``key``."""
         found = [r for r in getattr(self, kind) if is_number(r.get(key))]
@@ -103,8 +98,9 @@ def draw_curves(runs: Sequence[Run]):
     figure, many = new_figure(12, 8, layout="constrained"), len(runs) > 1
     from matplotlib.lines import Line2D
 
-    in_epochs = all(run.steps_per_epoch for run in runs)
-    scales = [run.steps_per_epoch if in_epochs else 1 for run in runs]
+    in_epochs, scales = all(run.epoch for run in runs), [1] * len(runs)
+    if in_epochs:  # by the steps of an epoch
+        scales = [run.epoch[-1]["step"] / run.epoch[-1]["epoch"] for run in runs]
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # inches
     figure.set(edgecolor="#8c959f", linewidth=2)  # a frame, on light pages and dark ones
     for axes, (title, unit) in zip(figure.subplots(2, 2).flat, _UNITS.items()):

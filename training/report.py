@@ -19,11 +19,9 @@ from utils import Meter, duration, memory_mb
 _log = logging.getLogger("resmlp")
 
 
-def build_dashboard(kind: str, folder: Path, step: int = 0):
-    """The writer of the package that DASHBOARD names, to ``folder/kind``; else None.
-
-    Both packages' have the same methods. A missing one is a line in the log. ``step`` is that of a
-    run that is resumed: TensorBoard drops the points after it.
+def build_dashboard(kind: str, folder: Path, step: int):
+    """The writer of the package that DASHBOARD names, to ``folder/kind``; None without one, or
+    where it is missing. ``step`` is that of a run that is resumed: later points are dropped.
     """
     path = folder / kind
     try:
@@ -43,14 +41,10 @@ def build_dashboard(kind: str, folder: Path, step: int = 0):
 
 
 class Report:
-    """Writes the reports of a training run; nothing in it changes the run but its clock.
+    """Writes the reports of a training run; nothing in it changes the run but its clock."""
 
-    ``step`` is the optimizer steps done, of a run that is resumed.
-    """
-
-    def __init__(self, config, process: Process, folder: RunFolder, schedule, step: int = 0):
-        self.config, self.process, self.folder = config, process, folder
-        self.schedule = schedule
+    def __init__(self, config, process: Process, folder: RunFolder, schedule, step: int):
+        self.config, self.process, self.folder, self.schedule = config, process, folder, schedule
         kind = config.DASHBOARD if process.main else "none"
         self.dashboard = build_dashboard(kind, folder.path, step)
 
@@ -65,18 +59,17 @@ class Report:
             self.folder.write("classes.txt", names)
         self.folder.write("config.yaml", config.dump())
         count = sum(int(np.prod(p.shape)) for p in learner.model.parameters())
-        steps = f"{schedule.steps_per_epoch} step{'s' * (schedule.steps_per_epoch > 1)}"
+        steps, world = schedule.steps_per_epoch, self.process.world
         _log.info(
             f"{config.MODEL.NAME}: {count:,} parameters; {len(train)} training and {len(val)} "
-            f"validation images; {steps} of {schedule.samples_per_step} "
-            f"images an epoch on {self.process.world} process{'es' * (self.process.world > 1)}; "
+            f"validation images; {steps} step{'s' * (steps > 1)} of {schedule.samples_per_step} "
+            f"images an epoch on {world} process{'es' * (world > 1)}; "
             f"base learning rate {schedule.base_rate:.3g}; output in {self.folder.path}"
         )
         if config.TRAIN.TEACHER_MODEL and learner.objective.teacher is None:
             _log.warning("TRAIN.TEACHER_MODEL is not used: TRAIN.DISTILLATION_TYPE is none")
         memory = 1 / max(1 - config.TRAIN.MODEL_EMA_DECAY, 1e-9)  # steps
-        steps = schedule.total_epochs * schedule.steps_per_epoch
-        if learner.ema and not learner.ema.warmup and memory > steps:
+        if learner.ema and not learner.ema.warmup and memory > schedule.total_epochs * steps:
             _log.warning(
                 f"TRAIN.MODEL_EMA_DECAY {config.TRAIN.MODEL_EMA_DECAY} remembers {memory:.0f} "
                 f"steps, more than this run has: its EMA stays near the first weights; lower it, "
@@ -100,25 +93,20 @@ class Report:
         rate = meter.images * world / seconds
         progress.seconds += seconds
         progress.timed_images += meter.images * world
-        memory = memory_mb(self.process)
-        left = (schedule.total_epochs - epoch) * schedule.steps_per_epoch - step - 1
-        eta = left * schedule.samples_per_step / rate
+        memory, steps = memory_mb(self.process), schedule.steps_per_epoch
+        left = (schedule.total_epochs - epoch) * steps - step - 1
+        eta = duration(left * schedule.samples_per_step / rate)
         shown = "-" if loss is None else f"{loss:.4f}"  # all steps of the interval were skipped
         skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
         _log.info(
-            f"epoch {epoch + 1}/{schedule.total_epochs}  step {step + 1}/"
-            f"{schedule.steps_per_epoch}  lr {lr:.2e}  loss {shown}  grad norm {norm:.2f}  "
-            f"{rate:.1f} images/s  data {100 * data_share:.0f} %  {memory:.0f} MB  "
-            f"ETA {duration(eta)}{skipped}"
+            f"epoch {epoch + 1}/{schedule.total_epochs}  step {step + 1}/{steps}  lr {lr:.2e}  "
+            f"loss {shown}  grad norm {norm:.2f}  {rate:.1f} images/s  "
+            f"data {100 * data_share:.0f} %  {memory:.0f} MB  ETA {eta}{skipped}"
         )
         record = {"kind": "step", "epoch": epoch + 1, "step": progress.step, "lr": lr, "loss": loss}
-        speed = {
-            "images_per_second": round(rate, 1),
-            "data_share": round(data_share, 3),
-            "memory_mb": round(memory),
-        }
-        norm = norm if np.isfinite(norm) else None  # JSON knows no infinity
-        self.folder.add_metrics({**record, "grad_norm": norm, **speed})
+        record["grad_norm"] = norm if np.isfinite(norm) else None  # JSON knows no infinity
+        record.update(images_per_second=round(rate, 1), data_share=round(data_share, 3))
+        self.folder.add_metrics({**record, "memory_mb": round(memory)})
         self._curves("train/", {"lr": lr, "loss": loss}, progress.step)
         progress.report_loss, progress.report_count = 0.0, 0
         meter.restart()
@@ -138,11 +126,9 @@ class Report:
             "seconds": round(progress.seconds, 1),
         }
         for name, found in (("val", raw), ("ema", ema)):
-            if found is not None:
-                values = found.loss, found.top1, found.top5
-                record.update(zip((f"{name}_loss", f"{name}_top1", f"{name}_top5"), values))
-                if found.balanced_accuracy is not None:
-                    record[f"{name}_balanced_accuracy"] = found.balanced_accuracy
+            for key in ("loss", "top1", "top5", "balanced_accuracy") if found else ():
+                if (value := getattr(found, key)) is not None:
+                    record[f"{name}_{key}"] = value
         self.folder.add_metrics(record)
         shown = {k: v for k, v in record.items() if k.startswith(("val_", "ema_", "train_"))}
         self._curves("epoch/", shown, progress.step)
