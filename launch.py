@@ -82,8 +82,8 @@ def _run(config, *arguments) -> tuple[int, str]:
     """Runs this process's part of a run; its exit code, and what to say unless all went well."""
     try:
         result = run(config, *arguments)
-        if result["rank"] == 0 and not config.EVAL:
-            _plot(result["folder"])
+        if result.rank == 0 and not config.EVAL:
+            _plot(result.folder)
         return 0, ""
     except Exception as error:
         code, text = 2, str(error)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -80,14 +81,14 @@ class Metrics:
         )
 
 
-class Result(dict):
+class Result(SimpleNamespace):
     """What a run ends with: ``folder``, ``rank``, the numbers of its last evaluation (of the EMA
     where there is one; None without any), ``best_top1`` of a training run. ``result["top1"]`` reads
     as ``result.top1``.
     """
 
-    def __getattr__(self, name: str):
-        return self[name]
+    def __getitem__(self, name: str):
+        return getattr(self, name)
 
     @classmethod
     def of(cls, folder: Path, rank: int, metrics: Metrics | None, best: float | None = None):
