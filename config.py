@@ -290,13 +290,14 @@ def get_config(cfg_file: str | None = None, opts: Sequence[str] = ()) -> CN:
     """The default config, merged with a YAML file (its ``BASE`` files first), then with ``opts``,
     ``KEY, VALUE, ...``. ConfigError: an unreadable file, unknown key, wrong type or range.
     """
-    return _resolve(cfg_file, _pairs(opts), _C.clone())[0]
+    return update_config(_C.clone(), argparse.Namespace(cfg=cfg_file, opts=opts))
 
 
 def update_config(config: CN, args: argparse.Namespace) -> CN:
     """Merges a main's arguments into ``config``: their file, the flags, then ``-opts``."""
     config.defrost()
-    return _resolve(getattr(args, "cfg", None), _settings(args), config)[0]
+    _merge(config, args)
+    return config
 
 
 def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
@@ -305,7 +306,8 @@ def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
     Prints one line on unset keys that PPViT has other defaults for, unless ``quiet``. Our own YAML
     files, and those that build on one of them, hold the recipe that they mean.
     """
-    config, given, files = _resolve(args.cfg, _settings(args), _C.clone())
+    config = _C.clone()
+    given, files = _merge(config, args)
     ours = any(os.path.dirname(path) == _OURS for path in files)
     if files and not (ours or config.EVAL or quiet):
         values = {key: reduce(dict.get, key.split("."), config) for key in PPVIT.keys() - given}
@@ -317,31 +319,24 @@ def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
     return config
 
 
-def _settings(args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Dotted key, text, and where it comes from, of a main's arguments."""
-    settings = []
+def _merge(config: CN, args: argparse.Namespace) -> tuple[set[str], list[str]]:
+    """Merges as `update_config`; returns the dotted keys that were set, and the files read."""
+    cfg, opts = getattr(args, "cfg", None), getattr(args, "opts", None) or ()
+    if len(opts) % 2:
+        raise ConfigError(f"-opts takes KEY VALUE pairs, found an odd count: {' '.join(opts)}")
+    settings, files = [], []  # dotted key, text, and where it comes from
     for flags in _FLAGS.values():
         for flag, (_, *keys) in flags.items():
             if value := getattr(args, flag, None):
                 settings += [(key, value, f"-{flag}") for key in keys]
-    return settings + _pairs(getattr(args, "opts", None) or ())
-
-
-def _pairs(opts: Sequence[str]) -> list[tuple[str, str, str]]:
-    if len(opts) % 2:
-        raise ConfigError(f"-opts takes KEY VALUE pairs, found an odd count: {' '.join(opts)}")
-    return [(_OLD_NAMES.get(key, key), value, "-opts") for key, value in zip(opts[::2], opts[1::2])]
-
-
-def _resolve(cfg_file: str | None, settings: list, config: CN) -> tuple[CN, set[str], list[str]]:
-    """Merges a file, then settings ``(dotted key, text, where)``; also the keys set, the files."""
-    files: list[str] = []
-    entries = list(_read_entries(cfg_file, files)) if cfg_file else []
+    for key, value in zip(opts[::2], opts[1::2]):
+        settings.append((_OLD_NAMES.get(key, key), value, "-opts"))
+    entries = list(_read_entries(cfg, files)) if cfg else []
     entries += [(key, _parse(text, key, where), where) for key, text, where in settings]
-    for key, value, where in entries:
-        _set(config, key, value, where)
-    settle(config, where="config" if settings else cfg_file or "config")
-    return config, {key for key, _, _ in entries}, files
+    for entry in entries:
+        _set(config, *entry)
+    settle(config, where="config" if settings else cfg or "config")
+    return {key for key, _, _ in entries}, files
 
 
 _FLAGS = {  # group -> flag -> how help names its value, and the keys that it sets
