@@ -14,6 +14,7 @@ if not __package__:
     import _root  # noqa: F401
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from tools.common import run_config
 from transforms import build_eval_transform
 from utils import Normalize, ProgressLine
 
-_TYPES = {"float32": "F32", "float16": "F16"}  # NumPy's name -> that of safetensors
+_TYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}  # of safetensors; NumPy's
 
 
 class Features(NamedTuple):
@@ -49,20 +50,20 @@ class Features(NamedTuple):
 
 @paddle.no_grad()
 def write_features(config, split: str, output: str, dtype: str = "float32") -> tuple[int, int]:
-    """Computes the features of a split, in the order of its list or folders.
+    """Computes the features of a split, in the order of its list or folders; returns N and C.
 
-    They go to the disk batch by batch, under a temporary name until all are there.
-
-    Args:
-        config: of the model and the data; MODEL.NUM_CLASSES is that of the data.
-        dtype: ``"float32"`` or ``"float16"``.
-
-    Returns N, without the images that cannot be read, and C. Raises UserError for weights or data
-    that cannot be used, a feature that is not finite, a file that cannot be written.
+    They go to the disk batch by batch, under a temporary name until all are there. UserError for
+    weights or data that cannot be used, features that are not finite, a file that is not written.
     """
     if not output.endswith(".safetensors"):
         raise UserError(f"-output {output}: expected a name that ends in .safetensors")
-    model, weights = _without_head(config)
+    model = build_resmlp(config)
+    weights = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
+    state = {name: value for name, value in weights.state.items() if not name.startswith("head.")}
+    notes = load_pretrained(model, config, new_head=True, file=replace(weights, state=state))
+    for note in notes[2:]:  # the first are on the file, and on a head that is not used
+        print(note)
+    model.eval()
     resample.prepare(lambda line: None)  # before workers are forked
     evaluate = build_eval_transform(config)
     dataset = replace(
@@ -71,14 +72,17 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
     files, batch_size = dataset.files, config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
     loader = loader_of(config, dataset, EvalBatchSampler(len(files), batch_size))
     loader.skip_limit, loader.log = len(files), lambda line: None
-    about = {"weights": weights, "classes": json.dumps(dataset.classes.record())}
+    name = printable(Path(config.MODEL.PRETRAINED).name)
+    about = {
+        "weights": f"{name}, SHA-256 {checksum(state)}",
+        "classes": json.dumps(dataset.classes.record()),
+    }
+    length = len(json.dumps(about)) // 8 * 8 + 512  # of a header with room for all sizes
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    bar, channels = ProgressLine("features"), model.embed_dim
-    kept: list[int] = []  # images whose features are written
-    longest = _header(about, dtype, len(files), channels, 10**12)
+    bar, kept = ProgressLine("features"), []  # images whose features are written
     try:
         with atomic(output) as file:
-            file.write(longest)
+            file.seek(8 + length)
             for images, _, indices in loader:
                 with np.errstate(over="ignore"):  # found as not finite
                     found = model.forward_features(normalize(images)).numpy().astype(dtype)
@@ -90,45 +94,23 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
                 bar(kept[-1] + 1, len(files))
             names = b"".join(files.name(index) + b"\n" for index in kept)
             file.write(np.asarray(files.labels, "<i8")[kept].tobytes() + names)
+            entries, end = {"__metadata__": about}, 0
+            for name, kind, *shape in (
+                ("features", f"F{dtype[5:]}", len(kept), model.embed_dim),
+                ("labels", "I64", len(kept)),
+                ("names", "U8", len(names)),
+            ):
+                begin, end = end, end + math.prod(shape) * np.dtype(_TYPES[kind]).itemsize
+                entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
             file.seek(0)
-            header = _header(about, dtype, len(kept), channels, len(names))
-            file.write(longest[:8] + header[8:].ljust(len(longest) - 8))
+            file.write(length.to_bytes(8, "little") + json.dumps(entries).encode().ljust(length))
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     finally:
         bar.end()
     for _, reason in sorted(loader.skipped.items()):
         print(f"left out: {reason}", file=sys.stderr)
-    return len(kept), channels
-
-
-def _without_head(config):
-    """The model of a config whose output are features, and `Features.weights`."""
-    config = config.clone()
-    config.defrost()
-    config.MODEL.NUM_CLASSES = 0
-    model = build_resmlp(config)
-    file = read_pretrained(config.MODEL.PRETRAINED, config.MODEL.PRETRAINED_KEY)
-    state = {name: value for name, value in file.state.items() if not name.startswith("head.")}
-    for note in load_pretrained(model, config, file=replace(file, state=state))[1:]:
-        print(note)
-    model.eval()
-    return model, f"{printable(Path(config.MODEL.PRETRAINED).name)}, SHA-256 {checksum(state)}"
-
-
-def _header(about: dict, dtype: str, count: int, channels: int, names: int) -> bytes:
-    """What stands before the features, the labels and ``names`` bytes; a multiple of 8 long."""
-    entries, end = {"__metadata__": about}, 0
-    for name, kind, shape, size in (
-        ("features", _TYPES[dtype], [count, channels], np.dtype(dtype).itemsize * count * channels),
-        ("labels", "I64", [count], 8 * count),
-        ("names", "U8", [names], names),
-    ):
-        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(entries).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(kept), model.embed_dim
 
 
 def read_features(path: str) -> Features:
@@ -136,17 +118,18 @@ def read_features(path: str) -> Features:
     try:
         regular_size(path)
         with open(path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            about = json.loads(file.read(min(start - 8, 2**24)))
+            length = int.from_bytes(file.read(8), "little")
+            about = json.loads(file.read(min(length, 2**24)))
         named, arrays = dict(about.get("__metadata__", {})), []
-        for name in ("features", "labels"):
-            dtype = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}[about[name]["dtype"]]
-            begin = start + about[name]["data_offsets"][0]
-            arrays.append(np.memmap(path, dtype, "r", begin, tuple(about[name]["shape"])))
+        for entry in (about["features"], about["labels"]):
+            start = 8 + length + entry["data_offsets"][0]
+            shape = tuple(entry["shape"])
+            arrays.append(np.memmap(path, _TYPES[entry["dtype"]], "r", start, shape))
         features, labels = arrays
-        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+        kinds = features.dtype.kind, labels.dtype.kind
+        if kinds != ("f", "i") or features.shape != (len(labels), features.shape[-1]):
             raise ValueError
-        if (features.dtype.kind, labels.dtype.kind) != ("f", "i") or labels.min() < 0:
+        if labels.ndim != 1 or labels.min() < 0:
             raise ValueError
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
@@ -162,7 +145,7 @@ def main() -> None:
     parser.flag("data_path", "data folder", metavar="DIR", required=True)
     parser.flag("split", "train or val", choices=("train", "val"), default="val")
     parser.flag("output", "file to write, .safetensors", metavar="FILE", required=True)
-    parser.flag("dtype", "of the features", choices=tuple(_TYPES), default="float32")
+    parser.flag("dtype", "of the features", choices=("float32", "float16"), default="float32")
     args = parser.parse_args()
     opts = ["MODEL.NUM_CLASSES", "auto", "DATA.DATA_PATH", args.data_path, *args.opts]
     config = run_config(args.pretrained, args.cfg, opts)

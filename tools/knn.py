@@ -34,16 +34,19 @@ def knn_accuracies(
     """Top-1 and top-5 in percent of the weighted k-NN classifier, for each k.
 
     A neighbour votes for its class with exp(cosine / temperature); of equal votes the smaller label
-    wins, and with k below 5, top-5 is top-k. Raises DataError as `comparable`, and for fewer than k
-    features to learn from.
+    wins, and with k below 5, top-5 is top-k. A k above the features to learn from is left out, with
+    a line; DataError if there is no other, or as `comparable`.
     """
-    val = comparable(train, val)
-    if (most := max(ks)) > len(train.labels):
-        raise DataError(f"-k {most}: there are only {len(train.labels)} features to learn from")
+    val, count = comparable(train, val), len(train.labels)
+    if min(ks) > count:
+        raise DataError(f"-k {max(ks)}: there are only {count} features to learn from")
+    if left := [k for k in ks if k > count]:
+        print(f"left out: k {left}, for there are only {count} features to learn from")
+    ks = [k for k in ks if k <= count]
     classes, columns = np.unique(train.labels, return_inverse=True)
     top, bar = {k: [] for k in ks}, ProgressLine("k-NN")
     for start in range(0, len(val.labels), _QUERIES):
-        cosines, near = _neighbours(train, val.features[start : start + _QUERIES], most)
+        cosines, near = _neighbours(train, val.features[start : start + _QUERIES], max(ks))
         weights = np.exp(cosines.astype("float64") / temperature)
         cells = np.arange(len(near))[:, None] * len(classes) + columns[near]
         for k in ks:
@@ -53,12 +56,12 @@ def knn_accuracies(
             top[k].append(classes[order[:, : min(5, k)]])
         bar(start + len(near), len(val.labels))
     bar.end()
-    return {k: _accuracies(top[k], val.labels) for k in ks}
+    return {k: _accuracies(np.concatenate(top[k]), val.labels) for k in ks}
 
 
-def _accuracies(top: list[np.ndarray], labels: np.ndarray) -> tuple[float, float]:
-    """Top-1 and top-5 in percent; ``top`` are the likeliest classes, batches ``[B, up to 5]``."""
-    right = np.concatenate(top) == labels[:, None]
+def _accuracies(top: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Top-1 and top-5 in percent; ``top`` are the likeliest classes, ``[N, up to 5]``."""
+    right = top == labels[:, None]
     return 100 * float(right[:, 0].mean()), 100 * float(right.any(1).mean())
 
 
@@ -99,12 +102,9 @@ def probe_accuracies(
         classifier.fit(np.asarray(train.features, "float32"), train.labels)
     if classifier[-1].n_iter_.max() >= iterations:
         print(f"warning: not converged after {iterations} iterations (-iterations)")
-    top = []
-    for start in range(0, len(val.labels), _ROWS):
-        part = np.asarray(val.features[start : start + _ROWS], "float32")
-        order = np.argsort(-classifier.predict_proba(part), axis=1, kind="stable")
-        top.append(classifier.classes_[order[:, :5]])
-    return _accuracies(top, val.labels)
+    odds = classifier.predict_proba(np.asarray(val.features, "float32"))
+    order = np.argsort(-odds, axis=1, kind="stable")[:, :5]
+    return _accuracies(classifier.classes_[order], val.labels)
 
 
 def comparable(train: Features, val: Features) -> Features:
@@ -139,10 +139,7 @@ def main() -> None:
         scores = probe_accuracies(train, val, args.c, args.iterations)
         print("linear probe: top-1 {:.2f} %, top-5 {:.2f} %".format(*scores))
         return
-    fitting = [k for k in args.k if k <= len(train.labels)] or args.k
-    if left := [k for k in args.k if k not in fitting]:
-        print(f"left out: k {left}, for there are only {len(train.labels)} features to learn from")
-    for k, (top1, top5) in knn_accuracies(train, val, fitting, args.temperature).items():
+    for k, (top1, top5) in knn_accuracies(train, val, args.k, args.temperature).items():
         print(f"{k}-NN: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
 
 
