@@ -4,27 +4,23 @@ from cpu import setup  # noqa: F401  isort: skip
 
 import csv
 import json
+from unittest import mock
 
 import numpy as np
 import paddle
 import pytest
 from PIL import Image
 
+import tools.evaluate_zoo as tool
 from cli.errors import UserError
-from config import get_config
+from config import get_arguments, get_config, resolve_config
+from launch import launch
 from loading.imagenet import wordnet_ids
 from port_weights.names import convert
 from port_weights.zoo import MEASURES, ZOO
 from resmlp import build_resmlp, load_state
 from storage.weights import write_weights
-from tools.evaluate_zoo import (
-    Evaluation,
-    evaluate_zoo,
-    find_files,
-    identify,
-    read_results,
-    table_rows,
-)
+from tools.evaluate_zoo import evaluate_zoo, find_files, identify, read_results, table_rows
 
 from .helpers.tiny_run import run_tool
 
@@ -80,28 +76,33 @@ def zoo(tmp_path_factory):
     return folder, top, np.array(labels)
 
 
-def evaluation(folder, output, nprocs=1):
-    data, real = {"val": str(folder / "imagenet")}, str(folder / "real.json")
-    return Evaluation(str(output), data, real, OPTS, [f"-nprocs={nprocs}", "-batch_size=4"])
+@pytest.fixture
+def here(monkeypatch):
+    """Evaluates as main_multi_gpu.py does, in this process."""
+
+    def run(command):
+        return mock.Mock(returncode=launch(resolve_config(get_arguments(command[2:])), 1))
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
 
 
-def here(output):
+def results(output):
     with open(output / "results.csv", encoding="utf-8") as file:
         return {(row["weights"], row["measure"]): row for row in csv.DictReader(file)}
 
 
-def test_files_are_evaluated_once_and_again_where_they_or_the_data_change(zoo, tmp_path):
+def test_files_are_evaluated_once_and_again_where_they_or_the_data_change(zoo, here, tmp_path):
     folder, top, labels = zoo
-    one = evaluation(folder, tmp_path)
-    evaluate_zoo(str(folder / "weights"), one)
-    assert one.problems == []
-    found = here(tmp_path)
-    for (weights, _), classes in zip(FILES.values(), top):
+    val, weights = folder / "imagenet", folder / "weights"
+    arguments = str(tmp_path), {"val": str(val)}, str(folder / "real.json"), OPTS
+    assert evaluate_zoo(str(weights), *arguments, ["-batch_size=4"]) == []
+    found = results(tmp_path)
+    for (name, _), classes in zip(FILES.values(), top):
         hits = classes[:, :5] == labels[:, None]
         assert hits.any()
-        assert float(found[weights, "ImageNet"]["here"]) == 100 * hits[:, 0].sum() / 10
-        assert float(found[weights, "ImageNet, top-5"]["here"]) == 100 * hits.sum() / 10
-        row, right = found[weights, "ReaL"], (classes[:4, 0] == top[0][:4, 0]).sum()
+        assert float(found[name, "ImageNet"]["here"]) == 100 * hits[:, 0].sum() / 10
+        assert float(found[name, "ImageNet, top-5"]["here"]) == 100 * hits.sum() / 10
+        row, right = found[name, "ReaL"], (classes[:4, 0] == top[0][:4, 0]).sum()
         assert (float(row["here"]), row["images"]) == (100 * right / 4, "4")
     row = found["resmlp_24_224", "ImageNet"]
     assert row["published"] == "79.380" and row["explained"] == "other images (50000 published)"
@@ -109,46 +110,49 @@ def test_files_are_evaluated_once_and_again_where_they_or_the_data_change(zoo, t
     assert "| resmlp_24_224 | resmlp_24_224.pdparams |" in (tmp_path / "results.md").read_text()
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("eval.json")}
-    assert len(times) == 3
-    again = evaluation(folder, tmp_path)
-    evaluate_zoo(str(folder / "weights"), again)
-    changed = folder / "weights" / list(FILES)[0]
+    changed = weights / list(FILES)[0]
     kept = changed.read_bytes()
     write_weights(random_state(7), changed)
-    evaluate_zoo(str(folder / "weights"), evaluation(folder, tmp_path, nprocs=2))
+    (val / "val_list.txt").touch()  # the images and labels are the same
+    evaluate_zoo(str(weights), *arguments, ["-batch_size=5"])
     redone = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert [path.parent.parent.name for path in redone] == [list(FILES)[0]]
+    assert len(times) == 3 and [path.parent.parent.name for path in redone] == [list(FILES)[0]]
     changed.write_bytes(kept)
-    (folder / "imagenet" / "val_list.txt").touch()  # the images and labels are the same
-    assert evaluation(folder, tmp_path).prints == again.prints
-    with open(folder / "imagenet" / "val" / "ILSVRC2012_val_00000001.png", "ab") as file:
+    before = tool.fingerprint(tool.data_config(str(val), OPTS))
+    with open(val / "val" / "ILSVRC2012_val_00000001.png", "ab") as file:
         file.write(b"\0")
-    assert evaluation(folder, tmp_path).prints != again.prints
+    assert tool.fingerprint(tool.data_config(str(val), OPTS)) != before
 
 
-def test_two_processes_count_as_one_does_and_unusable_files_do_not_stop_them(zoo, tmp_path):
-    folder, (ranked, *_), labels = zoo
-    weights, name = tmp_path / "weights", "resmlp_24_224.pdparams"
+def test_unusable_files_are_named_and_do_not_stop_the_others(zoo, here, tmp_path, capsys):
+    folder, weights = zoo[0], tmp_path / "weights"
     weights.mkdir()
-    write_weights(random_state(0), weights / name)
-    other = {n: v for n, v in random_state(0).items() if not n.startswith("head.")}
-    write_weights(other, weights / "resmlp_36_224.pdparams")
+    write_weights(random_state(0), weights / "resmlp_24_224.pdparams")
+    headless = {n: v for n, v in random_state(0).items() if not n.startswith("head.")}
+    write_weights(headless, weights / "resmlp_12_distilled_224.pdparams")
     (weights / "resmlp_12_224.pdparams").write_bytes(b"damaged")
-    (weights / "vit_base.pth").write_bytes(b"?")
-    write_weights(other, weights / "resmlp_12_dino_224.pdparams")
+    problems = evaluate_zoo(str(weights), str(tmp_path), {"a": str(folder / "a")}, None, OPTS)
+    assert [problem.rpartition(" ")[2] for problem in problems] == ["2", "2"]
+    said = capsys.readouterr().err
+    assert "damaged" in said and "missing: head.weight" in said
+    assert (tmp_path / "results.md").read_text().count("Not evaluated: ") == 2
+    assert [weights for weights, _ in results(tmp_path)] == ["resmlp_24_224"]
+
+
+def test_two_processes_count_as_one_does(zoo, tmp_path):
+    folder, (ranked, *_), labels = zoo
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("resmlp_24_224.pdparams", "resmlp_12_dino_224.pdparams", "vit_base.pth"):
+        write_weights(random_state(0), weights / name)
     flags = ["-weights", weights, "-a", folder / "a", "-output", tmp_path / "out"]
     result = run_tool("evaluate_zoo", *flags, "-nprocs", 2, "-opts", *OPTS, cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    for line, words in zip(said[-3:], ("exit code 2", "exit code 2", "no such name")):
-        assert words in line
-    assert "damaged" in result.stderr and "missing: head.weight" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: {weights}/vit_base.pth: the zoo")
     assert "k-NN accuracy is 62.6 %" in result.stdout
     among = [next(c for c in row if c in labels) for row in ranked]
-    expected = 100 * np.mean(among == labels)
-    row = here(tmp_path / "out")["resmlp_24_224", "A"]
-    assert (float(row["here"]), row["images"]) == (expected, "10")
-    assert (tmp_path / "out/results.md").read_text().count("Not evaluated: ") == 3
+    row = results(tmp_path / "out")["resmlp_24_224", "A"]
+    assert (float(row["here"]), row["images"]) == (100 * np.mean(among == labels), "10")
 
 
 def test_each_name_of_the_zoo_is_known_in_every_place_that_publishes_it(tmp_path):

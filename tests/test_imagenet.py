@@ -92,14 +92,13 @@ def listed(root, side):
 
 
 @pytest.mark.parametrize("files", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_layout_gives_the_labels_of_the_weights(files, tmp_path):
+def test_every_layout_gives_the_labels_of_the_weights(files, tmp_path, capsys):
     write(tmp_path, files)
-    lines = []
-    make_lists(str(tmp_path), verify=True, log=lines.append)
+    make_lists(str(tmp_path), verify=True)
     assert listed(tmp_path, "train") == {os.path.basename(path): k for path, k in TRAIN.items()}
     assert listed(tmp_path, "val") == VAL
     assert (tmp_path / "classes.txt").read_text().split() == list(IDS)
-    text = "\n".join(lines)
+    text = capsys.readouterr().out
     assert "6 images of 3 classes (ImageNet has 1,281,167)" in text
     assert "4 images of 4 classes (ImageNet has 50,000)" in text
     assert f"without images: {IDS[1]}, {IDS[2]}" in text
@@ -107,26 +106,23 @@ def test_every_layout_gives_the_labels_of_the_weights(files, tmp_path):
     assert (DEVKIT.split("/")[-1] in text) == (DEVKIT in files)
     assert "all 10 images can be decoded" in text
     options = ("MODEL.NUM_CLASSES", 1000, "DATA.DATASET", "imagenet2012")
-    config = make_config(tmp_path, tmp_path, *options)
-    dataset = build_dataset(config, "val")
+    dataset = build_dataset(make_config(tmp_path, tmp_path, *options), "val")
     assert [dataset[0, i, i].label for i in range(4)] == list(VAL.values())
 
 
 def test_the_folder_of_kaggles_images_is_enough(tmp_path):
     write(tmp_path, KAGGLES)
-    make_lists(str(tmp_path / "ILSVRC"), log=print)
+    make_lists(str(tmp_path / "ILSVRC"))
     assert listed(tmp_path / "ILSVRC", "val") == VAL
 
 
-def test_the_validation_images_alone_are_enough_to_evaluate(tmp_path):
+def test_the_validation_images_alone_are_enough_to_evaluate(tmp_path, capsys):
     write(tmp_path, under("val", VAL))
-    lines = []
-    make_lists(str(tmp_path), log=lines.append)
-    assert listed(tmp_path, "val") == VAL
-    assert not (tmp_path / "train_list.txt").exists()
-    assert any("train: not found" in line for line in lines)
-    make_lists(str(tmp_path), verify=True, log=lines.append)
-    assert lines[-1] == "all 4 images can be decoded"
+    make_lists(str(tmp_path))
+    assert listed(tmp_path, "val") == VAL and not (tmp_path / "train_list.txt").exists()
+    assert "train: not found" in capsys.readouterr().out
+    make_lists(str(tmp_path), verify=True)
+    assert capsys.readouterr().out == "all 4 images can be decoded\n"
 
 
 @pytest.mark.parametrize(
@@ -142,58 +138,56 @@ def test_the_validation_images_alone_are_enough_to_evaluate(tmp_path):
 def test_images_that_cannot_be_imagenets_are_named(path, message, tmp_path):
     write(tmp_path, {**FOLDERS, path: picture(path)})
     with pytest.raises(DataError, match=message):
-        make_lists(str(tmp_path), log=print)
+        make_lists(str(tmp_path))
     assert not (tmp_path / "val_list.txt").exists()
 
 
-def test_an_archive_that_is_truncated_before_or_later_is_one_error(tmp_path):
+def test_an_archive_that_is_truncated_before_or_later_is_one_error(tmp_path, capsys):
     write(tmp_path, TARS)
     path = tmp_path / "ILSVRC2012_img_val.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:1700])
     with pytest.raises(DataError, match=r"ILSVRC2012_img_val\.tar: cannot be read as an archive"):
-        make_lists(str(tmp_path), log=print)
+        make_lists(str(tmp_path))
     path.write_bytes(whole)
-    make_lists(str(tmp_path), log=print)
+    make_lists(str(tmp_path))
     os.truncate(path, 1700)
     archives.open_archive.cache_clear()
-    lines = []
+    capsys.readouterr()
     with pytest.raises(DataError, match=r"img_val\.tar: cannot be read.*behind the member"):
-        make_lists(str(tmp_path), verify=True, log=lines.append)
+        make_lists(str(tmp_path), verify=True)
     with pytest.raises(DataError, match=r"img_val\.tar: cannot be read.*behind the member"):
-        pack(str(tmp_path), str(tmp_path / "packed"), Settings(320, 90, 10), 1, lines.append)
-    assert not lines and not (tmp_path / "packed").exists()
+        pack(str(tmp_path), str(tmp_path / "packed"), Settings(320, 90, 10), 1)
+    assert not capsys.readouterr().out and not (tmp_path / "packed").exists()
 
 
-def test_the_ground_truth_file_is_explained_and_not_believed(tmp_path):
+def test_the_ground_truth_file_is_explained_and_not_believed(tmp_path, capsys):
     write(tmp_path, {DEVKIT: b"490\n361\n"})
     with pytest.raises(DataError, match="order of the development kit"):
-        make_lists(str(tmp_path / DEVKIT), log=print)
-    lines = []
+        make_lists(str(tmp_path / DEVKIT))
     with pytest.raises(DataError, match="found . classes"):
-        make_lists(str(tmp_path), log=lines.append)
-    assert "order of the development kit" in lines[0]
+        make_lists(str(tmp_path))
+    assert "order of the development kit" in capsys.readouterr().out
 
 
 def test_a_compressed_download_says_how_to_convert_it(tmp_path):
     write(tmp_path, {f"{name}.gz": gzip.compress(data) for name, data in TARS.items()})
     with pytest.raises(DataError, match=r"ILSVRC2012_img_.*\.tar\.gz: is compressed.* gzip -dc"):
-        make_lists(str(tmp_path), log=print)
+        make_lists(str(tmp_path))
 
 
-def test_a_folder_per_class_with_missing_classes_is_said_to_be_another_set(tmp_path):
+def test_a_folder_per_class_with_missing_classes_is_said_to_be_another_set(tmp_path, capsys):
     for side in ("train", "val"):
         write(tmp_path, {f"{side}/{path}": picture(side + path) for path in TRAIN})
-    lines = []
-    make_lists(str(tmp_path), log=lines.append)
-    assert "train: 6 images of 3 classes (ImageNet has 1,281,167); without images" in lines[0]
-    assert "val: 6 images of 3 classes (ImageNet has 50,000); without images" in lines[1]
-    assert lines[2] == "warning: the labels count these 3 classes, not ImageNet's 1,000"
+    make_lists(str(tmp_path))
+    train, val, warning, *_ = capsys.readouterr().out.splitlines()
+    assert "train: 6 images of 3 classes (ImageNet has 1,281,167); without images" in train
+    assert "val: 6 images of 3 classes (ImageNet has 50,000); without images" in val
+    assert warning == "warning: the labels count these 3 classes, not ImageNet's 1,000"
 
 
 def test_the_mains_say_what_a_flat_validation_folder_needs(tmp_path):
-    write(
-        tmp_path, {**under("train", ["cat/1.png", "dog/2.png"]), **under("val", ["3.png", "4.png"])}
-    )
+    train, val = under("train", ["cat/1.png", "dog/2.png"]), under("val", ["3.png", "4.png"])
+    write(tmp_path, {**train, **val})
     with pytest.raises(DataError, match=r"2 images lie in it .* tools/make_lists\.py"):
         scan_folder(str(tmp_path), "val", 2)

@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from cli.parser import Parser
 from config import get_config
 from datasets import build_dataset
 from loading import archives
-from port_weights.zoo import MEASURES, ZOO, Weights, find
+from port_weights.zoo import MEASURES, Weights, find
 from storage.files import file_sha256
 from tools.common import ROOT, markdown_table, write_file
 
@@ -55,13 +56,9 @@ def find_files(folder: str) -> list[Path]:
     return found
 
 
-def config_path(weights: Weights) -> str:
-    return str(ROOT / "configs" / f"{weights.config}.yaml")
-
-
 def data_config(root: str, opts: list[str]):
     """The config of an evaluation on a set: its list file where it has one, else its folders."""
-    config = get_config(config_path(ZOO[0]), opts)
+    config = get_config(opts=opts)
     listed = os.path.isfile(os.path.join(root, config.DATA.VAL_LIST))
     config.DATA.DATASET = "imagenet2012" if listed else "imagefolder"
     config.DATA.DATA_PATH, config.EVAL = root, True
@@ -88,61 +85,73 @@ def sha256(path: str | os.PathLike) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-class Evaluation:
-    """What was measured so far, kept in ``results.json``, and how to measure more.
+def evaluate_zoo(
+    folder: str,
+    output: str,
+    data: dict[str, str],
+    real: str | None = None,
+    opts: Sequence[str] = (),
+    flags: Sequence[str] = (),
+) -> list[str]:
+    """Evaluates the weight files of a folder, and writes what is known after each of them.
 
-    ``data`` maps a set of `SETS` to its folder; ``real`` is ``real.json``, None: without ReaL.
+    ``data`` maps a set of `SETS` to its folder; ``real`` is ``real.json``, None: without ReaL;
+    ``opts`` and ``flags`` are for the main. Returns a line about each file that was not evaluated.
     """
-
-    def __init__(self, output: str, data: dict[str, str], real: str | None, opts, flags):
-        self.output, self.opts, self.flags = Path(output), list(opts), flags
-        self.real = ["EVAL_REAL_LABELS", real] if real else []
-        self.configs = {name: data_config(root, self.opts) for name, root in data.items()}
-        options = [self.opts, "-amp" in flags, real and sha256(real)]
-        self.prints = {n: f"{fingerprint(c)} {options}" for n, c in self.configs.items()}
-        self.problems: list[str] = []
-        self.results = read_results(self.output / "results.json")
-
-    def file(self, name: str, path: Path, weights: Weights) -> None:
-        """Evaluates a file on the sets where it was not yet; what goes wrong is in `problems`."""
-        kept, digest = self.results.get(name, {}), sha256(path)
-        keys = {
-            s: hashlib.sha256(f"{digest} {p}".encode()).hexdigest() for s, p in self.prints.items()
-        }
-        found = {s: kept[s] for s in keys if kept.get(s, {}).get("key") == keys[s]}
-        self.results[name] = found
+    configs = {name: data_config(root, opts) for name, root in data.items()}
+    options = [list(opts), "-amp" in flags, real and sha256(real)]
+    prints = {name: f"{fingerprint(config)} {options}" for name, config in configs.items()}
+    files = {p.relative_to(folder).as_posix().replace("/", "__"): p for p in find_files(folder)}
+    results, problems = read_results(Path(output, "results.json")), []
+    results = {name: sets for name, sets in results.items() if name in files}
+    for name, path in files.items():
+        weights = identify(path)
+        if weights is None:
+            problems.append(f"{path}: the zoo (port_weights/zoo.py) has no such name")
+            continue
+        if weights.top5 is None:
+            print(f"{path}: features without a head; its {weights.training} is {weights.top1} %")
+            continue
+        kept, digest = results.get(name, {}), sha256(path)
+        keys = {s: f"{digest} {text}".encode() for s, text in prints.items()}
+        keys = {s: hashlib.sha256(key).hexdigest() for s, key in keys.items()}
+        results[name] = found = {s: kept[s] for s in keys if kept.get(s, {}).get("key") == keys[s]}
         for s in [s for s in keys if s not in found]:
             print(f"{name}: {s}", flush=True)
-            folder, data = self.output / name / s, self.configs[s].DATA
-            opts = self.opts + (self.real if s == "val" else [])
-            command = [sys.executable, str(ROOT / "main_multi_gpu.py"), "-eval", *self.flags]
-            command += [f"-cfg={config_path(weights)}", f"-pretrained={path}", f"-output={folder}"]
-            command += [f"-dataset={data.DATASET}", f"-data_path={data.DATA_PATH}"]
-            code = subprocess.run(command + (["-opts", *opts] if opts else [])).returncode
-            if code:
-                self.problems.append(f"{path}: its evaluation on {s} ended with exit code {code}")
-                return
-            scores = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+            place = Path(output, name, s)
+            set_opts = [*opts, *(["EVAL_REAL_LABELS", real] if real and s == "val" else [])]
+            command = [sys.executable, str(ROOT / "main_multi_gpu.py"), "-eval", *flags]
+            command += [f"-cfg={ROOT / 'configs' / weights.config}.yaml", f"-pretrained={path}"]
+            command += [f"-output={place}", f"-dataset={configs[s].DATA.DATASET}"]
+            command += [f"-data_path={data[s]}", *(["-opts", *set_opts] if set_opts else [])]
+            if code := subprocess.run(command).returncode:
+                problems.append(f"{path}: its evaluation on {s} ended with exit code {code}")
+                break
+            scores = json.loads((place / "eval.json").read_text(encoding="utf-8"))
             found[s] = {"key": keys[s], "weights": weights.name, "scores": scores}
+        write_results(output, results, problems)
+    print(write_results(output, results, problems), flush=True)
+    return problems
 
-    def write(self) -> str:
-        """Writes results.json, results.csv and results.md; returns the last one's text."""
-        rows, table = table_rows(self.results), io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *rows])
-        spreads = ", ".join(f"{m.title} {m.spread}" for m in MEASURES.values())
-        lines = [
-            markdown_table(_COLUMNS, rows),
-            "",
-            "All in percent. A difference is explained, by rounding and JPEG decoders, if it",
-            "is at most what timm's own results of such a file changed by between releases:",
-            f"{spreads}.",
-            *(f"\nNot evaluated: {problem}" for problem in self.problems),
-        ]
-        text = "\n".join(lines) + "\n"
-        write_file(self.output / "results.json", json.dumps(self.results, indent=1) + "\n")
-        write_file(self.output / "results.csv", table.getvalue())
-        write_file(self.output / "results.md", text)
-        return text
+
+def write_results(output: str, results: dict[str, dict], problems: Sequence[str]) -> str:
+    """Writes results.json, results.csv and results.md; returns the last one's text."""
+    rows, table = table_rows(results), io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([_COLUMNS, *rows])
+    spreads = ", ".join(f"{m.title} {m.spread}" for m in MEASURES.values())
+    lines = [
+        markdown_table(_COLUMNS, rows),
+        "",
+        "All in percent. A difference is explained, by rounding and JPEG decoders, if it",
+        "is at most what timm's own results of such a file changed by between releases:",
+        f"{spreads}.",
+        *(f"\nNot evaluated: {problem}" for problem in problems),
+    ]
+    text = "\n".join(lines) + "\n"
+    write_file(Path(output, "results.json"), json.dumps(results, indent=1) + "\n")
+    write_file(Path(output, "results.csv"), table.getvalue())
+    write_file(Path(output, "results.md"), text)
+    return text
 
 
 def read_results(path: Path) -> dict[str, dict]:
@@ -179,20 +188,6 @@ def table_rows(results: dict[str, dict]) -> list[list]:
     return rows
 
 
-def evaluate_zoo(folder: str, evaluation: Evaluation) -> None:
-    files = {p.relative_to(folder).as_posix().replace("/", "__"): p for p in find_files(folder)}
-    evaluation.results = {n: r for n, r in evaluation.results.items() if n in files}
-    for name, path in files.items():
-        weights = identify(path)
-        if weights is None:
-            evaluation.problems.append(f"{path}: the zoo (port_weights/zoo.py) has no such name")
-        elif weights.top5 is None:
-            print(f"{path}: features without a head; its {weights.training} is {weights.top1} %")
-        else:
-            evaluation.file(name, path, weights)
-            evaluation.write()
-
-
 def main() -> int:
     parser = Parser(__doc__)
     parser.flag("weights", "folder of weight files, with those in it", metavar="DIR", required=True)
@@ -211,12 +206,10 @@ def main() -> int:
     if not data or (args.real and not args.val):
         raise UserError("name a set: -data_path (and with it -real), -v2, -sketch, -a or -r")
     flags = [f"-nprocs={args.nprocs}", f"-batch_size={args.batch_size}"] + ["-amp"] * args.amp
-    evaluation = Evaluation(args.output, data, args.real, args.opts, flags)
-    evaluate_zoo(args.weights, evaluation)
-    print(evaluation.write(), flush=True)
-    for problem in evaluation.problems:
+    problems = evaluate_zoo(args.weights, args.output, data, args.real, args.opts, flags)
+    for problem in problems:
         print(f"error: {problem}", file=sys.stderr, flush=True)
-    return 1 if evaluation.problems else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 
 from cli.errors import DataError
 from loading import archives
@@ -20,43 +19,42 @@ from loading.files import list_images, split_folder
 from loading.imagenet import val_number, validation_labels, wordnet_ids
 from storage.files import printable, shorten
 
-COUNTS = {"train": 1_281_167, "val": 50_000}
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-_OFFICIAL = {"train": "ILSVRC2012_img_train", "val": "ILSVRC2012_img_val"}
-ARCHIVES = tuple(f"{name}.tar" for name in _OFFICIAL.values())
+_COUNTS = {"train": 1_281_167, "val": 50_000}
 _KAGGLE = "ILSVRC/Data/CLS-LOC"
-_CLASS_TAR = re.compile(r"n[0-9]{8}\.tar")
+# What may lie loose in a folder: the tars of the classes, the images to validate on.
+_PARTS = {"train": re.compile(r"n[0-9]{8}\.tar").fullmatch, "val": val_number}
 
 Entry = tuple[str, str]  # (path relative to the data folder, WordNet id)
 
 
-def find_imagenet(root: str, log: Callable[[str], None]) -> tuple[list[Entry], list[Entry]] | None:
-    """The images to train and to validate on, where a folder has one of ImageNet's own layouts;
-    either list may be empty. None: some other folder, or one folder per class on both sides.
+def find_imagenet(root: str) -> dict[str, list[Entry]] | None:
+    """The images of "train" and "val", where a folder has one of ImageNet's own layouts; either may
+    be empty. None: some other folder, or one folder per class on both sides.
+
     DataError for such a layout with images or classes that are not ImageNet's.
     """
     for folder in ("", "data", "ILSVRC2012_devkit_t12/data"):
         path = os.path.join(root, folder, GROUND_TRUTH)
         if os.path.isfile(path):
-            log(explain_ground_truth(path))
-    places = {side: _place(root, side) for side in COUNTS}
-    train, val = places.values()
-    tars = _names(train, _CLASS_TAR.fullmatch)
-    val_images = [] if val in (None, root) else list_images(val)
-    val_images += _names(root, val_number) if val == root else []
+            print(explain_ground_truth(path))
+    train, val = (_place(root, side) for side in ARCHIVES)
+    tars = _parts(train, "train")
+    val_images = _parts(root, "val") if val == root else list_images(val) if val else []
     official = any(os.path.basename(p or "").startswith("ILSVRC2012_") for p in (train, val))
     flat = any(val_number(path) and os.path.dirname(path) == val for path in val_images)
     if not (official or tars or flat):
         return None
-    train_images = [] if train in (None, root) else list_images(train)
-    train_images += [image for tar in tars for image in list_images(tar)]
-    sides = (
-        _train_entries(root, train, train_images),
-        _val_entries(root, val_images, log) if val else [],
-    )
-    for (side, place), entries in zip(places.items(), sides):
+    folders = [folder for folder in (train, *tars) if folder not in (None, root)]
+    train_images = [path for folder in folders for path in list_images(folder)]
+    sides = {
+        "train": _train_entries(root, train, train_images),
+        "val": _val_entries(root, val_images) if val else [],
+    }
+    for place, (side, entries) in zip((train, val), sides.items()):
         found = f"{describe(side, entries)}, in" if place else "not found in"
-        log(f"ImageNet, {side}: {found} {printable(place or root)}")
+        print(f"ImageNet, {side}: {found} {printable(place or root)}")
     return sides
 
 
@@ -64,8 +62,8 @@ def describe(side: str, entries: list[Entry]) -> str:
     """The images and classes of a side; what differs from ImageNet's own is said."""
     classes = {name for _, name in entries}
     text = f"{len(entries):,} images of {len(classes):,} classes"
-    if len(entries) != COUNTS[side]:
-        text += f" (ImageNet has {COUNTS[side]:,})"
+    if len(entries) != _COUNTS[side]:
+        text += f" (ImageNet has {_COUNTS[side]:,})"
     if missing := [name for name in wordnet_ids() if name not in classes]:
         text += f"; without images: {shorten(missing, 5)}"
     return text
@@ -81,22 +79,23 @@ def explain_ground_truth(path: str) -> str:
 
 
 def _place(root: str, side: str) -> str | None:
+    """The folder or archive of a side; `root` itself where its parts lie loose in there."""
     bases = [root, f"{root}/{_KAGGLE}", f"{root}/Data/CLS-LOC", f"{root}/CLS-LOC"]
     for name in sorted(os.listdir(root)):
         if name.lower().endswith(archives.ENDINGS) and "imagenet" in name.lower():
             bases.append(f"{root}/{name}/{_KAGGLE}")
     for base in bases:
-        official = f"{base}/{_OFFICIAL[side]}"
-        for place in (f"{official}.tar", official, split_folder(base, side)):
+        official = f"{base}/{ARCHIVES[side]}"
+        for place in (official, official.removesuffix(".tar"), split_folder(base, side)):
             if archives.is_folder(place):
                 return place
-    return root if _names(root, val_number if side == "val" else _CLASS_TAR.fullmatch) else None
+    return root if _parts(root, side) else None
 
 
-def _names(folder: str | None, is_wanted: Callable) -> list[str]:
-    """What lies directly in a folder of the disk. (Tars in a tar are folders there.)"""
-    names = sorted(filter(is_wanted, os.listdir(folder))) if os.path.isdir(folder or "") else []
-    return [os.path.join(folder, name) for name in names]
+def _parts(folder: str | None, side: str) -> list[str]:
+    """What lies loose in a folder of the disk. (Tars in a tar are folders there.)"""
+    names = os.listdir(folder) if os.path.isdir(folder or "") else []
+    return [os.path.join(folder, name) for name in sorted(filter(_PARTS[side], names))]
 
 
 def _train_entries(root: str, place: str, paths: list[str]) -> list[Entry]:
@@ -109,7 +108,7 @@ def _train_entries(root: str, place: str, paths: list[str]) -> list[Entry]:
     return entries
 
 
-def _val_entries(root: str, paths: list[str], log: Callable[[str], None]) -> list[Entry]:
+def _val_entries(root: str, paths: list[str]) -> list[Entry]:
     ids, labels, found = wordnet_ids(), validation_labels(), {}
     known = set(ids)
     for path in paths:
@@ -130,5 +129,5 @@ def _val_entries(root: str, paths: list[str], log: Callable[[str], None]) -> lis
             both = f"{printable(path)} and {printable(os.path.join(root, found[number][0]))}"
             raise DataError(f"{both}: both are image {number}")
     if missing := [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in found]:
-        log(f"warning: {len(missing):,} validation images are missing: {shorten(missing, 5)}")
+        print(f"warning: {len(missing):,} validation images are missing: {shorten(missing, 5)}")
     return [found[number] for number in sorted(found)]

@@ -4,14 +4,10 @@ python tools/make_lists.py flowers -val_fraction 0.2 -verify    # flowers/<class
 python tools/make_lists.py imagenet                              # imagenet/{train,val}/<class>/...
 python tools/make_lists.py photos/labels.csv                     # lines of path,label
 
-Tar and zip archives may stand for folders. ImageNet is known in the layouts in which it is
-downloaded (see imagenet.py): the official tars, unpacked or not, and Kaggle's.
-
-The lists lie in the folder itself (a CSV's: the one it lies in), so that the mains take it with
-`-data_path FOLDER`, or in -output. Labels count the classes in the order of their names, numbers by
-value. Where there are train/ and val/ (or Training/, valid/, ...), they are the split. Else each
-image (of train/, if it is there alone) is drawn by its own content and a seed, so that it stays
-where it is when others are added, renamed or removed.
+Archives may stand for folders; ImageNet is known as it is downloaded (imagenet.py). Labels count
+the classes in the order of their names, numbers by value. Where train/ and val/ are not both there,
+each image is drawn by its own content and a seed, so that it stays where it is when others are
+added, renamed or removed.
 """
 
 from __future__ import annotations
@@ -28,10 +24,9 @@ import re
 import shlex
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import NamedTuple
 
 from cli.errors import DataError, run_as_script
 from cli.parser import Parser
@@ -63,12 +58,6 @@ _MISSING = ("nan", "null", "none", "na", "n/a", "#n/a", "?")  # labels that tabl
 Entry = tuple[str, str]  # (path relative to the data folder, class name)
 
 
-class Split(NamedTuple):
-    classes: list[str]  # by label; empty where lists that were there have been checked
-    train: list[Entry]
-    val: list[Entry]
-
-
 def make_lists(
     source: str,
     val_fraction: float = 0.1,
@@ -76,66 +65,61 @@ def make_lists(
     verify: bool = False,
     force: bool = False,
     workers: int | None = None,
-    log: Callable[[str], None] = print,
     output: str | None = None,
-) -> Split:
+) -> tuple[list[str], dict[str, list[Entry]]]:
     """Splits the images of a folder or CSV file and writes the three files beside them, or into
     ``output``; ``verify`` first decodes every image, and where lists exist checks those alone.
 
-    DataError for no such layout, unusable names, the same content on both sides, images that cannot
-    be decoded (each is logged), lists that exist.
+    Returns the classes by label (none where lists were checked), and "train" and "val". DataError
+    for no such layout, unusable names, the same content on both sides, images that cannot be
+    decoded (each is named), lists that exist.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
-    if os.path.basename(source) in imagenet.ARCHIVES:
-        source = root  # one of ImageNet's archives: they are looked at together
+    if os.path.basename(source) in imagenet.ARCHIVES.values():
+        source = root  # they are looked at together
     folder = os.path.abspath(output) if output else root
     there = [path for name in FILES if os.path.exists(path := os.path.join(folder, name))]
-    if there and not force and not verify:
-        raise DataError(f"{there[0]} is there already; -force replaces it, -verify checks it")
-    before: dict[str, list[Entry]] = {}  # what the lists that are there say
-    if there:
-        try:
-            before = _read_lists(folder, root)
-        except DataError:
-            if not force:
-                raise
     only_check = bool(there) and not force
-    classes, sides = ([], before) if only_check else _find(source, root, log)
+    if only_check and not verify:
+        raise DataError(f"{there[0]} is there already; -force replaces it, -verify checks it")
+    before: dict[str, list[Entry]] = {}
+    with suppress(*[DataError] * force):  # what is replaced need not be readable
+        before = _read_lists(folder, root) if there else {}
+    classes, sides = ([], before) if only_check else _find(source, root)
     paths = list(dict.fromkeys(path for entries in sides.values() for path, _ in entries))
     if verify:
-        check_images([os.path.join(root, path) for path in paths], workers, log)
+        _check_images([os.path.join(root, path) for path in paths], workers)
     if any(val_number(path) for path, _ in sides.get("val", ())[:1]):
         content = {path: os.fsencode(path) for path in paths}  # ImageNet's halves are as published
     else:
         content = contents(root, paths, workers)
-    _check_repeats(root, sides, content, log)
+    _check_repeats(root, sides, content)
     if "drawn" in sides:
-        sides = _draw(sides["drawn"], content, val_fraction, seed, before, log)
-    split = Split(classes, sides.get("train", []), sides.get("val", []))
+        sides = _draw(sides["drawn"], content, val_fraction, seed, before)
     if only_check:
-        return split
-    _write_lists(split, folder)
-    counts = f"{len(split.train)} images to train on, {len(split.val)} to validate on"
-    log(f"{root}: {counts}, {len(classes)} classes")
-    for side, name in ((split.train, TRAIN_LIST), (split.val, VAL_LIST)):
-        if not side:
-            log(f"warning: {name} is not written: no images for it (training needs some)")
-    log(f"use them with: {_next_command(split, root, folder)}")
-    return split
+        return classes, sides
+    _write_lists(classes, sides, folder)
+    train, val = (len(sides[side]) for side in SPLIT_NAMES)
+    print(f"{root}: {train} images to train on, {val} to validate on, {len(classes)} classes")
+    for count, name in ((train, TRAIN_LIST), (val, VAL_LIST)):
+        if not count:
+            print(f"warning: {name} is not written: no images for it (training needs some)")
+    print(f"use them with: {_next_command(classes, bool(train), root, folder)}")
+    return classes, sides
 
 
-def _find(source: str, root: str, log) -> tuple[list[str], dict[str, list[Entry]]]:
+def _find(source: str, root: str) -> tuple[list[str], dict[str, list[Entry]]]:
     """The classes of a source, and its images: of "train" and "val", or those to be "drawn"."""
     if os.path.basename(source) == imagenet.GROUND_TRUTH:
         raise DataError(imagenet.explain_ground_truth(source))
-    if os.path.isdir(source) and (found := imagenet.find_imagenet(source, log)):
-        return list(wordnet_ids()), dict(zip(SPLIT_NAMES, found))
+    if os.path.isdir(source) and (found := imagenet.find_imagenet(source)):
+        return list(wordnet_ids()), found
     if archives.is_folder(source):
-        classes, sides = _find_folders(source, root, log)
+        classes, sides = _find_folders(source, root)
     else:
-        sides = {"drawn": _read_csv(source, root, log)}
+        sides = {"drawn": _read_csv(source, root)}
         classes = sort_classes({name for _, name in sides["drawn"]}, source)
     if len(classes) < 2:
         for name in os.listdir(root) if os.path.isdir(source) else ():
@@ -147,25 +131,24 @@ def _find(source: str, root: str, log) -> tuple[list[str], dict[str, list[Entry]
     entries = sum(sides.values(), [])
     if not entries:
         raise DataError(f"{source}: no images ({' '.join(EXTENSIONS)})")
+    alike = defaultdict(list)
     for name in classes:
         if printable(name) != name:
             raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES} (UTF-8)")
+        alike[" ".join(unicodedata.normalize("NFC", name).casefold().split())].append(ascii(name))
     for path, _ in entries:
         if "\n" in path or path != path.rstrip():
             raise DataError(f"{path!r}: a path in a list cannot hold line breaks or end in spaces")
     used = {name for _, name in entries}
     if empty := [name for name in classes if name not in used]:
-        log(f"warning: {len(empty)} of {len(classes)} classes have no image: {shorten(empty, 5)}")
-    alike = defaultdict(list)
-    for name in classes:
-        alike[" ".join(unicodedata.normalize("NFC", name).casefold().split())].append(ascii(name))
+        print(f"warning: {len(empty)} of {len(classes)} classes have no image: {shorten(empty, 5)}")
     for names in alike.values():
         if len(names) > 1:
-            log(f"warning: {len(names)} classes are called almost alike: {', '.join(names)}")
+            print(f"warning: {len(names)} classes are called almost alike: {', '.join(names)}")
     return classes, sides
 
 
-def _find_folders(source: str, root: str, log) -> tuple[list[str], dict[str, list[Entry]]]:
+def _find_folders(source: str, root: str) -> tuple[list[str], dict[str, list[Entry]]]:
     folders = {side: split_folder(source, side) for side in SPLIT_NAMES}
     there = [side for side, folder in folders.items() if archives.is_folder(folder)]
     if there == ["val"]:
@@ -184,16 +167,16 @@ def _find_folders(source: str, root: str, log) -> tuple[list[str], dict[str, lis
     if unknown := sorted({name for _, name in sides.get("val", ())} - set(classes)):
         raise DataError(f"{folders['val']}: class {unknown[0]!r} is not among the folders of train")
     for line in describe_others(source, others) + passed_over(source):
-        log(line)
+        print(line)
     if there and classes and set(classes) <= set(wordnet_ids()):
         for side, entries in zip(there, sides.values()):
-            log(f"ImageNet, {side}: {imagenet.describe(side, entries)}")
+            print(f"ImageNet, {side}: {imagenet.describe(side, entries)}")
         if len(classes) < len(wordnet_ids()):
-            log(f"warning: the labels count these {len(classes)} classes, not ImageNet's 1,000")
+            print(f"warning: the labels count these {len(classes)} classes, not ImageNet's 1,000")
     return classes, sides
 
 
-def _read_csv(file: str, root: str, log) -> list[Entry]:
+def _read_csv(file: str, root: str) -> list[Entry]:
     """Lines of ``path,label``, relative to the file; a first line without an image is a header."""
     try:
         regular_size(file)
@@ -208,7 +191,7 @@ def _read_csv(file: str, root: str, log) -> list[Entry]:
         file_path = os.path.join(root, cells[0])
         is_file = archives.exists(file_path) and not archives.is_folder(file_path)
         if not number and not is_file and not cells[0].lower().endswith(EXTENSIONS):
-            log(f"{where}: taken for a header: {printable(','.join(cells))}")
+            print(f"{where}: taken for a header: {printable(','.join(cells))}")
             continue
         if len(cells) != 2 or not all(cells):
             raise DataError(f"{where}: expected path,label, got {','.join(cells)!r}")
@@ -221,11 +204,11 @@ def _read_csv(file: str, root: str, log) -> list[Entry]:
             raise DataError(f"{where}: {path!r} is listed more than once")
         label_of[path] = cells[1]
         first_line.setdefault(cells[1], where)
-    _check_labels(first_line, log)
+    _check_labels(first_line)
     return list(label_of.items())
 
 
-def _check_labels(first_line: dict[str, str], log) -> None:
+def _check_labels(first_line: dict[str, str]) -> None:
     """Refuses labels that are several; a warning for those that may be, or may be none."""
     parts = {label: re.split(r"[\s,;|+&/]+", label) for label in first_line}
     uses = Counter(part for found in parts.values() for part in set(found))
@@ -240,18 +223,17 @@ def _check_labels(first_line: dict[str, str], log) -> None:
         if re.search("[,;|]", label) and any(uses[part] > 1 for part in parts[label]):
             doubtful.append(f"{where}: {label!r} may be several labels")
         if label.lower() in _MISSING:
-            log(f"warning: {where}: the label {label!r} is a class like any other")
+            print(f"warning: {where}: the label {label!r} is a class like any other")
     if doubtful:
-        log(f"warning: {shorten(doubtful, 1)}; each is one class")
+        print(f"warning: {shorten(doubtful, 1)}; each is one class")
 
 
 def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
     """What the lists of a folder say, of those that are there; labels in the place of names."""
-    names = {"train": TRAIN_LIST, "val": VAL_LIST}
-    there = {s: n for s, n in names.items() if os.path.exists(os.path.join(folder, n))}
+    lists = {"train": f"{folder}/{TRAIN_LIST}", "val": f"{folder}/{VAL_LIST}"}
     sides = {}
-    for side, name in (there or names).items():
-        index = read_list(os.path.join(folder, name), root, 10**9, allow_outside=True)
+    for side, path in ({s: p for s, p in lists.items() if os.path.exists(p)} or lists).items():
+        index = read_list(path, root, 10**9, allow_outside=True)
         index.open_archives()  # a damaged one is one error, not that of all its images
         paths = (os.path.normpath(os.fsdecode(index.name(i))) for i in range(len(index)))
         sides[side] = list(zip(paths, map(str, index.labels)))
@@ -276,19 +258,16 @@ def _digest(root: str, whole: bool, path: str) -> bytes:
             regular_size(path)  # a pipe would block
         with open(path, "rb") if data is None else io.BytesIO(data) as file:
             size = file.seek(0, os.SEEK_END)
-            starts, length = (0, size // 2, max(0, size - _SAMPLE)), _SAMPLE
-            if whole:
-                starts, length = range(0, size, 2**20), 2**20
             digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-            for start in starts:
+            for start in [0] if whole else [0, size // 2, max(0, size - _SAMPLE)]:
                 file.seek(start)
-                digest.update(file.read(length))
+                digest.update(file.read(size if whole else _SAMPLE))
     except OSError as error:
         raise DataError(f"{printable(path)}: {reason_of(error)}") from None
     return digest.digest()
 
 
-def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict, log) -> None:
+def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict) -> None:
     """Names pictures that are there several times; refuses those on both sides."""
     groups = defaultdict(list)
     for side, entries in sides.items():
@@ -299,19 +278,20 @@ def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict, log)
     if alike:
         kept = ": each stays on one side" if "drawn" in sides else ""
         pair = " and ".join(map(printable, alike[0][:2]))
-        log(f"{len(alike)} group{'s' * (len(alike) > 1)} of identical files (such as {pair}){kept}")
+        plural = "s" * (len(alike) > 1)
+        print(f"{len(alike)} group{plural} of identical files (such as {pair}){kept}")
     lines = Counter((path, side) for group in groups for path, _, side in group)
     if again := [f"{path} in {side}" for (path, side), count in lines.items() if count > 1]:
-        log(f"warning: {len(again)} images are listed more than once: {shorten(again, 3)}")
+        print(f"warning: {len(again)} images are listed more than once: {shorten(again, 3)}")
     leaks = []
     for group in groups:
         if len({name for _, name, _ in group}) > 1:  # at most one of the labels is right
             places = ", ".join(f"{printable(path)} ({name})" for path, name, _ in group)
-            log(f"warning: one picture under several labels: {places}")
+            print(f"warning: one picture under several labels: {places}")
         where = {side: path for path, _, side in reversed(group)}
         if len(where) > 1:
             leaks.append(where)
-            log(f"in both train and val: {', '.join(printable(path) for path, *_ in group)}")
+            print(f"in both train and val: {', '.join(printable(path) for path, *_ in group)}")
     if leaks:
         one, other = (printable(leaks[0][side]) for side in ("train", "val"))
         first = f"{one} and {other} are the same image" if one != other else f"{one} is in both"
@@ -322,12 +302,7 @@ def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict, log)
 
 
 def _draw(
-    entries: list[Entry],
-    content: dict[str, bytes],
-    val_fraction: float,
-    seed: int,
-    before: dict[str, list[Entry]],
-    log: Callable[[str], None],
+    entries: list[Entry], content: dict[str, bytes], val_fraction: float, seed: int, before: dict
 ) -> dict[str, list[Entry]]:
     """Draws each image by its content: identical files share a side, and a class of two or more has
     an image on each. What the lists of `before` moved for that stays there.
@@ -351,7 +326,7 @@ def _draw(
         is_val.update(val)
     moved = [path for path, key in key_of.items() if was_val.get(key, is_val[key]) != is_val[key]]
     if moved:
-        log(
+        print(
             f"warning: {len(moved)} images were on the other side in the lists before, such as "
             f"{printable(moved[0])}: earlier weights may have learned what is validated on now"
         )
@@ -361,39 +336,37 @@ def _draw(
     }
 
 
-def check_images(paths: Sequence[str], workers: int | None, log: Callable[[str], None]) -> None:
+def _check_images(paths: Sequence[str], workers: int | None) -> None:
     """Decodes every image, in parallel; a `DataError` after a line about each that cannot be."""
     progress, bad = ProgressLine("verify"), []
-    try:
-        for done, problems in enumerate(map_in_processes(_problems, paths, workers), 1):
-            bad += problems
-            progress(done, len(paths))
-    finally:
-        progress.end()
+    for done, problem in enumerate(map_in_processes(_problem, paths, workers), 1):
+        bad += filter(None, [problem])
+        progress(done, len(paths))
+    progress.end()
     for line in bad:
-        log(line)
+        print(line)
     if bad:
         raise DataError(f"{len(bad)} of {len(paths)} images cannot be decoded")
-    log(f"all {len(paths)} images can be decoded")
+    print(f"all {len(paths)} images can be decoded")
 
 
-def _problems(path: str) -> list[str]:
+def _problem(path: str) -> str:
     try:
         read_pixels(path)
-        return []
+        return ""
     except BadImage as error:
-        return [str(error)]
+        return str(error)
 
 
-def _write_lists(split: Split, folder: str) -> None:
-    label = {name: i for i, name in enumerate(split.classes)}
-    train, val = (  # without "./", "#" would begin a comment
-        [f"{'./' * path.startswith('#')}{path} {label[name]}" for path, name in entries]
-        for entries in (split.train, split.val)
+def _write_lists(classes: list[str], sides: dict[str, list[Entry]], folder: str) -> None:
+    label = {name: i for i, name in enumerate(classes)}
+    lists = (  # without "./", "#" would begin a comment
+        [f"{'./' * path.startswith('#')}{path} {label[name]}" for path, name in sides[side]]
+        for side in SPLIT_NAMES
     )
     try:
         with ExitStack() as stack:  # all get their names when all are written
-            for file_name, lines in zip(FILES, (train, val, split.classes)):
+            for file_name, lines in zip(FILES, (*lists, classes)):
                 if lines:
                     file = stack.enter_context(atomic(os.path.join(folder, file_name)))
                     file.write(os.fsencode("".join(f"{line}\n" for line in lines)))
@@ -401,11 +374,11 @@ def _write_lists(split: Split, folder: str) -> None:
         raise DataError(f"{folder}: cannot write the lists: {error.strerror}") from None
 
 
-def _next_command(split: Split, root: str, lists: str) -> str:
+def _next_command(classes: list[str], can_train: bool, root: str, lists: str) -> str:
     """The next command: fine-tuning on the lists, or ImageNet's training or evaluation."""
     config, flags = "resmlp_finetune", ["-pretrained=resmlp_12_224"]
-    if split.classes == list(wordnet_ids()):
-        config, flags = "resmlp_12_224", [] if split.train else ["-eval", *flags]
+    if classes == list(wordnet_ids()):
+        config, flags = "resmlp_12_224", [] if can_train else ["-eval", *flags]
     here = os.path.relpath(_REPOSITORY)
     here = _REPOSITORY if here.startswith(os.pardir) else here
     main = os.path.normpath(f"{here}/main_single_gpu.py")

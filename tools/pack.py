@@ -20,7 +20,6 @@ import json
 import math
 import os
 import tarfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +39,7 @@ from loading.files import (
     scan_folder,
     split_folder,
 )
-from loading.images import BadImage, read_image, read_pixels, regular_size
+from loading.images import BadImage, read_image, read_pixels
 from storage.files import atomic, printable
 from tools.common import write_file
 from tools.processes import map_in_processes
@@ -70,22 +69,10 @@ class Shard(NamedTuple):
         return os.path.normpath(os.fsdecode(self.files.name(index)))
 
 
-class Made(NamedTuple):
-    bad: list[str]
-    read: int  # bytes of the originals
-    psnr: list[float]  # dB, of the pictures that were compared
-
-
-def pack(
-    source: str,
-    output: str,
-    settings: Settings,
-    workers: int | None = None,
-    log: Callable[[str], None] = print,
-) -> None:
+def pack(source: str, output: str, settings: Settings, workers: int | None = None) -> None:
     """Packs the data folder `source` into the folder `output`.
 
-    DataError: the data set cannot be read, or pictures not decoded (each is logged). UserError:
+    DataError: the data set cannot be read, or pictures not decoded (each is named). UserError:
     `output` holds something else, or cannot be written; as `map_in_processes`.
     """
     splits = _splits(source)
@@ -95,21 +82,19 @@ def pack(
     for split, files in splits.items():
         files.open_archives()
         lists[split] = []
-        for number in range(math.ceil(len(files) / settings.per_shard)):
-            first = number * settings.per_shard
-            indices = range(first, min(first + settings.per_shard, len(files)))
+        for number, first in enumerate(range(0, len(files), settings.per_shard)):
+            indices = range(len(files))[first : first + settings.per_shard]
             tar = f"{split}-{number:05d}.tar"
             shards.append(shard := Shard(os.path.join(output, tar), files, indices))
             lists[split] += (f"{tar}/{shard.name(i)} {files.labels[i]}\n" for i in indices)
     _claim(output, settings)
     made = list(map_in_processes(partial(_make, settings), shards, workers))
-    bad = [line for shard in made for line in shard.bad]
+    bad = [line for lines, *_ in made for line in lines]
     archives.open_archive.cache_clear()  # a shard of that name may be another now
     if not bad:
         bad = [line for lines in map_in_processes(_verify, shards, workers) for line in lines]
-    for line in bad:
-        log(line)
     if bad:
+        print("\n".join(bad))
         raise DataError(f"{len(bad)} pictures cannot be used; mend or remove them, run it again")
     for split, lines in lists.items():
         write_file(os.path.join(output, f"{split}_list.txt"), os.fsencode("".join(lines)))
@@ -119,8 +104,17 @@ def pack(
     elif not Path(source, "train_list.txt").is_file():
         lines = [f"{name}\n" for name in find_classes(source)]
         write_file(Path(output, "classes.txt"), "".join(lines))
-    _report(shards, made, log)
-    log(f"use it with: -dataset imagenet2012 -data_path {output}")
+    count = sum(len(shard.indices) for shard in shards)
+    written = sum(os.path.getsize(shard.path) for shard in shards)
+    print(f"{count} pictures in {len(shards)} shards, {written / 1e6:,.1f} MB; all decode")
+    if read := sum(size for _, size, _ in made):
+        print(f"of this run: {read / 1e6:,.1f} MB of originals were read")
+    if psnr := [value for *_, values in made for value in values]:
+        print(
+            f"what JPEG costs: {np.mean(psnr):.1f} dB on average, {min(psnr):.1f} dB at worst, "
+            f"in {len(psnr)} pictures that were compared"
+        )
+    print(f"use it with: -dataset imagenet2012 -data_path {output}")
 
 
 def _splits(source: str) -> dict[str, ImageIndex]:
@@ -147,13 +141,17 @@ def _claim(output: str, settings: Settings) -> None:
         write_file(note, text)
 
 
-def _make(settings: Settings, shard: Shard) -> Made:
-    """Writes one shard, unless it is there, of these very files; whole or not at all."""
-    made, names, read = Made([], 0, []), set(), 0
+def _make(settings: Settings, shard: Shard) -> tuple[list[str], int, list[float]]:
+    """Writes one shard, unless it is there, of these very files; whole or not at all.
+
+    Returns a line for each picture that does not decode, the originals' bytes, and the dB of those
+    that were compared.
+    """
+    bad, names, read, psnr = [], set(), 0, []
     path, sources = Path(shard.path), _digest_of_sources(shard)
     note = path.with_name(f".{path.name}.sources")
     if path.is_file() and note.is_file() and note.read_text() == sources:
-        return made
+        return bad, read, psnr
     try:
         with (
             contextlib.suppress(BadImage),
@@ -165,21 +163,21 @@ def _make(settings: Settings, shard: Shard) -> Made:
                     continue  # listed twice
                 names.add(name)
                 try:
-                    original, data = _encoded(shard.files.path(index), settings, index, made.psnr)
-                except BadImage as bad:
-                    made.bad.append(f"{shard.files.where(index)}: {bad.reason}")
+                    original, data = _encoded(shard.files.path(index), settings, index, psnr)
+                except BadImage as error:
+                    bad.append(f"{shard.files.where(index)}: {error.reason}")
                     continue
                 read += original
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-            if made.bad:
+            if bad:
                 raise BadImage(shard.path, "is not kept")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    if not made.bad:
+    if not bad:
         write_file(note, sources)
-    return made._replace(read=read)
+    return bad, read, psnr
 
 
 def _digest_of_sources(shard: Shard) -> str:
@@ -187,21 +185,19 @@ def _digest_of_sources(shard: Shard) -> str:
     digest = hashlib.sha256()
     for index in shard.indices:
         path = shard.files.path(index)
-        inside = archives.split(path)
         with contextlib.suppress(OSError):  # a missing file is named when it is read
-            status = os.stat(inside[0] if inside else path)
+            status = os.stat((archives.split(path) or [path])[0])
             digest.update(os.fsencode(shard.name(index)))
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def _encoded(path: str, settings: Settings, index: int, psnr: list[float]) -> tuple[int, bytes]:
-    """The bytes of a picture as they were (their number), and as they shall be."""
+    """The number of a picture's bytes, and the bytes that they become."""
     whole = read_image(path)  # a small one too: it may be damaged
-    data = archives.read(path)
-    original = regular_size(path) if data is None else len(data)
+    data = archives.read(path) or Path(path).read_bytes()
     if min(whole.size) <= settings.short_side:
-        return original, Path(path).read_bytes() if data is None else data
+        return len(data), data
     size, bicubic = resized_size(*whole.size, settings.short_side), Image.Resampling.BICUBIC
     image = to_image(operations().resize(from_image(whole), size, bicubic))
     buffer = io.BytesIO()
@@ -212,7 +208,7 @@ def _encoded(path: str, settings: Settings, index: int, psnr: list[float]) -> tu
     if index % _MEASURED == 0:
         error = np.asarray(image, "float64") - np.asarray(Image.open(buffer), "float64")
         psnr.append(10 * math.log10(255**2 / max(np.mean(error**2), 1e-9)))
-    return original, buffer.getvalue()
+    return len(data), buffer.getvalue()
 
 
 def _exif(image: Image.Image) -> bytes:
@@ -230,30 +226,13 @@ def _exif(image: Image.Image) -> bytes:
 
 def _verify(shard: Shard) -> list[str]:
     """Decodes every picture of a shard; returns what is wrong with them."""
-    names = dict.fromkeys(map(shard.name, shard.indices))
-    if (count := len(archives.Archive(shard.path))) != len(names):
-        return [f"{shard.path}: {count} pictures, expected {len(names)}; remove it"]
     wrong = []
-    for name in names:
+    for name in dict.fromkeys(map(shard.name, shard.indices)):
         try:
             read_pixels(os.path.join(shard.path, name))
         except BadImage as bad:
             wrong.append(f"{bad}; remove {printable(shard.path)}")
     return wrong
-
-
-def _report(shards: list[Shard], made: list[Made], log: Callable[[str], None]) -> None:
-    count = sum(len(shard.indices) for shard in shards)
-    written = sum(os.path.getsize(shard.path) for shard in shards)
-    log(f"{count} pictures in {len(shards)} shards, {written / 1e6:,.1f} MB; all decode")
-    read, psnr = sum(shard.read for shard in made), [x for shard in made for x in shard.psnr]
-    if read:
-        log(f"of this run: {read / 1e6:,.1f} MB of originals were read")
-    if psnr:
-        log(
-            f"what JPEG costs: {np.mean(psnr):.1f} dB on average, {min(psnr):.1f} dB at worst, "
-            f"in {len(psnr)} pictures that were compared"
-        )
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ _DAMAGED = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
 Picture = tuple[str, str, int, bytes]  # split, name in its archive, label, the file
 
 
-def prepare(archive: str, output: str, log: Callable[[str], None] = print) -> None:
+def prepare(archive: str, output: str) -> None:
     """Writes the data folder `output` from an archive, which is recognised by what is in it.
 
     DataError: a damaged archive, or none of these, or a file beside it is missing. UserError:
@@ -67,8 +67,8 @@ def prepare(archive: str, output: str, log: Callable[[str], None] = print) -> No
         write_file(Path(output, "classes.txt"), "".join(f"{name}\n" for name in names))
     for split, lines in lists.items():
         write_file(Path(output, f"{split}_list.txt"), "".join(lines))
-    log(f"{output}: {len(lists['train']):,} images to train on, {len(lists['val']):,} to test")
-    log(f"use it with: -dataset imagenet2012 -data_path {output}")
+    print(f"{output}: {len(lists['train']):,} images to train on, {len(lists['val']):,} to test")
+    print(f"use it with: -dataset imagenet2012 -data_path {output}")
 
 
 def _open(archive: str) -> tuple[list[str], Iterator[Picture]]:
@@ -101,8 +101,8 @@ def _cifar(archive: str, files: dict, parts: dict, head: int, names: list) -> It
             label, file = int(record[head - 1]), io.BytesIO()
             if label >= len(names):
                 raise DataError(f"{archive}: {split} image {number} has the label {label}")
-            planes = record[head:].reshape(3, 32, 32)
-            Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))).save(file, "PNG")
+            pixels = record[head:].reshape(3, 32, 32).transpose(1, 2, 0)
+            Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
             yield split, f"{names[label]}/{number:05d}.png", label, file.getvalue()
 
 

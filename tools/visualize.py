@@ -73,18 +73,6 @@ def token_maps(model: ResMLP, layer: int) -> np.ndarray:
     return weight.T.reshape(-1, grid, grid)
 
 
-def sparsity(model: ResMLP) -> list[float]:
-    """Share of each layer's token-mixing weights below 5 % of its largest (paper, figure 3)."""
-    weights = [np.abs(block.linear_tokens.weight.numpy()) for block in model.mixer_layers]
-    return [float((weight < 0.05 * weight.max()).mean()) for weight in weights]
-
-
-def magnitudes(model: ResMLP, name: str) -> np.ndarray:
-    """Absolute values of LayerScale or an Affine's parameter in each layer, ``[layers, C]``."""
-    states = [block.state_dict() for block in model.mixer_layers]
-    return np.abs(np.stack([state[name].numpy().ravel() for state in states]))
-
-
 @paddle.no_grad()
 def contributions(model: ResMLP, images: paddle.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """What each patch adds to each logit, ``[B, grid, grid, K]``, and the logits ``[B, K]``.
@@ -112,13 +100,14 @@ def draw_token_mixing(model: ResMLP, layers: Sequence[int]):
     columns = 2 if len(layers) in (2, 4) else 3
     figure, cells = new_grid(len(layers), columns, 4, 4.2, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, wspace=0.08, hspace=0.05)  # layers apart from maps
-    sparse = sparsity(model)
     for axis, layer in zip(cells, layers):
-        mosaic, dots = tile_maps(token_maps(model, layer))
+        maps = token_maps(model, layer)
+        sparse = (np.abs(maps) < 0.05 * np.abs(maps).max()).mean()  # as in the paper's figure 3
+        mosaic, dots = tile_maps(maps)
         limit = np.nanquantile(np.abs(mosaic), 0.995)
         axis.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axis.plot(*dots, ".", color="black", markersize=2)
-        axis.set_title(f"layer {layer + 1}, scale ±{limit:.2g}, {100 * sparse[layer]:.0f} % sparse")
+        axis.set_title(f"layer {layer + 1}, scale ±{limit:.2g}, {100 * sparse:.0f} % sparse")
     return figure
 
 
@@ -136,7 +125,8 @@ def tile_maps(maps: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarra
 
 
 def draw_magnitudes(model: ResMLP):
-    layers = np.arange(1, len(model.mixer_layers) + 1)
+    states = [block.state_dict() for block in model.mixer_layers]
+    layers = np.arange(1, len(states) + 1)
     figure = new_figure(13, 4, layout="constrained")
     panels = (
         ("LayerScale", {"ls1": "token mixing", "ls2": "channel MLP"}),
@@ -145,7 +135,8 @@ def draw_magnitudes(model: ResMLP):
     )
     for axis, (title, curves) in zip(figure.subplots(1, 3), panels):
         for (name, label), color in zip(curves.items(), ("#0072b2", "#d55e00")):
-            low, middle, high = np.quantile(magnitudes(model, name), [0.1, 0.5, 0.9], axis=1)
+            values = np.abs([state[name].numpy().ravel() for state in states])  # [layers, C]
+            low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=1)
             axis.plot(layers, middle, "o-", color=color, label=label, markersize=4)
             axis.fill_between(layers, low, high, color=color, alpha=0.15)
         axis.set(title=title, xlabel="layer", ylabel="absolute value")
