@@ -4,7 +4,6 @@ from cpu import setup  # noqa: F401  isort: skip
 
 import csv
 import json
-from unittest import mock
 
 import numpy as np
 import paddle
@@ -13,8 +12,7 @@ from PIL import Image
 
 import tools.evaluate_zoo as tool
 from cli.errors import UserError
-from config import get_arguments, get_config, resolve_config
-from launch import launch
+from config import get_config
 from loading.imagenet import wordnet_ids
 from port_weights.names import convert
 from port_weights.zoo import MEASURES, ZOO
@@ -22,7 +20,7 @@ from resmlp import build_resmlp, load_state
 from storage.weights import write_weights
 from tools.evaluate_zoo import evaluate_zoo, find_files, identify, read_results, table_rows
 
-from .helpers.tiny_run import run_tool
+from .helpers.tiny_run import run_here, run_tool
 
 _TINY = "MODEL.MIXER.DEPTH 1 MODEL.MIXER.EMBED_DIM 8 MODEL.MIXER.PATCH_SIZE 16 DATA.IMAGE_SIZE 32 "
 _TINY += "DATA.CROP_PCT 1.0 DATA.NUM_WORKERS 0"
@@ -76,22 +74,13 @@ def zoo(tmp_path_factory):
     return folder, top, np.array(labels)
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Evaluates as main_multi_gpu.py does, in this process."""
-
-    def run(command):
-        return mock.Mock(returncode=launch(resolve_config(get_arguments(command[2:])), 1))
-
-    monkeypatch.setattr(tool.subprocess, "run", run)
-
-
 def results(output):
     with open(output / "results.csv", encoding="utf-8") as file:
         return {(row["weights"], row["measure"]): row for row in csv.DictReader(file)}
 
 
-def test_files_are_evaluated_once_and_again_where_they_or_the_data_change(zoo, here, tmp_path):
+def test_files_are_evaluated_again_where_they_or_the_data_change(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool.subprocess, "run", run_here)
     folder, top, labels = zoo
     val, weights = folder / "imagenet", folder / "weights"
     arguments = str(tmp_path), {"val": str(val)}, str(folder / "real.json"), OPTS
@@ -124,7 +113,8 @@ def test_files_are_evaluated_once_and_again_where_they_or_the_data_change(zoo, h
     assert tool.fingerprint(tool.data_config(str(val), OPTS)) != before
 
 
-def test_unusable_files_are_named_and_do_not_stop_the_others(zoo, here, tmp_path, capsys):
+def test_unusable_files_are_named_and_do_not_stop_the_others(zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool.subprocess, "run", run_here)
     folder, weights = zoo[0], tmp_path / "weights"
     weights.mkdir()
     write_weights(random_state(0), weights / "resmlp_24_224.pdparams")

@@ -34,12 +34,11 @@ class _Texts(yaml.BaseLoader):
     """Leaves values the texts that they are, for -opts; refuses a name that is given twice."""
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
+        names = [str(key.value) for key, _ in node.value]
+        for key, _ in reversed(node.value):
+            if names.count(str(key.value)) > 1:
                 twice = f"{key.value} is given twice"
                 raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
-            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -60,14 +59,11 @@ def read_study(path: str) -> dict[str, list[str]]:
         folder = _folder(name)
         if not folder:
             raise ConfigError(f"{path}: {name!r} has no letter or digit to name a folder with")
-        other = folders.setdefault(folder, name)
-        if other != name:
-            both = f"{other!r} and {name!r} would share the folder {folder}"
+        if folder in folders:
+            both = f"{folders[folder]!r} and {name!r} would share the folder {folder}"
             raise ConfigError(f"{path}: {both}; rename one of them")
-    return {
-        name: [str(item) for pair in keys.items() for item in pair]
-        for name, keys in content.items()
-    }
+        folders[folder] = name
+    return {name: [str(x) for pair in keys.items() for x in pair] for name, keys in content.items()}
 
 
 def _folder(name: str) -> str:
@@ -92,8 +88,7 @@ def run_study(
                 refuse_other_settings(folder, words)
             command = [sys.executable, str(ROOT / main), *words]
             print(f"$ {' '.join(command)}", flush=True)
-            code = subprocess.run(command).returncode
-            if code:
+            if code := subprocess.run(command).returncode:
                 raise UserError(f"{name}, seed {seed}: the run ended with exit code {code}")
             results[name].append(last_top1(folder))
     return results
@@ -147,14 +142,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1:
         raise UserError(f"-seeds is {args.seeds}; expected at least 1")
-    results = run_study(
-        {name: args.opts + opts for name, opts in read_study(args.study).items()},
-        [f"-cfg={args.cfg}", f"-data_path={args.data_path}"],
-        args.output,
-        args.seeds,
-        "main_multi_gpu.py" if args.multi else "main_single_gpu.py",
-    )
-    text = table(results)
+    study = {name: args.opts + opts for name, opts in read_study(args.study).items()}
+    arguments = [f"-cfg={args.cfg}", f"-data_path={args.data_path}"]
+    main = "main_multi_gpu.py" if args.multi else "main_single_gpu.py"
+    text = table(run_study(study, arguments, args.output, args.seeds, main))
     write_file(Path(args.output) / "results.md", text + "\n")
     print(text)
 

@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import paddle
 from PIL import Image
 
-from config import get_config
+from cli.errors import UserError
+from config import get_arguments, get_config, resolve_config
+from launch import launch
 from resmlp import build_resmlp
 from storage.weights import write_weights
 
@@ -68,6 +71,15 @@ def run_tool(name: str, *arguments, cwd: Path, stdin: str = "") -> subprocess.Co
         text=True,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
+
+
+def run_here(command: list[str]) -> mock.Mock:
+    """In place of `subprocess.run`: what a main does with its arguments, in this process."""
+    try:
+        code = launch(resolve_config(get_arguments(command[2:])), 1)
+    except UserError:
+        code = 2
+    return mock.Mock(returncode=code)
 
 
 def logits_by_hand(weights: Path, images: np.ndarray, mean, std) -> np.ndarray:
