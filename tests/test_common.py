@@ -2,6 +2,7 @@
 
 import errno
 import os
+from unittest import mock
 
 import pytest
 
@@ -18,16 +19,12 @@ def test_opts_given_twice_add_up_and_leave_no_trace():
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     write_file(tmp_path / "curves.png", b"old")
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="curves.png: cannot be written: No space"):
         write_file(tmp_path / "curves.png", b"new")
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
-        ("curves.png", b"old")
-    ]
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"curves.png": b"old"}
 
 
 def test_a_pipe_is_written_to_and_stays(tmp_path):

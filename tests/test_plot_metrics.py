@@ -20,39 +20,29 @@ def epoch(number, **values):
     return {"kind": "epoch", "epoch": number, "step": 4 * number, "train_loss": 2.0, **values}
 
 
-@pytest.fixture
-def write_run(tmp_path):
-    def write(name, records, tail=""):
-        folder = tmp_path / name
-        folder.mkdir()
-        text = "".join(json.dumps(record) + "\n" for record in records) + tail
-        (folder / "metrics.jsonl").write_text(text)
-        return folder
-
-    return write
+def write_run(folder, records, tail=""):
+    folder.mkdir()
+    text = "".join(json.dumps(record) + "\n" for record in records) + tail
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
 
 
 @pytest.fixture
-def run(write_run):
+def run(tmp_path):
     records = [step(2, loss=2.5, images_per_second=80), step(4, loss=2.0, images_per_second=90)]
-    return write_run("first", [*records, epoch(1, val_top1=40.0), epoch(2, val_top1=30.0)])
+    records += [epoch(1, val_top1=40.0), epoch(2, val_top1=30.0)]
+    return write_run(tmp_path / "first", records)
 
 
 @pytest.mark.parametrize(
     "record",
-    [
-        {"kind": "epoch", "step": 5},
-        epoch(0),
-        {**epoch(1), "epoch": "1"},
-        {**step(1), "step": float("inf")},
-        5,
-        '{"kind": "st',  # torn
-    ],
+    [{"kind": "epoch", "step": 5}, epoch(0), {**epoch(1), "epoch": "1"}, 5, '{"kind": "st']
+    + [{**step(1), "step": float("inf")}],
 )
-def test_a_record_that_cannot_be_placed_is_refused_by_its_number(write_run, record):
+def test_a_record_that_cannot_be_placed_is_refused_by_its_number(tmp_path, record):
+    torn = record if isinstance(record, str) else json.dumps(record)
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not a record"):
-        torn = f"{record}\n{json.dumps(step(2))}" if isinstance(record, str) else ""
-        read_metrics(write_run("odd", [step(1), *([] if torn else [record])], torn))
+        read_metrics(write_run(tmp_path / "odd", [step(1)], f"{torn}\n{json.dumps(step(2))}"))
 
 
 INF, NAN = float("inf"), float("nan")
@@ -71,15 +61,15 @@ INF, NAN = float("inf"), float("nan")
     ],
 )
 def test_points_are_what_was_logged_last_whole_and_finite(
-    write_run, records, tail, kind, key, expected
+    tmp_path, records, tail, kind, key, expected
 ):
-    run = read_metrics(write_run("run", records, tail))
+    run = read_metrics(write_run(tmp_path / "run", records, tail))
     assert run.values(kind, key) == expected
     draw_curves([run])
 
 
-def test_a_run_whose_folder_is_not_utf8_has_a_name_that_can_be_drawn(write_run):
-    folder = write_run("plain", [step(1)])
+def test_a_run_whose_folder_is_not_utf8_has_a_name_that_can_be_drawn(tmp_path):
+    folder = write_run(tmp_path / "plain", [step(1)])
     odd = folder.with_name(os.fsdecode(b"caf\xe9"))
     try:
         folder.rename(odd)
@@ -88,9 +78,7 @@ def test_a_run_whose_folder_is_not_utf8_has_a_name_that_can_be_drawn(write_run):
     assert read_metrics(odd).name == "caf\\xe9"
 
 
-def test_curves_stand_at_their_epochs_or_in_the_first_at_steps_under_names_and_units(
-    run, write_run
-):
+def test_curves_stand_at_their_epochs_or_in_the_first_at_steps_under_names_and_units(run, tmp_path):
     loss, top1, rate, speed = draw_curves([read_metrics(run)]).axes
     per_report, training = loss.lines
     assert list(per_report.get_xdata()) == [0.5, 1.0]  # steps 2 and 4 of 4 an epoch
@@ -98,20 +86,21 @@ def test_curves_stand_at_their_epochs_or_in_the_first_at_steps_under_names_and_u
     assert [text.get_text() for text in top1.get_legend().get_texts()] == ["weights as trained"]
     assert [axes.get_ylabel() for axes in (top1, speed)] == ["%", "images/s"]
     assert {axes.get_xlabel() for axes in (loss, top1, rate, speed)} == {"epoch"}
-    young = read_metrics(write_run("young", [step(1, loss=2.0), step(2, loss=1.0)]))
-    axes = draw_curves([young]).axes
+    young = write_run(tmp_path / "young", [step(1, loss=2.0), step(2, loss=1.0)])
+    axes = draw_curves([read_metrics(young)]).axes
     assert {a.get_xlabel() for a in axes} == {"optimizer step"}
     assert list(axes[0].lines[0].get_xdata()) == [1, 2]
 
 
-def test_several_runs_have_a_colour_each(run, write_run):
-    figure = draw_curves([read_metrics(run), read_metrics(write_run("second", [epoch(1)]))])
+def test_several_runs_have_a_colour_each(run, tmp_path):
+    second = write_run(tmp_path / "second", [epoch(1)])
+    figure = draw_curves([read_metrics(run), read_metrics(second)])
     colors = [line.get_color() for line in figure.axes[0].lines if not line.get_alpha()]
     assert len(colors) == len(set(colors)) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
 
 
-def test_the_script_draws_a_picture_and_a_page_that_needs_nothing_else(run, write_run, tmp_path):
+def test_the_script_draws_a_picture_and_a_page_that_needs_nothing_else(run, tmp_path):
     done = run_tool("plot_metrics", run, "-html", "sub/curves.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "sub" / "curves.html").read_text()
@@ -122,4 +111,4 @@ def test_the_script_draws_a_picture_and_a_page_that_needs_nothing_else(run, writ
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
     with pytest.raises(UserError, match="metrics.jsonl: holds no records"):
-        read_metrics(write_run("empty", []))
+        read_metrics(write_run(tmp_path / "empty", []))

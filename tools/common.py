@@ -27,12 +27,8 @@ def run_config(
 ):
     """The frozen config of a trained model, with MODEL.PRETRAINED set to its weights.
 
-    Args:
-        pretrained: as `storage.adapt.read_pretrained`; None: the config's MODEL.PRETRAINED.
-        cfg: YAML file; None: the run's ``config.yaml`` beside the weights, or that of the zoo.
-        opts: ``KEY, VALUE, ...`` on top, as in ``-opts``.
-
-    Raises UserError without weights or config, or where either cannot be used.
+    ``cfg`` is a YAML file; None: the run's ``config.yaml`` beside the weights, or that of the zoo.
+    UserError without weights or config, or where either cannot be used.
     """
     if pretrained is None and cfg is None:
         raise UserError("give the model's config with -cfg and its weights with -pretrained")
@@ -46,7 +42,7 @@ def run_config(
 
 
 def _weights_file(name: str | os.PathLike) -> str | None:
-    """The weight file of a name, with its suffix; None: the published one is meant."""
+    """The file of a name, with its suffix; None: published weights are meant."""
     try:
         return str(find_file(name))
     except WeightsError:

@@ -52,9 +52,7 @@ def predict(
     on_bad: Callable[[BadImage], None] | None = None,
     amp: bool = False,
 ) -> list[dict]:
-    """Classifies images as the evaluation does: the config's crop, interpolation and mean.
-
-    Arguments are those of the command (`-h`), and
+    """Classifies images as the evaluation does; arguments are the command's (`-h`), and
 
     - show: takes each result as soon as it is there, and the length of the longest path;
     - on_bad: takes the error of each image that cannot be read, which is left out; without it that
@@ -88,8 +86,8 @@ def predict(
 def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
     """The image files that are meant: files, all images under folders and in archives, patterns.
 
-    A pattern that fits nothing stays, and is named as a missing file when it is read. Files without
-    an image's ending are counted on standard error. Raises UserError where nothing is found.
+    A pattern that fits nothing stays, and is named as a missing file when it is read. UserError
+    where nothing is found.
     """
     paths = []
     for source in filter(None, map(os.fspath, sources)):
@@ -100,12 +98,11 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
                 print(line, file=sys.stderr)
             if not found:
                 raise UserError(f"{source}: no images")
-            paths += found
         elif os.path.exists(source) or not glob.has_magic(source):
-            paths.append(source)
+            found = [source]
         else:
             found = sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
-            paths += found or [source]
+        paths += found or [source]
     if not paths:
         raise UserError("no images to classify")
     return paths
@@ -114,9 +111,8 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[str]:
 def find_class_names(
     config, path: str | os.PathLike | None = None, classes: ClassNames = UNKNOWN
 ) -> list[str]:
-    """The name of every class: from the file, else ``classes`` (the weights' own),
-    DATA.CLASS_NAMES, the data folder, ImageNet-1k's where there are 1000 classes, or plain numbers.
-    Raises DataError unless the file has a name per class.
+    """The name of every class: from the file (DataError unless it has a name per class), else the
+    weights' own (``classes``), DATA.CLASS_NAMES, the data folder, ImageNet-1k's, or plain numbers.
     """
     count = config.MODEL.NUM_CLASSES
     if path:
@@ -157,9 +153,7 @@ def classify(
 
 
 def print_result(result: dict, width: int, form: str, first: bool) -> None:
-    """Prints an image's classes as "json", "csv" or "table", whose paths take ``width``; in front
-    of the ``first`` is what begins it all.
-    """
+    """Prints an image's classes as "json", "csv" or "table", whose paths take ``width``."""
     if form == "json":  # in ASCII, which every terminal and pipe takes
         text = textwrap.indent(json.dumps(result, indent=2), "  ")
         print("[\n" if first else ",\n", text, sep="", end="")
