@@ -11,7 +11,7 @@ from cli.errors import DataError, UserError
 from loading import archives
 from loading.images import read_image
 from tools import prepare as prepare_module
-from tools.prepare import prepare, read_mat
+from tools.prepare import prepare
 
 from .helpers.runs import ROOT
 from .helpers.transfer_data import cifar10, cifar100, flowers102, write_mat, write_tar
@@ -48,22 +48,6 @@ def test_flowers_are_copied_byte_for_byte_with_the_labels_of_the_files_beside_th
             found.setdefault(split, set()).add(number)
     assert found == {"train": {1, 2, 6, 9}, "val": {3, 4, 5, 7, 8}}
     assert not (tmp_path / "out" / "classes.txt").exists()
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_matrices_are_read_as_scipy_writes_them(tmp_path, compress):
-    scipy_io = pytest.importorskip("scipy.io")
-    matrices = {
-        "labels": np.arange(8189, dtype="uint8")[None],
-        "trnid": np.arange(1020, dtype="uint16")[None],
-        "four": np.array([[1, 2, 3, 4]], "uint8"),
-        "doubles": np.array([[1.0, 300.0]]),
-    }
-    scipy_io.savemat(tmp_path / "x.mat", matrices, do_compression=compress)
-    found = read_mat(tmp_path / "x.mat")
-    assert found.keys() == matrices.keys()
-    for name, values in matrices.items():
-        np.testing.assert_array_equal(found[name], values.ravel())
 
 
 # ---------------------------------------------------------------------------------- mistakes

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import NamedTuple
 
 from cli.errors import DataError
 from loading import archives
@@ -26,12 +27,16 @@ _KAGGLE = "ILSVRC/Data/CLS-LOC"
 # What may lie loose in a folder: the tars of the classes, the images to validate on.
 _PARTS = {"train": re.compile(r"n[0-9]{8}\.tar").fullmatch, "val": val_number}
 
-Entry = tuple[str, str]  # (path relative to the data folder, WordNet id)
+
+class Entry(NamedTuple):
+    path: str  # relative to the data folder
+    name: str  # of the class; of ImageNet its WordNet id
+    side: str  # "train" or "val"; empty: to be drawn
 
 
-def find_imagenet(root: str) -> dict[str, list[Entry]] | None:
-    """The images of "train" and "val", where a folder has one of ImageNet's own layouts; either may
-    be empty. None: some other folder, or one folder per class on both sides.
+def find_imagenet(root: str) -> list[Entry] | None:
+    """The images where a folder has one of ImageNet's own layouts, perhaps of one side only. None:
+    some other folder, or one folder per class on both sides.
 
     DataError for such a layout with images or classes that are not ImageNet's.
     """
@@ -48,23 +53,21 @@ def find_imagenet(root: str) -> dict[str, list[Entry]] | None:
         return None
     folders = [folder for folder in (train, *tars) if folder not in (None, root)]
     train_images = [path for folder in folders for path in list_images(folder)]
-    sides = {
-        "train": _train_entries(root, train, train_images),
-        "val": _val_entries(root, val_images) if val else [],
-    }
-    for place, (side, entries) in zip((train, val), sides.items()):
+    entries = _train_entries(root, train, train_images)
+    entries += _val_entries(root, val_images) if val else []
+    for side, place in zip(ARCHIVES, (train, val)):
         found = f"{describe(side, entries)}, in" if place else "not found in"
         print(f"ImageNet, {side}: {found} {printable(place or root)}")
-    return sides
+    return entries
 
 
 def describe(side: str, entries: list[Entry]) -> str:
     """The images and classes of a side; what differs from ImageNet's own is said."""
-    classes = {name for _, name in entries}
-    text = f"{len(entries):,} images of {len(classes):,} classes"
-    if len(entries) != _COUNTS[side]:
+    names = [entry.name for entry in entries if entry.side in (side, "")]
+    text = f"{len(names):,} images of {len(set(names)):,} classes"
+    if len(names) != _COUNTS[side]:
         text += f" (ImageNet has {_COUNTS[side]:,})"
-    if missing := [name for name in wordnet_ids() if name not in classes]:
+    if missing := sorted(set(wordnet_ids()).difference(names)):
         text += f"; without images: {shorten(missing, 5)}"
     return text
 
@@ -104,7 +107,7 @@ def _train_entries(root: str, place: str, paths: list[str]) -> list[Entry]:
         name = os.path.relpath(path, place).split(os.sep)[0].removesuffix(".tar")
         if name not in known:
             raise DataError(f"{printable(path)}: {name!r} is no WordNet id of an ImageNet class")
-        entries.append((os.path.relpath(path, root), name))
+        entries.append(Entry(os.path.relpath(path, root), name, "train"))
     return entries
 
 
@@ -124,9 +127,9 @@ def _val_entries(root: str, paths: list[str]) -> list[Entry]:
                 f"{printable(path)}: this image is of class {name}, but lies in the folder of "
                 f"{folder}"
             )
-        entry = os.path.relpath(path, root), name
+        entry = Entry(os.path.relpath(path, root), name, "val")
         if found.setdefault(number, entry) is not entry:
-            both = f"{printable(path)} and {printable(os.path.join(root, found[number][0]))}"
+            both = f"{printable(path)} and {printable(os.path.join(root, found[number].path))}"
             raise DataError(f"{both}: both are image {number}")
     if missing := [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in found]:
         print(f"warning: {len(missing):,} validation images are missing: {shorten(missing, 5)}")

@@ -47,6 +47,7 @@ from loading.imagenet import val_number, wordnet_ids
 from loading.images import EXTENSIONS, BadImage, read_pixels, reason_of, regular_size
 from storage.files import atomic, printable, shorten
 from tools import imagenet
+from tools.imagenet import Entry
 from tools.processes import map_in_processes
 
 FILES = TRAIN_LIST, VAL_LIST, CLASSES = "train_list.txt", "val_list.txt", "classes.txt"
@@ -54,8 +55,6 @@ _REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SAMPLE = 4096  # bytes at three places of a file by which it is drawn
 _NO_CLASSES = {"test", "testing"}.union(*SPLIT_NAMES.values())  # names of folders
 _MISSING = ("nan", "null", "none", "na", "n/a", "#n/a", "?")  # labels that tables mean as no label
-
-Entry = tuple[str, str]  # (path relative to the data folder, class name)
 
 
 def make_lists(
@@ -66,13 +65,13 @@ def make_lists(
     force: bool = False,
     workers: int | None = None,
     output: str | None = None,
-) -> tuple[list[str], dict[str, list[Entry]]]:
+) -> tuple[list[str], list[Entry]]:
     """Splits the images of a folder or CSV file and writes the three files beside them, or into
     ``output``; ``verify`` first decodes every image, and where lists exist checks those alone.
 
-    Returns the classes by label (none where lists were checked), and "train" and "val". DataError
-    for no such layout, unusable names, the same content on both sides, images that cannot be
-    decoded (each is named), lists that exist.
+    Returns the classes by label (none where lists were checked) and the images. DataError for no
+    such layout, unusable names, the same content on both sides, images that cannot be decoded (each
+    is named), lists that exist.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"-val_fraction is {val_fraction}; give a share between 0 and 1")
@@ -84,43 +83,43 @@ def make_lists(
     only_check = bool(there) and not force
     if only_check and not verify:
         raise DataError(f"{there[0]} is there already; -force replaces it, -verify checks it")
-    before: dict[str, list[Entry]] = {}
+    before: list[Entry] = []
     with suppress(*[DataError] * force):  # what is replaced need not be readable
-        before = _read_lists(folder, root) if there else {}
-    classes, sides = ([], before) if only_check else _find(source, root)
-    paths = list(dict.fromkeys(path for entries in sides.values() for path, _ in entries))
+        before = _read_lists(folder, root) if there else []
+    classes, entries = ([], before) if only_check else _find(source, root)
+    paths = list(dict.fromkeys(entry.path for entry in entries))
     if verify:
         _check_images([os.path.join(root, path) for path in paths], workers)
-    if any(val_number(path) for path, _ in sides.get("val", ())[:1]):
+    if val_number(next((entry.path for entry in entries if entry.side == "val"), "")):
         content = {path: os.fsencode(path) for path in paths}  # ImageNet's halves are as published
     else:
         content = contents(root, paths, workers)
-    _check_repeats(root, sides, content)
-    if "drawn" in sides:
-        sides = _draw(sides["drawn"], content, val_fraction, seed, before)
+    _check_repeats(root, entries, content)
     if only_check:
-        return classes, sides
-    _write_lists(classes, sides, folder)
-    train, val = (len(sides[side]) for side in SPLIT_NAMES)
+        return classes, entries
+    if not entries[0].side:
+        entries = _draw(entries, content, val_fraction, seed, before)
+    _write_lists(classes, entries, folder)
+    train, val = (sum(entry.side == side for entry in entries) for side in SPLIT_NAMES)
     print(f"{root}: {train} images to train on, {val} to validate on, {len(classes)} classes")
     for count, name in ((train, TRAIN_LIST), (val, VAL_LIST)):
         if not count:
             print(f"warning: {name} is not written: no images for it (training needs some)")
     print(f"use them with: {_next_command(classes, bool(train), root, folder)}")
-    return classes, sides
+    return classes, entries
 
 
-def _find(source: str, root: str) -> tuple[list[str], dict[str, list[Entry]]]:
-    """The classes of a source, and its images: of "train" and "val", or those to be "drawn"."""
+def _find(source: str, root: str) -> tuple[list[str], list[Entry]]:
+    """The classes of a source, and its images."""
     if os.path.basename(source) == imagenet.GROUND_TRUTH:
         raise DataError(imagenet.explain_ground_truth(source))
     if os.path.isdir(source) and (found := imagenet.find_imagenet(source)):
         return list(wordnet_ids()), found
     if archives.is_folder(source):
-        classes, sides = _find_folders(source, root)
+        classes, entries = _find_folders(source, root)
     else:
-        sides = {"drawn": _read_csv(source, root)}
-        classes = sort_classes({name for _, name in sides["drawn"]}, source)
+        entries = _read_csv(source, root)
+        classes = sort_classes({entry.name for entry in entries}, source)
     if len(classes) < 2:
         for name in os.listdir(root) if os.path.isdir(source) else ():
             archives.is_folder(os.path.join(root, name))  # says why a compressed tar is not read
@@ -128,7 +127,6 @@ def _find(source: str, root: str) -> tuple[list[str], dict[str, list[Entry]]]:
             f"{source}: found {len(classes)} classes; expected <class>/<image>, or train/<class>/"
             "<image> and val/<class>/<image>, or a CSV file of path,label"
         )
-    entries = sum(sides.values(), [])
     if not entries:
         raise DataError(f"{source}: no images ({' '.join(EXTENSIONS)})")
     alike = defaultdict(list)
@@ -136,19 +134,19 @@ def _find(source: str, root: str) -> tuple[list[str], dict[str, list[Entry]]]:
         if printable(name) != name:
             raise DataError(f"{name!r}: not a class name that fits on a line of {CLASSES} (UTF-8)")
         alike[" ".join(unicodedata.normalize("NFC", name).casefold().split())].append(ascii(name))
-    for path, _ in entries:
+    for path, *_ in entries:
         if "\n" in path or path != path.rstrip():
             raise DataError(f"{path!r}: a path in a list cannot hold line breaks or end in spaces")
-    used = {name for _, name in entries}
+    used = {entry.name for entry in entries}
     if empty := [name for name in classes if name not in used]:
         print(f"warning: {len(empty)} of {len(classes)} classes have no image: {shorten(empty, 5)}")
     for names in alike.values():
         if len(names) > 1:
             print(f"warning: {len(names)} classes are called almost alike: {', '.join(names)}")
-    return classes, sides
+    return classes, entries
 
 
-def _find_folders(source: str, root: str) -> tuple[list[str], dict[str, list[Entry]]]:
+def _find_folders(source: str, root: str) -> tuple[list[str], list[Entry]]:
     folders = {side: split_folder(source, side) for side in SPLIT_NAMES}
     there = [side for side, folder in folders.items() if archives.is_folder(folder)]
     if there == ["val"]:
@@ -158,22 +156,22 @@ def _find_folders(source: str, root: str) -> tuple[list[str], dict[str, list[Ent
         there = []  # trains among buses and cars
     classes = find_classes(source) if there else class_folders(source)
     if len(there) < 2:
-        folders = {"drawn": folders["train"] if there else source}
-    sides, others = {side: [] for side in folders}, []
+        folders = {"": folders["train"] if there else source}
+    entries, others = [], []
     for side, folder in folders.items():
         for name in class_folders(folder):
             paths = list_images(os.path.join(folder, name), others)
-            sides[side] += [(os.path.relpath(path, root), name) for path in paths]
-    if unknown := sorted({name for _, name in sides.get("val", ())} - set(classes)):
+            entries += [Entry(os.path.relpath(path, root), name, side) for path in paths]
+    if unknown := sorted({entry.name for entry in entries} - set(classes)):
         raise DataError(f"{folders['val']}: class {unknown[0]!r} is not among the folders of train")
     for line in describe_others(source, others) + passed_over(source):
         print(line)
     if there and classes and set(classes) <= set(wordnet_ids()):
-        for side, entries in zip(there, sides.values()):
+        for side in there:
             print(f"ImageNet, {side}: {imagenet.describe(side, entries)}")
         if len(classes) < len(wordnet_ids()):
             print(f"warning: the labels count these {len(classes)} classes, not ImageNet's 1,000")
-    return classes, sides
+    return classes, entries
 
 
 def _read_csv(file: str, root: str) -> list[Entry]:
@@ -205,7 +203,7 @@ def _read_csv(file: str, root: str) -> list[Entry]:
         label_of[path] = cells[1]
         first_line.setdefault(cells[1], where)
     _check_labels(first_line)
-    return list(label_of.items())
+    return [Entry(path, label, "") for path, label in label_of.items()]
 
 
 def _check_labels(first_line: dict[str, str]) -> None:
@@ -228,16 +226,17 @@ def _check_labels(first_line: dict[str, str]) -> None:
         print(f"warning: {shorten(doubtful, 1)}; each is one class")
 
 
-def _read_lists(folder: str, root: str) -> dict[str, list[Entry]]:
+def _read_lists(folder: str, root: str) -> list[Entry]:
     """What the lists of a folder say, of those that are there; labels in the place of names."""
     lists = {"train": f"{folder}/{TRAIN_LIST}", "val": f"{folder}/{VAL_LIST}"}
-    sides = {}
+    entries = []
     for side, path in ({s: p for s, p in lists.items() if os.path.exists(p)} or lists).items():
         index = read_list(path, root, 10**9, allow_outside=True)
         index.open_archives()  # a damaged one is one error, not that of all its images
-        paths = (os.path.normpath(os.fsdecode(index.name(i))) for i in range(len(index)))
-        sides[side] = list(zip(paths, map(str, index.labels)))
-    return sides
+        for number, label in enumerate(index.labels):
+            path = os.path.normpath(os.fsdecode(index.name(number)))
+            entries.append(Entry(path, str(label), side))
+    return entries
 
 
 def contents(root: str, paths: Sequence[str], workers: int | None = None) -> dict[str, bytes]:
@@ -267,16 +266,15 @@ def _digest(root: str, whole: bool, path: str) -> bytes:
     return digest.digest()
 
 
-def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict) -> None:
+def _check_repeats(root: str, entries: list[Entry], content: dict[str, bytes]) -> None:
     """Names pictures that are there several times; refuses those on both sides."""
     groups = defaultdict(list)
-    for side, entries in sides.items():
-        for path, name in entries:
-            groups[content[path]].append((path, name, side))
+    for entry in entries:
+        groups[content[entry.path]].append(entry)
     groups = [group for group in groups.values() if len(group) > 1]
     alike = [paths for group in groups if len(paths := sorted({path for path, *_ in group})) > 1]
     if alike:
-        kept = ": each stays on one side" if "drawn" in sides else ""
+        kept = "" if entries[0].side else ": each stays on one side"
         pair = " and ".join(map(printable, alike[0][:2]))
         plural = "s" * (len(alike) > 1)
         print(f"{len(alike)} group{plural} of identical files (such as {pair}){kept}")
@@ -302,18 +300,17 @@ def _check_repeats(root: str, sides: dict[str, list[Entry]], content: dict) -> N
 
 
 def _draw(
-    entries: list[Entry], content: dict[str, bytes], val_fraction: float, seed: int, before: dict
-) -> dict[str, list[Entry]]:
+    entries: list[Entry], content: dict, val_fraction: float, seed: int, before: list[Entry]
+) -> list[Entry]:
     """Draws each image by its content: identical files share a side, and a class of two or more has
     an image on each. What the lists of `before` moved for that stays there.
     """
-    key_of = {path: content[path][:16] for path, _ in entries}
-    listed = [(path, side == "val") for side in before for path, _ in before[side]]
-    was_val = {key_of[path]: is_val for path, is_val in listed if path in key_of}
+    key_of = {entry.path: content[entry.path][:16] for entry in entries}
+    was_val = {key_of[path]: side == "val" for path, _, side in before if path in key_of}
     drawn = {key: random.Random(b"%d %s" % (seed, key)).random() for key in key_of.values()}
     by_class, is_val = defaultdict(dict), {}
-    for path, name in entries:
-        by_class[name][key_of[path]] = None
+    for entry in entries:
+        by_class[entry.name][key_of[entry.path]] = None
     for _, keys in sorted(by_class.items()):
         val = {key: is_val.get(key, drawn[key] < val_fraction) for key in keys}
         old = [key for key in keys if key in was_val]
@@ -330,10 +327,8 @@ def _draw(
             f"warning: {len(moved)} images were on the other side in the lists before, such as "
             f"{printable(moved[0])}: earlier weights may have learned what is validated on now"
         )
-    return {
-        "train": [entry for entry in entries if not is_val[key_of[entry[0]]]],
-        "val": [entry for entry in entries if is_val[key_of[entry[0]]]],
-    }
+    sides = ("val" if is_val[key_of[entry.path]] else "train" for entry in entries)
+    return [entry._replace(side=side) for entry, side in zip(entries, sides)]
 
 
 def _check_images(paths: Sequence[str], workers: int | None) -> None:
@@ -358,15 +353,15 @@ def _problem(path: str) -> str:
         return str(error)
 
 
-def _write_lists(classes: list[str], sides: dict[str, list[Entry]], folder: str) -> None:
+def _write_lists(classes: list[str], entries: list[Entry], folder: str) -> None:
     label = {name: i for i, name in enumerate(classes)}
-    lists = (  # without "./", "#" would begin a comment
-        [f"{'./' * path.startswith('#')}{path} {label[name]}" for path, name in sides[side]]
-        for side in SPLIT_NAMES
-    )
+    lists = {side: [] for side in SPLIT_NAMES}
+    for path, name, side in entries:
+        begin = "./" * path.startswith("#")  # which would begin a comment
+        lists[side].append(f"{begin}{path} {label[name]}")
     try:
         with ExitStack() as stack:  # all get their names when all are written
-            for file_name, lines in zip(FILES, (*lists, classes)):
+            for file_name, lines in zip(FILES, (*lists.values(), classes)):
                 if lines:
                     file = stack.enter_context(atomic(os.path.join(folder, file_name)))
                     file.write(os.fsencode("".join(f"{line}\n" for line in lines)))

@@ -101,8 +101,7 @@ def _cifar(archive: str, files: dict, parts: dict, head: int, names: list) -> It
             label, file = int(record[head - 1]), io.BytesIO()
             if label >= len(names):
                 raise DataError(f"{archive}: {split} image {number} has the label {label}")
-            pixels = record[head:].reshape(3, 32, 32).transpose(1, 2, 0)
-            Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+            Image.fromarray(record[head:].reshape(3, 32, 32).transpose(1, 2, 0)).save(file, "PNG")
             yield split, f"{names[label]}/{number:05d}.png", label, file.getvalue()
 
 
