@@ -87,7 +87,7 @@ def test_maps_magnitudes_and_sparsity_are_those_of_the_layers(weights):
     np.testing.assert_allclose(mixed, expected, rtol=1e-4, atol=1e-5)
     scale, _, beta = draw_magnitudes(model).axes
     for line, value in ((scale.lines[0], block.ls1), (beta.lines[1], block.norm2.beta)):
-        assert line.get_ydata()[1] == np.median(np.abs(value.numpy()))
+        assert line.get_ydata()[1] == pytest.approx(np.median(np.abs(value.numpy())))
     values = np.full([16, 16], 1.0, "float32")
     values[0, 0], values[1:4, :6] = -40.0, [1.9, -1.9, 2.1, -2.1, 30.0, 0.0]  # the limit is 2
     values[8:], sparse = 40.0, 100 * (128 - 10) / 256
