@@ -37,16 +37,36 @@ def config(monkeypatch):
     return config
 
 
+@pytest.fixture
+def run_main(config, tmp_path, capsys):
+    """Calls the script on the tiny model; returns what it printed on either stream."""
+    (tmp_path / "tiny.yaml").write_text(config.dump())
+
+    def call(flags):
+        tool.main(["-cfg", str(tmp_path / "tiny.yaml"), "-rounds", "1", *flags.split()])
+        return capsys.readouterr()
+
+    return call
+
+
 @pytest.mark.parametrize("backend", tool.DTYPES)
-def test_every_backend_gives_every_figure(config, backend):
+def test_every_backend_gives_every_figure_as_an_object_in_a_line_of_json(run_main, backend):
     for package in ONNX.get(backend, ()):
         pytest.importorskip(package)
-    (result,) = benchmark(Job(config, "infer", batch_size=2, backend=backend), rounds=2)
+    (line,) = run_main(f"-batch_size 2 -threads 1 -json -backend {backend}").out.splitlines()
+    result = json.loads(line)
     assert set(result) == KEYS
     assert (result["model"], result["mode"], result["backend"]) == ("tiny", "infer", backend)
     assert (result["batch_size"], result["threads"], result["dtype"]) == (2, 1, "float32")
     assert result["images_per_second"] > 0
     assert result["peak_memory_mb"] > 50
+
+
+def test_the_table_names_its_columns(run_main):
+    process, header, row = run_main("--batch-size 3").out.splitlines()
+    assert process.startswith("process:")
+    assert header.split()[:5] == ["model", "mode", "backend", "dtype", "batch_size"]
+    assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]
 
 
 def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, capfd):
@@ -65,11 +85,11 @@ def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, c
 
 @pytest.mark.skipif(not ops.has_bfloat16(), reason="no oneDNN in this Paddle")
 @pytest.mark.parametrize("mode", ["infer", "train", "step"])
-def test_bfloat16_is_that_of_amp(config, mode, monkeypatch):
+def test_bfloat16_is_that_of_amp(run_main, mode, monkeypatch):
     product = mock.Mock(wraps=onednn.product)
     monkeypatch.setattr(onednn, "product", product)
-    (result,) = benchmark(Job(config, mode, 2, dtype="bfloat16"), rounds=1)
-    assert result["dtype"] == "bfloat16"
+    lines = run_main(f"-mode {mode} -batch_size 2 -dtype bfloat16 -json").out.splitlines()
+    assert json.loads(lines[-1])["dtype"] == "bfloat16"
     assert {call.args[0].dtype for call in product.call_args_list} == {paddle.bfloat16}
 
 
@@ -98,23 +118,11 @@ def test_a_peer_is_told_its_form_and_labelled_with_it(config, peers):
         assert other["dtype"] == ("bfloat16" if "bf16" in other["backend"] else "float32")
 
 
-@pytest.fixture
-def run_main(config, tmp_path, capsys):
-    """Calls the script on the tiny model; returns what it printed on either stream."""
-    (tmp_path / "tiny.yaml").write_text(config.dump())
-
-    def call(*flags):
-        tool.main(["-cfg", str(tmp_path / "tiny.yaml"), "-rounds", "1", *flags])
-        return capsys.readouterr()
-
-    return call
-
-
 def test_the_best_is_sought_among_all_that_do_the_job_and_the_ratio_to_it_said(
     config, peers, run_main, monkeypatch
 ):
     monkeypatch.setattr(tool, "find_spec", lambda name: True)
-    shown, said = run_main("-compare", "best", "-json")
+    shown, said = run_main("-compare best -json")
     ratios = [json.loads(line)["speedup"] for line in shown.splitlines()]
     assert len(ratios) == 5
     assert said.endswith(f"{ratios[1]} times as fast as timm, the fastest peer\n")
@@ -125,8 +133,8 @@ def test_the_best_is_sought_among_all_that_do_the_job_and_the_ratio_to_it_said(
 
 def test_the_figures_follow_from_the_median_time(config):
     job = Job(config, "train", batch_size=4)
-    own = tool.figures(job, ("eager", "float32"), [1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 5.0, 2.0)
-    peer = tool.figures(job, ("timm", "float32"), [8.0, 2.0, 4.0], [1.0, 2.0, 4.0], 7.0, 2.0)
+    own = tool.figures(job, ("eager", "float32"), [1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 5.0)
+    peer = tool.figures(job, ("timm", "float32"), [8.0, 2.0, 4.0], [1.0, 2.0, 4.0], 7.0)
     assert own["ms_per_step"] == 2000.0 and own["images_per_second"] == 2.0
     assert own["gemm_efficiency"] == round(job.gflops / 2.0 / 2.0, 3)
     assert peer["ms_per_step"] == 4000.0 and peer["peak_memory_mb"] == 7.0
@@ -174,15 +182,13 @@ def test_the_data_mode_augments_jpeg_files_to_the_models_size(config, monkeypatc
     assert result["gemm_efficiency"] == 0.0
 
 
-def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch):
+def test_the_step_mode_times_every_part_of_the_runs_own_step(run_main, monkeypatch):
     learners, gradients = [], Learner.gradients
     monkeypatch.setattr(
         Learner, "gradients", lambda self, *args: learners.append(self) or gradients(self, *args)
     )
-    config = config.clone()
-    config.defrost()
-    config.TRAIN.MODEL_EMA = True
-    (result,) = benchmark(Job(config, "step", batch_size=4), rounds=1)
+    flags = "-mode step -batch_size 4 -json -opts TRAIN.MODEL_EMA True"
+    result = json.loads(run_main(flags).out.splitlines()[-1])
     parts = ["data", "augment", "forward", "backward", "optimizer", "ema", "logging"]
     assert list(result["parts_ms"]) == parts and min(result["parts_ms"].values()) > 0
     assert sum(result["parts_ms"].values()) == pytest.approx(result["ms_per_step"], abs=0.01)
@@ -206,7 +212,7 @@ def test_the_step_mode_times_every_part_of_the_runs_own_step(config, monkeypatch
 )
 def test_flags_that_cannot_be_are_one_line(run_main, flags, message):
     with pytest.raises(UserError, match=message) as error:
-        run_main(*flags.split())
+        run_main(flags)
     assert "\n" not in str(error.value)
 
 
@@ -223,15 +229,26 @@ def test_a_peer_runs_on_the_gpu_as_paddle_does_or_says_that_it_cannot(
     (tmp_path / "torch.py").write_text(BLIND)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(tool, "on_gpu", lambda: True)
-    peer = tool.Peer("timm", Job(config, "infer", 1), [])
+    peer = tool.peer("timm", Job(config, "infer", 1), [])
     with pytest.raises(UserError, match="this PyTorch sees no GPU, on which Paddle runs"), peer:
         pass
 
 
-def test_a_missing_timm_is_one_line(run_main, monkeypatch):
-    monkeypatch.setattr(tool.sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match="pip install torch timm"):
-        run_main("-compare", "timm")
+@pytest.mark.parametrize(
+    "script, message",
+    [
+        ("import nowhere", r"timm did not start \(Mod.*nowhere'\); pip install torch timm"),
+        ("raise SystemExit(3)", r"timm did not start \(exit code 3\); pip install torch timm"),
+        ("print('ready', flush=True); input(); 1 / 0", r"timm stopped \(ZeroDivisionError"),
+    ],
+)
+def test_a_peer_that_does_not_start_or_stops_is_named_with_its_last_words(
+    run_main, monkeypatch, tmp_path, script, message
+):
+    (tmp_path / "other.py").write_text(script)
+    monkeypatch.setattr(tool, "PEER_SCRIPT", tmp_path / "other.py")
+    with pytest.raises(UserError, match=message):
+        run_main("-compare timm")
 
 
 @pytest.mark.parametrize(
@@ -254,21 +271,3 @@ def test_the_peak_is_that_of_a_product_of_known_size(monkeypatch, dtype, gpu, si
     monkeypatch.setattr(tool.time, "perf_counter", lambda: next(ticks))
     assert tool.gemm_peak(dtype) == pytest.approx(2e-9 * size**3)
     assert seen == [([size, size], computed_in)] * 3
-
-
-def test_json_is_one_object_a_line_and_the_table_names_its_columns(run_main):
-    (line,) = run_main("-batch_size", "2", "-json").out.splitlines()
-    assert set(json.loads(line)) == KEYS
-    process, header, row = run_main("--batch-size", "3").out.splitlines()
-    assert process.startswith("process:")
-    assert header.split()[:5] == ["model", "mode", "backend", "dtype", "batch_size"]
-    assert row.split()[:5] == ["tiny", "infer", "eager", "float32", "3"]
-
-
-def test_a_peer_that_stops_is_named_with_its_last_words(config, monkeypatch, tmp_path):
-    script = "print('ready', flush=True); input(); raise ValueError('no more')"
-    (tmp_path / "other.py").write_text(script)
-    monkeypatch.setattr(tool, "PEER_SCRIPT", tmp_path / "other.py")
-    with pytest.raises(UserError, match="timm stopped .ValueError: no more"):  # noqa: SIM117
-        with tool.Peer("timm", Job(config), []) as peer:
-            peer.ask("step")

@@ -23,10 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,14 +44,14 @@ from datasets import build_loader
 from loading.images import read_pixels
 from parallel.process import Process
 from resmlp import build_resmlp
-from tools.benchmark_timm import peak_memory_mb
 from tools.export import INT8_PACKAGES, ONNX_PACKAGES, on_cpu, require, save_for_inference
 from tools.folding import fold
-from tools.infer_exported import open_onnx, open_openvino, open_paddle
+from tools.infer_exported import Run, open_onnx, open_openvino, open_paddle
 from tools.model_info import config_info
 from training.learner import Learner
+from training.precision import autocast
 from transforms import build_train_transform
-from utils import step_rng
+from utils import memory_mb, step_rng
 
 MODES = ("infer", "train", "data", "step")
 DTYPES = {  # backend -> what it computes in on a CPU, and on a GPU
@@ -80,7 +80,9 @@ Step = Callable[[], None]
 
 @dataclass
 class Job:
-    """What is to be measured: one of `MODES`, in a backend and dtype of `DTYPES`."""
+    """What is to be measured: one of `MODES`, in a backend and dtype of `DTYPES`. Eager layers
+    compute in what the config's AMP says.
+    """
 
     config: object
     mode: str = "infer"
@@ -111,9 +113,7 @@ class Job:
     @property
     def gflops(self) -> float:
         """Floating point operations of a step, 1e9; a backward pass counts as two forward."""
-        if self.mode == "data":
-            return 0.0
-        passes = 1 if self.mode == "infer" else 3
+        passes = {"infer": 1, "data": 0}.get(self.mode, 3)
         return passes * 2e-9 * config_info(self.config).macs * self.batch_size
 
     def for_timm(self, name: str, files: Sequence[str]) -> dict:
@@ -148,8 +148,7 @@ def choose_peers(job: Job, compare: Sequence[str]) -> list[str]:
             print("-compare best: without OpenVINO, which is not here", file=sys.stderr)
             compare = [name for name in compare if not name.startswith("openvino")]
     for name in compare:
-        modes = PEERS[name.replace("_bf16", "")]
-        if job.mode not in modes:
+        if job.mode not in (modes := PEERS[name.replace("_bf16", "")]):
             raise UserError(f"-compare {name} is for -mode {' and '.join(modes)}")
     return list(compare)
 
@@ -162,25 +161,24 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
     """
     compare = choose_peers(job, compare)
     setup.set_threads(job.threads)
+    if job.mode == "step":
+        return [measure_parts(job, rounds)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if job.mode == "step":
-            return [measure_parts(job, rounds, folder)]
         files = write_jpegs(folder, 16) if job.mode == "data" else []
         step = _paddle_step(job, files, folder)
-        peers = [stack.enter_context(Peer(name, job, files)) for name in compare]
+        peers = [stack.enter_context(peer(name, job, files)) for name in compare]
         step()  # warm up: first products, memory, kernel choice
-        sides = [lambda: _seconds(step), *(partial(peer.ask, "step") for peer in peers)]
+        sides = [lambda: _seconds(step), *(partial(ask, "step") for ask in peers)]
         times = alternate(sides, rounds)
-        memory = [_peak_memory_mb(), *(peer.ask("memory") for peer in peers)]
+        memory = [memory_mb(Process(on_gpu=on_gpu())), *(ask("memory") for ask in peers)]
     dtypes = ["bfloat16" if "bf16" in name else "float32" for name in compare]
     labels = [(job.backend, job.dtype), *zip(compare, dtypes)]
-    # measured last: it must not warm or fill the memory
-    peaks = {d: gemm_peak(d) if job.gflops else 0.0 for d in {d for _, d in labels}}
-    sides = zip(labels, times, memory)
-    return [figures(job, label, t, times[0], mb, peaks[label[1]]) for label, t, mb in sides]
+    # only now, as they measure the peak: it must not warm or fill the memory
+    return [figures(job, label, t, times[0], mb) for label, t, mb in zip(labels, times, memory)]
 
 
+@cache
 def gemm_peak(dtype: str = "float32") -> float:
     """GFLOP/s of a large square matrix product in this process: the machine's limit. For int8 it is
     the float32 rate, since Paddle has no int8 product on a CPU; int8 may exceed it.
@@ -203,12 +201,11 @@ def _paddle_step(job: Job, files: Sequence[str], folder: Path) -> Step:
     if job.mode == "data":
         return _data_step(job, files)
     model, size = build_resmlp(job.config), job.config.DATA.IMAGE_SIZE
-    images = paddle.randn([job.batch_size, job.config.DATA.IMAGE_CHANNELS, size, size])
+    images = paddle.randn([job.batch_size, 3, size, size])
     if job.mode == "train":
         return train_step(job, model, images)
     if job.backend in OPENERS:
-        array = images.numpy()
-        run = _deployed(job, model, [None, *images.shape[1:]], folder)
+        run, array = _deployed(job, model, folder), images.numpy()
         return lambda: run(array)
     model.eval()
     if job.backend == "to_static":
@@ -216,7 +213,7 @@ def _paddle_step(job: Job, files: Sequence[str], folder: Path) -> Step:
 
     @paddle.no_grad()
     def step():
-        with _autocast(job.dtype):
+        with autocast(job.config, on_gpu()):
             model(images)
 
     return step
@@ -229,7 +226,7 @@ def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
     model.train()
 
     def step():
-        with _autocast(job.dtype):
+        with autocast(job.config, on_gpu()):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -242,23 +239,22 @@ def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
 def _data_step(job: Job, files: Sequence[str]) -> Step:
     """Decoding and augmentation of a batch as a loader worker does it."""
     transform, rng = build_train_transform(job.config), np.random.default_rng(0)
-    orientation = job.config.DATA.EXIF_ORIENTATION
 
     def step():
         for number in range(job.batch_size):
-            transform(read_pixels(files[number % len(files)], orientation), rng)
+            pixels = read_pixels(files[number % len(files)], job.config.DATA.EXIF_ORIENTATION)
+            transform(pixels, rng)
 
     return step
 
 
-def _deployed(job: Job, model: nn.Layer, shape: list, folder: Path) -> Callable:
+def _deployed(job: Job, model: nn.Layer, folder: Path) -> Run:
     """The folded model, as tools/export and tools/infer_exported deploy it."""
     if job.backend != "inference":
-        packages = INT8_PACKAGES if job.dtype == "int8" else ONNX_PACKAGES
-        require(f"-backend {job.backend}", packages)
+        require(f"-backend {job.backend}", INT8_PACKAGES if job.dtype == "int8" else ONNX_PACKAGES)
     with on_cpu():
-        spec = paddle.static.InputSpec(shape, "float32", "x")
-        file = save_for_inference(fold(model), folder / "model", spec)
+        size = job.config.DATA.IMAGE_SIZE
+        file = save_for_inference(fold(model), folder / "model", [3, size, size])
     if job.backend != "inference":
         from tools.onnx_graph import write_onnx
 
@@ -267,22 +263,9 @@ def _deployed(job: Job, model: nn.Layer, shape: list, folder: Path) -> Callable:
     return OPENERS[job.backend](file, job.dtype == "bfloat16", on_gpu(), job.threads)[0]
 
 
-def _autocast(dtype: str):
-    if not on_gpu():
-        return ops.bfloat16(dtype == "bfloat16")
-    level = "O0" if dtype == "float32" else "O1"
-    return paddle.amp.auto_cast(level != "O0", level=level, dtype=dtype.replace("32", "16"))
-
-
-def _peak_memory_mb() -> float:
-    if on_gpu():
-        return paddle.device.cuda.max_memory_allocated() / 2**20
-    return peak_memory_mb()
-
-
-def measure_parts(job: Job, rounds: int, folder: Path) -> dict:
+def measure_parts(job: Job, rounds: int) -> dict:
     """Times the parts of the run's own training step; ``backward`` includes clipping."""
-    config, times = job.config.clone(), {part: [] for part in PARTS}
+    config, times = job.config, {part: [] for part in PARTS}
 
     def timed(part: str, function: Callable):
         def run(*args):
@@ -295,14 +278,8 @@ def measure_parts(job: Job, rounds: int, folder: Path) -> dict:
 
         return run
 
-    config.defrost()
-    config.DATA.BATCH_SIZE, config.AMP = job.batch_size, job.dtype != "float32"
-    config.AMP_DTYPE = job.dtype if config.AMP else config.AMP_DTYPE
-    if not Path(config.DATA.DATA_PATH).is_dir():
-        write_jpegs(folder, max(64, job.batch_size))
-        config.DATA.DATA_PATH, config.DATA.DATASET = str(folder), "imagenet2012"
-    loader = build_loader(config, "train")
-    learner = Learner(config, Process(on_gpu=on_gpu()), build_resmlp(config))
+    process, loader = Process(on_gpu=on_gpu()), build_loader(config, "train")
+    learner = Learner(config, process, build_resmlp(config))
     learner.network.train()
     learner.augment = timed("augment", learner.augment)
     learner.forward = timed("forward", learner.forward)
@@ -317,8 +294,7 @@ def measure_parts(job: Job, rounds: int, folder: Path) -> dict:
             timed("logging", record.read)()
     times = {part: values[1:] for part, values in times.items() if values}
     totals = [sum(values) for values in zip(*times.values())]
-    memory, peak = _peak_memory_mb(), gemm_peak(job.dtype)
-    result = figures(job, (job.backend, job.dtype), totals, totals, memory, peak)
+    result = figures(job, (job.backend, job.dtype), totals, totals, memory_mb(process))
     parts = {part: round(1e3 * statistics.median(values), 3) for part, values in times.items()}
     return {**result, "parts_ms": parts}
 
@@ -336,37 +312,33 @@ def write_jpegs(folder: Path, count: int) -> list[str]:
     return files
 
 
-class Peer:
-    """One of `PEER_NAMES` in a child process, which sleeps while Paddle is measured."""
+@contextmanager
+def peer(name: str, job: Job, files: Sequence[str]) -> Iterator[Callable[[str], float]]:
+    """One of `PEER_NAMES` in a child process, which sleeps while Paddle is measured. What is
+    yielded asks it for ``step``, seconds, or for ``memory``, megabytes.
+    """
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, str(PEER_SCRIPT), json.dumps(job.for_timm(name, files))]
+    child = subprocess.Popen(command, text=True, **pipes)
 
-    def __init__(self, name: str, job: Job, files: Sequence[str]):
-        self._name, settings = name, json.dumps(job.for_timm(name, files))
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        command = [sys.executable, str(PEER_SCRIPT), settings]
-        self._process = subprocess.Popen(command, text=True, **pipes)
-
-    def __enter__(self) -> Peer:
-        if self._process.stdout.readline().strip() != "ready":
-            why = self._reason()
-            packages = "torch timm" + " openvino" * self._name.startswith("openvino")
-            raise UserError(f"-compare: {self._name} did not start ({why}); pip install {packages}")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.communicate()  # end of input: it leaves
-
-    def ask(self, request: str) -> float:
-        """Its answer to ``step``, seconds, or to ``memory``, megabytes."""
+    def ask(request: str) -> float:
         with suppress(BrokenPipeError):  # it ended: said below
-            print(request, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise UserError(f"-compare: {self._name} stopped ({self._reason()})")
-        return float(answer)
+            print(request, file=child.stdin, flush=True)
+        if answer := child.stdout.readline():
+            return float(answer)
+        raise UserError(f"-compare: {name} stopped ({reason()})")
 
-    def _reason(self) -> str:
-        lines = self._process.communicate()[1].strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._process.returncode}"
+    def reason() -> str:
+        lines = child.communicate()[1].strip().splitlines()
+        return lines[-1] if lines else f"exit code {child.returncode}"
+
+    try:
+        if child.stdout.readline().strip() != "ready":
+            packages = "torch timm" + " openvino" * name.startswith("openvino")
+            raise UserError(f"-compare: {name} did not start ({reason()}); pip install {packages}")
+        yield ask
+    finally:
+        child.communicate()  # end of input: it leaves
 
 
 def alternate(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
@@ -396,14 +368,12 @@ def _synchronize() -> None:
         paddle.device.synchronize()
 
 
-def figures(
-    job: Job, label: tuple, times: list, own_times: list, memory_mb: float, peak: float
-) -> dict:
-    """The result of one side, named by ``label`` (backend, dtype); ``times`` are seconds a round.
-
-    ``speedup`` is the median ratio to Paddle's `own_times`; ``peak`` 0: there are no products.
+def figures(job: Job, label: tuple, times: list, own_times: list, memory: float) -> dict:
+    """The result of one side, named by ``label`` (backend, dtype); ``times`` are seconds a round,
+    ``memory`` is in MB. ``speedup`` is the median ratio to Paddle's `own_times`.
     """
-    seconds = statistics.median(times)
+    seconds, gflops = statistics.median(times), job.gflops
+    peak = gemm_peak(label[1]) if gflops else 0.0  # no products in mode data
     return {
         "model": job.config.MODEL.NAME,
         "mode": job.mode,
@@ -413,9 +383,9 @@ def figures(
         "threads": job.threads if peak else 1,
         "images_per_second": round(job.batch_size / seconds, 2),
         "ms_per_step": round(1e3 * seconds, 3),
-        "peak_memory_mb": round(memory_mb, 1),
+        "peak_memory_mb": round(memory, 1),
         "gemm_peak_gflops": round(peak, 1),
-        "gemm_efficiency": round(job.gflops / seconds / peak, 3) if peak else 0.0,
+        "gemm_efficiency": round(gflops / seconds / peak, 3) if peak else 0.0,
         "speedup": round(statistics.median(t / own for t, own in zip(times, own_times)), 3),
     }
 
@@ -452,15 +422,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rounds < 1:
         raise UserError("-rounds is at least 1")
     config = get_config(args.cfg, args.opts)
-    config.freeze()
+    config.AMP = args.dtype in ("bfloat16", "float16")
+    config.AMP_DTYPE = args.dtype if config.AMP else "auto"
     threads = setup.default_threads() if args.threads is None else args.threads
     job = Job(config, args.mode, args.batch_size, threads, args.dtype, args.backend)
-    if not args.json:
-        print(setup.describe())
-    try:
-        results = benchmark(job, args.rounds, args.compare)
-    except MemoryError:  # Paddle's is pages long
-        raise UserError(f"-batch_size {job.batch_size} does not fit into memory") from None
+    with tempfile.TemporaryDirectory() as folder:
+        if job.mode == "step":  # it is a run's
+            config.DATA.BATCH_SIZE = job.batch_size
+            if not Path(config.DATA.DATA_PATH).is_dir():
+                write_jpegs(Path(folder), max(64, job.batch_size))
+                config.DATA.DATA_PATH, config.DATA.DATASET = folder, "imagenet2012"
+        config.freeze()
+        if not args.json:
+            print(setup.describe())
+        try:
+            results = benchmark(job, args.rounds, args.compare)
+        except MemoryError:  # Paddle's is pages long
+            raise UserError(f"-batch_size {job.batch_size} does not fit into memory") from None
     print("\n".join(map(json.dumps, results)) if args.json else as_table(results))
     if results[1:]:
         best = min(results[1:], key=lambda result: result["speedup"])

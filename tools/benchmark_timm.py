@@ -6,24 +6,11 @@ Settings come as JSON in the first argument. After that every line on standard i
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Callable
-
-
-def peak_memory_mb() -> float:
-    """The largest memory of this process so far, MB: resident, or PyTorch's on its GPU."""
-    import resource
-
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def build_step(settings: dict) -> Callable[[], None]:
@@ -103,11 +90,11 @@ def _data_step(settings: dict) -> Callable[[], None]:
         interpolation="bicubic",
         use_prefetcher=True,  # leaves out the conversion to float
     )
-    files = [Path(name).read_bytes() for name in settings["files"]]
+    files = settings["files"]
 
     def step():
         for number in range(settings["batch_size"]):
-            with Image.open(io.BytesIO(files[number % len(files)])) as image:
+            with Image.open(files[number % len(files)]) as image:
                 try:
                     transform(image.convert("RGB"))
                 except ValueError as error:  # timm posterizes to 0 bits at times; Pillow 13 refuses
@@ -117,20 +104,31 @@ def _data_step(settings: dict) -> Callable[[], None]:
     return step
 
 
+def peak_memory_mb(device: str) -> float:
+    """The largest memory of this process so far, MB: resident, or PyTorch's on its GPU."""
+    if device == "cuda":
+        return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         print(f"{__doc__}\nStarted by tools/benchmark.py; see its -h.")
         return
-    step = build_step(json.loads(sys.argv[1]))
+    settings = json.loads(sys.argv[1])
+    step = build_step(settings)
     step()  # warm up
     print("ready", flush=True)
     for request in sys.stdin:
-        if request.strip() == "memory":
-            print(peak_memory_mb(), flush=True)
-            continue
         start = time.perf_counter()
-        step()
-        print(time.perf_counter() - start, flush=True)
+        if request.strip() == "memory":
+            print(peak_memory_mb(settings["device"]), flush=True)
+        else:
+            step()
+            print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,11 @@ INT8_PACKAGES = (*ONNX_PACKAGES, "ml_dtypes")
 class WithPreprocessing(nn.Layer):
     """Normalisation, a model, softmax: uint8 ``[B, H, W, 3]`` -> probabilities ``[B, K]``."""
 
-    def __init__(self, model: nn.Layer, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, model: nn.Layer, normalize: Normalize):
         super().__init__()
-        mean, std = np.array(mean, "float64"), np.array(std, "float64")
         self.model = model
-        self.register_buffer("scale", paddle.to_tensor((1 / (255 * std)).astype("float32")))
-        self.register_buffer("shift", paddle.to_tensor((-mean / std).astype("float32")))
+        self.register_buffer("scale", normalize.scale)
+        self.register_buffer("shift", normalize.shift)
 
     def forward(self, images):
         x = images.astype("float32") * self.scale + self.shift
@@ -99,14 +98,8 @@ def export(
 ) -> dict:
     """Writes a model in one or several formats; each file is verified before it appears.
 
-    Args:
-        pretrained, cfg, opts: as `tools.common.run_config` takes them.
-        output: folder for the files ``model.*``; None: ``exported`` beside the weights.
-        formats: of ``paddle`` (Paddle Inference), ``onnx``, ``onnx_int8`` (`tools.onnx_graph`) and
-            ``safetensors`` (the weights alone, unfolded, under their own names).
-        with_preprocessing: uint8 ``[B, H, W, 3]`` in, probabilities out; else normalised float32
-            ``[B, 3, H, W]`` in, logits out.
-        images, class_names: as `verification_images` and `predict.find_class_names` take them.
+    Arguments are those of the command (`-h`); without `with_preprocessing` a file takes normalised
+    float32 ``[B, 3, H, W]`` and gives logits. ``safetensors`` are the weights alone, unfolded.
 
     Returns the metadata: ``largest_difference`` to the eager model, relative to the largest output,
     of each format; ``int8``: ``int8_layers``, ``top1_agreement`` in percent, ``verified_on``.
@@ -166,9 +159,8 @@ def verification_images(
         paths, described = [files.path(i) for i in range(len(files))], "validation images"
     else:
         size, rng = config.DATA.IMAGE_SIZE, np.random.default_rng(0)
-        coarse = rng.integers(0, 256, [limit, size // 8 + 1, size // 8 + 1, 3])
-        images = coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size].astype("uint8")
-        return images, f"{limit} generated images"
+        coarse = rng.integers(0, 256, [limit, size // 8 + 1, size // 8 + 1, 3], "uint8")
+        return coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size], f"{limit} generated images"
     chosen = np.linspace(0, len(paths) - 1, min(limit, len(paths))).astype(int)
     transform, upright = build_eval_transform(config), config.DATA.EXIF_ORIENTATION
     images = np.stack([transform(read_pixels(paths[i], upright), paths[i]) for i in chosen])
@@ -180,6 +172,7 @@ class Job:
 
     def __init__(self, config, with_preprocessing: bool = False, sources: Sequence = ()):
         self.model, self.config, self.sources = load_model(config), config, sources
+        self.normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
         self.with_preprocessing = with_preprocessing
         images, self.verified_on = verification_images(config, sources)
         self.inputs, self.expected = self.eager(images)
@@ -187,8 +180,7 @@ class Job:
     @paddle.no_grad()
     def eager(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the exported file is to take of images, uint8 ``[B, H, W, 3]``, and to give."""
-        data = self.config.DATA
-        normalized = Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)(paddle.to_tensor(images))
+        normalized = self.normalize(paddle.to_tensor(images))
         logits = self.model(normalized)
         if self.with_preprocessing:
             return images, F.softmax(logits).numpy()
@@ -196,21 +188,18 @@ class Job:
 
     def deployed(self, model: nn.Layer) -> nn.Layer:
         """The model with the inputs and outputs that were asked for."""
-        data = self.config.DATA
-        if self.with_preprocessing:
-            model = WithPreprocessing(model, data.IMAGENET_MEAN, data.IMAGENET_STD)
+        model = WithPreprocessing(model, self.normalize) if self.with_preprocessing else model
         model.eval()
         return model
 
     def save(self, prefix: Path) -> Path:
-        spec = InputSpec([None, *self.inputs.shape[1:]], str(self.inputs.dtype), "image")
-        return save_for_inference(self.deployed(fold(self.model)), prefix, spec)
+        model = self.deployed(fold(self.model))
+        return save_for_inference(model, prefix, self.inputs.shape[1:], str(self.inputs.dtype))
 
     def difference(self, name: str, run: Run) -> dict:
         """The largest difference for a batch and a single image; UserError above `TOLERANCE`."""
-        outputs = [run(self.inputs), run(self.inputs[:1])]
-        errors = [np.abs(out - self.expected[: len(out)]).max() for out in outputs]
-        difference = float(max(errors) / np.abs(self.expected).max())
+        errors = [np.abs(run(self.inputs[:n]) - self.expected[:n]).max() for n in (None, 1)]
+        difference = float(np.max(errors) / np.abs(self.expected).max())
         if not difference <= TOLERANCE:  # NaN too
             raise UserError(
                 f"-format {name}: the exported model is off by {difference:.1e} of its largest "
@@ -222,20 +211,20 @@ class Job:
         """How often a file has the eager model's top-1, percent, and the largest relative
         difference. Raises UserError below `MIN_AGREEMENT`.
         """
-        same, error, largest = 0, 0.0, 0.0
+        found, expected = [], []
         for start in range(0, len(images), AGREEMENT_BATCH):
-            inputs, expected = self.eager(images[start : start + AGREEMENT_BATCH])
-            out = run(inputs)
-            same += int(((out.argmax(1) == expected.argmax(1)) & np.isfinite(out).all(1)).sum())
-            error = max(error, float(np.abs(out - expected).max()))
-            largest = max(largest, float(np.abs(expected).max()))
-        agreement = 100 * same / len(images)
-        if agreement < MIN_AGREEMENT:
+            inputs, outputs = self.eager(images[start : start + AGREEMENT_BATCH])
+            found.append(run(inputs))
+            expected.append(outputs)
+        found, expected = np.concatenate(found), np.concatenate(expected)
+        same = (found.argmax(1) == expected.argmax(1)) & np.isfinite(found).all(1)
+        if (agreement := 100 * int(same.sum()) / len(images)) < MIN_AGREEMENT:
             raise UserError(
-                f"-format onnx_int8: top-1 is as in float32 for {same} of {len(images)} images "
-                f"({agreement:.2f} %), less than {MIN_AGREEMENT} %; nothing was written"
+                f"-format onnx_int8: top-1 is as in float32 for {same.sum()} of {len(images)} "
+                f"images ({agreement:.2f} %), less than {MIN_AGREEMENT} %; nothing was written"
             )
-        return {"top1_agreement": agreement, "largest_difference": error / largest}
+        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        return {"top1_agreement": agreement, "largest_difference": error}
 
 
 def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
@@ -248,9 +237,13 @@ def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
     return found
 
 
-def save_for_inference(layer: nn.Layer, prefix: Path, spec: InputSpec) -> Path:
-    """Saves a layer for Paddle Inference; returns the ``.json`` (Paddle 3) or ``.pdmodel``."""
-    paddle.jit.save(layer, str(prefix), input_spec=[spec])
+def save_for_inference(
+    layer: nn.Layer, prefix: Path, shape: Sequence[int], dtype: str = "float32"
+) -> Path:
+    """Saves a layer that takes any number of ``shape`` for Paddle Inference; returns the ``.json``
+    (Paddle 3) or ``.pdmodel``.
+    """
+    paddle.jit.save(layer, str(prefix), input_spec=[InputSpec([None, *shape], dtype, "image")])
     files = [Path(f"{prefix}{suffix}") for suffix in (".json", ".pdmodel")]
     return next(file for file in files if file.exists())
 

@@ -45,6 +45,7 @@ _FORMATS = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF: from Pillo
 _IMAGES_PER_THREAD = 4
 
 Run = Callable[[np.ndarray], np.ndarray]  # an array as the file takes it -> its output [B, K]
+Opened = tuple[Run, dict]  # with the texts of the file's metadata
 
 
 class ModelError(Exception):
@@ -53,8 +54,6 @@ class ModelError(Exception):
 
 @dataclass
 class ExportedModel:
-    """A model with its metadata. ``run`` takes what the file takes, and gives ``[B, K]``."""
-
     metadata: dict
     run: Run
     engine: str = ""  # a line that says what runs it, and where
@@ -63,8 +62,7 @@ class ExportedModel:
         """Cropped images, uint8 ``[B, H, W, 3]`` -> probabilities, float32 ``[B, K]``."""
         inside = self.metadata["preprocessing_inside"]
         if not inside:
-            mean = np.array(self.metadata["mean"], np.float32)
-            std = np.array(self.metadata["std"], np.float32)
+            mean, std = (np.array(self.metadata[name], np.float32) for name in ("mean", "std"))
             normalized = (images.astype(np.float32) / 255 - mean) / std
             images = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
         output = self.run(images)
@@ -85,15 +83,9 @@ def load(
     threads: int | None = None,
     engine: str | None = None,
 ) -> ExportedModel:
-    """Opens ``model.onnx``, ``model.int8.onnx``, or Paddle's ``model.json`` or ``model.pdmodel``.
-
-    Args:
-        bf16: compute in bfloat16 (Paddle and OpenVINO on a CPU), logits to about two digits.
-        gpu: run on the first GPU (Paddle and onnxruntime).
-        threads: CPU threads; None: one per core that the process may use.
-        engine: for ONNX files ``onnxruntime``, which None means, or ``openvino``.
-
-    Raises ModelError: no such model, no metadata, a missing package, what the engine cannot do.
+    """Opens ``model.onnx``, ``model.int8.onnx``, or Paddle's ``model.json`` or ``model.pdmodel``;
+    arguments as the flags. Raises ModelError: no such model, no metadata, a missing package, what
+    the engine cannot do.
     """
     path, threads = Path(path), threads or usable_cores()
     if path.suffix not in (".onnx", ".json", ".pdmodel"):
@@ -118,13 +110,6 @@ def load(
     return ExportedModel(metadata, run, f"{engine} on {place}")
 
 
-def _beside(path: Path, suffix: str) -> Path:
-    file = path.with_suffix(suffix)
-    if not file.is_file():
-        raise ModelError(f"{file}: not there; copy it together with the model")
-    return file
-
-
 def _read_metadata(path: Path) -> dict:
     """What stands beside a Paddle model, with checksums: Paddle reads even files cut short."""
     described = path.with_suffix(".metadata.json")  # its earlier name
@@ -142,13 +127,17 @@ def _read_metadata(path: Path) -> dict:
     return metadata
 
 
-# What follows opens a file, and returns what runs it and the texts of its metadata. ``threads``
-# None: one per core.
+def _beside(path: Path, suffix: str) -> Path:
+    file = path.with_suffix(suffix)
+    if not file.is_file():
+        raise ModelError(f"{file}: not there; copy it together with the model")
+    return file
 
 
-def open_onnx(
-    path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
-) -> tuple[Run, dict]:
+# What follows opens a file; ``threads`` 0: one per core.
+
+
+def open_onnx(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
     if bf16:
         raise ModelError("-bf16 is for Paddle models and for -engine openvino")
     onnxruntime = _engine("onnxruntime", path)
@@ -176,9 +165,7 @@ def open_onnx(
     return run, session.get_modelmeta().custom_metadata_map
 
 
-def open_openvino(
-    path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
-) -> tuple[Run, dict]:
+def open_openvino(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
     openvino = _engine("openvino", path)
     if gpu:
         raise ModelError("-gpu is for onnxruntime and Paddle; -engine openvino is for CPUs")
@@ -196,9 +183,7 @@ def open_openvino(
     return lambda images: model(images)[0], {k: text.astype(str) for k, text in texts.items()}
 
 
-def open_paddle(
-    path: Path, bf16: bool = False, gpu: bool = False, threads: int | None = None
-) -> tuple[Run, dict]:
+def open_paddle(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
     weights = _beside(path, ".pdiparams")  # without them Paddle would compute NaN
     warnings.filterwarnings("ignore", message="No ccache found")  # nothing is compiled here
     paddle = _engine("paddle", path)
@@ -316,22 +301,16 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
     """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, uint8
     ``[image_size, image_size, 3]``, with the pixels of training's evaluation, timm and torchvision.
     """
-    size = metadata["image_size"]
+    image = upright(image) if metadata["exif_orientation"] else to_rgb(image)
+    (width, height), size = image.size, metadata["image_size"]
     short = int(size / metadata["crop_pct"])
-    image = upright(image) if metadata["exif_orientation"] else image
-    width, height = image.size
-    if width <= height:
-        resized = short, int(short * height / width)
-    else:
-        resized = int(short * width / height), short
+    resized = tuple(int(short * side / min(width, height)) for side in (width, height))
     if max(resized) > 100 * size:
         raise ModelError(
             f"{width} x {height} pixels, too narrow: resized to {resized[0]} x {resized[1]}, "
             f"longer than 100 crops of {size}"
         )
-    image = to_rgb(image)
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling[metadata["interpolation"].upper()])
+    image = image.resize(resized, Image.Resampling[metadata["interpolation"].upper()])
     left, top = (int(round((side - size) / 2.0)) for side in resized)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
