@@ -7,11 +7,9 @@ paddle.hub.load(".", "resmlp_24_224", source="local", pretrained="resmlp_24_224"
 
 from __future__ import annotations
 
-import argparse as _argparse
 from pathlib import Path as _Path
 
 from config import get_config as _get_config
-from config import update_config as _update_config
 from port_weights.zoo import ZOO as _ZOO
 from resmlp import build_resmlp as _build_resmlp
 from resmlp import load_pretrained as _load_pretrained
@@ -19,20 +17,15 @@ from resmlp import load_pretrained as _load_pretrained
 dependencies = ["paddle", "numpy", "yacs", "yaml"]  # paddle.hub checks them
 
 
-def _published(name: str) -> str:
-    weights = next(weights for weights in _ZOO if weights.name == name)
-    if not weights.paddle:
-        return f"{name}.pdparams is ported from {weights.url} (docs/porting.md)"
-    return f"{name}.pdparams is PPViT's: {weights.paddle.links}"
-
-
 def _entry_point(name: str):
     path = str(_Path(__file__).resolve().parent / "configs" / f"{name}.yaml")
+    weights = next(weights for weights in _ZOO if weights.name == name)
+    source = f"ported from {weights.url} (docs/porting.md)"
+    source = f"PPViT's: {weights.paddle.links}" if weights.paddle else source
 
     def build(pretrained=None, new_head=False, opts=()):
-        config = _get_config(path)
-        opts = [str(opt) for opt in opts]
-        _update_config(config, _argparse.Namespace(pretrained=pretrained, opts=opts))
+        named = ["MODEL.PRETRAINED", pretrained] if pretrained else []
+        config = _get_config(path, [str(opt) for opt in (*named, *opts)])
         model = _build_resmlp(config)
         if pretrained:
             _load_pretrained(model, config, new_head)
@@ -42,7 +35,7 @@ def _entry_point(name: str):
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"""The model of configs/{name}.yaml.
 
-    {_published(name)}
+    {name}.pdparams is {source}
 
     Args:
         pretrained: weight file, with or without its suffix; or a name of the zoo or the https

@@ -32,9 +32,8 @@ def cut(split: Split, per_class: int, rng: np.random.Generator) -> Split:
         members = np.flatnonzero(split.labels == label)
         if len(members) < per_class:
             raise DataError(f"class {name} has {len(members)} images, {per_class} are asked for")
-        chosen.append(np.sort(rng.permutation(members)[:per_class]))
-    order = np.concatenate(chosen)
-    return Split(split.images[order], split.labels[order])
+        chosen += sorted(rng.permutation(members)[:per_class])
+    return Split(split.images[chosen], split.labels[chosen])
 
 
 def main() -> None:

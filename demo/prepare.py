@@ -41,8 +41,7 @@ def prepare(splits: Mapping[str, Split], output: str | Path) -> bool:
         found = (output / _MARK).read_text()
     if found == mark:
         return False
-    is_empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and found is None and not is_empty:
+    if found is None and output.exists() and (output.is_file() or any(output.iterdir())):
         raise DataError(f"{output}: exists, and was not made by this script; name another -output")
     draft = output.with_name(f"{output.name}.partial-{os.getpid()}")
     try:

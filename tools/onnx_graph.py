@@ -59,9 +59,11 @@ def _tidy(graph: onnx.GraphProto) -> None:
             graph.initializer[-1].name = name
         else:
             nodes.append(node)
-    _replace(graph.node, nodes)
     used = {name for node in nodes for name in node.input}
-    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+    weights = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(weights)
 
 
 def _quantize(model: onnx.ModelProto, file: Path) -> int:
@@ -86,8 +88,3 @@ def _quantize(model: onnx.ModelProto, file: Path) -> int:
     finally:
         logging.disable(logging.NOTSET)
     return len(products)
-
-
-def _replace(field, values: list) -> None:
-    del field[:]
-    field.extend(values)
