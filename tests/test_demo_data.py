@@ -41,21 +41,19 @@ def splits():
 def write_idx_folder(folder, splits, compress):
     """Writes idx files byte by byte as their specification says, by other means than the reader."""
     folder.mkdir()
+    side = (28).to_bytes(4, "big")
     for name, stem in SPLITS.items():
         images, labels = splits[name]
         n = len(labels).to_bytes(4, "big")
-        side = (28).to_bytes(4, "big")
-        files = {
-            f"{stem}-images-idx3-ubyte": b"\0\0\x08\x03" + n + side + side + images.tobytes(),
-            f"{stem}-labels-idx1-ubyte": b"\0\0\x08\x01" + n + labels.tobytes(),
-        }
-        for file, data in files.items():
-            file, data = (f"{file}.gz", gzip.compress(data)) if compress else (file, data)
-            (folder / file).write_bytes(data)
+        for kind, data in (
+            ("images-idx3", b"\0\0\x08\x03" + n + side + side + images.tobytes()),
+            ("labels-idx1", b"\0\0\x08\x01" + n + labels.tobytes()),
+        ):
+            file = folder / f"{stem}-{kind}-ubyte{'.gz' * compress}"
+            file.write_bytes(gzip.compress(data) if compress else data)
     return folder
 
 
-# ---------------------------------------------------------------------------- the archive
 def test_the_archive_is_small_balanced_and_holds_out_1200_images_that_are_not_trained_on(bundled):
     assert make_subset.ARCHIVE.stat().st_size < 4_000_000
     for name, count in {"train": 940, "val": 120}.items():
@@ -71,24 +69,22 @@ def test_cutting_the_original_again_gives_the_archive(bundled):
     assert fingerprint(again) == fingerprint(bundled)
 
 
-# ----------------------------------------------------------------------- cutting, reading
 def test_a_cut_takes_as_many_of_each_class_with_their_own_labels_by_its_seed(splits):
     def cut(seed, count=2):
         return make_subset.cut(splits["train"], count, np.random.default_rng(seed))
 
-    subset = cut(0)
+    subset = cut(1)
     assert subset.labels.tolist() == np.repeat(np.arange(10), 2).tolist()
     label_of = {i.tobytes(): y for i, y in zip(splits["train"].images, splits["train"].labels)}
     assert [label_of[image.tobytes()] for image in subset.images] == subset.labels.tolist()
-    assert np.array_equal(cut(1).images, cut(1).images)
-    assert not np.array_equal(cut(1).images, cut(2).images)
+    assert np.array_equal(subset.images, cut(1).images)
+    assert not np.array_equal(subset.images, cut(2).images)
     with pytest.raises(DataError, match="T-shirt/top has 3 images, 4"):
         cut(0, 4)
 
 
 def test_the_same_splits_are_packed_into_the_same_bytes_and_read_back(splits, tmp_path):
     write_archive(splits, tmp_path / "a.tar.xz")
-    os.utime(tmp_path)
     write_archive(splits, tmp_path / "b.tar.xz")
     assert (tmp_path / "a.tar.xz").read_bytes() == (tmp_path / "b.tar.xz").read_bytes()
     assert fingerprint(read(tmp_path / "a.tar.xz")) == fingerprint(splits)
@@ -97,9 +93,7 @@ def test_the_same_splits_are_packed_into_the_same_bytes_and_read_back(splits, tm
 @pytest.mark.parametrize("compress", [True, False])
 def test_a_folder_of_idx_files_is_read_gzipped_or_not(splits, tmp_path, compress):
     found = read(write_idx_folder(tmp_path / "idx", splits, compress))
-    for name in splits:
-        assert np.array_equal(found[name].images, splits[name].images)
-        assert np.array_equal(found[name].labels, splits[name].labels)
+    assert fingerprint(found) == fingerprint(splits)
 
 
 def test_a_missing_or_damaged_source_is_named(splits, tmp_path):
@@ -123,7 +117,6 @@ def test_a_missing_or_damaged_source_is_named(splits, tmp_path):
     refuse(tmp_path / "text.tar.xz", "cannot be read as a tar archive")
 
 
-# ------------------------------------------------------------------------------ the layout
 def test_the_layout_is_imagenets_and_keeps_every_pixel_label_and_name(splits, tmp_path):
     assert prepare(splits, tmp_path / "data") is True
     root = str(tmp_path / "data")

@@ -63,6 +63,7 @@ def form(request):
 
 
 only_onnx = pytest.mark.parametrize("form", ["onnx"], indirect=True)
+only_paddle = pytest.mark.parametrize("form", ["paddle"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -215,15 +216,12 @@ def test_what_an_export_needs_is_said(weights, tmp_path, monkeypatch):
         export(weights, tmp_path, ["onnx_int8"])
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """What int8 is calibrated with, where its packages are."""
+def test_int8_is_near_for_any_batch_and_says_how_far_or_is_not_left_behind(
+    weights, tmp_path, logits, monkeypatch
+):
     for package in export_module.INT8_PACKAGES:
         pytest.importorskip(package)
-    return make_images(tmp_path_factory.mktemp("photos"), 40)
-
-
-def test_int8_is_near_for_any_batch_and_says_how_far(weights, photos, tmp_path, logits):
+    photos = make_images(tmp_path / "photos", 40)
     onnx = pytest.importorskip("onnx")
     returned = export(weights, tmp_path, ["onnx_int8"], images=photos)
     model = load(model_file(tmp_path, "int8"))
@@ -245,27 +243,26 @@ def test_int8_is_near_for_any_batch_and_says_how_far(weights, photos, tmp_path, 
     found = load(model_file(tmp_path, "int8")).run(UNSEEN)
     assert np.abs(found - softmax(logits)).max() < 0.02
 
-
-def test_int8_that_disagrees_is_not_left_behind(weights, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "MIN_AGREEMENT", 100.1)
     with pytest.raises(UserError, match=r"for \d+ of 40 images .* less than 100.1 %"):
-        export(weights, tmp_path, ["onnx", "onnx_int8"], images=photos)
-    assert not list(tmp_path.iterdir())
+        export(weights, tmp_path / "none", ["onnx", "onnx_int8"], images=photos)
+    assert not list((tmp_path / "none").iterdir())
 
 
-@pytest.mark.parametrize("wrong", [2, 3])
-def test_one_image_in_a_hundred_may_disagree_and_no_more(weights, wrong):
+def test_one_image_in_a_hundred_may_disagree_and_no_more(weights):
     images = np.random.default_rng(0).integers(0, 256, [200, 16, 16, 3], dtype=np.uint8)
     job = export_module.Job(run_config(weights))
     answers = job.eager(images)[1]
     first_class = np.flatnonzero(answers.argmax(1) == 0)  # which NaN would pass for
-    answers[first_class[-wrong:]] = np.nan
-    parts = iter(np.split(answers, range(32, 200, 32)))
-    if wrong == 2:
-        assert job.agreement(lambda x: next(parts), images)["top1_agreement"] == 99
-    else:
-        with pytest.raises(UserError, match="197 of 200 images"):
-            job.agreement(lambda x: next(parts), images)
+
+    def agreement(wrong):
+        answers[first_class[-wrong:]] = np.nan
+        parts = iter(np.split(answers, range(32, 200, 32)))
+        return job.agreement(lambda x: next(parts), images)["top1_agreement"]
+
+    assert agreement(2) == 99
+    with pytest.raises(UserError, match="197 of 200 images"):
+        agreement(3)
 
 
 def test_verification_prefers_given_images_then_the_validation_data(weights, tmp_path):
@@ -284,31 +281,24 @@ def test_verification_prefers_given_images_then_the_validation_data(weights, tmp
     assert verification_images(config, limit=1000)[1] == "20 validation images"
 
 
-def preparation(size, crop_pct, interpolation="bicubic"):
-    """Training's transform, and the metadata that asks for the same."""
+@pytest.mark.parametrize("size, crop_pct", [(16, 1.0), (16, 0.8), (28, 0.85), (224, 0.875)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_images_are_prepared_or_refused_as_in_training_pixel_by_pixel(
+    size, crop_pct, interpolation
+):
     metadata = {"image_size": size, "crop_pct": crop_pct, "interpolation": interpolation}
     config = get_config()
     config.DATA.update({key.upper(): value for key, value in metadata.items()})
-    return build_eval_transform(config), {**metadata, "exif_orientation": False}
-
-
-@pytest.mark.parametrize("size, crop_pct", [(16, 1.0), (16, 0.8), (28, 0.85), (224, 0.875)])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_images_are_prepared_as_in_training_pixel_by_pixel(size, crop_pct, interpolation):
-    transform, metadata = preparation(size, crop_pct, interpolation)
+    transform, metadata["exif_orientation"] = build_eval_transform(config), False
     rng = np.random.default_rng(0)
-    for height, width in [(16, 16), (33, 50), (51, 34), (300, 17), (257, 255), (20, 20)]:
+    longest = 100 * size // transform.short, 1
+    for height, width in [(16, 16), (33, 50), (51, 34), (300, 17), (257, 255), (20, 20), longest]:
         image = Image.fromarray(rng.integers(0, 256, [height, width, 3], dtype=np.uint8))
         np.testing.assert_array_equal(preprocess(image, metadata), transform(from_image(image)))
-
-
-def test_an_image_too_narrow_to_resize_is_refused_as_in_training():
-    transform, metadata = preparation(16, 1.0)
-    assert preprocess(Image.new("RGB", (1, 100)), metadata).shape == (16, 16, 3)
-    for shape in ((1, 101), (101, 1)):
-        with pytest.raises(ModelError, match="100 crops of 16"):
+    for shape in ((1, 101), (101, 1)):  # too narrow
+        with pytest.raises(ModelError, match=f"100 crops of {size}"):
             preprocess(Image.new("RGB", shape), metadata)
-        with pytest.raises(DataError, match="100 crops of 16"):
+        with pytest.raises(DataError, match=f"100 crops of {size}"):
             transform(from_image(Image.new("RGB", shape)))
 
 
@@ -355,9 +345,8 @@ def test_a_gpu_that_the_package_knows_nothing_of_is_refused(exported):
 
 def test_onnxruntime_that_falls_back_to_the_cpu_is_refused(tmp_path, monkeypatch):
     """As where CUDA's libraries are missing."""
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime, session = pytest.importorskip("onnxruntime"), mock.MagicMock()
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    session = mock.MagicMock()
     session.get_providers.return_value = both[1:]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
@@ -390,9 +379,9 @@ def test_an_onnx_file_from_elsewhere_is_refused(exported, tmp_path):
         ("", b"cut", "not the file that was exported"),
     ],
 )
-def test_a_paddle_model_that_is_not_whole_is_refused(weights, tmp_path, ending, content, message):
-    export(weights, tmp_path)
-    program = model_file(tmp_path)
+@only_paddle
+def test_a_paddle_model_that_is_not_whole_is_refused(exported, tmp_path, ending, content, message):
+    program = shutil.copytree(exported[0].parent, tmp_path / "x") / exported[0].name
     changed = program.with_suffix(ending or program.suffix)
     changed.unlink()
     if content:
