@@ -54,10 +54,8 @@ def download(address: str) -> Path:
 
     ``#sha256=<64 digits>`` at its end says what the file must be. Else what the host says is
     compared: the length, and Hugging Face's sha256 of large files (``X-Linked-Etag``) or S3's MD5
-    of uploads in one part (``ETag``).
-
-    Raises WeightsError, and keeps nothing, for another host, without a network, or where the file
-    is not what it must be, or perhaps not whole.
+    of uploads in one part (``ETag``). WeightsError, and nothing is kept, for another host, without
+    a network, or where the file is not what it must be, or perhaps not whole.
     """
     url, _, fragment = address.partition("#")
     if not url.startswith(zoo.HOSTS) or ".." in unquote(url):
@@ -93,46 +91,51 @@ def _is_kept(path: Path, wanted: str) -> bool:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Keeps the headers on the way to a file, and stays with the scheme."""
+    """Keeps the sha256 that is said on the way to a file, and stays with the scheme."""
 
-    def __init__(self) -> None:
-        self.headers: list = []
+    linked = ""
 
     def redirect_request(self, request, file, code, message, headers, target):
-        self.headers.append(headers)
+        self.linked = self.linked or headers["X-Linked-Etag"]
         if urlsplit(target).scheme != urlsplit(request.full_url).scheme:
             raise HTTPError(target, code, "sent elsewhere, without https", headers, file)
         return super().redirect_request(request, file, code, message, headers, target)
 
 
 def _fetch(url: str, path: Path, wanted: str) -> None:
-    redirects, bar = _Redirects(), ProgressLine(f"{path.name}, MB")
-    sums = {"sha256": hashlib.sha256(), "MD5": hashlib.md5(usedforsecurity=False)}
-    request = Request(url, headers={"User-Agent": "resmlp"})
+    redirects, bar, head = _Redirects(), ProgressLine(f"{path.name}, MB"), b""
+    sums = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    ask, request = build_opener(redirects).open, Request(url, headers={"User-Agent": "resmlp"})
     try:
-        with (
-            atomic(path) as file,
-            build_opener(redirects).open(request, timeout=_TIMEOUT) as response,
-        ):
-            total, head = int(response.headers.get("Content-Length") or 0), b""
+        with atomic(path) as file, ask(request, timeout=_TIMEOUT) as response:
+            total = response.length  # None: the host does not say it
             while block := response.read(2**20):
                 head = head or block[:16]
                 file.write(block)
-                for digest in sums.values():
+                for digest in sums:
                     digest.update(block)
-                bar(file.tell() >> 20, max(total, file.tell()) >> 20)
-            size = file.tell()
-            if total and size != total:
-                raise http.client.IncompleteRead(b"", total - size)
+                bar(file.tell() >> 20, (total or file.tell()) >> 20)
+            if response.length:  # what has not come
+                raise http.client.IncompleteRead(b"", response.length)
             refuse_text(head, url)
-            found = {kind: digest.hexdigest() for kind, digest in sums.items()}
-            how = _compare(url, [*redirects.headers, response.headers], wanted, found)
-            if not (how or total or response.chunked):
+            size = file.tell()
+            sha256, md5 = (digest.hexdigest() for digest in sums)
+            source = "as given" if wanted else "as the host says"
+            linked = wanted or redirects.linked or response.headers["X-Linked-Etag"]
+            kind, found, said = "sha256", sha256, _checksum(linked, 64)
+            if not said:
+                kind, found, said = "MD5", md5, _checksum(response.headers["ETag"], 32)
+            if said and found != said:
+                raise WeightsError(
+                    f"{url}: its {kind} is {found}, not {said} {source}; try again, or add "
+                    f"#sha256={sha256} to the address if that is the file you want"
+                )
+            if not said and total is None and not response.chunked:
                 raise WeightsError(
                     f"{url}: the host says neither a length nor a checksum, so these {size} bytes "
-                    f"may be a part; add #sha256={found['sha256']} to the address if they are all"
+                    f"may be a part; add #sha256={sha256} to the address if they are all"
                 )
-            write_atomically(f"{found['sha256']}\n".encode(), f"{path}.sha256")
+            write_atomically(f"{sha256}\n".encode(), f"{path}.sha256")
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error  # a host may give none
         reason = str(getattr(reason, "strerror", None) or reason) or type(error).__name__
@@ -140,23 +143,11 @@ def _fetch(url: str, path: Path, wanted: str) -> None:
         raise WeightsError(f"{url}: cannot be downloaded{where}: {reason}") from None
     finally:
         bar.end()
-    how = how or f"sha256 {found['sha256']}, of which the host says nothing"
+    how = f"{kind} {said}, {source}" if said else f"sha256 {sha256}, of which the host says nothing"
     print(f"{url}: {size / 2**20:.1f} MB, {how}; kept as {path}", file=sys.stderr, flush=True)
 
 
-def _compare(url: str, headers: list, wanted: str, found: dict[str, str]) -> str:
-    """Raises where a checksum is another than it must be; says which was compared, if any."""
-    linked = next((h["X-Linked-Etag"] for h in headers if h["X-Linked-Etag"]), "")
-    source = "as given" if wanted else "as the host says"
-    sums = ("sha256", 64, wanted or linked), ("MD5", 32, headers[-1]["ETag"] or "")
-    for kind, digits, expected in sums:
-        expected = expected.strip('"')
-        if not re.fullmatch(f"[0-9a-f]{{{digits}}}", expected):
-            continue
-        if found[kind] != expected:
-            raise WeightsError(
-                f"{url}: its {kind} is {found[kind]}, not {expected} {source}; try again, or add "
-                f"#sha256={found['sha256']} to the address if that is the file you want"
-            )
-        return f"{kind} {expected}, {source}"
-    return ""
+def _checksum(tag: str | None, digits: int) -> str:
+    """What a header says, if that is a checksum of the whole file; else empty."""
+    match = re.fullmatch(f'"?([0-9a-f]{{{digits}}})"?', tag or "")
+    return match[1] if match else ""
