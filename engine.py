@@ -102,7 +102,7 @@ class Trainer:
             while not from_main(progress.ended(epochs, config.TRAIN.EARLY_STOP), process):
                 self._train_epoch(on_step)
                 metrics = self._finish_epoch() or metrics
-            self.saver.writer.finish()
+            self.saver.finish()
         except TrainingError:  # of all ranks: a launcher would end rank 0 when another has ended
             with main_first(process):
                 self.saver.close()
@@ -152,7 +152,7 @@ class Trainer:
         if report or save or due:
             monitor.count_or_raise()
         if report:
-            self.saver.writer.finish(wait=False)
+            self.saver.finish(block=False)
             self.report.step(progress, monitor.norm, meter, step, lr)
         if save or monitor.stop:
             self.saver.save(self.learner, progress)

@@ -12,9 +12,7 @@ import pickle
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,28 +93,6 @@ def duplicate(path: str | os.PathLike, name: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise CheckpointError(f"{path.with_name(name)}: cannot be written: {error.strerror}")
-
-
-class Writer:
-    """Writes in the background, one thing at a time, while training goes on."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future | None = None
-
-    def start(self, write: Callable[[], None]) -> None:
-        """Starts ``write()`` in a thread, after the one before it (see `finish`)."""
-        self.finish()
-        self._pending = self._pool.submit(write)
-
-    def finish(self, wait: bool = True) -> None:
-        """Waits for what was started, or only looks if it has ended; raises what it raised."""
-        if self._pending is None or not (wait or self._pending.done()):
-            return
-        pending, self._pending = self._pending, None
-        while not pending.done():
-            wait_for([pending], 0.2)  # in pieces: signals are handled in between
-        pending.result()
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -238,20 +214,15 @@ def checksum(tree: Any, value: int = 0) -> int:
 
 def config_changes(old: str, new: str) -> list[str]:
     """``KEY old -> new`` for what differs between two YAML configs, without keys that are gone."""
+    return list(_changes(yaml.safe_load(old), yaml.safe_load(new)))
 
-    def leaves(tree: dict, prefix: str = "") -> dict:
-        found: dict = {}
-        for key, value in tree.items():
-            inner = isinstance(value, dict)
-            found.update(leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value})
-        return found
 
-    before, after = leaves(yaml.safe_load(old)), leaves(yaml.safe_load(new))
-    return [
-        f"{key} {before.get(key, '(none)')} -> {value}"
-        for key, value in after.items()
-        if before.get(key, after) != value
-    ]
+def _changes(old: dict, new: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in new.items():
+        if isinstance(value, dict):
+            yield from _changes(old.get(key, {}), value, f"{prefix}{key}.")
+        elif key not in old or old[key] != value:
+            yield f"{prefix}{key} {old.get(key, '(none)')} -> {value}"
 
 
 def _kept_epochs(folder: Path) -> list[int]:

@@ -31,12 +31,9 @@ def choose_folder(config) -> Path:
             return newest.parent  # its name has the local time, which may have gone back
     elif resume and not config.EVAL and os.path.isfile(Path(resume).parent / "config.yaml"):
         return Path(resume).parent
-    kind = "eval" if config.EVAL else "train"
-    stamp = time.strftime("%Y%m%d-%H-%M-%S")
-    folder, number = chosen / f"{kind}-{stamp}", 2
-    while os.path.exists(folder):  # another run of the same second
-        folder, number = chosen / f"{kind}-{stamp}-{number}", number + 1
-    return folder
+    name = f"{'eval' if config.EVAL else 'train'}-{time.strftime('%Y%m%d-%H-%M-%S')}"
+    names = (name, *(f"{name}-{number}" for number in range(2, 10**6)))
+    return next(chosen / name for name in names if not os.path.exists(chosen / name))
 
 
 class RunFolder:
@@ -47,26 +44,22 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, rank: int, training: bool, resume: str | None = None):
-        self.path = Path(path)
-        self.main = rank == 0
+        self.path, self.main = Path(path), rank == 0
         self.metrics_lines = 0  # on the disk
         self._unwritten: list[str] = []
         self._lock = None
         if os.path.isfile(self.path):
             raise UserError(f"-output {self.path}: is a file, not a folder")
+        name = ("log" if training else "eval_log") + ("" if self.main else f".rank{rank}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if training and self.main:
                 self._claim(resume)
-            name = "log" if training else "eval_log"
-            _log.addHandler(
-                _LogFile(self.path / f"{name}{'' if self.main else f'.rank{rank}'}.txt")
-            )
-        except UserError:
+            _log.addHandler(_LogFile(self.path / f"{name}.txt"))
+        except (UserError, OSError) as error:
             self.close()
-            raise
-        except OSError as error:
-            self.close()
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"-output {self.path}: cannot be written: {error.strerror or error}")
 
     def _claim(self, resume: str | None) -> None:
@@ -95,11 +88,10 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def write(self, name: str, text: str | bytes) -> None:
-        """Writes a small text file (UTF-8, or bytes as they are) by `write_atomically` (rank 0)."""
+    def write(self, name: str, text: str) -> None:
+        """Writes a small text file in UTF-8, by rank 0, as `write_atomically`."""
         if self.main:
-            data = text.encode() if isinstance(text, str) else text
-            write_atomically(data, self.path / name)
+            write_atomically(text.encode(), self.path / name)
 
     def rewind_metrics(self, lines: int) -> None:
         """Cuts metrics.jsonl to its first ``lines`` lines: a checkpoint says where it stood."""
@@ -110,7 +102,7 @@ class RunFolder:
         kept = [line for line in content.split(b"\n") if line][:lines]
         if len(kept) < lines:
             _log.warning(f"{path}: has {len(kept)} of the {lines} records up to the checkpoint")
-        self.write("metrics.jsonl", b"".join(line + b"\n" for line in kept))
+        write_atomically(b"".join(line + b"\n" for line in kept), path)
         self.metrics_lines = len(kept)
 
     def add_metrics(self, record: dict) -> None:
@@ -122,9 +114,8 @@ class RunFolder:
             self.flush_metrics()
 
     def flush_metrics(self) -> None:
-        """Brings all records to the disk, as before each checkpoint.
-
-        CheckpointError if that fails; the file then ends with the last whole record.
+        """Brings all records to the disk, as before each checkpoint. CheckpointError if that fails;
+        the file then ends with the last whole record.
         """
         if not self._unwritten:
             return

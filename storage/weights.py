@@ -83,11 +83,7 @@ def safe_load(path: str | os.PathLike) -> Any:
     """What a file of weights (its suffix: see `find_file`) holds; nothing of it is run. bfloat16 is
     ``uint16``, as Paddle writes it. WeightsError if it cannot be read.
     """
-    return _without_name_table(_load(find_file(path)))
-
-
-def _load(path: Path) -> Any:
-    """`safe_load` with the tables of names, which for a safetensors file is its metadata."""
+    path = find_file(path)
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -119,13 +115,13 @@ def read_weights(path: str | os.PathLike, key: str = "auto") -> WeightFile:
     ``state_dict`` mean the same; as keys, just these. WeightsError as `safe_load`, `check_state`.
     """
     path = find_file(path)
-    content = _load(path)
+    content = safe_load(path)
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     classes = ClassNames.of_record(content.get(CLASSES), str(path))
-    if not classes and isinstance(table := content.get(NAME_TABLE), dict):
+    if isinstance(table := content.pop(NAME_TABLE, None), dict) and not classes:
         classes = ClassNames.of_record(table.get(NAME_TABLE), str(path))
-    state, taken = _choose(_without_name_table(content), key, path)
+    state, taken = _choose(content, key, path)
     state = check_state(_without_prefixes(state, path), str(path))
     classes = classes or ClassNames.beside(path)
     if len(classes) != len(state.get("head.bias", ())):
@@ -207,13 +203,6 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return {**result, NAME_TABLE: {NAME_TABLE: header.get("__metadata__", {}).get(CLASSES)}}
 
 
-def _without_name_table(content: Any) -> Any:
-    if isinstance(content, dict):
-        items = content.items()
-        return {name: _without_name_table(item) for name, item in items if name != NAME_TABLE}
-    return content
-
-
 def _choose(content: dict, key: str, path: Path) -> tuple[dict, str]:
     """The state dict that ``key`` means, and the key that was taken."""
     nested = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
@@ -228,14 +217,17 @@ def _choose(content: dict, key: str, path: Path) -> tuple[dict, str]:
 
 
 def _without_prefixes(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The state dict without the prefixes of wrapped models."""
+    """The state dict without the prefixes of wrapped models, and without a table of names."""
     result = {}
     for name, value in state.items():
+        if name == NAME_TABLE:
+            continue
         while isinstance(name, str) and name.startswith(_PREFIXES):
             name = name.partition(".")[2]
         if name in result:
-            twice = "some parameters are there twice, with a prefix and without"
-            raise WeightsError(f"{path}: {twice}")
+            raise WeightsError(
+                f"{path}: some parameters are there twice, with a prefix and without"
+            )
         result[name] = value
     return result
 

@@ -10,7 +10,12 @@ import paddle
 import pytest
 
 from cli.errors import CheckpointError
+from config import get_config
+from parallel.process import Process
 from storage import checkpoints
+from storage.run_folder import RunFolder
+from training.progress import Progress
+from training.saving import Saver
 
 full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
 
@@ -159,18 +164,21 @@ def test_rotation_keeps_the_newest_and_every_so_many(tmp_path):
     assert {path.stem for path in tmp_path.iterdir()} == {"best", "last", "epoch_1000"}
 
 
-def test_the_writer_works_behind_training_and_passes_on_what_fails():
-    writer, gate, written = checkpoints.Writer(), threading.Event(), []
-    writer.start(lambda: written.append(gate.wait()))
-    writer.finish(wait=False)
+def test_a_save_goes_on_behind_training_and_passes_on_what_fails(tmp_path, monkeypatch):
+    saver = Saver(get_config(), Process(), RunFolder(tmp_path, 0, True))
+    gate, written, learner = threading.Event(), [], mock.Mock(state=dict)
+    monkeypatch.setattr(checkpoints, "save", lambda *_: written.append(gate.wait()))
+    saver.save(learner, Progress())
+    saver.finish(block=False)
     assert written == []
     gate.set()
-    writer.finish()
+    saver.finish()
     assert written == [True]
-    writer.start(mock.Mock(side_effect=CheckpointError("full")))
+    monkeypatch.setattr(checkpoints, "save", mock.Mock(side_effect=CheckpointError("full")))
+    saver.save(learner, Progress())
     with pytest.raises(CheckpointError, match="full"):
-        writer.finish()
-    writer.finish()  # said once
+        saver.finish()
+    saver.finish()  # said once
 
 
 def test_the_changes_between_configs_are_listed_by_key():

@@ -83,12 +83,8 @@ class Monitor:
     """Counts what the steps have found in the run's `Progress`, and ends a run that goes wrong.
 
     The numbers are read when they are due, and always before a report or a save: no checkpoint
-    holds what a step that is not finite has left.
-
-    Attributes:
-        norm: gradient norm of the last step that was read.
-        stop: whether any rank had been asked to stop by then; the same on every rank.
-        signal: whether this rank has been asked to stop.
+    holds what a step that is not finite has left. Of the last step that was read, ``norm`` is the
+    gradient's, and ``stop`` says whether any rank was asked to stop: the same on every rank.
     """
 
     def __init__(self, config, process: Process, progress: Progress, scaler, folder: Path, files):

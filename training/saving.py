@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import NoReturn
 
@@ -31,7 +32,8 @@ class Saver:
         self.config, self.process, self.folder = config, process, folder
         self.saved = False
         self.data: dict = {}
-        self.writer = checkpoints.Writer()
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
 
     def choose(self) -> dict | None:
         """Reads what ``MODEL.RESUME`` names, on every rank; None to start anew. Its ``classes`` are
@@ -100,15 +102,9 @@ class Saver:
 
     def save(self, learner, progress: Progress, *names: str) -> None:
         """Rank 0 saves under more ``names`` and as ``last``, in the background."""
-        path = self.folder.path / checkpoints.LAST
-
-        def write() -> None:
-            checkpoints.save(state, path, names)
-            self._rotate()
-
         with main_first(self.process) as main:
             if main:
-                self.writer.finish()
+                self.finish()
                 self.folder.flush_metrics()
                 state = {
                     **learner.state(),
@@ -119,18 +115,30 @@ class Saver:
                     "processes": self.process.world,
                     **self.data,
                 }
-                state = checkpoints.to_numpy(state)
-                self.writer.start(write)
+                self._pending = self._pool.submit(self._write, checkpoints.to_numpy(state), names)
         self.saved = True
+
+    def _write(self, state: dict, names: tuple[str, ...]) -> None:
+        checkpoints.save(state, self.folder.path / checkpoints.LAST, names)
+        self._rotate()
 
     def _rotate(self) -> None:
         keep, keep_every = self.config.KEEP_CHECKPOINTS, self.config.KEEP_EVERY
         checkpoints.rotate(self.folder.path, keep, keep_every)
 
+    def finish(self, block: bool = True) -> None:
+        """Waits for the save under way, or only looks if it has ended; raises what it raised."""
+        if self._pending is None or not (block or self._pending.done()):
+            return
+        pending, self._pending = self._pending, None
+        while not pending.done():
+            wait([pending], 0.2)  # in pieces: signals are handled in between
+        pending.result()
+
     def close(self) -> None:
         """Ends the last save; its error is only logged, so that it hides no earlier one."""
         try:
-            self.writer.finish()
+            self.finish()
         except CheckpointError as error:
             _log.error(str(error))
 
@@ -139,7 +147,7 @@ class Saver:
         that sees one end gives the others seconds to follow.
         """
         with main_first(self.process):
-            self.writer.finish()
+            self.finish()
         where = "saved" if self.saved else "nothing is saved yet"
         raise Preempted(from_main(f"{what}; {where} in {self.folder.path}", self.process))
 
