@@ -199,7 +199,14 @@ def on_gpu() -> bool:
 
 def _paddle_step(job: Job, files: Sequence[str], folder: Path) -> Step:
     if job.mode == "data":
-        return _data_step(job, files)
+        transform, rng = build_train_transform(job.config), np.random.default_rng(0)
+
+        def augment():  # as a loader worker does it
+            for number in range(job.batch_size):
+                pixels = read_pixels(files[number % len(files)], job.config.DATA.EXIF_ORIENTATION)
+                transform(pixels, rng)
+
+        return augment
     model, size = build_resmlp(job.config), job.config.DATA.IMAGE_SIZE
     images = paddle.randn([job.batch_size, 3, size, size])
     if job.mode == "train":
@@ -232,18 +239,6 @@ def train_step(job: Job, model: nn.Layer, images: paddle.Tensor) -> Step:
         optimizer.step()
         optimizer.clear_grad(set_to_zero=False)
         loss.item()
-
-    return step
-
-
-def _data_step(job: Job, files: Sequence[str]) -> Step:
-    """Decoding and augmentation of a batch as a loader worker does it."""
-    transform, rng = build_train_transform(job.config), np.random.default_rng(0)
-
-    def step():
-        for number in range(job.batch_size):
-            pixels = read_pixels(files[number % len(files)], job.config.DATA.EXIF_ORIENTATION)
-            transform(pixels, rng)
 
     return step
 

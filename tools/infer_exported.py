@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -413,19 +414,15 @@ def _print_classes(args: argparse.Namespace) -> None:
         raise ModelError(f"{args.images[0]}: no images")
     model = load(args.model, args.bf16, args.gpu, args.threads, args.engine)
     print(f"{args.model}: {model.engine}", file=sys.stderr)
-    names, bad, results, width = model.metadata["class_names"], [], [], max(map(len, images))
+    names, results, width = model.metadata["class_names"], [], max(map(len, images))
     writer = csv.writer(sys.stdout, lineterminator="\n")
-
-    def on_bad(problem: str) -> None:
-        bad.append(problem)
-        print(f"error: {problem}", file=sys.stderr)
-
+    complain = partial(print, "error:", file=sys.stderr)
     if args.csv:
         writer.writerow(("image", "rank", "class", "name", "confidence"))
     elif not args.json:
         print(f"{'image':{width}}  confidence  class")
     try:
-        for path, entries in classify(model, images, args.top_k, args.batch_size, on_bad):
+        for path, entries in classify(model, images, args.top_k, args.batch_size, complain):
             found = [{"class": k, "name": names[k], "confidence": share} for k, share in entries]
             results.append({"image": path, "predictions": found})
             for rank, (label, share) in enumerate(entries if not args.json else (), 1):
@@ -440,8 +437,8 @@ def _print_classes(args: argparse.Namespace) -> None:
     if others:
         line = f"{len(others)} others are passed over, such as {others[0]}: no image's ending"
         print(line, file=sys.stderr)
-    if bad:
-        raise ModelError(f"{len(bad)} of {len(images)} images cannot be read")
+    if bad := len(images) - len(results):
+        raise ModelError(f"{bad} of {len(images)} images cannot be read")
 
 
 if __name__ == "__main__":

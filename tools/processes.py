@@ -36,7 +36,7 @@ def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None
     try:
         for first in range(count):
             receiver, sender = fork.Pipe(duplex=False)
-            args = (work, parts[first::count], sender, os.getpid())
+            args = work, parts[first::count], sender
             process = fork.Process(target=_serve, args=args, daemon=True)
             try:
                 process.start()
@@ -67,12 +67,12 @@ def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None
             receiver.close()
 
 
-def _serve(work: Callable, parts: Sequence, sender, parent: int) -> None:
+def _serve(work: Callable, parts: Sequence, sender) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent too, which ends this
     with contextlib.suppress(OSError, AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for tasks in parts:
-        if os.getppid() != parent:
+        if os.getppid() != multiprocessing.parent_process().pid:
             os._exit(1)
         try:
             results = [work(task) for task in tasks]
