@@ -62,8 +62,12 @@ def test_the_tool_prints_a_table_a_config(capsys):
     assert mixing[6:] == [f"{12 * (16 + 4):,}", f"{12 * 16 * 384:,}"]
 
 
-def test_the_zoos_table_has_a_row_for_every_weight():
-    header, _, *rows = model_info.zoo_table().splitlines()
+def test_the_zoos_table_has_a_row_for_every_weight_and_is_the_readmes():
+    table = model_info.zoo_table()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- zoo -->\n+(.*?)\n+<!-- /?zoo -->", text, re.DOTALL)
+    assert shown == table, "python tools/model_info.py -zoo prints the new one"
+    header, _, *rows = table.splitlines()
     assert len(rows) == len(ZOO)
     for row, weights in zip(rows, ZOO):
         assert row.count("|") == header.count("|")
@@ -71,9 +75,3 @@ def test_the_zoos_table_has_a_row_for_every_weight():
         assert not weights.paddle or weights.paddle.links in row
     assert "| 79.38 | 94.55 | 85.28 | 67.70 |" in rows[1]  # PPViT's, not timm's
     assert "| 62.6 (k-NN) |  |  |  | 15.35" in rows[9]  # DINO's has no head
-
-
-def test_the_readme_shows_the_zoos_table_as_the_tool_prints_it():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"<!-- zoo -->\n+(.*?)\n+<!-- /?zoo -->", text, re.DOTALL)
-    assert shown == model_info.zoo_table(), "python tools/model_info.py -zoo prints the new one"

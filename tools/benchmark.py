@@ -391,10 +391,9 @@ def as_table(results: Sequence[dict]) -> str:
     rows = [keys] + [[str(result[key]) for key in keys] for result in results]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    for result in results:
-        parts = result.get("parts_ms", {})
-        total = sum(parts.values())
-        lines += [f"{k:>10} {v:10.2f} ms {100 * v / total:6.1f} %" for k, v in parts.items()]
+    parts = results[0].get("parts_ms", {})
+    total = sum(parts.values())
+    lines += [f"{k:>10} {v:10.2f} ms {100 * v / total:6.1f} %" for k, v in parts.items()]
     return "\n".join(lines)
 
 

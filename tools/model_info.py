@@ -73,8 +73,8 @@ def model_info(model: ResMLP) -> ModelInfo:
         # bias and beta are only added
         weights = [shape for n, shape in its.items() if not n.endswith((".bias", ".beta"))]
         if weights:
-            sizes, macs = map(math.prod, its.values()), uses * sum(map(math.prod, weights))
-            parts.append(Part(name, len(weights), weights[0], sum(sizes), macs, counted))
+            size, macs = sum(map(math.prod, its.values())), uses * sum(map(math.prod, weights))
+            parts.append(Part(name, len(weights), weights[0], size, macs, counted))
     parts.append(Part("pooling", 1, (tokens,), 0, tokens * dim, False))
     hidden = sum(part.shape[1] * part.layers for part in parts if part.name.endswith("first"))
     return ModelInfo(parts, tokens * hidden)
@@ -90,22 +90,19 @@ def describe(config) -> str:
     """A table of a config's model, for people."""
     info, mixer, size = config_info(config), config.MODEL.MIXER, config.DATA.IMAGE_SIZE
 
-    def rows(counted: bool) -> list[str]:
-        return [
-            f"  {part.name:20} {part.layers:6}  {' x '.join(map(str, part.shape)):18} "
-            f"{part.parameters:14,} {part.macs:16,}"
-            for part in info.parts
-            if part.counted == counted
-        ]
-
+    rows = {True: [], False: []}
+    for part in info.parts:
+        shape = " x ".join(map(str, part.shape))
+        row = f"  {part.name:20} {part.layers:6}  {shape:18} {part.parameters:14,} {part.macs:16,}"
+        rows[part.counted].append(row)
     lines = [
         f"{config.MODEL.NAME}: {size} x {size} pixels, {(size // mixer.PATCH_SIZE) ** 2} tokens of "
         f"{mixer.EMBED_DIM} channels, {mixer.DEPTH} blocks",
         f"  {'':20} {'layers':>6}  {'weight':18} {'parameters':>14} {'multiply-adds':>16}",
-        *rows(True),
+        *rows[True],
         f"  {'together':61} {info.macs:16,}",
         "  not in this figure:",
-        *rows(False),
+        *rows[False],
         f"  {'all parameters':46} {info.parameters:14,}",
         f"  {info.parameters / 1e6:.2f} M parameters, {info.macs / 1e9:.2f} G multiply-adds; "
         f"with 8 for each GELU, as PPViT counts, {info.ppvit_macs / 1e9:.1f} G",
