@@ -485,18 +485,16 @@ def _set(config: CN, key: str, value, where: str) -> None:
 def _require_known(key: str, where: str) -> None:
     """Says which known key is nearest, if a dotted key is none."""
     if key not in KEYS and key not in _SECTIONS:
-        known = [*KEYS, *_SECTIONS]
-        name = key.rpartition(".")[2].upper()
-        same_name = [k for k in known if k.rpartition(".")[2] == name]
+        known, upper = [*KEYS, *_SECTIONS], key.upper()
+        same_name = [k for k in known if k.rpartition(".")[2] == upper.rpartition(".")[2]]
         raise ConfigError(
-            f"{where}: unknown config key {_show(key)}{_suggest(key, same_name or known)}"
+            f"{where}: unknown config key {_show(key)}{_suggest(upper, same_name or known)}"
         )
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name.upper(), [k.upper() for k in known], n=1, cutoff=0.4)
-    by_upper = {k.upper(): k for k in known}
-    return f"; did you mean {by_upper[near[0]]}?" if near else ""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _parse(text, key: str, where: str):
