@@ -1,4 +1,4 @@
-"""A process among the others of its job: device and rank, sums over ranks, log, signals."""
+"""A process among the others of its job: device and rank, what others have, log, signals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import paddle
 import paddle.distributed as dist
 
@@ -97,16 +96,6 @@ def _open_log(process: Process) -> None:
     handler.setFormatter(logging.Formatter(f"{label}%(message)s"))
     handler.handleError = lambda record: None  # a terminal that is gone: training goes on
     _log.addHandler(handler)
-
-
-def sum_over_ranks(values: list[float], process: Process) -> list[float]:
-    """Sums numbers over all ranks in float64: exact for counts up to 2**53."""
-    values = np.array(values, "float64")
-    if process.world == 1:
-        return values.tolist()
-    tensor = paddle.to_tensor(values)
-    dist.all_reduce(tensor)
-    return tensor.numpy().tolist()
 
 
 def from_all(value, process: Process) -> list:

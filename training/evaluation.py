@@ -17,7 +17,7 @@ import paddle.nn.functional as F
 from cli.errors import UserError
 from datasets import build_loader
 from loading.real_labels import read_real_labels
-from parallel.process import Process, from_all, sum_over_ranks, wait_for_all
+from parallel.process import Process, from_all, wait_for_all
 from resmlp import build_resmlp, load_pretrained
 from storage.run_folder import RunFolder
 from storage.weights import WeightFile
@@ -138,8 +138,8 @@ class _Sums:
 
     def metrics(self, process: Process, seen: int, stopped: bool, start: float) -> Metrics | None:
         """The sums over all ranks as `Metrics`; None when any rank broke off."""
-        own = [float(self.loss), seen, stopped, *self.counts.numpy()]
-        loss, total, stopped, *rest = sum_over_ranks(own, process)
+        own = np.array([float(self.loss), seen, stopped, *self.counts.numpy()])
+        loss, total, stopped, *rest = np.sum(from_all(own, process), axis=0).tolist()
         if stopped:
             return None
         if not np.isfinite(loss):
