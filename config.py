@@ -300,16 +300,16 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     return config
 
 
-def resolve_config(args: argparse.Namespace, quiet: bool = False) -> CN:
+def resolve_config(args: argparse.Namespace) -> CN:
     """The frozen config of a run, from a main's arguments.
 
-    Prints one line on unset keys that PPViT has other defaults for, unless ``quiet``. Our own YAML
-    files, and those that build on one of them, hold the recipe that they mean.
+    Prints one line on unset keys that PPViT has other defaults for. Our own YAML files, and those
+    that build on one of them, hold the recipe that they mean.
     """
     config = _C.clone()
     given, files = _merge(config, args)
     ours = any(os.path.dirname(path) == _OURS for path in files)
-    if files and not (ours or config.EVAL or quiet):
+    if files and not (ours or config.EVAL):
         values = {key: reduce(dict.get, key.split("."), config) for key in PPVIT.keys() - given}
         differ = [key for key in PPVIT if key in values and values[key] != PPVIT[key]]
         if differ:

@@ -23,7 +23,7 @@ import yaml
 
 from cli.errors import ConfigError, UserError, run_as_script
 from cli.parser import Parser
-from config import get_arguments, resolve_config
+from config import get_arguments, get_config, update_config
 from storage.checkpoints import config_changes
 from storage.files import shorten
 from tools.common import ROOT, markdown_table, write_file
@@ -96,7 +96,7 @@ def run_study(
 
 def refuse_other_settings(folder: Path, words: list[str]) -> None:
     """Raises a `UserError` where a run was begun with other settings than those of a command."""
-    config = resolve_config(get_arguments(words), quiet=True)
+    config = update_config(get_config(), get_arguments(words))
     try:
         before = (folder / "config.yaml").read_text(encoding="utf-8")
         changes = config_changes(before, config.dump())
