@@ -20,15 +20,7 @@ def test_updates_are_the_exponential_average_in_float64_from_the_weights_that_th
         ema.update(step)
         expected = 0.9 * expected + 0.1 * value
     assert np.abs(ema.model.head.weight.numpy() - expected).max() < 1e-6
-
-
-def test_the_model_in_training_is_untouched_and_the_average_has_no_gradient():
-    model = tiny()
-    ema = ModelEma(model, 0.5)
-    before = model.head.weight.numpy()
-    ema.model.head.weight.set_value(paddle.zeros([8, 3]))
-    ema.update(0)
-    assert (model.head.weight.numpy() == before).all()
+    assert (model.head.weight.numpy() == value).all()  # the model in training is untouched
     assert all(p.stop_gradient for p in ema.model.parameters())
     assert not any(p.stop_gradient for p in model.parameters())
 

@@ -104,7 +104,8 @@ def test_nothing_breaks_under_oo(module):
 
 FIRST = """
 import importlib, os, runpy, sys
-import numpy.random, yaml  # only to be quick
+import multiprocessing.shared_memory, numpy.random, pickletools, concurrent.futures, PIL.ImageOps
+import tarfile, urllib.request, yacs.config  # only to be quick
 class Watch:
     def find_spec(name, path=None, target=None):
         if name == "paddle":
