@@ -1,9 +1,5 @@
 """From the config to batches: which files a split has, and how they are transformed and loaded.
 
-    loader = build_loader(config, "train", rank, world)
-    loader.sampler.set_epoch(epoch, start)
-    for images, labels, indices in loader:  # uint8 [B, H, W, 3], int64 [B], on the device
-
 What comes out depends on the config, the epoch and the rank, not on the number of workers.
 """
 
@@ -80,10 +76,8 @@ class ImageDataset:
 
 
 def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDataset:
-    """Reads the list file, or scans the folders, of a split: ``train`` or ``val``.
-
-    Labels become those of ``weights``, see `run_classes`. DataError if data folder, list or first
-    image is missing, a line is bad, or labels or class folders do not fit.
+    """The images that list file or folders have for ``train`` or ``val``, labelled as `run_classes`
+    says. DataError: bad or missing data folder, list, line, class or first image.
     """
     root = config.DATA.DATA_PATH
     if not archives.is_folder(root):
@@ -133,10 +127,7 @@ def build_loader(
     log: Callable[[str], None] = print,
     weights: ClassNames = UNKNOWN,
 ) -> Loader:
-    """The `Loader` of a split for process `rank` of `world`.
-
-    DataError as `build_dataset`; also if a training set is smaller than one step.
-    """
+    """The `Loader` of a split. DataError as `build_dataset`, or if images do not fill a step."""
     dataset = build_dataset(config, split, weights)
     told = split == "train" or config.EVAL  # once a run
     resample.prepare(log if told else lambda line: None)  # before workers are forked

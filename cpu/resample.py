@@ -8,6 +8,7 @@ differs from those of the installed Pillow, or ``RESMLP_NUMBA`` is off, `operati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -29,8 +30,11 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.frombytes("RGB", pixels.shape[::-1], data, "raw", "RGBX")
 
 
+@dataclass(eq=False)
 class Pillow:
-    """The operations as Pillow does them; see `Compiled`."""
+    """The operations as Pillow does them, and the reason why they are not `Compiled`."""
+
+    reason: str = ""
 
     def resize(self, pixels: np.ndarray, size: Sequence[int], resample: int, crop=None, box=None):
         """`box` at `size` (width, height), then its `crop`; boxes: left, top, right, bottom."""
@@ -75,11 +79,8 @@ class Compiled(Pillow):
 
     def __init__(self, kernels: ModuleType, height_first: Callable[[int, int, int, int], bool]):
         self.kernels, self.height_first = kernels, height_first
-        self.look_up, self.histogram, self.to_rgb = (
-            kernels.look_up,
-            kernels.histogram,
-            kernels.to_rgb,
-        )
+        self.look_up, self.histogram = kernels.look_up, kernels.histogram
+        self.to_rgb = kernels.to_rgb
 
     def resize(self, pixels, size, resample, crop=None, box=None):
         if resample != _BICUBIC:
@@ -124,37 +125,31 @@ _ORDERS = (
 )
 
 
-def operations() -> Pillow:
-    """The fastest operations that give this Pillow's pixels."""
-    return load_operations()[0]
-
-
 def prepare(log: Callable[[str], None]) -> None:
     """Loads or compiles (9 s) the code before processes are forked; logs a line if that fails."""
-    if reason := load_operations()[1]:
+    if reason := operations().reason:
         log(f"images are resized and augmented by Pillow, two to three times slower: {reason}")
 
 
 @cache
-def load_operations() -> tuple[Pillow, str]:
-    """The operations, and why they are not compiled."""
+def operations() -> Pillow:
+    """The fastest operations that give this Pillow's pixels."""
     if not enabled("RESMLP_NUMBA"):
-        return Pillow(), "RESMLP_NUMBA"
+        return Pillow("RESMLP_NUMBA")
     try:
         import numba
 
         if numba.config.DISABLE_JIT:
-            return Pillow(), "NUMBA_DISABLE_JIT"
+            return Pillow("NUMBA_DISABLE_JIT")
         from cpu import resample_kernels
 
         for order in _ORDERS:
             compiled = Compiled(resample_kernels, order)
             if _gives_pillows_pixels(compiled):
-                return compiled, ""
+                return compiled
     except Exception as error:  # missing, too old for this NumPy, no folder to cache in, ...
-        return Pillow(), f"Numba does not work here ({' '.join(str(error).split())})"
-    reason = f"this Pillow ({Image.__version__}) rounds in another way than those known here"
-    return Pillow(), reason
+        return Pillow(f"Numba does not work here ({' '.join(str(error).split())})")
+    return Pillow(f"this Pillow ({Image.__version__}) rounds in another way than those known here")
 
 
 def _gives_pillows_pixels(compiled: Compiled) -> bool:
@@ -163,9 +158,8 @@ def _gives_pillows_pixels(compiled: Compiled) -> bool:
         pixels = from_image(Image.fromarray(rng.integers(0, 256, [h, w, 3], dtype=np.uint8)))
         tables = rng.integers(0, 256, [3, 256], dtype=np.uint8)
         calls = [("resize", (W, H), _BICUBIC, None, (3, 2, w - 1, h - 4)), ("look_up", tables)]
-        calls += [(name,) for name in ("histogram", "mean_gray", "to_rgb")]
-        for factor in (0.0, 0.37, 1.9):
-            calls += [("saturate", factor), ("sharpen", factor)]
+        calls += [("histogram",), ("mean_gray",), ("to_rgb",)]
+        calls += [(by, factor) for by in ("saturate", "sharpen") for factor in (0.0, 0.37, 1.9)]
         for matrix in ((1.0, 0.2, -3.3, 0.0, 1.0, 0.0), (0.9, 0.3, 2.5, -0.3, 0.9, 7.1)):
             calls.append(("affine", matrix, _BICUBIC, (0, 0, 0)))
         for name, *arguments in calls:

@@ -1,11 +1,7 @@
-"""Images inside of tar and zip archives, read where they lie: an archive is a folder. (No Paddle.)
+"""Tar and zip archives as folders, ``train.tar/cat/1.jpg``, and tars in a tar. (No Paddle.)
 
-    data/train.tar/cat/1.jpg              a member of a tar
-    ILSVRC2012_img_train.tar/n01440764.tar/n01440764_18.JPEG        a tar in a tar
-
-An archive is indexed in one pass. The index is kept beside it (``.train.tar.index.npz``), or in the
-cache folder, and made anew when the archive has changed. Reads are positioned (``pread``), so that
-forked loader workers share nothing but the open file.
+The index of an archive is kept beside it (``.train.tar.index.npz``), or in the cache folder, until
+it changes. Reads are positioned, so that forked loader workers share nothing but the open file.
 """
 
 from __future__ import annotations
@@ -43,7 +39,6 @@ _COMPRESSED = {  # how a file begins, and what unpacks it
 # Compressed tars are found too, to be refused.
 _CUT = re.compile(r"\.(?:tar|zip|tgz|tar\.(?:gz|bz2|xz|zst))(?=/|$)", re.IGNORECASE)
 _VERSION = 2  # of the index files
-_STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _TAR_BLOCK = 512  # bytes; a tar ends with blocks of zeros
 _UTF8 = 0x800  # flag of a zip's member: so is its name
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member: lengths of its name and extra field
@@ -101,22 +96,16 @@ def read(path: str) -> bytes | None:
 
 @cache
 def open_archive(path: str) -> Archive:
-    """The archive at a path, indexed; opened once in a process."""
-    _allow_open_files()
-    archive = Archive(path)
-    _opened.add(path)
-    return archive
-
-
-@cache
-def _allow_open_files() -> None:
-    """More open files than the usual 1,024 (256 on a Mac): ImageNet may come as 1,000 tars."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+    """The archive at a path, indexed; opened once in a process, which may need 1,000 of them."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no limit of open files
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         more = 2**14 if hard == resource.RLIM_INFINITY else min(2**14, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, more), hard))
+    archive = Archive(path)
+    _opened.add(path)
+    return archive
 
 
 class Archive:
@@ -182,7 +171,7 @@ class Archive:
         if member.method >= 0:  # a zip's: behind its local header
             start += _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(self._at(start, 30)))
         data = self._at(start, member.size)
-        if member.method == _DEFLATED:
+        if member.method == zipfile.ZIP_DEFLATED:
             with suppress(zlib.error):  # then its checksum is not right
                 data = zlib.decompressobj(-15).decompress(data, member.length)
         whole = len(data) == member.length
@@ -320,8 +309,13 @@ def _check_end(tar: tarfile.TarFile, name: str) -> None:
 
 
 def _zip_members(path: str) -> Iterator[tuple[str, Member]]:
+    known, encoding = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), "cp437"
     with zipfile.ZipFile(path) as archive:
-        encoding = _encoding_of_names(archive.infolist())
+        unmarked = [i.orig_filename for i in archive.infolist() if not i.flag_bits & _UTF8]
+        for tried in ("gb2312", "utf-8"):  # Windows' in China, Info-ZIP's; else as zipfile reads
+            with suppress(UnicodeDecodeError):
+                "\n".join(unmarked).encode("cp437").decode(tried)
+                encoding = tried
         for info in archive.infolist():
             name = info.filename
             if not info.flag_bits & _UTF8:  # zipfile has read it as CP 437
@@ -329,17 +323,7 @@ def _zip_members(path: str) -> Iterator[tuple[str, Member]]:
             if info.is_dir():
                 yield name, Member()
                 continue
-            if info.flag_bits & 1 or info.compress_type not in (_STORED, _DEFLATED):
+            if info.flag_bits & 1 or info.compress_type not in known:
                 _refuse(path, name, "is encrypted or compressed in an unknown way")
             sizes = info.compress_size, info.file_size
             yield name, Member(info.header_offset, *sizes, info.compress_type, info.CRC)
-
-
-def _encoding_of_names(members: list[zipfile.ZipInfo]) -> str:
-    """Unmarked names are UTF-8 (Info-ZIP), GB 2312 (Windows in China) or as zipfile reads them."""
-    names = [info.orig_filename for info in members if not info.flag_bits & _UTF8]
-    for encoding in ("utf-8", "gb2312"):
-        with suppress(UnicodeDecodeError):
-            "\n".join(names).encode("cp437").decode(encoding)
-            return encoding
-    return "cp437"

@@ -1,10 +1,4 @@
-"""The classes of a data set, of weights, of a teacher: their names, and what to do where two meet.
-
-    labels, line = data_classes(config).labels_in(read_weights(path).classes)
-
-``labels`` is None where nothing has to be mapped, else ``labels[i]`` is the label that class ``i``
-of the data has in the weights, and ``line`` says so in the log. (No Paddle.)
-"""
+"""Names of the classes of data, weights and teachers; what to do where two meet. (No Paddle.)"""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -22,9 +16,6 @@ from loading.files import class_folders, evaluation_folder, find_classes, one_na
 from loading.imagenet import wordnet_ids
 from loading.images import reason_of, regular_size
 from storage.files import printable
-
-_TRAINING_ADVICE = "name them as they were; other classes take a new run, with -pretrained"
-_EVALUATION_ADVICE = "evaluate weights of these classes, or call these as the weights do"
 
 
 @dataclass(frozen=True)
@@ -38,9 +29,6 @@ class ClassNames:
     names: tuple[str, ...] = ()
     source: str = ""
     folders: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,7 +49,7 @@ class ClassNames:
         labels = [label_of[name] for name in mine]
         if labels == sorted(labels):  # some of the classes, in the same order
             return labels, ""
-        label = next(i for i, name in enumerate(mine) if label_of[name] != i)
+        label = next(i for i, there in enumerate(labels) if there != i)
         return labels, (
             f"warning: {self.source}: the classes are in another order than in {other.source} "
             f"(label {label} is {printable(mine[label])!r}, not {printable(theirs[label])!r}): "
@@ -81,8 +69,8 @@ class ClassNames:
             return f"{self.source}: {printable(twice)!r} is the name of two classes"
         if not here:
             label, name = there[0]
-            text = f"{self.source}: {len(there)} classes of {other.source} are missing, such as "
-            return f"{text}{printable(name)!r} (label {label} there)"
+            missing = f"{len(there)} classes of {other.source} are missing, such as "
+            return f"{self.source}: {missing}{printable(name)!r} (label {label} there)"
         label, name = here[0]
         alike = [entry for entry in there if _look_alike(name, entry[1])]
         at, other_name = (alike or there or [(0, theirs[0])])[0]
@@ -106,14 +94,6 @@ class ClassNames:
         pairs = [tuple([one_name(n) for n in names] for names in pair) for pair in pairs]
         return next((p for p in pairs if all(p) and _agree(*p, subset)), pairs[0])
 
-    def moved(self, labels: Sequence[int]) -> ClassNames:
-        """This set with the labels that `labels_in` gave."""
-        names, folders = (
-            tuple(name for _, name in sorted(zip(labels, names)))
-            for names in (self.names, self.folders)
-        )
-        return ClassNames(names, self.source, folders)
-
     def record(self) -> dict:
         """What a checkpoint, weight file or export keeps, of lists and texts; see `of_record`."""
         return {"names": list(self.names), "folders": list(self.folders)}
@@ -121,25 +101,23 @@ class ClassNames:
     @classmethod
     def of_record(cls, record: object, source: str) -> ClassNames:
         """The set that `record` (or its JSON) is of; unknown where it is anything else."""
-        if isinstance(record, str):
-            try:
-                record = json.loads(record)
-            except (ValueError, RecursionError):
-                return cls()
-        values = [record.get(k, []) for k in ("names", "folders")] if type(record) is dict else []
-        texts = all(type(value) is list and {*map(type, value)} <= {str} for value in values)
-        if not values or not texts or len(values[1]) not in (0, len(values[0])):
+        with suppress(ValueError, RecursionError):
+            record = json.loads(record) if isinstance(record, str) else record
+        if type(record) is not dict:
             return cls()
-        return cls(tuple(values[0]), source, tuple(values[1]))
+        names, folders = record.get("names", []), record.get("folders", [])
+        texts = all(type(x) is list and {*map(type, x)} <= {str} for x in (names, folders))
+        if not texts or len(folders) not in (0, len(names)):
+            return cls()
+        return cls(tuple(names), source, tuple(folders))
 
     @classmethod
     def beside(cls, weights: str | os.PathLike) -> ClassNames:
         """The ``classes.txt`` beside a weight file; unknown if there is none that can be read."""
         path = os.path.join(os.path.dirname(weights), "classes.txt")
-        try:
+        with suppress(DataError):
             return cls(tuple(read_class_names(path)), path)
-        except DataError:
-            return cls()
+        return cls()
 
 
 UNKNOWN = ClassNames()
@@ -213,46 +191,41 @@ def _given_names(config) -> ClassNames:
 def run_classes(config, weights: ClassNames = UNKNOWN) -> tuple[ClassNames, list[int] | None, str]:
     """The classes of a run by the labels of its model, which are those of the weights.
 
-    Returns them (of an `imagefolder` tree with all folders), each label of the data among them and
-    a line for the log, as `ClassNames.labels_in`. DataError as `data_classes`; also if the data
-    have other classes than the weights.
+    Returns them (of an `imagefolder` tree with all folders), and what `ClassNames.labels_in` does.
+    Folders to evaluate on may be some of the classes; 1,000 unknown ones are ImageNet's, by WordNet
+    id or by number, as in ImageNet-V2. DataError as `data_classes`, or where data have others.
     """
-    folders = config.EVAL and config.DATA.DATASET == "imagefolder"
-    if folders and (found := _evaluated_folders(config, weights)):
-        return found
-    own, advice = data_classes(config), _EVALUATION_ADVICE if config.EVAL else _TRAINING_ADVICE
+    advice = "name them as they were; other classes take a new run, with -pretrained"
+    if config.EVAL:
+        advice = "evaluate weights of these classes, or call these as the weights do"
+    if config.EVAL and config.DATA.DATASET == "imagefolder":
+        folder, given = evaluation_folder(config.DATA.DATA_PATH), _given_names(config).names
+        names = tuple(class_folders(folder)) if archives.is_folder(folder) else ()
+        folders, known = ClassNames(names, folder, names), []
+        count, ids = config.MODEL.NUM_CLASSES, wordnet_ids()
+        if names and len(weights) == count and weights.names != ids:
+            known = [weights]
+        elif names and count == len(ids):
+            by_number = {int(name): name for name in names if name.isdecimal()}  # maybe 0007
+            numbers = tuple(by_number.get(label, str(label)) for label in range(count))
+            known = [ClassNames(x, "ImageNet", x) for x in (ids, numbers)]
+        for classes in known:
+            if not folders.difference(classes, subset=True):
+                among = ClassNames(given or classes.names, folder, classes.folders or classes.names)
+                return among, *folders.labels_in(classes, subset=True)
+        if known and (not given or weights.folders or given != weights.names):
+            folders.labels_in(known[0], advice, subset=True)  # raises
+    own = data_classes(config)
     labels, line = own.labels_in(weights, advice)
-    if not own and len(weights) == config.MODEL.NUM_CLASSES:
+    if labels:
+        names, folders = (
+            tuple(name for _, name in sorted(zip(labels, names)))
+            for names in (own.names, own.folders)
+        )
+        own = ClassNames(names, own.source, folders)
+    elif not own and len(weights) == config.MODEL.NUM_CLASSES:
         own = weights
-    return own if labels is None else own.moved(labels), labels, line
-
-
-def _evaluated_folders(config, weights: ClassNames) -> tuple | None:
-    """`run_classes` for folders to evaluate on, maybe of some classes; None: names are unknown.
-
-    1,000 unknown classes are ImageNet's, by WordNet id or by number, as in ImageNet-V2.
-    """
-    count, ids = config.MODEL.NUM_CLASSES, wordnet_ids()
-    folder = evaluation_folder(config.DATA.DATA_PATH)
-    names = tuple(class_folders(folder)) if archives.is_folder(folder) else ()
-    folders, given, known = ClassNames(names, folder, names), _given_names(config).names, []
-    if len(weights) == count and weights.names != ids:
-        known = [weights]
-    elif count == len(ids):
-        numbers = list(map(str, range(count)))
-        for name in names:
-            if name.isdecimal() and int(name) < count:
-                numbers[int(name)] = name  # which may be 0007
-        known = [ClassNames(x, "ImageNet", x) for x in (ids, tuple(numbers))]
-    if not names or not known:
-        return None
-    for classes in known:
-        if not folders.difference(classes, subset=True):
-            among = ClassNames(given or classes.names, folder, classes.folders or classes.names)
-            return among, *folders.labels_in(classes, subset=True)
-    if given and not weights.folders and given == weights.names:
-        return None
-    return folders.labels_in(known[0], _EVALUATION_ADVICE, subset=True)  # raises
+    return own, labels, line
 
 
 def with_num_classes(config, weights: ClassNames = UNKNOWN):

@@ -1,12 +1,4 @@
-"""Image files and their labels: list files, a folder per class. (No Paddle.)
-
-Two layouts of a data folder, DATA.DATASET:
-
-    imagenet2012                              imagefolder
-      train_list.txt    (train/n01/a.JPEG 0)    train/cat/a.jpg
-      val_list.txt      (val/b.JPEG 0)          train/dog/b.jpg
-      train/ val/                               val/cat/c.jpg
-      classes.txt       (optional: names)       val/dog/d.jpg
+"""Image files and their labels: list files, or a folder per class. (No Paddle.)
 
 An archive, ``train.tar`` or ``train.zip``, may stand for a folder; see archives.py.
 """
@@ -18,6 +10,7 @@ import re
 import unicodedata
 import zlib
 from array import array
+from codecs import BOM_UTF8  # with which Windows editors begin a file
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,8 +31,6 @@ _JUNK += ("system volume information", "thumbs.db", "desktop.ini")
 
 # One of these lies in the folder of each run and of each packed data set.
 _OUTPUTS = ("config.yaml", "metrics.jsonl", "eval_log.txt", "pack.json")
-
-_BOM = b"\xef\xbb\xbf"  # with which Windows editors begin a UTF-8 file
 
 
 class ImageIndex:
@@ -104,29 +95,16 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     text alone: a link may point to another disk. DataError if a line is none of this.
     """
     index = ImageIndex(root, list_file)
-    folder = os.path.join(os.path.normpath(index.root), b"")
-    labels: dict[bytes, int] = {}  # a few different ones, a million times
+    folder = b"" if allow_outside else os.path.join(os.path.normpath(index.root), b"")
     try:
         regular_size(list_file)
         with open(list_file, "rb") as file:
             for number, line in enumerate(file, 1):
-                line = line.strip() if number > 1 else line.removeprefix(_BOM).strip()
-                if not line or line.startswith(b"#"):
-                    continue
-                try:
-                    fields = line.rsplit(None, 1)
-                    if b"\0" in line:
-                        raise ValueError("zero bytes: it looks like UTF-16, save it as UTF-8")
-                    if len(fields) < 2:
-                        raise ValueError("expected `relative/path label`")
-                    name, label = fields
-                    if label not in labels:
-                        labels[label] = _parse_label(label, num_classes)
-                    if not allow_outside and (b".." in name or name.startswith(b"/")):
-                        name = _inside(name, folder)
-                except ValueError as problem:
-                    raise DataError(f"{list_file}:{number}: {problem}, got {_show(line)}") from None
-                index.add(name, labels[label], number)
+                line = line.strip() if number > 1 else line.removeprefix(BOM_UTF8).strip()
+                if line and not line.startswith(b"#"):
+                    index.add(*_parse(line, num_classes, folder), number)
+    except ValueError as problem:
+        raise DataError(f"{list_file}:{number}: {problem}, got {_show(line)}") from None
     except OSError as error:
         raise DataError(
             f"{list_file}: {reason_of(error)}; it lists the images of {root}, one `relative/path "
@@ -138,10 +116,34 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     return index
 
 
-def find_classes(root: str) -> list[str]:
-    """The class folders of a `DATASET: imagefolder` tree in order, from ``root/train`` or, where
-    there is none, ``root/val``: label i is the i-th. DataError if there are none.
+def _parse(line: bytes, num_classes: int, folder: bytes) -> tuple[bytes, int]:
+    """The path and label of a list's line, the path without ``..``: what is opened is what was
+    checked to lie in `folder`, if one is given. ValueError: what is wrong.
     """
+    if b"\0" in line:
+        raise ValueError("zero bytes: it looks like UTF-16, save it as UTF-8")
+    fields = line.rsplit(None, 1)
+    if len(fields) < 2:
+        raise ValueError("expected `relative/path label`")
+    name, label = fields
+    if not label.isdigit():
+        raise ValueError(f"the label {_show(label)} is not a whole number")
+    if len(label) > 9 or int(label) >= num_classes:
+        known = f"0 .. {num_classes - 1} (MODEL.NUM_CLASSES {num_classes})"
+        raise ValueError(f"the label {_show(label)} is not in {known}")
+    if folder and (b".." in name or name.startswith(b"/")):
+        path = os.path.normpath(os.path.join(folder, name))
+        if not path.startswith(folder):
+            raise ValueError(
+                f"the path {_show(name)} leaves the data folder {os.fsdecode(folder)} "
+                "(DATA.ALLOW_OUTSIDE_PATHS True accepts it)"
+            )
+        name = path[len(folder) :]
+    return name, int(label)
+
+
+def find_classes(root: str) -> list[str]:
+    """The class folders of ``root/train``, or else ``root/val``, by label. DataError: none."""
     for split in SPLIT_NAMES:
         folder = split_folder(root, split)
         if archives.is_folder(folder):
@@ -159,9 +161,7 @@ def find_classes(root: str) -> list[str]:
 
 
 def split_folder(root: str, split: str) -> str:
-    """The folder of a split: ``root/train``, ``root/Training``, or the archive ``root/train.tar``
-    or ``.zip``; ``root/train`` where there is none.
-    """
+    """``root/train``, ``root/Training``, or the archive ``root/train.tar`` or ``.zip``."""
     inside, found = archives.inside(root), []
     on_disk = os.listdir(root) if os.path.isdir(root) else []
     for name in inside[0].folders(inside[1]) if inside else on_disk:
@@ -247,7 +247,8 @@ def list_images(folder: str, others: list[str] | None = None) -> list[str]:
                 found.append(f"{archive.path}/{name}")
     else:
         for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-            _check_link(parent)
+            if os.path.islink(parent):
+                _refuse_loop(parent)
             folders[:] = [name for name in folders if not is_junk(name)]
             found += [os.path.join(parent, name) for name in files if not is_junk(name)]
         found.sort()
@@ -276,17 +277,18 @@ def is_output(folder: str) -> bool:
 
     if is_run(folder):
         return True
-    folders, files = [], []
+    entries = []
     try:
         with os.scandir(folder) as found:
             for entry in found:
                 if entry.name.lower().endswith(EXTENSIONS):
                     return False  # soon, in the folder of a class
-                (folders if entry.is_dir() else files).append(entry.name)
+                entries.append(entry)
     except OSError as error:
         _refuse(error)
-    has_lists = not folders and not {"train_list.txt", "val_list.txt"}.isdisjoint(files)
-    return has_lists or any(is_run(os.path.join(folder, name)) for name in folders)
+    if folders := [entry.path for entry in entries if entry.is_dir()]:
+        return any(map(is_run, folders))
+    return any(entry.name in ("train_list.txt", "val_list.txt") for entry in entries)
 
 
 def _folders(folder: str) -> list[str]:
@@ -300,7 +302,6 @@ def _folders(folder: str) -> list[str]:
 
 def class_folders(folder: str) -> list[str]:
     """The names of a folder's class folders, as `sort_classes`, without junk and runs' outputs.
-
     DataError if it cannot be read, or a name is no line of a text file of names.
     """
     on_disk = os.path.isdir(folder)
@@ -335,39 +336,18 @@ def sort_classes(names: Iterable[str], where: str) -> list[str]:
     return names
 
 
-def _check_link(path: str) -> None:
-    """Refuses a link to a folder above it: whoever follows it comes back to it for ever."""
-    if os.path.islink(path):
-        for above in Path(path).absolute().parents:
-            if os.path.samefile(path, above):
-                raise DataError(
-                    f"{printable(path)}: a link to {printable(str(above))}, which it lies in, so "
-                    "that all images there would be found again and again; remove the link"
-                )
+def _refuse_loop(link: str) -> None:
+    """DataError for a link to a folder above it: who follows it comes back to it for ever."""
+    for above in Path(link).absolute().parents:
+        if os.path.samefile(link, above):
+            raise DataError(
+                f"{printable(link)}: a link to {printable(str(above))}, which it lies in, so that "
+                "all images there would be found again and again; remove the link"
+            )
 
 
 def _refuse(error: OSError) -> NoReturn:
     raise DataError(f"{printable(error.filename)}: {reason_of(error)}") from None
-
-
-def _parse_label(text: bytes, num_classes: int) -> int:
-    if text.isdigit() and len(text) < 10 and int(text) < num_classes:
-        return int(text)
-    wrong = f"in 0 .. {num_classes - 1} (MODEL.NUM_CLASSES {num_classes})"
-    raise ValueError(
-        f"the label {_show(text)} is not {wrong if text.isdigit() else 'a whole number'}"
-    )
-
-
-def _inside(name: bytes, folder: bytes) -> bytes:
-    """The path relative to the folder, without ``..``: what is opened is what was checked."""
-    path = os.path.normpath(os.path.join(folder, name))
-    if not path.startswith(folder):
-        raise ValueError(
-            f"the path {_show(name)} leaves the data folder {os.fsdecode(folder)} "
-            "(DATA.ALLOW_OUTSIDE_PATHS True accepts it)"
-        )
-    return path[len(folder) :]
 
 
 def _show(text: bytes) -> str:

@@ -1,8 +1,7 @@
 """Loading in worker processes: batches in order, and whatever goes wrong as one `DataError`.
 
-The workers are Paddle's (`paddle.io.DataLoader`), whose reader copies a batch to a GPU while the
-one before is computed. It hides what a worker raises, waits for ever for one that hangs, lets
-workers outlive a killed main process, and leaves batches in /dev/shm: this module mends each.
+The workers are Paddle's, which copies a batch to a GPU while the one before is computed, but hides
+what they raise, waits for ever for one that hangs, and leaves them and their batches behind.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """From the config to batches: the same for any number of workers; each mistake is one error."""
 
-import multiprocessing
 import os
 import shutil
 from collections import namedtuple
@@ -125,14 +124,6 @@ def test_a_small_shared_memory_changes_nothing_but_a_line_in_the_log(config, mon
     assert len(lines) == 1 and "--shm-size" in lines[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_a_resumed_epoch_goes_on_at_the_next_unseen_batch(config, workers, repeats):
-    config.DATA.NUM_WORKERS = workers
-    config.TRAIN.REPEATED_AUG = repeats
-    assert_equal(passes(config, epochs=(3,), start=8), passes(config, epochs=(3,))[2:])
-
-
 def test_two_processes_see_what_one_with_twice_the_batch_sees_pixel_by_pixel(config):
     ranks = [passes(config, epochs=(1,), rank=rank, world=2) for rank in range(2)]
     config.DATA.BATCH_SIZE = 8
@@ -149,9 +140,15 @@ def decoded(monkeypatch):
     return paths
 
 
-def test_resuming_does_not_decode_what_was_seen(config, decoded):
-    passes(config, start=12)
-    assert len(decoded) == (NUM_IMAGES // 4 - 3) * 4
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_resumed_epoch_goes_on_at_the_next_batch_and_decodes_none_before(
+    config, decoded, repeats
+):
+    config.TRAIN.REPEATED_AUG = repeats
+    whole = passes(config, epochs=(3,))
+    del decoded[:]
+    assert_equal(passes(config, epochs=(3,), start=12), whole[3:])
+    assert len(decoded) <= (NUM_IMAGES // 4 - 3) * 4
 
 
 def test_the_copies_of_repeated_augmentation_differ_and_are_decoded_once(config, decoded):
@@ -166,11 +163,8 @@ def test_the_copies_of_repeated_augmentation_differ_and_are_decoded_once(config,
 def test_seed_and_epoch_change_the_order_and_the_pixels(config):
     def pixels(seed, epoch):
         config.SEED = seed
-        return {
-            i: image.tobytes()
-            for batch in passes(config, epochs=(epoch,))
-            for i, image in zip(batch.indices, batch.images)
-        }
+        found = passes(config, epochs=(epoch,))
+        return {i: image.tobytes() for b in found for i, image in zip(b.indices, b.images)}
 
     base = pixels(0, 0)
     assert base == pixels(0, 0)
@@ -201,22 +195,22 @@ def test_a_missing_list_first_image_or_folder_says_what_to_do(config, tmp_path, 
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_classes_without_an_image_are_one_warning_a_split(config, tmp_path, named):
-    if named:
-        (tmp_path / "classes.txt").write_text("a\nb\nc\nd\ne\n")
+@pytest.mark.parametrize("names, empty", [("", "1, 3"), ("a\nb\nc\nd\ne\n", "1 (b), 3 (d)")])
+def test_classes_without_an_image_and_a_single_class_are_one_warning(
+    config, tmp_path, names, empty
+):
+    if names:
+        (tmp_path / "classes.txt").write_text(names)
     (tmp_path / "val_list.txt").write_text("val/0.png 0\nval/2.png 2\nval/4.png 4\n")
     lines = []
     for split in ("train", "val"):
         build_loader(config, split, log=lines.append)
-    classes = "1 (b), 3 (d)" if named else "1, 3"
-    assert lines == [f"warning: 2 of 5 classes have no image in val: {classes}"]
-
-
-def test_one_class_is_a_warning(config, tmp_path):
-    config.MODEL.NUM_CLASSES, lines = 1, []
+    assert lines == [f"warning: 2 of 5 classes have no image in val: {empty}"]
+    config.MODEL.NUM_CLASSES = 1
+    (tmp_path / "classes.txt").unlink(missing_ok=True)
     (tmp_path / "train_list.txt").write_text("".join(f"train/{i}.png 0\n" for i in range(8)))
     build_loader(config, "train", log=lines.append)
-    assert lines == ["warning: there is one class: an accuracy of 100 % says nothing"]
+    assert lines[1:] == ["warning: there is one class: an accuracy of 100 % says nothing"]
 
 
 def test_dark_grey_of_16_bits_is_warned_of_once_before_workers_are_forked(
@@ -254,17 +248,6 @@ def test_a_training_set_smaller_than_one_step_says_so(config):
 def spoil(tmp_path, *numbers, split="train"):
     for i in numbers:
         (tmp_path / split / f"{i}.png").write_bytes(b"no image")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_stops_the_run_and_is_named_with_its_line(config, tmp_path, workers):
-    config.DATA.update(NUM_WORKERS=workers, DROP_LAST=False)
-    os.remove(tmp_path / "train/7.png")
-    with pytest.raises(DataError, match="make_lists.py -verify.*DATA.BAD_IMAGE skip") as caught:
-        passes(config)
-    where = f"{tmp_path}/train_list.txt:8: {tmp_path}/train/7.png"
-    assert str(caught.value).startswith(f"{where}: no such file (")
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -321,19 +304,15 @@ def test_more_skipped_images_than_the_limit_stop_the_run(config, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_of_a_training_run_leaves_out_what_is_skipped(config, tmp_path, workers):
+def test_evaluation_in_training_leaves_out_what_is_skipped_and_one_by_itself_never(
+    config, tmp_path, workers
+):
     spoil(tmp_path, 6, *range(8, 12), split="val")  # of one batch and a whole one
     config.DATA.update(BAD_IMAGE="skip", NUM_WORKERS=workers)
     lines = []
     seen = [i for batch in passes(config, "val", log=lines.append) for i in batch.indices]
     assert seen == [i for i in range(NUM_IMAGES) if i not in (6, 8, 9, 10, 11)]
     assert lines[0] == "warning: skipped 5 unreadable images:" and "val/6.png" in lines[1]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_evaluation_by_itself_never_skips(config, tmp_path, workers):
-    spoil(tmp_path, 6, split="val")
-    config.DATA.update(BAD_IMAGE="skip", NUM_WORKERS=workers)
     config.EVAL = True
     with pytest.raises(DataError, match="val_list.txt:7: .*not an image") as caught:
         passes(config, "val")

@@ -1,6 +1,5 @@
 """Image files, list files and class folders: what is read, and what each mistake is answered."""
 
-import contextlib
 import os
 import pickle
 import subprocess
@@ -13,10 +12,8 @@ from PIL import Image, PngImagePlugin
 from cli.errors import DataError
 from cpu.resample import to_image
 from loading import images
-from loading.classes import read_class_names
 from loading.files import find_classes, list_images, read_list, scan_folder
 from loading.images import BadImage, read_image, read_pixels
-from storage.files import printable
 
 from .helpers.tiny_data import entries, make_tree
 
@@ -58,28 +55,18 @@ def test_the_last_field_is_the_label_and_the_rest_the_path(tmp_path, text, outsi
     assert list(entries(index_of(tmp_path, text, outside)).items()) == expected
 
 
-def test_paths_in_any_encoding_find_their_file(tmp_path):
-    name = b"caf\xe9.png"  # Latin-1: not valid UTF-8
-    save(tmp_path / "x.png")
-    os.rename(tmp_path / "x.png", os.path.join(os.fsencode(tmp_path), name))
-    assert read_image(index_of(tmp_path, name + b" 1\n").path(0)).size == (8, 6)
-
-
 @pytest.mark.parametrize(
     "line,expected",
     [
         ("lonely.jpg", "expected `relative/path label`"),
         ("a.jpg cat", "the label 'cat' is not a whole number"),
-        ("a.jpg -1", "the label '-1' is not a whole number"),
         ("a.jpg 1.0", "the label '1.0' is not a whole number"),
         ("a.jpg 10", "not in 0 .. 9 (MODEL.NUM_CLASSES 10)"),
         ("a.jpg " + "9" * 5000, "not in 0 .. 9"),
         ("a\0.jpg 1", "zero bytes: it looks like UTF-16"),
-        ("../a.jpg 1", "leaves the data folder"),
         ("train/../../a.jpg 1", "leaves the data folder"),
         ("/etc/passwd 1", "leaves the data folder"),
         ("../{name}-other/a.jpg 1", "leaves the data folder"),  # begins as the data folder does
-        ("\x00\xff\xd8\xff\xe0", "zero bytes"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, expected):
@@ -91,45 +78,39 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, expected):
     assert len(message) < 600 and "\n" not in message
 
 
-def test_two_dots_behind_a_link_lead_back_into_the_data_folder(tmp_path):
+def test_paths_find_their_file_in_any_encoding_and_with_two_dots_behind_a_link(tmp_path):
     save(tmp_path / "disk/secret/1.png")
     save(tmp_path / "data/secret/1.png", size=(5, 5))
     (tmp_path / "disk/train").mkdir()
     (tmp_path / "data/train").symlink_to(tmp_path / "disk/train")
-    index = index_of(tmp_path / "data", "train/../secret/1.png 0\n")
-    assert read_image(index.path(0)).size == (5, 5)
+    name = b"caf\xe9.png"  # Latin-1: not valid UTF-8
+    os.link(tmp_path / "data/secret/1.png", os.path.join(os.fsencode(tmp_path / "data"), name))
+    index = index_of(tmp_path / "data", b"train/../secret/1.png 0\n" + name + b" 1\n")
+    assert [read_image(index.path(number)).size for number in (0, 1)] == [(5, 5), (5, 5)]
 
 
-def test_an_empty_list_and_a_missing_list_say_so(tmp_path):
+def test_a_list_that_is_empty_missing_or_a_pipe_says_so(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    missing, pipe = ("none.txt", "no such file.*make_lists.py"), ("pipe", "not a regular file")
+    for name, said in (missing, pipe):
+        with pytest.raises(DataError, match=f"{name}: {said}"):
+            read_list(str(tmp_path / name), str(tmp_path), 10, False)
     with pytest.raises(DataError, match="lists no images"):
         index_of(tmp_path, "# nothing\n\n")
-    with pytest.raises(DataError, match="no such file.*make_lists.py"):
-        read_list(str(tmp_path / "none.txt"), str(tmp_path), 10, False)
-
-
-@pytest.mark.parametrize("read, more", [(read_list, ("", 10, False)), (read_class_names, ())])
-def test_a_pipe_in_place_of_a_text_file_is_refused_unopened(tmp_path, read, more):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe: not a regular file"):
-        read(str(tmp_path / "pipe"), *more)
-
-
-def test_an_entry_is_named_by_its_line_and_without_control_characters(tmp_path):
-    index = index_of(tmp_path, b"# x\n\na\x1b[2J\rb.jpg 1\n")
-    assert index.where(0) == rf"{tmp_path}/train_list.txt:3: {tmp_path}/a\x1b[2J\rb.jpg"
 
 
 @pytest.mark.parametrize(
     "name,shown",
     [
         (b"caf\xe9", r"caf\xe9"),
-        ("b\n\x7f\x9b\u2028".encode(), r"b\n\x7f\x9b\u2028"),
+        ("a\x1b[2J\rb\x7f\x9b\u2028".encode(), r"a\x1b[2J\rb\x7f\x9b\u2028"),
         ("Käse 日本\u3000語 می\u200cخواهم \\".encode(), None),
     ],
 )
-def test_only_what_a_terminal_cannot_show_is_escaped(name, shown):
-    path = os.fsdecode(name)
-    assert printable(path) == (shown or path)
+def test_an_entry_is_named_by_its_line_and_what_a_terminal_cannot_show(tmp_path, name, shown):
+    index = index_of(tmp_path, b"# x\n\n" + name + b" 1\n")
+    shown = shown or os.fsdecode(name)
+    assert index.where(0) == f"{tmp_path}/train_list.txt:3: {tmp_path}/{shown}"
 
 
 def test_an_index_takes_some_twenty_bytes_beside_each_path(tmp_path):
@@ -139,14 +120,6 @@ def test_an_index_takes_some_twenty_bytes_beside_each_path(tmp_path):
 
 
 # --------------------------------------------------------------------------- class folders
-def test_classes_are_the_folders_of_train_sorted_by_name(tmp_path):
-    make_tree(tmp_path, classes=("bee", "Cat", "ant"))
-    assert find_classes(str(tmp_path)) == ["Cat", "ant", "bee"]
-    index = scan_folder(str(tmp_path), "val", 3)
-    assert entries(index) == {f"val/{c}/0.png": i for i, c in enumerate(["Cat", "ant", "bee"])}
-    assert index.where(1) == f"{tmp_path}/val/ant/0.png"
-
-
 def test_nested_and_upper_case_images_count_and_what_systems_and_notebooks_hide_does_not(tmp_path):
     make_tree(tmp_path, splits=("train",))
     save(tmp_path / "train/ant/deeper/x.PNG")
@@ -159,15 +132,6 @@ def test_nested_and_upper_case_images_count_and_what_systems_and_notebooks_hide_
     index = scan_folder(str(tmp_path), "train", 2)
     assert list(entries(index)) == ["train/ant/0.png", "train/ant/deeper/x.PNG", "train/bee/0.png"]
     assert index.notes == []
-
-
-def test_evaluation_works_without_a_train_folder_and_with_classes_missing_in_val(tmp_path):
-    make_tree(tmp_path, splits=("val",))
-    assert len(scan_folder(str(tmp_path), "val", 2)) == 2
-    make_tree(tmp_path, classes=("aaa", "ant", "bee"), splits=("train",))
-    assert set(scan_folder(str(tmp_path), "val", 3).labels) == {1, 2}
-    (tmp_path / "train/abc").mkdir()  # a folder without images keeps its label
-    assert set(scan_folder(str(tmp_path), "train", 4).labels) == {0, 2, 3}
 
 
 def test_each_mistake_in_a_class_tree_has_its_message(tmp_path):
@@ -188,14 +152,29 @@ def test_each_mistake_in_a_class_tree_has_its_message(tmp_path):
     assert "'wasp' is not among" in message("val")
 
 
-def test_class_folders_that_are_numbers_are_ordered_by_value(tmp_path):
-    make_tree(tmp_path, classes=("10", "9", "-1", "2"))
-    assert find_classes(str(tmp_path)) == ["-1", "2", "9", "10"]
-    found = scan_folder(str(tmp_path), "val", 4)
-    assert list(entries(found)) == [f"val/{n}/0.png" for n in (-1, 2, 9, 10)]
-    make_tree(tmp_path, classes=("02",))
-    with pytest.raises(DataError, match="the labels '02' and '2' are one number"):
-        find_classes(str(tmp_path))
+@pytest.mark.parametrize(
+    "classes, wrong",
+    [(["Cat", "ant", "bee"], None), (["-1", "2", "9", "10"], "02"), (["caf\xe9"], "cafe\u0301")],
+)
+def test_classes_are_sorted_by_name_and_numbers_by_value(tmp_path, classes, wrong):
+    make_tree(tmp_path, classes[::-1])
+    assert find_classes(str(tmp_path)) == classes
+    index = scan_folder(str(tmp_path), "val", len(classes))
+    assert entries(index) == {f"val/{name}/0.png": i for i, name in enumerate(classes)}
+    assert index.where(0) == f"{tmp_path}/val/{classes[0]}/0.png"
+    if wrong:
+        make_tree(tmp_path, [wrong])
+        with pytest.raises(DataError, match="'02' and '2' are one number|in .* NFC and NFD"):
+            find_classes(str(tmp_path))
+
+
+def test_evaluation_works_without_a_train_folder_and_with_classes_missing_in_val(tmp_path):
+    make_tree(tmp_path, splits=("val",))
+    assert len(scan_folder(str(tmp_path), "val", 2)) == 2
+    make_tree(tmp_path, classes=("aaa", "ant", "bee"), splits=("train",))
+    assert set(scan_folder(str(tmp_path), "val", 3).labels) == {1, 2}
+    (tmp_path / "train/abc").mkdir()  # a folder without images keeps its label
+    assert set(scan_folder(str(tmp_path), "train", 4).labels) == {0, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -304,8 +283,6 @@ def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(
     "links",
     [
         {"train/ant/loop": "."},
-        {"train/ant/one": ".", "train/ant/two": "."},
-        {"train/ant/loop": "../.."},
         {"train/ant/loop": "/"},
         {"train/ant/other": "../../other", "other/back": "../train/ant"},
         {"train/bee": "."},
@@ -342,40 +319,24 @@ def test_a_class_folder_whose_name_is_no_line_of_text_is_refused(tmp_path, name)
 
 
 # -------------------------------------------------------------------------------- decoding
-def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path):
+KINDS = "rgb.png grey.png grey.jpg cmyk.jpg palette.png palette.gif rgba.png two.png bit.png"
+KINDS += " rotated.jpg misnamed.txt w.webp t.tif ycc.tif b.bmp p.ppm"
+
+
+@pytest.mark.parametrize("name", KINDS.split())
+def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path, name):
     """timm opens a file and calls convert("RGB"), and nothing else."""
-    rng = np.random.default_rng(0)
-    rgb = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    modes = {"grey": "L", "cmyk": "CMYK", "palette": "P", "rgba": "RGBA", "two": "LA", "bit": "1"}
+    modes["ycc"] = "YCbCr"
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    image, path = Image.fromarray(pixels), tmp_path / name
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
-    modes = {"grey": "L", "cmyk": "CMYK", "palette": "P", "rgba": "RGBA", "two": "LA", "bit": "1"}
-    names = [
-        "rgb.png",
-        "grey.png",
-        "grey.jpg",
-        "cmyk.jpg",
-        "palette.png",
-        "palette.gif",
-        "rgba.png",
-    ]
-    names += [
-        "two.png",
-        "bit.png",
-        "rotated.jpg",
-        "misnamed.txt",
-        "w.webp",
-        "t.tif",
-        "b.bmp",
-        "p.ppm",
-    ]
-    for name in names:
-        path = tmp_path / name
-        image = rgb.convert(modes.get(path.stem, "RGB"))
-        image.save(path, format="PNG" if name == "misnamed.txt" else None, exif=exif)
-        result = read_image(str(path))
-        assert result.mode == "RGB", name
-        expected = np.asarray(Image.open(path).convert("RGB"))
-        np.testing.assert_array_equal(np.asarray(result), expected, err_msg=name)
+    form = "PNG" if path.suffix == ".txt" else None
+    image.convert(modes.get(path.stem, "RGB")).save(path, format=form, exif=exif)
+    result = read_image(str(path))
+    assert result.mode == "RGB"
+    np.testing.assert_array_equal(result, Image.open(path).convert("RGB"))
 
 
 @pytest.fixture(params=[True, False], ids=["simplejpeg", "Pillow alone"])
@@ -418,19 +379,11 @@ def test_a_damaged_or_turned_jpeg_is_what_pillow_makes_of_it(tmp_path, change):
     assert read_image(str(path)).tobytes() == expected.tobytes()
 
 
-def test_photographs_are_decoded_by_simplejpeg(tmp_path, monkeypatch):
-    """Everything else would pass without it."""
-    calls, original = [], images.simplejpeg.decode_jpeg
-    monkeypatch.setattr(
-        images.simplejpeg, "decode_jpeg", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
+def test_photographs_are_decoded_by_simplejpeg_alone(tmp_path, monkeypatch):
     path = save(tmp_path / "a.jpg")
     images.simplejpeg_is_right()
-    calls.clear()
-    read_image(path)
-    assert calls == [1]
-    monkeypatch.setattr(Image, "open", None)  # not even its header is read by Pillow
-    assert read_pixels(path).dtype == np.uint32 and calls == [1, 1]
+    monkeypatch.setattr(Image, "open", None)  # not even a header is read by Pillow
+    assert read_pixels(path).dtype == np.uint32
 
 
 def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
@@ -446,44 +399,35 @@ def test_warnings_of_pillow_do_not_reach_the_terminal(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def bad_files(folder):
-    """One file of each kind of bad image, with the reason that is expected."""
-    whole = folder / "whole.jpg"
-    Image.effect_noise((64, 64), 50).convert("RGB").save(whole)
-    half = whole.read_bytes()[: whole.stat().st_size // 2]
-    png = folder / "whole.png"
-    Image.effect_noise((64, 64), 50).save(png)
-    broken = bytearray(png.read_bytes())
-    broken[60:80] = bytes(20)
-    (folder / "folder.jpg").mkdir()
-    os.mkfifo(folder / "pipe.jpg")
-    contents = {
-        "empty.jpg": (b"", "empty"),
-        "truncated.jpg": (half, "truncated"),
-        "text.jpg": (b"not an image at all", "not an image"),
-        "broken.png": (bytes(broken), "cannot be decoded|not an image"),
-        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC picture, whatever its name"),
-        "zero.ppm": (b"P6\n0 4\n255\n", "0 x 4 pixels|cannot be decoded|not an image"),
-        "missing.jpg": (None, "no such file"),
-        "folder.jpg": (None, "not a regular file"),
-        "pipe.jpg": (None, "not a regular file"),
-    }
-    for name, (data, reason) in contents.items():
-        if data is not None:
-            (folder / name).write_bytes(data)
-        yield name, reason
-
-
 def test_each_kind_of_bad_image_is_named_with_its_reason(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
-        raise PermissionError(13, "Permission denied", args[0])
-
-    for name, reason in bad_files(tmp_path):
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(tmp_path / "whole.jpg")
+    noise.save(tmp_path / "whole.png")
+    jpeg, png = ((tmp_path / name).read_bytes() for name in ("whole.jpg", "whole.png"))
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, data, reason in (
+        ("empty.jpg", b"", "empty"),
+        ("truncated.jpg", jpeg[: len(jpeg) // 2], "truncated"),
+        ("text.jpg", b"not an image at all", "not an image"),
+        ("broken.png", png[:60] + bytes(20) + png[80:], "cannot be decoded|not an image"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        ("phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC picture, whatever its name"),
+        ("zero.ppm", b"P6\n0 4\n255\n", "0 x 4 pixels|cannot be decoded|not an image"),
+        ("missing.jpg", None, "no such file"),
+        ("folder.jpg", None, "not a regular file"),
+        ("pipe.jpg", None, "not a regular file"),
+    ):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
         for read in (read_image, read_pixels):
             with pytest.raises(BadImage, match=reason) as caught:
                 read(str(tmp_path / name))
             assert str(caught.value).startswith(f"{tmp_path}/{name}: ")
+
+    def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
+        raise PermissionError(13, "Permission denied", args[0])
+
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(BadImage, match="whole.jpg: permission denied"):
         read_image(f"{tmp_path}/whole.jpg")
@@ -505,28 +449,3 @@ def test_images_above_pillows_limit_are_refused_before_they_are_decoded(
             read(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read(path).size == (11, 10)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in there
-def test_mutated_images_are_decoded_or_refused_but_never_crash(tmp_path):
-    rng = np.random.default_rng(0)
-    for suffix in ("jpg", "png", "gif", "webp", "bmp", "tif"):
-        path = tmp_path / f"x.{suffix}"
-        Image.effect_noise((32, 32), 40).convert("RGB").save(path)
-        good = path.read_bytes()
-        for _ in range(50):
-            data = bytearray(good[: int(rng.integers(1, len(good) + 1))])
-            for at in rng.integers(len(data), size=4):
-                data[at] = int(rng.integers(256))
-            path.write_bytes(data)
-            with contextlib.suppress(BadImage):
-                assert read_image(str(path)).mode == "RGB"
-            assert outcome(read_pixels, str(path)) == outcome(read_image, str(path))
-
-
-def outcome(read, path):
-    try:
-        pixels = read(path)
-        return (to_image(pixels) if isinstance(pixels, np.ndarray) else pixels).tobytes()
-    except BadImage as bad:
-        return bad.reason

@@ -30,11 +30,6 @@ def write(tmp_path, contents):
     return path
 
 
-def test_labels_go_by_the_number_in_an_images_name(tmp_path):
-    path = write(tmp_path, [[7], [], [1, 2]])
-    assert read_real_labels(path, index_of(3, 1, 2), 8).tolist() == [[1, 2], [7, -1], [-1, -1]]
-
-
 @pytest.mark.parametrize(
     "contents, message",
     [
@@ -53,11 +48,12 @@ def test_a_file_that_is_not_real_json_is_refused(tmp_path, contents, message):
         read_real_labels(path, index_of(1, 2), 8)
 
 
-def test_a_foreign_image_is_named(tmp_path):
-    files = ImageIndex("/data")
+def test_labels_go_by_the_number_in_an_images_name(tmp_path):
+    path, files = write(tmp_path, [[7], [], [1, 2]]), index_of(3, 1, 2)
+    assert read_real_labels(path, files, 8).tolist() == [[1, 2], [7, -1], [-1, -1]]
     files.add(b"val/cat.png", 0)
     with pytest.raises(DataError, match="cat.png: .*has no labels for it; they go by the names"):
-        read_real_labels(write(tmp_path, [[1]]), files, 8)
+        read_real_labels(path, files, 8)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])

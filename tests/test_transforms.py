@@ -8,13 +8,8 @@ from augment import OPS, POLICIES, build_policy
 from cli.errors import ConfigError
 from config import get_config
 from cpu.resample import from_image, to_image
-from loading.images import BadImage, read_pixels
-from transforms import (
-    build_augmentations,
-    build_eval_transform,
-    build_train_transform,
-    draw_crop,
-)
+from loading.images import BadImage
+from transforms import build_augmentations, build_eval_transform, build_train_transform, draw_crop
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
@@ -65,13 +60,6 @@ def test_an_image_too_narrow_to_be_evaluated_is_named_before_it_is_resized(confi
         transform(np.zeros((2_000_000, 1), np.uint32), "x.png")
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA", "YCbCr"])
-def test_every_mode_is_read_as_pil_converts_it_to_rgb(tmp_path, mode):
-    image, path = photo(8, 8).convert(mode), tmp_path / "x.tif"
-    image.save(path)
-    assert to_image(read_pixels(str(path))) == image.convert("RGB")
-
-
 @pytest.mark.parametrize(
     "switch", ["RAND_AUGMENT", "AUTO_AUGMENT", "THREE_AUGMENT", "COLOR_JITTER", None]
 )
@@ -87,21 +75,14 @@ def test_training_is_a_function_of_the_image_and_the_generator(config, switch):
     assert np.array_equal(before, pixels)  # the next epoch gets the same image
 
 
-def test_crops_lie_inside_the_image():
-    for size in SIZES:
-        rng = np.random.default_rng(0)
-        for _ in range(200):
-            left, top, right, bottom = draw_crop(*size, (0.08, 1.0), (0.75, 4 / 3), rng)
-            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1], size
-
-
-@pytest.mark.parametrize(
-    "size, box",
-    [((100, 10), (43, 0, 56, 10)), ((10, 100), (0, 43, 10, 56)), ((20, 20), (0, 0, 20, 20))],
-)
-def test_a_crop_that_never_fits_is_the_largest_central_one(size, box):
-    rng = np.random.default_rng(0)
-    assert draw_crop(*size, (4.0, 5.0), (0.75, 4 / 3), rng) == box
+def test_crops_lie_inside_the_image_and_one_that_never_fits_is_the_largest_central_one():
+    rng, ratio = np.random.default_rng(0), (0.75, 4 / 3)
+    for size in SIZES * 200:
+        left, top, right, bottom = draw_crop(*size, (0.08, 1.0), ratio, rng)
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1], size
+    assert draw_crop(100, 10, (4.0, 5.0), ratio, rng) == (43, 0, 56, 10)
+    assert draw_crop(10, 100, (4.0, 5.0), ratio, rng) == (0, 43, 10, 56)
+    assert draw_crop(20, 20, (4.0, 5.0), ratio, rng) == (0, 0, 20, 20)
 
 
 def test_random_interpolation_is_bilinear_or_bicubic(config):
@@ -188,13 +169,10 @@ def test_augmentations_win_in_the_order_three_rand_auto_jitter(config):
     "key, value, message",
     [
         ("TRAIN.RAND_AUGMENT", "rand-m9-w0", "AUGMENT is 'rand-m9-w0': bad section 'w0'"),
-        ("TRAIN.RAND_AUGMENT", "rand-m9.5", "bad section 'm9.5'"),
         ("TRAIN.RAND_AUGMENT", "rand-m", "bad section 'm'"),
-        ("TRAIN.RAND_AUGMENT", "rand--m9", "bad section ''"),
         ("TRAIN.RAND_AUGMENT", "rand-p2", "p is a probability"),
         ("TRAIN.RAND_AUGMENT", "rand-m9-n65", "'rand-m9-n65': n is at most 64"),
         ("TRAIN.RAND_AUGMENT", "rand-m" + 400 * "9", "m and mmax are at most 100"),
-        ("TRAIN.RAND_AUGMENT", "rand-m9-mmax101", "m and mmax are at most 100"),
         ("TRAIN.RAND_AUGMENT", "random", "TRAIN.RAND_AUGMENT is 'random'; choose rand-"),
         ("TRAIN.AUTO_AUGMENT", "v1", "TRAIN.AUTO_AUGMENT is 'v1'; choose rand-... or one of orig"),
         ("TRAIN.AUTO_AUGMENT", "v0-m9", "bad section 'm9'; known are: mstd<number>"),
