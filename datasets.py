@@ -103,11 +103,8 @@ def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDat
     files.open_archives()
     skip = config.DATA.BAD_IMAGE == "skip"
     if split != "train":
-        evaluate = build_eval_transform(config)
         out = skip and not config.EVAL  # an evaluation by itself is of every image
-        return ImageDataset(
-            files, lambda image, rng: evaluate(image), leave_out=out, classes=classes
-        )
+        return ImageDataset(files, build_eval_transform(config), leave_out=out, classes=classes)
     return ImageDataset(
         files,
         build_train_transform(config),

@@ -52,7 +52,7 @@ _LONGEST = 100
 
 @dataclass(eq=False)
 class EvalTransform:
-    """Resizes the short side to `short` and crops the centre, as timm does on PIL.
+    """Resizes the short side to `short` and crops the centre, as timm does on PIL; nothing random.
 
     BadImage, naming `path`, if the resized image would be over 100 times as long as the crop.
     """
@@ -61,7 +61,7 @@ class EvalTransform:
     short: int
     resample: int
 
-    def __call__(self, pixels: np.ndarray, path: str = "image") -> np.ndarray:
+    def __call__(self, pixels: np.ndarray, rng=None, path: str = "image") -> np.ndarray:
         height, width = pixels.shape
         size = resized_size(width, height, self.short)
         if max(size) > _LONGEST * self.size:

@@ -157,9 +157,14 @@ def _open(path: str, data: bytes) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    path, tags = image.filename, getattr(image, "tag_v2", {})
-    # BitsPerSample of a TIFF: 12 of a microscope or scanner
-    bits = tags.get(258, (16,))[0] if tags else _significant_bits(image)
+    path, tags, bits = image.filename, getattr(image, "tag_v2", {}), 16
+    if tags:
+        bits = tags.get(258, (16,))[0]  # BitsPerSample of a TIFF: 12 of a microscope or scanner
+    elif image.format == "PNG" and image.mode.startswith("I"):
+        end = image.fp.tell()  # of the chunks before the pixels
+        image.fp.seek(0)
+        if found := re.search(rb"\0\0\0\x01sBIT([\x08-\x10])", image.fp.read(end)):
+            bits = found[1][0]  # which Pillow passes over
     image.load()
     # What older Pillow makes of 16 bits is "I" too.
     integers = image.mode == "I" and image.format in ("PNG", "PPM")
@@ -182,16 +187,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         reason = f"{kind}, whose black and white are not known; save it with 8 or 16 bits"
         raise BadImage(path, reason)
     return image.convert("RGB")
-
-
-def _significant_bits(image: Image.Image) -> int:
-    """Of 16-bit grey: what the chunk sBIT of a PNG says, which Pillow passes over; else 16."""
-    if image.format != "PNG" or not image.mode.startswith("I"):
-        return 16
-    end = image.fp.tell()  # of the chunks before the pixels
-    image.fp.seek(0)
-    found = re.search(rb"\0\0\0\x01sBIT([\x08-\x10])", image.fp.read(end))
-    return found[1][0] if found else 16
 
 
 def _decode_jpeg(data: bytes, limit: float) -> np.ndarray | None:

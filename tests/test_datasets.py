@@ -28,7 +28,7 @@ def random_transform(image, rng):
     return array
 
 
-def plain_transform(image):
+def plain_transform(image, rng=None):
     return np.array(to_image(image))
 
 

@@ -18,14 +18,10 @@ from loading.images import BadImage, read_image, read_pixels
 from .helpers.tiny_data import entries, make_tree
 
 
-def write_list(folder, text):
+def index_of(folder, text, allow_outside=False):
     path = folder / "train_list.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(path)
-
-
-def index_of(folder, text, allow_outside=False):
-    return read_list(write_list(folder, text), str(folder), 10, allow_outside)
+    return read_list(str(path), str(folder), 10, allow_outside)
 
 
 def save(path, size=(8, 6), mode="RGB", **kwargs):
@@ -120,18 +116,20 @@ def test_an_index_takes_some_twenty_bytes_beside_each_path(tmp_path):
 
 
 # --------------------------------------------------------------------------- class folders
-def test_nested_and_upper_case_images_count_and_what_systems_and_notebooks_hide_does_not(tmp_path):
+def test_images_count_at_any_depth_junk_does_not_and_other_files_are_named(tmp_path):
     make_tree(tmp_path, splits=("train",))
-    save(tmp_path / "train/ant/deeper/x.PNG")
-    save(tmp_path / "train/ant/.hidden.png")
-    save(tmp_path / "train/ant/.cache/x.png")
-    for junk in ("__MACOSX", "@eaDir", ".ipynb_checkpoints", "$RECYCLE.BIN"):
-        save(tmp_path / "train" / junk / "x.png")
-        save(tmp_path / "train/ant" / junk / "x.png")
-    (tmp_path / "train/ant/Thumbs.db").write_bytes(b"?")
+    images = ["0.png", "deeper/x.PNG", "x.jfif", "x.jpe", "x.mpo", "x.pnm"]
+    junk = ["__MACOSX/x.png", "@eaDir/x.png", ".ipynb_checkpoints/x.png", "$RECYCLE.BIN/x.png"]
+    hidden, others = [".x.png", ".cache/x.png", "Thumbs.db"], ["a.heic", "b.HEIC", "c.txt"]
+    for name in [*images[1:], *junk, *(f"../{name}" for name in junk), *hidden, *others]:
+        path = tmp_path / "train/ant" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"?")
     index = scan_folder(str(tmp_path), "train", 2)
-    assert list(entries(index)) == ["train/ant/0.png", "train/ant/deeper/x.PNG", "train/bee/0.png"]
-    assert index.notes == []
+    assert list(entries(index)) == [*(f"train/ant/{name}" for name in images), "train/bee/0.png"]
+    (note,) = index.notes
+    assert "train: 3 files are passed over" in note
+    assert ".heic (2), .txt (1), such as" in note and note.endswith("train/ant/a.heic")
 
 
 def test_each_mistake_in_a_class_tree_has_its_message(tmp_path):
@@ -186,18 +184,6 @@ def test_the_usual_names_of_splits_are_known_in_any_case(tmp_path, train, val):
     index = scan_folder(str(tmp_path), "val", 2)
     assert list(entries(index)) == [f"{val}/ant/0.png", f"{val}/bee/0.png"]
     assert index.notes == [f"{tmp_path}: not used: dev/, test/"]
-
-
-def test_files_with_other_endings_than_images_are_counted_and_named(tmp_path):
-    make_tree(tmp_path, splits=("train",))
-    names = ["a.heic", "b.HEIC", "c.txt", *(f"x.{end}" for end in ("jfif", "jpe", "pnm", "mpo"))]
-    for name in names:
-        (tmp_path / "train/bee" / name).write_bytes(b"?")
-    index = scan_folder(str(tmp_path), "train", 2)
-    (note,) = index.notes
-    assert len(index) == 2 + 4
-    assert "train: 3 files are passed over" in note
-    assert ".heic (2), .txt (1), such as" in note and note.endswith("train/bee/a.heic")
 
 
 # ------------------------------------------------------------------------ 16 bits and more

@@ -57,7 +57,7 @@ def test_an_image_too_narrow_to_be_evaluated_is_named_before_it_is_resized(confi
     assert transform(np.zeros((1, 88), np.uint32)).shape == (32, 32, 3)
     message = "x.png: 1 x 2000000 pixels, too narrow: resized to 36 x 72000000"
     with pytest.raises(BadImage, match=message):
-        transform(np.zeros((2_000_000, 1), np.uint32), "x.png")
+        transform(np.zeros((2_000_000, 1), np.uint32), path="x.png")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def verification_images(
         return coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size], f"{limit} generated images"
     chosen = np.linspace(0, len(paths) - 1, min(limit, len(paths))).astype(int)
     transform, upright = build_eval_transform(config), config.DATA.EXIF_ORIENTATION
-    images = np.stack([transform(read_pixels(paths[i], upright), paths[i]) for i in chosen])
+    images = np.stack([transform(read_pixels(paths[i], upright), path=paths[i]) for i in chosen])
     return images, f"{len(images)} {described}"
 
 

@@ -65,10 +65,8 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
         print(note)
     model.eval()
     resample.prepare(lambda line: None)  # before workers are forked
-    evaluate = build_eval_transform(config)
-    dataset = replace(
-        build_dataset(config, split), transform=lambda image, rng: evaluate(image), leave_out=True
-    )
+    dataset, transform = build_dataset(config, split), build_eval_transform(config)
+    dataset = replace(dataset, transform=transform, leave_out=True)
     files, batch_size = dataset.files, config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
     loader = loader_of(config, dataset, EvalBatchSampler(len(files), batch_size))
     loader.skip_limit, loader.log = len(files), lambda line: None

@@ -139,7 +139,7 @@ def classify(
         for path in paths[start : start + batch_size]:
             try:
                 pixels = read_pixels(path, config.DATA.EXIF_ORIENTATION)
-                views.append(transform(pixels, path))
+                views.append(transform(pixels, path=path))
                 found.append(path)
             except BadImage as error:
                 if on_bad is None:

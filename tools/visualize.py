@@ -219,7 +219,7 @@ def visualize(
         transform = build_eval_transform(config)
         normalize = Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)
         pixels = [read_pixels(path, data.EXIF_ORIENTATION) for path in paths]
-        views = np.stack([transform(image, path) for image, path in zip(pixels, paths)])
+        views = np.stack([transform(image, path=path) for image, path in zip(pixels, paths)])
         terms, logits = contributions(model, normalize(paddle.to_tensor(views)))
         figures["contributions"] = draw_contributions(views, terms, logits, names, label)
     if data.DATASET == "imagefolder":
