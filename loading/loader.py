@@ -1,7 +1,7 @@
 """Loading in worker processes: batches in order, and whatever goes wrong as one `DataError`.
 
-The workers are Paddle's, which copies a batch to a GPU while the one before is computed, but hides
-what they raise, waits for ever for one that hangs, and leaves them and their batches behind.
+The workers are Paddle's, whose reader copies a batch to a GPU while the one before is computed. It
+hides what they raise, waits for ever for one that hangs, and leaves them and their batches behind.
 """
 
 from __future__ import annotations

@@ -194,7 +194,6 @@ def test_a_missing_list_first_image_or_folder_says_what_to_do(config, tmp_path, 
         build_dataset(config, "train")
 
 
-@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("names, empty", [("", "1, 3"), ("a\nb\nc\nd\ne\n", "1 (b), 3 (d)")])
 def test_classes_without_an_image_and_a_single_class_are_one_warning(
     config, tmp_path, names, empty
