@@ -1,10 +1,7 @@
 """RandAugment, AutoAugment and 3-Augment: what is drawn, and what it does to the pixels.
 
-`Policy.draw` is a pure function of a random generator; the operations (`OPS`) draw nothing. Pixels
-are ``uint32 [H, W]`` (`cpu.resample`).
-
-A *level* is timm's "magnitude": 10 is the strongest that the papers use. Ranges and names follow
-timm, so that its strings (``rand-m9-mstd0.5-inc1``) mean the same here. Imports no Paddle.
+Names, ranges and strings (``rand-m9-mstd0.5-inc1``) are timm's. A *level* is its "magnitude": 10 is
+the strongest that the papers use. Pixels are ``uint32 [H, W]`` (`cpu.resample`). Imports no Paddle.
 """
 
 from __future__ import annotations
@@ -32,8 +29,8 @@ class DrawnOp(NamedTuple):
 
 class _Op(NamedTuple):
     pixels: Callable  # (pixels, argument, resample, fill) -> pixels, as timm's
-    argument: Callable | None = None  # (level / 10, sign) -> argument
-    signed: bool = False  # half of the draws go the other way
+    argument: Callable | None = None  # of the strength, level / 10: degrees, bits, a factor, ...
+    signed: bool = False  # half of the strengths are negative
     moves: bool = False  # interpolates between pixels; `fill` comes into view from outside
     spread: tuple[float, float] | None = None  # the argument is uniform in here, at any level
 
@@ -116,15 +113,13 @@ def _sharpness(pixels, factor, *_):
 
 
 def _affine(largest, matrix_of):
-    """The operation of a map: its argument is up to +- `largest`, and `matrix_of(argument, width,
-    height)` takes output to input.
-    """
+    """A map, whose `matrix_of(argument up to +- largest, width, height)` takes output to input."""
 
     def function(pixels, argument, resample, fill):
         matrix = matrix_of(argument, *pixels.shape[::-1])
         return operations().affine(pixels, matrix, resample, fill)
 
-    return _Op(function, lambda strength, sign: sign * (strength * largest), True, moves=True)
+    return _Op(function, lambda strength: strength * largest, signed=True, moves=True)
 
 
 def _rotation(degrees, width, height):
@@ -139,22 +134,14 @@ def _blur(pixels, radius, *_):
     return from_image(to_image(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def _factor(strength, _sign):
+def _factor(strength):
     """0.1 ... 1.9: *level 5 changes nothing* (TPU EfficientNet)."""
     return strength * 1.8 + 0.1
 
 
-def _factor_increasing(strength, sign):
+def _factor_increasing(strength):
     """1 +- up to 0.9: the higher the level, the stronger, in either direction."""
-    return max(0.1, 1.0 + sign * (strength * 0.9))
-
-
-def _bits(strength, _sign):
-    return int(strength * 4)
-
-
-def _threshold(strength, _sign):
-    return min(256, int(strength * 256))
+    return max(0.1, 1.0 + strength * 0.9)
 
 
 OPS = {
@@ -162,12 +149,12 @@ OPS = {
     "Equalize": _Op(_equalize),
     "Invert": _Op(_by_value(lambda *_: 255 - _VALUES)),
     "Rotate": _affine(30.0, _rotation),
-    "Posterize": _Op(_posterize, _bits),
-    "PosterizeIncreasing": _Op(_posterize, lambda strength, sign: 4 - _bits(strength, sign)),
-    "PosterizeOriginal": _Op(_posterize, lambda strength, sign: 4 + _bits(strength, sign)),
-    "Solarize": _Op(_solarize, _threshold),
-    "SolarizeIncreasing": _Op(_solarize, lambda strength, sign: 256 - _threshold(strength, sign)),
-    "SolarizeAdd": _Op(_solarize_add, lambda strength, _: min(128, int(strength * 110))),
+    "Posterize": _Op(_posterize, lambda strength: int(strength * 4)),
+    "PosterizeIncreasing": _Op(_posterize, lambda strength: 4 - int(strength * 4)),
+    "PosterizeOriginal": _Op(_posterize, lambda strength: 4 + int(strength * 4)),
+    "Solarize": _Op(_solarize, lambda strength: min(256, int(strength * 256))),
+    "SolarizeIncreasing": _Op(_solarize, lambda strength: max(0, 256 - int(strength * 256))),
+    "SolarizeAdd": _Op(_solarize_add, lambda strength: min(128, int(strength * 110))),
     "Color": _Op(_color, _factor),
     "ColorIncreasing": _Op(_color, _factor_increasing, signed=True),
     "Contrast": _Op(_contrast, _factor),
@@ -185,22 +172,12 @@ OPS = {
     "GaussianBlur": _Op(_blur, spread=(0.1, 2.0)),
 }
 
-# RandAugment's set (arXiv:1909.13719, table 6, without Identity and Cutout), whose strongest level
-# is not always 10, and timm's "increasing" variant, where it is.
+# RandAugment's set (arXiv:1909.13719, table 6, without Identity and Cutout).
 RAND_OPS = [
     *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
     *("Color", "Contrast", "Brightness", "Sharpness"),
     *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
 ]
-RAND_INCREASING_OPS = [
-    name + "Increasing" if name + "Increasing" in OPS else name for name in RAND_OPS
-]
-
-
-def op_argument(name: str, level: float, sign: int = 1) -> float | None:
-    """Degrees, bits, a threshold, a factor or None; `sign` +1 or -1 is one of two directions."""
-    argument = OPS[name].argument
-    return None if argument is None else argument(level / 10, sign)
 
 
 @dataclass(eq=False)
@@ -215,7 +192,7 @@ class Policy:
     fill: tuple[int, int, int] = (128, 128, 128)  # colour of what comes into view from outside
 
     def draw(self, rng: np.random.Generator) -> list[DrawnOp]:
-        """The operations of one image, in order."""
+        """The operations of one image, in order; a function of the generator alone."""
         drawn = []
         for choice in rng.integers(len(self.choices), size=self.layers):
             for name, probability, level in self.choices[choice]:
@@ -234,9 +211,10 @@ class Policy:
             level = rng.uniform(0.0, level)
         elif self.level_std > 0:
             level = rng.normal(level, self.level_std)
-        level = min(max(level, 0.0), self.level_max)
-        sign = -1 if op.signed and rng.random() < 0.5 else 1
-        return DrawnOp(name, op_argument(name, level, sign), resample)
+        strength = min(max(level, 0.0), self.level_max) / 10
+        if op.signed and rng.random() < 0.5:
+            strength = -strength
+        return DrawnOp(name, op.argument(strength) if op.argument else None, resample)
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for name, argument, resample in self.draw(rng):
@@ -247,9 +225,11 @@ class Policy:
 def rand_augment(level=10.0, increasing=False, probability=0.5, layers=2, **options) -> Policy:
     """RandAugment (arXiv:1909.13719) with timm's magnitude noise; `options` as in `Policy`.
 
-    `increasing`: operations get stronger with the level; each is applied with `probability`.
+    `increasing`: all operations get stronger with the level; each is applied with `probability`.
     """
-    names = RAND_INCREASING_OPS if increasing else RAND_OPS
+    names = RAND_OPS
+    if increasing:
+        names = [f"{name}Increasing" if f"{name}Increasing" in OPS else name for name in names]
     return Policy([[(name, probability, level)] for name in names], layers, **options)
 
 
@@ -293,21 +273,18 @@ Posterize 0.8 2, Solarize 0.6 10; Solarize 0.6 8, Equalize 0.6 1;
 Color 0.8 6, Rotate 0.4 5
 """
 
-# DeiT III (arXiv:2204.07118, section 3.2): one of three, always applied, at full strength.
-_THREE = "Solarize 1.0 5; Grayscale 1.0 10; GaussianBlur 1.0 10"
-
 # The variants with `r` posterize as Google's later code does: more with the level.
 POLICIES = {
     "original": _sub_policies(_ORIGINAL),
     "originalr": _sub_policies(_ORIGINAL.replace("PosterizeOriginal", "PosterizeIncreasing")),
     "v0": _sub_policies(_V0),
     "v0r": _sub_policies(_V0.replace("Posterize", "PosterizeIncreasing")),
-    "3a": _sub_policies(_THREE),
+    # DeiT III (arXiv:2204.07118, section 3.2): one of three, always applied, at full strength.
+    "3a": _sub_policies("Solarize 1.0 5; Grayscale 1.0 10; GaussianBlur 1.0 10"),
 }
 
 
-# Section of a `rand-...` string -> the argument of `rand_augment`, and how to read it.
-_RAND_SECTIONS = {
+_SECTIONS = {  # of a policy's string -> an argument of `rand_augment`, and how to read it
     "m": ("level", int),
     "n": ("layers", int),
     "p": ("probability", float),
@@ -318,9 +295,18 @@ _RAND_SECTIONS = {
 }
 
 
-def _read_sections(sections: Sequence[str], known: dict, where: str) -> dict:
-    """`["m9", "mstd0.5"]` -> `{"level": 9, "level_std": 0.5}`."""
-    options = {}
+def build_policy(text: str, key: str, **options) -> Policy:
+    """The policy that a string of timm's names; `options`: `resamples` and `fill` of `Policy`.
+
+    `text` is `rand` (with any of `_SECTIONS`; timm's defaults) or one of `POLICIES` (with `mstd`;
+    3-Augment is always at full strength), joined by `-`. A ConfigError names `key`.
+    """
+    policy, *sections = text.split("-")
+    where = f"{key} is {text!r}"
+    if policy != "rand" and policy not in POLICIES:
+        raise ConfigError(f"{where}; choose rand-... or one of {', '.join(POLICIES)}")
+    allowed = {"rand": _SECTIONS, "3a": ()}.get(policy, ["mstd"])
+    known = {name: _SECTIONS[name] for name in allowed}
     for section in sections:
         match = re.fullmatch(r"([a-z]+)(\d.*)", section)
         try:
@@ -329,28 +315,12 @@ def _read_sections(sections: Sequence[str], known: dict, where: str) -> dict:
         except (TypeError, KeyError, ValueError):  # no number, an unknown name, a bad number
             names = ", ".join(f"{name}<number>" for name in known) or "none"
             raise ConfigError(f"{where}: bad section {section!r}; known are: {names}") from None
-    return options
-
-
-def build_policy(text: str, key: str, **kwargs) -> Policy:
-    """The policy that a string of timm's names; `kwargs`: `resamples` and `fill` of `Policy`.
-
-    `text` is `rand` (with sections `m` level, `n` layers, `p` probability, `mstd`, `mmax`, `inc`;
-    timm's defaults) or one of `POLICIES` (with `mstd`), joined by `-`. A ConfigError names `key`.
-    """
-    policy, *sections = text.split("-")
-    where = f"{key} is {text!r}"
-    if policy == "rand":
-        options = _read_sections(sections, _RAND_SECTIONS, where)
-        if not 0 <= options.get("probability", 0) <= 1:
-            raise ConfigError(f"{where}: p is a probability, from 0 to 1")
-        if options.get("layers", 0) > 64:  # as TRAIN.RAND_AUGMENT_LAYERS
-            raise ConfigError(f"{where}: n is at most 64")
-        if max(options.get("level", 0), options.get("level_max", 0)) > 100:
-            raise ConfigError(f"{where}: m and mmax are at most 100; 10 is the strongest in use")
-        return rand_augment(**options, **kwargs)
-    if policy not in POLICIES:
-        raise ConfigError(f"{where}; choose rand-... or one of {', '.join(POLICIES)}")
-    # 3-Augment is always at full strength.
-    known = {} if policy == "3a" else {"mstd": _RAND_SECTIONS["mstd"]}
-    return Policy(POLICIES[policy], **_read_sections(sections, known, where), **kwargs)
+    if policy != "rand":
+        return Policy(POLICIES[policy], **options)
+    if not 0 <= options.get("probability", 0) <= 1:
+        raise ConfigError(f"{where}: p is a probability, from 0 to 1")
+    if options.get("layers", 0) > 64:  # as TRAIN.RAND_AUGMENT_LAYERS
+        raise ConfigError(f"{where}: n is at most 64")
+    if max(options.get("level", 0), options.get("level_max", 0)) > 100:
+        raise ConfigError(f"{where}: m and mmax are at most 100; 10 is the strongest in use")
+    return rand_augment(**options)

@@ -47,14 +47,12 @@ class BatchAugment:
         These are the labels, or after mixing ``[B, K]``. Erasing noise is of Paddle's generator.
         """
         batch, height, width, channels = images.shape
-        images, erasing, mixing = self.normalize(images), [], []
-        if self.erase is not None:
-            erasing = self.erase.plan(rng, batch, channels, height, width)
-        if self.mix is not None:
-            mixing = self.mix.plan(rng, batch, height, width)
+        images = self.normalize(images)
+        erasing = self.erase.plan(rng, batch, channels, height, width) if self.erase else []
+        mixing = self.mix.plan(rng, batch, height, width) if self.mix else []
         plan = to_device([*erasing, *mixing])
-        if self.erase is not None:
+        if erasing:
             images = self.erase.apply(images, plan[: len(erasing)])
-        if self.mix is not None:
+        if self.mix:
             return self.mix.apply(images, labels, plan[len(erasing) :])
         return images, labels

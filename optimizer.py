@@ -24,12 +24,11 @@ def scaled_rate(config, total_batch: int) -> float:
 
 
 def learning_rate(config, epoch: float, total_batch: int) -> float:
-    """The learning rate at a moment of training, where ``epoch`` is how many are done: after step
-    30 of 100 in the third, 2.3. ``total_batch`` is the images of an optimizer step, over all
-    processes and accumulated batches.
+    """The learning rate after ``epoch`` epochs (step 30 of 100 in the third done: 2.3) where a step
+    is of ``total_batch`` images, over all processes and accumulated batches.
 
     Source: timm's schedulers in epoch mode, as DeiT uses them: the warmup replaces the first
-    epochs of the curve. DeiT scales the base rate only, by total_batch / LINEAR_SCALED_LR.
+    epochs of the curve, and only the base rate is scaled.
     """
     train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
     base = scaled_rate(config, total_batch)
@@ -98,8 +97,7 @@ def build_optimizer(config, model: nn.Layer) -> paddle.optimizer.Optimizer:
     It has one flat parameter list: Paddle clips and schedules groups one by one.
     """
     settings, decay = config.TRAIN.OPTIMIZER, config.TRAIN.WEIGHT_DECAY
-    everything = dict(model.named_parameters())
-    named = trainable_parameters(model)
+    everything, named = dict(model.named_parameters()), trainable_parameters(model)
     names = decayed_parameters(model) & named.keys()
     decayed = {named[name].name for name in names}  # Paddle's own names
     depth = len(model.mixer_layers)
@@ -188,15 +186,14 @@ def by_parameter(state: dict, names: dict[str, str]) -> dict:
 
 def load_optimizer_state(optimizer, model: nn.Layer, state: dict) -> None:
     """Puts back what `optimizer_state` returned; CheckpointError for another model or optimizer."""
-    parameters = trainable_parameters(model)
     if not state:  # saved before the first step
         return
+    parameters, own_state = trainable_parameters(model), {}
     if odd := sorted(state.keys() ^ parameters.keys()):
         raise CheckpointError(
             f"the optimizer state is of another model, or of another TRAIN.FREEZE; it differs in "
             f"{odd[:4]}"
         )
-    own_state: dict = {}
     for name, slots in state.items():
         for slot, value in slots.items():
             expected = [1] if "_pow_acc" in slot else list(parameters[name].shape)

@@ -81,8 +81,6 @@ class RandomErasing:
 
     def apply(self, images: paddle.Tensor, plan: list[paddle.Tensor]) -> paddle.Tensor:
         """Erases boxes of images ``[B, C, H, W]``, not in place; noise is of Paddle's generator."""
-        if not plan:
-            return images
         width = images.shape[3]
         pixels = images.reshape([-1, width])  # [B * C * H, W]
         for rows, planes, owners, inside in zip(*[iter(plan)] * 4):

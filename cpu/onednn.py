@@ -147,9 +147,8 @@ def product(
 
     Raises Unsupported without oneDNN or where it refuses; so do all functions here.
     """
-    tensors = [a, b, *([] if bias is None else [bias]), *(tensor for _, tensor in then)]
-    names = tuple(name for name, _ in then)
-    has_bias = bias is not None
+    has_bias, names = bias is not None, tuple(name for name, _ in then)
+    tensors = [a, b, *[bias] * has_bias, *(tensor for _, tensor in then)]
     run = _product(_kinds(tensors), transpose_a, transpose_b, has_bias, gelu, names, dtype)
     return run(tensors, out)
 
@@ -192,26 +191,26 @@ def _once(make):
     glibc then takes primitives' memory elsewhere than the tensors', whose gaps they would break up:
     with drop path, whose shapes come one by one, a process grew by a third.
     """
-    kept = {}
+    kept = {}  # arguments -> what was made, or why that is not supported
 
-    def work(arguments, results):
+    def work(arguments, failures):
         try:
             if setup.threads:  # oneDNN plans for as many; else for what the environment says
                 setup.set_threads(setup.threads)
-            results.append(make(*arguments))
+            kept[arguments] = make(*arguments)
+        except Unsupported as error:
+            kept[arguments] = error
         except Exception as error:
-            results.append(error)
+            failures.append(error)
 
     def made(*arguments):
         if arguments not in kept:
-            results = []
-            thread = threading.Thread(target=work, args=(arguments, results))
+            failures = []
+            thread = threading.Thread(target=work, args=(arguments, failures))
             thread.start()
             thread.join()
-            (found,) = results
-            if isinstance(found, Exception) and not isinstance(found, Unsupported):
-                raise found
-            kept[arguments] = found
+            if failures:
+                raise failures[0]
         if isinstance(kept[arguments], Unsupported):
             raise Unsupported(*kept[arguments].args)  # raised itself, it would keep its callers
         return kept[arguments]
@@ -231,13 +230,14 @@ def _product(operands, transpose_a, transpose_b, has_bias, gelu, then, dtype):
     bias = others.pop(0) if has_bias else None
     result, _ = _operand(shape, dtype, rank)
     attributes, then = _attributes(gelu, then, others)
-    form = "matmul_primitive_desc_create", _library().engine, a, b, bias, result, attributes
-    descriptor = _library().new(*form)
+    library = _library()
+    form = "matmul_primitive_desc_create", library.engine, a, b, bias, result, attributes
+    descriptor = library.new(*form)
     hidden = transpose_b and len(shape_b) == 2 and sizes_a[-1] < sizes_b[-1]
     if hidden or (transpose_a and rank == 2):
         # For a weight gradient, and for the gradient of an MLP's hidden units, oneDNN's first
         # choice takes longer than its plain product: by a tenth, and by 2 to 7 % (AVX-512).
-        descriptor = _library().implemented_by(b"gemm", descriptor) or _library().new(*form)
+        descriptor = library.implemented_by(b"gemm", descriptor) or library.new(*form)
     arguments = [(_SRC, a), (_WEIGHTS, b), *[(_BIAS, bias)] * has_bias, *then, (_DST, result)]
     return _primitive(_fast(descriptor), arguments, shape, dtype)
 
@@ -255,16 +255,11 @@ def _multiplication(operands, then, dtype):
 
 @_once
 def _gelu(shape, dtype):
-    (x, _), zero = _operand(shape, dtype, len(shape)), ctypes.c_float(0)
-    library = _library()
-    forward = library.new(
-        "eltwise_forward_primitive_desc_create",
-        *(library.engine, _FORWARD_TRAINING, _GELU_ERF, x, x, zero, zero, None),
-    )
-    backward = library.new(
-        "eltwise_backward_primitive_desc_create",
-        *(library.engine, _GELU_ERF, x, x, x, zero, zero, forward, None),
-    )
+    (x, _), zero, library = _operand(shape, dtype, len(shape)), ctypes.c_float(0), _library()
+    form = library.engine, _FORWARD_TRAINING, _GELU_ERF, x, x, zero, zero, None
+    forward = library.new("eltwise_forward_primitive_desc_create", *form)
+    form = library.engine, _GELU_ERF, x, x, x, zero, zero, forward, None
+    backward = library.new("eltwise_backward_primitive_desc_create", *form)
     return (
         _primitive(forward, [(_SRC, x), (_DST, x)], shape, dtype),
         _primitive(backward, [(_DIFF_DST, x), (_SRC, x), (_DIFF_SRC, x)], shape, dtype),
@@ -290,8 +285,6 @@ def _fast(descriptor):
 def _attributes(gelu: bool, then, operands: list):
     """Attributes of a primitive that goes on with GELU and ``then``; arguments of the latter."""
     library = _library()
-    if not gelu and not then:
-        return None, []
     operations, attributes = library.new("post_ops_create"), library.new("primitive_attr_create")
     if gelu:
         zero = ctypes.c_float(0)

@@ -1,7 +1,7 @@
 """ResMLP's operators for eager mode on a CPU: a block's two branches with hand-written gradients.
 
 The same functions as the layers of `resmlp`, to rounding, in about half the time of a training
-step. What the layers lose on a CPU, and what is done here instead:
+step. What the layers lose, and what is done instead:
 
 - Affine and LayerScale sweep over ``[B, N, C]``, forward and backward. Both are linear, so they are
   folded into the weights, and their gradients come out of those of the folded weights.
@@ -36,7 +36,7 @@ from paddle.autograd.py_layer import once_differentiable
 
 from cpu import onednn, setup
 
-_LAYERS = (nn.Linear, nn.Conv2D, nn.Dropout)  # those of Paddle's that a model is made of
+_LAYERS = (nn.Linear, nn.Conv2D, nn.Dropout)  # Paddle's, of which a model is made
 _SLICES_ARE_VIEWS = "FLAGS_use_stride_kernel"
 _precision = ContextVar("precision", default=paddle.float32)
 
@@ -51,16 +51,11 @@ def bfloat16(wanted: bool = True):
         _precision.reset(token)
 
 
-def has_bfloat16() -> bool:
-    """Whether `bfloat16` can be used at all, fast or not."""
-    return onednn.has(paddle.float32)
-
-
 def choose_precision(dtype: str) -> tuple[str, str]:
     """What AMP with an AMP_DTYPE computes in on a CPU, and a line that says so. ``bfloat16``
     insists; ``auto`` and float16, which no CPU computes fast, mean bfloat16 where that is fast.
     """
-    if not has_bfloat16():
+    if not onednn.has(paddle.float32):
         return "float32", "AMP: no mixed precision on a CPU without oneDNN, running in float32"
     if setup.has_fast_bfloat16():
         meaning = ", which AMP_DTYPE float16 means on a CPU" if dtype == "float16" else ""
@@ -145,17 +140,16 @@ class _Linear(PyLayer):
     @once_differentiable
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensor()
-        d_weight = onednn.product(rows, _cast(grad, rows.dtype), transpose_a=True, dtype=grad.dtype)
+        d_weight = _weight_gradient(rows, _cast(grad, rows.dtype), grad.dtype)
         return _only_needed(ctx, None, d_weight, _column_sum(grad))
 
 
 class _Kept(NamedTuple):
-    """The samples of a batch that drop path keeps. None instead of it: all, as they are."""
+    """Which samples of a batch drop path keeps. None instead of it: all."""
 
     weights: paddle.Tensor  # [B]: 1 for each of them, 0 for the others
     count: int
-    runs: list  # neighbours among them: a slice of the batch, and of the kept samples
-    dropped: list  # slices of the batch
+    runs: list  # of neighbours: a slice of the batch, and of the kept samples or None
 
 
 def _kept(mask, layer_scale) -> tuple[_Kept | None, paddle.Tensor]:
@@ -166,25 +160,23 @@ def _kept(mask, layer_scale) -> tuple[_Kept | None, paddle.Tensor]:
     scale = float(mask.max())
     if not scale:
         mask[0] = 1.0  # nothing is kept: one sample, times a scale of 0, has all gradients, of 0
-    runs, dropped, count = [], [], 0
+    runs, count = [], 0
     edges = [0, *(int(i) + 1 for i in np.flatnonzero(np.diff(mask))), len(mask)]
     for start, stop in zip(edges, edges[1:]):
-        place = slice(start, stop)
-        if mask[start]:
-            runs.append((place, slice(count, count + stop - start)))
-            count += stop - start
-        else:
-            dropped.append(place)
+        own = slice(count, count + stop - start) if mask[start] else None
+        count = own.stop if own else count
+        runs.append((slice(start, stop), own))
     weights = paddle.to_tensor((mask > 0).astype(mask.dtype))
-    return _Kept(weights, count, runs, dropped), layer_scale * scale
+    return _Kept(weights, count, runs) if count < len(mask) else None, layer_scale * scale
 
 
 def _take(x, kept, dtype):
-    if kept is None or not kept.dropped:
+    if kept is None:
         return _cast(x, dtype)
     y = paddle.empty([kept.count, *x.shape[1:]], dtype)
     for place, own in kept.runs:
-        _cast(x[place], dtype, y[own])
+        if own:
+            _cast(x[place], dtype, y[own])
     return y
 
 
@@ -192,13 +184,14 @@ def _add_branch(x, kept, branch):
     """``x`` with a branch added to the kept samples; ``branch`` computes a slice of them and takes
     ``then``, ``dtype`` and ``out`` of `onednn.product`.
     """
-    if kept is None or not kept.dropped:
+    if kept is None:
         return branch(slice(None), then=[("add", x)], dtype=x.dtype)
     y = paddle.empty_like(x)
     for place, own in kept.runs:
-        branch(own, then=[("add", x[place])], dtype=x.dtype, out=y[place])
-    for place in kept.dropped:
-        _cast(x[place], x.dtype, y[place])
+        if own:
+            branch(own, then=[("add", x[place])], dtype=x.dtype, out=y[place])
+        else:
+            _cast(x[place], x.dtype, y[place])
     return y
 
 
@@ -235,11 +228,13 @@ class _MixTokens(PyLayer):
         d_w = _batch_sum(d_w)  # [B, N, N] -> [N, N]
         d_w += paddle.mv(d_constant, beta.flatten())  # the same for every input token
         back = _cast(back, grad.dtype)
+
+        def last(part, **result):
+            return onednn.multiply(back[part], factor, **result)
+
         return _only_needed(
             ctx,
-            _add_branch(
-                grad, kept, lambda part, **last: onednn.multiply(back[part], factor, **last)
-            ),
+            _add_branch(grad, kept, last),
             (d_factor * scale).reshape(alpha.shape),
             paddle.matmul(sums, d_constant).reshape(beta.shape),
             d_w,

@@ -31,13 +31,12 @@ import numpy.random  # noqa: F401
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
 _KEEP_BYTES = 2**30  # larger blocks than any one activation go to mmap, and back to the system
-_OFF = ("0", "off", "no", "false")
 PARENT = os.getppid()  # as it was before the seconds of importing Paddle, in which it may end
 
 
 def enabled(switch: str = "RESMLP_RUNTIME") -> bool:
     """Whether an environment switch is not ``off`` (or ``0``, ``no``, ``false``)."""
-    return os.environ.get(switch, "on").lower() not in _OFF
+    return os.environ.get(switch, "on").lower() not in ("0", "off", "no", "false")
 
 
 def has_gpu() -> bool:
@@ -54,10 +53,6 @@ def is_cuda_build() -> bool:
     folder = paddle.submodule_search_locations[0] if paddle else ""
     text = read_text(f"{folder}/version/__init__.py")
     return re.search(r"^cuda_version *= *'\d", text, re.MULTILINE) is not None
-
-
-def is_amd() -> bool:
-    return "AuthenticAMD" in (read_text("/proc/cpuinfo") or platform.processor())  # Windows
 
 
 @cache  # asked for every batch
@@ -120,9 +115,8 @@ def default_threads() -> int:
 def set_threads(n: int | None = None) -> None:
     """Sets the threads of Paddle's CPU matrix products (its default is one), after its import.
 
-    Loader workers pass 1. Ranks of a data-parallel run call it without ``n`` once their environment
-    is known, and share the cores. Nothing happens where it is switched off, without Paddle, and
-    without ``n`` on a GPU machine.
+    Loader workers pass 1. Without ``n`` ranks share the cores, once their environment is known, and
+    a GPU machine is left alone, as is all where this is switched off or without Paddle.
     """
     global threads
     paddle = sys.modules.get("paddle")
@@ -170,7 +164,7 @@ def prepare() -> list[str]:
     if has_gpu():
         return ["GPU machine, nothing else to prepare"]
     notes = []
-    if is_amd():
+    if "AuthenticAMD" in (read_text("/proc/cpuinfo") or platform.processor()):  # Windows
         value = os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
         notes.append(f"MKL_DEBUG_CPU_TYPE={value} (AMD)")
     if any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ):

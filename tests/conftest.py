@@ -34,6 +34,18 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def teacher(tmp_path_factory, data):
+    """Keys for a distillation by a ResMLP that was trained; the last: its weights."""
+    import engine
+
+    from .helpers.tiny_data import make_config
+
+    run = engine.run(make_config(tmp_path_factory.mktemp("teacher"), data))["folder"]
+    opts = f"TRAIN.TEACHER_MODEL {run}/config.yaml TRAIN.TEACHER_PRETRAINED {run}/last.pdparams"
+    return ["TRAIN.DISTILLATION_TYPE", "soft", *opts.split()]
+
+
+@pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """The weights of a tiny run, beside its config and class names, to read only."""
     from .helpers.tiny_run import make_run  # with Paddle, which not all tests need

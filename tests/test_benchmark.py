@@ -10,7 +10,7 @@ import pytest
 
 from cli.errors import UserError
 from config import get_config
-from cpu import onednn, ops
+from cpu import onednn
 from resmlp import build_resmlp
 from tools import benchmark as tool
 from tools.benchmark import Job, benchmark
@@ -83,7 +83,7 @@ def test_int8_runs_in_onnxruntime_beside_the_float32_peak(config, monkeypatch, c
     assert not capfd.readouterr().out  # which is for the results
 
 
-@pytest.mark.skipif(not ops.has_bfloat16(), reason="no oneDNN in this Paddle")
+@pytest.mark.skipif(not onednn.has(paddle.float32), reason="no oneDNN in this Paddle")
 @pytest.mark.parametrize("mode", ["infer", "train", "step"])
 def test_bfloat16_is_that_of_amp(run_main, mode, monkeypatch):
     product = mock.Mock(wraps=onednn.product)

@@ -13,7 +13,7 @@ from training.learner import Learner
 from training.precision import choose_precision
 
 from .helpers import gpu
-from .helpers.runs import ROOT, command, finish, log_of, metrics, start
+from .helpers.runs import ROOT, command, finish, log_of, losses, start
 from .helpers.tiny_data import make_config
 
 OLD = paddle.__version__.startswith("2.")
@@ -33,10 +33,6 @@ def train(tmp_path, data, monkeypatch):
             return engine.run(make_config(tmp_path / (name or dtype), data, *opts)).folder
 
     return run
-
-
-def losses(folder):
-    return np.array([record["loss"] for record in metrics(folder, "step")])
 
 
 def place(folder):
@@ -110,15 +106,6 @@ ALL += "TRAIN.MIXUP_ALPHA 0.8 TRAIN.CUTMIX_ALPHA 1.0 TRAIN.RANDOM_ERASE_PROB 0.5
 PLAIN = "TRAIN.MODEL_EMA True TRAIN.MODEL_EMA_DECAY 0.5 TRAIN.OPTIMIZER.NAME"
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory, data):
-    """Keys for a distillation by a ResMLP that was trained; the last: its weights."""
-    folder = tmp_path_factory.mktemp("teacher")
-    run = engine.run(make_config(folder, data))["folder"]
-    opts = f"TRAIN.TEACHER_MODEL {run}/config.yaml TRAIN.TEACHER_PRETRAINED {run}/last.pdparams"
-    return f"TRAIN.DISTILLATION_TYPE soft {opts}"
-
-
 @pytest.mark.parametrize(
     "opts",
     [
@@ -130,8 +117,8 @@ def teacher(tmp_path_factory, data):
     ],
 )
 def test_a_run_follows_float32_and_keeps_float32(train, teacher, opts):
-    opts = teacher if opts == "teacher" else opts
-    opts = [*opts.split(), "MODEL.PRETRAINED", teacher.split()[-1], "AMP_DTYPE"]
+    opts = teacher if opts == "teacher" else opts.split()
+    opts = [*opts, "MODEL.PRETRAINED", teacher[-1], "AMP_DTYPE"]
     plain = train("cpu", *opts, "auto")
     expected = checkpoints.load(plain / "last.pdparams")
     slots = {name: value.keys() for name, value in expected["optimizer"].items()}
@@ -149,12 +136,7 @@ def test_a_run_follows_float32_and_keeps_float32(train, teacher, opts):
 
 @pytest.mark.parametrize(
     "first, second",
-    [
-        ("float16", "bfloat16"),
-        ("float16", "cpu"),
-        ("cpu", "float16"),
-        ("float16", "float16"),
-    ],
+    [("float16", "bfloat16"), ("float16", "cpu"), ("cpu", "float16"), ("float16", "float16")],
 )
 def test_a_run_goes_on_in_another_precision(train, first, second):
     opts = ["TRAIN.MODEL_EMA", True, "TRAIN.OPTIMIZER.NAME", "lamb", "TRAIN.NUM_EPOCHS"]

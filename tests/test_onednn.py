@@ -1,11 +1,7 @@
 """oneDNN, called directly: its results are the plain formulas', and without it nothing changes."""
 
-import os
-import subprocess
-import sys
 import threading
 from math import erf, pi, sqrt
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,8 +12,8 @@ from cpu import onednn, ops, setup
 from resmlp import DropPath, ResBlock
 
 from .helpers.gradients import outputs_and_gradients
+from .helpers.runs import run_code
 
-ROOT = Path(__file__).parent.parent
 needs_onednn = pytest.mark.skipif(not onednn.has(paddle.float32), reason="no oneDNN in this Paddle")
 
 
@@ -111,7 +107,7 @@ ctypes.CDLL = load
 _LOG = """
 import logging, resmlp, paddle
 from cpu import onednn
-from cpu.ops import bfloat16, has_bfloat16
+from cpu.ops import bfloat16
 log = logging.getLogger("resmlp"); log.setLevel(20)
 log.addHandler(logging.StreamHandler()); log.propagate = False
 """
@@ -127,18 +123,10 @@ for wanted in (False, {{}}):
 """
 
 
-def printed(code, **environment):
-    """The lines that ``code`` printed, and its log."""
-    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), done.stderr
-
-
 def run(code, **environment):
     """The numbers that ``code`` printed, a row a line, and its log."""
-    lines, log = printed(code, **environment)
-    return np.array([line.split() for line in lines], float), log
+    printed, log = run_code(code, **environment)
+    return np.array([line.split() for line in printed.splitlines()], float), log
 
 
 @pytest.fixture(scope="module")
@@ -148,22 +136,16 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    "why, code, environment",
+    "why, switch, code",
     [
-        ("switched off (RESMLP_ONEDNN)", "", {"RESMLP_ONEDNN": "off"}),
-        ("none in this Paddle", 'raise OSError("no such file")', {"RESMLP_ONEDNN": "on"}),
-        (
-            "version 4, not 3",
-            "return SimpleNamespace(dnnl_version=lambda: [4])",
-            {"RESMLP_ONEDNN": "on"},
-        ),
+        ("switched off (RESMLP_ONEDNN)", "off", ""),
+        ("none in this Paddle", "on", 'raise OSError("no such file")'),
+        ("version 4, not 3", "on", "return SimpleNamespace(dnnl_version=lambda: [4])"),
     ],
 )
-def test_without_the_library_one_line_says_why_and_no_result_changes(
-    why, code, environment, expected
-):
-    ask = _RUN.format("has_bfloat16()")
-    found, log = run((_LOAD.format(code) if code else "") + ask, **environment)
+def test_without_the_library_one_line_says_why_and_no_result_changes(why, switch, code, expected):
+    code = (_LOAD.format(code) if code else "") + _RUN.format("onednn.has(paddle.float32)")
+    found, log = run(code, RESMLP_ONEDNN=switch)
     np.testing.assert_allclose(found, expected[[0, 0]], rtol=1e-5)
     assert log.count("Paddle's own layers") == 1 and why in log
 
@@ -201,9 +183,7 @@ threading.Thread(target=work).start()
 
 
 def test_where_slices_are_copies_the_layers_compute():
-    code = (
-        "from resmlp import ResBlock; from cpu import ops; print(int(ops.usable(ResBlock(8, 4))))"
-    )
+    code = "from resmlp import ResBlock, ops; print(int(ops.usable(ResBlock(8, 4))))"
     assert run(code, FLAGS_use_stride_kernel="0")[0].tolist() == [[0]]
 
 
@@ -252,7 +232,7 @@ for rate in (0.0, 0.5):
 x = onednn.cast(paddle.randn([4, 16, 32]), paddle.bfloat16)
 onednn.multiply(x, paddle.randn([32]), dtype=paddle.float32)
 """
-    lines, _ = printed(code, ONEDNN_VERBOSE="1", DNNL_VERBOSE="1")
-    calls = [line for line in lines if ",exec,cpu," in line]
+    printed, _ = run_code(code, ONEDNN_VERBOSE="1", DNNL_VERBOSE="1")
+    calls = [line for line in printed.splitlines() if ",exec,cpu," in line]
     assert sum(",matmul," in line for line in calls) > 20
     assert not [line for line in calls if ",ref:" in line]

@@ -93,7 +93,7 @@ class Job:
 
     def __post_init__(self):
         able = DTYPES[self.backend][on_gpu()]
-        if not (on_gpu() or ops.has_bfloat16()):
+        if not (on_gpu() or onednn.has(paddle.float32)):
             able = [dtype for dtype in able if dtype != "bfloat16"]
         if self.batch_size < 1:
             raise UserError("-batch_size is at least 1")

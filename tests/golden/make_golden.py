@@ -60,9 +60,18 @@ def recorded_batches():
 
 
 def mixer(size, patch, dim, depth, classes, **options):
+    """timm's ResMLP of any size."""
     block, shape = partial(ResBlock, init_values=0.1), dict(img_size=size, patch_size=patch)
     shape.update(embed_dim=dim, num_blocks=depth, num_classes=classes, mlp_ratio=4)
     return MlpMixer(**shape, block_layer=block, norm_layer=Affine, **options)
+
+
+def optimizer_of_timm(model, name, lr, decay, **options):
+    """Decay on matrices, as DeiT has it; timm's own grouping would take its [1, 1, C] Affines."""
+    groups = [{"params": [], "weight_decay": decay}, {"params": [], "weight_decay": 0.0}]
+    for key, parameter in model.named_parameters():
+        groups[not key.endswith(".weight")]["params"].append(parameter)
+    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, eps=1e-8, **options)
 
 
 def save(name, model_state, **arrays):
@@ -95,11 +104,7 @@ def make_training():
 
     model = mixer(SIZE, 4, 24, DEPTH, CLASSES, drop_path_rate=1 - KEEP)
     first = {name: value.clone() for name, value in model.state_dict().items()}
-    # Decay on matrices, as DeiT has it; timm's own grouping would take its [1, 1, C] Affines along.
-    decayed = [p for name, p in model.named_parameters() if name.endswith(".weight")]
-    kept_as_is = [p for name, p in model.named_parameters() if not name.endswith(".weight")]
-    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": kept_as_is, "weight_decay": 0.0}]
-    optimizer = create_optimizer_v2(groups, opt="lamb", lr=0.01, weight_decay=0.0, eps=1e-8)
+    optimizer = optimizer_of_timm(model, "lamb", 0.01, 0.2)
     criterion, losses = SoftTargetCrossEntropy(), []
     for step in range(STEPS):
         masks = iter(kept[step] / KEEP)

@@ -65,6 +65,18 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
     return process.returncode, output
 
 
+PREPARED = ("RESMLP_", "OMP_", "MKL_", "MALLOC_", "PADDLE_")  # what cpu.setup goes by
+
+
+def run_code(code: str, **environment: str) -> tuple[str, str]:
+    """What code prints in a fresh process with these settings and no other, and its stderr."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(PREPARED)}
+    options = dict(env={**clean, **environment}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
 def run(words: list, fault: str = "", seconds: float = 120, **environment) -> tuple[int, str]:
     return finish(start(words, fault, **environment), seconds)
 
@@ -99,6 +111,10 @@ def metrics(folder: Path, kind: str = "") -> list[dict]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     records = [record for record in records if kind in ("", record["kind"])]
     return [{k: v for k, v in record.items() if k not in SPEED} for record in records]
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array([record["loss"] for record in metrics(folder, "step")])
 
 
 def log_of(folder: Path) -> str:

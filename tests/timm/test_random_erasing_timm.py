@@ -12,8 +12,7 @@ timm_erasing = pytest.importorskip("timm.data.random_erasing")
 stats = pytest.importorskip("scipy.stats")
 
 from random_erasing import draw_boxes  # noqa: E402
-
-DRAWS = 100_000
+from tests.timm.test_mixup_timm import DRAWS, assert_same_distribution  # noqa: E402
 
 
 class Recorder:
@@ -36,12 +35,6 @@ def draw_as_timm(count, height, width, prob, max_count):
         erasing._erase(image, 3, height, width, torch.float32)
         row[: len(image.boxes)] = np.reshape(image.boxes, (-1, 4))
     return boxes
-
-
-def assert_same_distribution(ours, theirs):
-    assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
-    error = 5 * np.std(theirs) * (2 / len(theirs)) ** 0.5  # of a difference of means
-    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=error)
 
 
 @pytest.mark.parametrize(

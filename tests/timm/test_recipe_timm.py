@@ -1,7 +1,5 @@
 """The optimizers, the schedule and whole loss curves against timm and PyTorch."""
 
-from functools import partial
-
 import numpy as np
 import paddle
 import pytest
@@ -9,8 +7,6 @@ import pytest
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock  # noqa: E402
-from timm.optim import create_optimizer_v2  # noqa: E402
 from timm.scheduler import create_scheduler_v2  # noqa: E402
 
 from config import get_config  # noqa: E402
@@ -18,38 +14,22 @@ from losses import build_criterion  # noqa: E402
 from optimizer import build_optimizer, clip_gradients, learning_rate  # noqa: E402
 from port_weights.names import convert  # noqa: E402
 from resmlp import ResMLP, load_state  # noqa: E402
+from tests.golden.make_golden import mixer, optimizer_of_timm  # noqa: E402
 
-OURS = {"lamb": "lamb", "adamw": "adamw", "sgd": "nesterov"}
+TIMMS = {  # our optimizers -> timm's, of which LAMB clips by itself
+    "lamb": ("lamb", {"max_grad_norm": 1.0}),
+    "adamw": ("adamw", {}),
+    "sgd": ("nesterov", {"momentum": 0.9}),
+}
 
 
 def pair(depth=3):
     torch.manual_seed(0)
-    theirs = MlpMixer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=24,
-        num_blocks=depth,
-        num_classes=10,
-        mlp_ratio=4,
-        block_layer=partial(ResBlock, init_values=0.1),
-        norm_layer=Affine,
-    )
+    theirs = mixer(32, 8, 24, depth, 10)
     ours = ResMLP(image_size=32, patch_size=8, num_classes=10, embed_dim=24, depth=depth)
     state = {name: value.numpy() for name, value in theirs.state_dict().items()}
     load_state(ours, convert(state, "timm", "paddle")[0])
     return ours, theirs
-
-
-def optimizer_of_timm(theirs, name, lr, decay, clip):
-    decayed, kept = [], []
-    for key, parameter in theirs.named_parameters():
-        matrix = key.endswith(".weight")
-        (decayed if matrix else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
-    options = {"max_grad_norm": clip} if name == "lamb" else {}
-    return create_optimizer_v2(
-        groups, opt=OURS[name], lr=lr, weight_decay=0.0, momentum=0.9, eps=1e-8, **options
-    )
 
 
 @pytest.mark.parametrize("name, lr", [("lamb", 0.005), ("adamw", 0.001), ("sgd", 0.05)])
@@ -59,7 +39,7 @@ def test_fifty_steps_with_clipping_equal_timms(name, lr):
     config.TRAIN.OPTIMIZER.NAME, config.TRAIN.WEIGHT_DECAY = name, 0.2
     optimizer = build_optimizer(config, ours)
     optimizer.set_lr(lr)
-    other = optimizer_of_timm(theirs, name, lr, 0.2, 1.0)
+    other = optimizer_of_timm(theirs, TIMMS[name][0], lr, 0.2, **TIMMS[name][1])
     rng = np.random.default_rng(1)
     for _ in range(50):
         grads = {
@@ -68,7 +48,7 @@ def test_fifty_steps_with_clipping_equal_timms(name, lr):
         }
         for key, parameter in theirs.named_parameters():
             parameter.grad = torch.from_numpy(grads[key].copy())
-        if name != "lamb":  # timm's LAMB clips by itself
+        if name != "lamb":
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         other.step()
         for key, parameter in ours.named_parameters():
@@ -117,7 +97,7 @@ def test_a_loss_curve_of_200_steps_is_pytorchs(name):
     train.LINEAR_SCALED_LR = None
     train.BASE_LR = {"lamb": 0.01, "adamw": 0.002, "sgd": 0.05}[name]
     optimizer, criterion = build_optimizer(config, ours), build_criterion(config)
-    other = optimizer_of_timm(theirs, name, 1.0, train.WEIGHT_DECAY, 1.0)
+    other = optimizer_of_timm(theirs, TIMMS[name][0], 1.0, train.WEIGHT_DECAY, **TIMMS[name][1])
     rng = np.random.default_rng(2)
     centres = rng.normal(size=[10, 3, 32, 32])
     first = last = None
