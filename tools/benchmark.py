@@ -39,7 +39,7 @@ from PIL import Image
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from config import get_config
-from cpu import onednn, ops
+from cpu import onednn
 from datasets import build_loader
 from loading.images import read_pixels
 from parallel.process import Process
