@@ -70,6 +70,7 @@ cp "$work/run/confusion.png" "$pages/finetune_confusion.png"
 cp "$work/run/mistakes.png" "$pages/finetune_mistakes.png"
 cp "$work/grid.png" "$pages/finetune_predictions.png"
 cp "$work/photographs/batch.png" "$pages/finetune_batch.png"
+"$python" "$pages/charts.py" # from the tables in performance.md and results.md
 "$python" - "$pages"/*.png <<'SMALL' # 256 colours: a third of the bytes
 import sys
 
