@@ -31,8 +31,8 @@ def draw_speed() -> None:
 
 
 def draw_deit() -> None:
-    rows = [r for r in rows_under("results.md", "DeiT's own training beside ours", 6)]
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    rows = rows_under("results.md", "DeiT's own training beside ours", 6)
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     names = list(dict.fromkeys(row[0] for row in rows))
     for number, (column, name) in enumerate(((2, "DeiT's main.py"), (4, "ours"))):
         points = [
