@@ -284,10 +284,10 @@ def is_output(folder: str) -> bool:
                 if entry.name.lower().endswith(EXTENSIONS):
                     return False  # soon, in the folder of a class
                 entries.append(entry)
-    except OSError as error:
+        if folders := [entry.path for entry in entries if entry.is_dir()]:
+            return any(map(is_run, folders))
+    except OSError as error:  # also of a link that leads to itself
         _refuse(error)
-    if folders := [entry.path for entry in entries if entry.is_dir()]:
-        return any(map(is_run, folders))
     return any(entry.name in ("train_list.txt", "val_list.txt") for entry in entries)
 
 

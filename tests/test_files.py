@@ -284,6 +284,14 @@ def test_a_link_to_a_folder_above_it_is_refused_and_named(tmp_path, links):
     assert str(caught.value).split(":")[0].endswith(tuple(os.path.basename(name) for name in links))
 
 
+def test_a_link_that_leads_nowhere_but_to_itself_is_named(tmp_path):
+    make_tree(tmp_path)
+    (tmp_path / "train/cow").mkdir()
+    (tmp_path / "train/cow/x").symlink_to("x")
+    with pytest.raises(DataError, match="train/cow/x: too many levels of symbolic links"):
+        find_classes(str(tmp_path))
+
+
 def test_other_links_to_folders_are_followed(tmp_path, monkeypatch):
     make_tree(tmp_path, splits=("train",))
     save(tmp_path / "disk/x.png")
