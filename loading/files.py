@@ -94,15 +94,26 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     below `num_classes`. Without `allow_outside` no path may leave `root`; ``..`` is resolved by the
     text alone: a link may point to another disk. DataError if a line is none of this.
     """
-    index = ImageIndex(root, list_file)
+    index, labels = ImageIndex(root, list_file), {}  # a few labels, a million times
     folder = b"" if allow_outside else os.path.join(os.path.normpath(index.root), b"")
     try:
         regular_size(list_file)
         with open(list_file, "rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.strip() if number > 1 else line.removeprefix(BOM_UTF8).strip()
-                if line and not line.startswith(b"#"):
-                    index.add(*_parse(line, num_classes, folder), number)
+                if not line or line.startswith(b"#"):
+                    continue
+                if b"\0" in line:
+                    raise ValueError("zero bytes: it looks like UTF-16, save it as UTF-8")
+                fields = line.rsplit(None, 1)
+                if len(fields) < 2:
+                    raise ValueError("expected `relative/path label`")
+                name, label = fields
+                if label not in labels:
+                    labels[label] = _parse_label(label, num_classes)
+                if folder and (b".." in name or name.startswith(b"/")):
+                    name = _inside(name, folder)
+                index.add(name, labels[label], number)
     except ValueError as problem:
         raise DataError(f"{list_file}:{number}: {problem}, got {_show(line)}") from None
     except OSError as error:
@@ -116,30 +127,24 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     return index
 
 
-def _parse(line: bytes, num_classes: int, folder: bytes) -> tuple[bytes, int]:
-    """The path and label of a list's line, the path without ``..``: what is opened is what was
-    checked to lie in `folder`, if one is given. ValueError: what is wrong.
-    """
-    if b"\0" in line:
-        raise ValueError("zero bytes: it looks like UTF-16, save it as UTF-8")
-    fields = line.rsplit(None, 1)
-    if len(fields) < 2:
-        raise ValueError("expected `relative/path label`")
-    name, label = fields
+def _parse_label(label: bytes, num_classes: int) -> int:
     if not label.isdigit():
         raise ValueError(f"the label {_show(label)} is not a whole number")
     if len(label) > 9 or int(label) >= num_classes:
         known = f"0 .. {num_classes - 1} (MODEL.NUM_CLASSES {num_classes})"
         raise ValueError(f"the label {_show(label)} is not in {known}")
-    if folder and (b".." in name or name.startswith(b"/")):
-        path = os.path.normpath(os.path.join(folder, name))
-        if not path.startswith(folder):
-            raise ValueError(
-                f"the path {_show(name)} leaves the data folder {os.fsdecode(folder)} "
-                "(DATA.ALLOW_OUTSIDE_PATHS True accepts it)"
-            )
-        name = path[len(folder) :]
-    return name, int(label)
+    return int(label)
+
+
+def _inside(name: bytes, folder: bytes) -> bytes:
+    """A path without ``..``: what is opened is what was checked to lie in the data folder."""
+    path = os.path.normpath(os.path.join(folder, name))
+    if not path.startswith(folder):
+        raise ValueError(
+            f"the path {_show(name)} leaves the data folder {os.fsdecode(folder)} "
+            "(DATA.ALLOW_OUTSIDE_PATHS True accepts it)"
+        )
+    return path[len(folder) :]
 
 
 def find_classes(root: str) -> list[str]:
