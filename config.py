@@ -485,16 +485,17 @@ def _set(config: CN, key: str, value, where: str) -> None:
 def _require_known(key: str, where: str) -> None:
     """Says which known key is nearest, if a dotted key is none."""
     if key not in KEYS and key not in _SECTIONS:
-        known, upper = [*KEYS, *_SECTIONS], key.upper()
-        same_name = [k for k in known if k.rpartition(".")[2] == upper.rpartition(".")[2]]
+        known, last = [*KEYS, *_SECTIONS], key.upper().rpartition(".")[2]
+        same_name = [k for k in known if k.rpartition(".")[2] == last]
         raise ConfigError(
-            f"{where}: unknown config key {_show(key)}{_suggest(upper, same_name or known)}"
+            f"{where}: unknown config key {_show(key)}{_suggest(key, same_name or known)}"
         )
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""
+    by_lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def _parse(text, key: str, where: str):

@@ -227,14 +227,14 @@ BAD_FLAGS = {
     "-foo": "unrecognized arguments: -foo",
     "-batch_size x": "-batch_size: DATA.BATCH_SIZE is 'x'; expected a whole number",
     "-opts SEED": "-opts takes KEY VALUE pairs",
-    "-opts TRAIN.BETAS 1": "did you mean TRAIN.OPTIMIZER.BETAS",
+    "-opts train.betas 1": "did you mean TRAIN.OPTIMIZER.BETAS",
     "-opts TRAIN.LOSS mse": "TRAIN.LOSS is 'mse'; expected one of ce, bce$",
     "-opts SEED [": "-opts: SEED: cannot read the value",
     "-opts SEED !!int": "-opts: SEED: cannot read the value",
     "-opts BASE x.yaml": "-opts: BASE belongs in a YAML file",
     "-pretrained=": "argument -pretrained: is empty; leave it out",
     "-last_epoch 400": "TRAIN.LAST_EPOCH is 400, which leaves nothing of TRAIN.NUM_EPOCHS 400",
-    "-cfg configs/resmlp_25_224.yaml": "no such config file",
+    "-cfg configs/ResMLP_24.YAML": "no such config file; did you mean resmlp_24_224.yaml",
 }
 
 
