@@ -234,7 +234,7 @@ BAD_FLAGS = {
     "-opts BASE x.yaml": "-opts: BASE belongs in a YAML file",
     "-pretrained=": "argument -pretrained: is empty; leave it out",
     "-last_epoch 400": "TRAIN.LAST_EPOCH is 400, which leaves nothing of TRAIN.NUM_EPOCHS 400",
-    "-cfg configs/ResMLP_24.YAML": "no such config file; did you mean resmlp_24_224.yaml",
+    "-cfg configs/RESMLP_24_224.YAML": "no such config file; did you mean resmlp_24_224.yaml",
 }
 
 
