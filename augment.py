@@ -317,10 +317,7 @@ def build_policy(text: str, key: str, **options) -> Policy:
             raise ConfigError(f"{where}: bad section {section!r}; known are: {names}") from None
     if policy != "rand":
         return Policy(POLICIES[policy], **options)
-    if not 0 <= options.get("probability", 0) <= 1:
-        raise ConfigError(f"{where}: p is a probability, from 0 to 1")
-    if options.get("layers", 0) > 64:  # as TRAIN.RAND_AUGMENT_LAYERS
-        raise ConfigError(f"{where}: n is at most 64")
-    if max(options.get("level", 0), options.get("level_max", 0)) > 100:
-        raise ConfigError(f"{where}: m and mmax are at most 100; 10 is the strongest in use")
+    limits = {"probability": 1, "layers": 64, "level": 100, "level_max": 100}  # as the config's
+    if any(options.get(argument, 0) > limit for argument, limit in limits.items()):
+        raise ConfigError(f"{where}: p is at most 1, n 64, m and mmax 100 (10 is what papers use)")
     return rand_augment(**options)

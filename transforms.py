@@ -37,12 +37,8 @@ def resized_size(width: int, height: int, short: int) -> tuple[int, int]:
 
 
 def center_box(width: int, height: int, size: int) -> Box:
-    """The central square of `size`, which sticks out (evenly) where the image is smaller.
-
-    Odd margins as torchvision: rounded to even inside, the smaller half to the left or top outside.
-    """
-    margins = width - size, height - size
-    left, top = (round(margin / 2) if margin >= 0 else -(-margin // 2) for margin in margins)
+    """The central square of `size` of an image that is not smaller; odd margins as torchvision."""
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return left, top, left + size, top + size
 
 
@@ -70,7 +66,6 @@ class EvalTransform:
                 f"{width} x {height} pixels, too narrow: resized to {size[0]} x "
                 f"{size[1]}, longer than {_LONGEST} crops of {self.size}; cut it or leave it out",
             )
-        # Outside of the image, torchvision's crop is black too.
         crop = center_box(*size, self.size)
         return operations().to_rgb(operations().resize(pixels, size, self.resample, crop))
 

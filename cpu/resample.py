@@ -85,9 +85,6 @@ class Compiled(Pillow):
     def resize(self, pixels, size, resample, crop=None, box=None):
         if resample != _BICUBIC:
             return super().resize(pixels, size, resample, crop, box)
-        if crop and (min(crop[:2]) < 0 or crop[2] > size[0] or crop[3] > size[1]):
-            whole = self.resize(pixels, size, resample, box=box)
-            return from_image(to_image(whole).crop(crop))
         if box:
             pixels = pixels[box[1] : box[3], box[0] : box[2]]
         (height, width), crop = pixels.shape, crop or (0, 0, *size)

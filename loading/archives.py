@@ -1,7 +1,7 @@
 """Tar and zip archives as folders, ``train.tar/cat/1.jpg``, and tars in a tar. (No Paddle.)
 
 The index of an archive is kept beside it (``.train.tar.index.npz``), or in the cache folder, until
-it changes. Reads are positioned, so that forked loader workers share nothing but the open file.
+it changes. Each read opens the archive: forked workers share no file, and 1,000 are not too many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -96,13 +96,7 @@ def read(path: str) -> bytes | None:
 
 @cache
 def open_archive(path: str) -> Archive:
-    """The archive at a path, indexed; opened once in a process, which may need 1,000 of them."""
-    with suppress(ImportError, OSError, ValueError):  # Windows has no limit of open files
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        more = 2**14 if hard == resource.RLIM_INFINITY else min(2**14, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, more), hard))
+    """The archive at a path, indexed once in a process."""
     archive = Archive(path)
     _opened.add(path)
     return archive
@@ -118,7 +112,6 @@ class Archive:
     def __init__(self, path: str):
         self.path = path
         try:
-            self._file = open(path, "rb")  # noqa: SIM115  (for as long as the process reads)
             self._state = _state(path)
         except OSError as error:
             raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
@@ -158,19 +151,14 @@ class Archive:
 
     def read(self, name: str) -> bytes:
         """A member's bytes; OSError if there is none or it is damaged, DataError after a change."""
-        member, state = self.find(name), None
+        member = self.find(name)
         if member is None:
             raise FileNotFoundError(errno.ENOENT, "No such member", f"{self.path}/{name}")
-        with suppress(OSError):  # it is gone
-            state = _state(self.path)
-        if state != self._state:
-            raise DataError(
-                f"{self.path}/{name}: the archive was changed while it was in use; start again"
-            )
-        start = member.start
-        if member.method >= 0:  # a zip's: behind its local header
-            start += _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(self._at(start, 30)))
-        data = self._at(start, member.size)
+        with self._open(name) as file:
+            file.seek(member.start)
+            if member.method >= 0:  # a zip's: behind its local header
+                file.seek(sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))), os.SEEK_CUR)
+            data = file.read(member.size)
         if member.method == zipfile.ZIP_DEFLATED:
             with suppress(zlib.error):  # then its checksum is not right
                 data = zlib.decompressobj(-15).decompress(data, member.length)
@@ -179,17 +167,19 @@ class Archive:
             raise OSError(errno.EIO, "The member is damaged", f"{self.path}/{name}")
         return data
 
-    def _at(self, start: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), size, start)
-        with open(self.path, "rb") as file:  # Windows: a position of one's own
-            file.seek(start)
-            return file.read(size)
+    def _open(self, name: str) -> BinaryIO:
+        with suppress(OSError):  # it is gone
+            file = open(self.path, "rb")  # noqa: SIM115  (`read` closes it)
+            if _state(file.fileno()) == self._state:
+                return file
+        raise DataError(
+            f"{self.path}/{name}: the archive was changed while it was in use; start again"
+        )
 
 
-def _state(path: str) -> list[int]:
+def _state(file: str | int) -> list[int]:
     """What changes when somebody writes or replaces an archive that is in use."""
-    status = os.stat(path)
+    status = os.stat(file)
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
@@ -284,8 +274,9 @@ def _tar_members(
                 yield name, target
                 continue
             if not info.isreg() or info.issparse():
-                kind = "a sparse file" if info.issparse() else "a link or device"
-                _refuse(path, name, f"is {kind}; make the archive anew with tar -h, without -S")
+                _refuse(
+                    path, name, "is no plain file; make the archive anew with tar -h, without -S"
+                )
             start = base + info.offset_data
             if name.lower().endswith(".tar"):
                 yield f"{name}/", Member()

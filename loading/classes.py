@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
+from difflib import get_close_matches
 
 from cli.errors import DataError
 from loading import archives
@@ -72,13 +71,13 @@ class ClassNames:
             missing = f"{len(there)} classes of {other.source} are missing, such as "
             return f"{self.source}: {missing}{printable(name)!r} (label {label} there)"
         label, name = here[0]
-        alike = [entry for entry in there if _look_alike(name, entry[1])]
-        at, other_name = (alike or there or [(0, theirs[0])])[0]
+        others = [name for _, name in there] or theirs
+        near = (get_close_matches(name, others, 1) or others)[0]
         return (
             f"{self.source}: {len(here)} of {len(mine)} classes are not among those of "
             f"{other.source}, such as {printable(name)!r}"
             + (f" (label {label})" * (not subset))
-            + f"; label {at} there is {printable(other_name)!r}{_look_alike(name, other_name)}"
+            + f"; label {theirs.index(near)} there is {printable(near)!r}"
         )
 
     def _comparable(self, other: ClassNames, subset: bool) -> tuple[list[str], list[str]]:
@@ -127,29 +126,6 @@ def _agree(mine: list[str], theirs: list[str], subset: bool) -> bool:
     """Whether every class of the one is found, once, in the other."""
     once = len(set(mine)) == len(mine) and (subset or len(mine) == len(theirs))
     return mine == theirs or (once and set(mine) <= set(theirs))
-
-
-def _look_alike(one: str, other: str) -> str:
-    """The first difference of two names that look alike, by character; else empty."""
-
-    def bare(name: str) -> str:  # without case, width, spaces and marks that show nothing
-        name = unicodedata.normalize("NFKC", name).casefold()
-        return "".join(c for c in name if unicodedata.category(c)[0] not in "CZ")
-
-    def code(character: str) -> str:
-        name = character and f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
-        return name or "the end"
-
-    def script(character: str) -> str:
-        return unicodedata.name(character, "").split(" ")[0]
-
-    pairs = zip_longest(one, other, fillvalue="")
-    differ = [(place, a, b) for place, (a, b) in enumerate(pairs, 1) if a != b]
-    foreign = len(one) == len(other) and all(script(a) != script(b) for _, a, b in differ)
-    if bare(one) != bare(other) and not foreign:
-        return ""
-    place, here, there = differ[0]
-    return f" (character {place} is {code(here)} here, {code(there)} there)"
 
 
 def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:

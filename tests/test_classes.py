@@ -73,10 +73,7 @@ def test_labels_of_equal_names_are_mapped(one, other, labels):
         (["a", "b"], ["a", "b", "c"], "1 classes of there are missing, such as 'c' .label 2 there"),
         (["a", "b", "c"], ["a", "b"], "1 of 3 classes are not among .* 'c' .label 2.; label 0 the"),
         (["a", "a", "b"], ["a", "b", "b"], "'a' is the name of two classes"),
-        (["\u0440ear"], ["pear"], "character 1 is U.0440 CYRILLIC .* here, U.0070 LATIN SMALL .*P"),
-        (["pear "], ["pear"], "'pear ' .*'pear' .character 5 is U.0020 SPACE here, the end there"),
-        (["pe\u200bar"], ["pear"], "character 3 is U.200B ZERO WIDTH SPACE here"),
-        (["Pear"], ["x", "pear"], "label 1 there is 'pear' .character 1 is U.0050 LATIN CAPITAL"),
+        (["pe\u200bar"], ["x", "pear"], r"such as 'pe\\u200bar' .*; label 1 there is 'pear'$"),
         (["\x1b[2J"], ["a"], r"such as '.{1,2}x1b\[2J'"),
     ],
 )

@@ -87,14 +87,6 @@ def test_a_box_that_never_fits_is_left_out(monkeypatch):
     np.testing.assert_array_equal(call(RandomErasing(1.0, "pixel"), images), images)
 
 
-@pytest.mark.parametrize("batch", [6, 7])
-def test_split_leaves_the_first_half_of_the_batch_alone(batch):
-    images = make_images(batch)
-    result = call(RandomErasing(1.0, "pixel", split=True), images)
-    changed = (result != images).any(axis=(1, 2, 3))
-    assert not changed[: batch // 2].any() and changed[batch // 2 :].all()
-
-
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_the_result_is_a_function_of_both_seeds_and_the_argument_is_kept(mode):
     images, erasing = make_images(8), RandomErasing(1.0, mode)

@@ -121,15 +121,3 @@ def test_a_balanced_order_is_the_same_for_any_number_of_processes(world, repeats
     whole = list(sampler)
     sampler.set_epoch(0, start=4 * 8)
     assert list(sampler) == whole[4:]
-
-
-@pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize("num_images,world,batch", [(1003, 3, 4), (300, 2, 8), (37, 4, 2)])
-def test_n_processes_see_in_each_step_what_one_with_n_times_the_batch_sees(
-    num_images, world, batch, repeats
-):
-    many = steps(num_images, batch, world, repeats, drop_last=True)
-    one = steps(num_images, batch * world, 1, repeats, drop_last=True)
-    assert many == one
-    assert len(many) > 0
-    assert len(one[-1]) == world * batch

@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 timm_erasing = pytest.importorskip("timm.data.random_erasing")
 stats = pytest.importorskip("scipy.stats")
 
-from random_erasing import draw_boxes  # noqa: E402
+from random_erasing import RandomErasing, draw_boxes  # noqa: E402
+from tests.test_random_erasing import call  # noqa: E402
 from tests.timm.test_mixup_timm import DRAWS, assert_same_distribution  # noqa: E402
 
 
@@ -56,9 +57,11 @@ def test_boxes_have_the_same_distribution(height, width, prob, max_count):
         assert_same_distribution(measure(*size[0]), measure(*size[1]))
 
 
-def test_split_begins_where_timm_begins():
-    for batch in (6, 7):
-        images = torch.ones(batch, 3, 32, 32)
-        timm_erasing.RandomErasing(1.0, num_splits=2, device="cpu")(images)
-        touched = (images == 0).flatten(1).any(1).numpy()
+@pytest.mark.parametrize("batch", [6, 7])
+def test_split_begins_where_timm_begins(batch):
+    images = torch.ones(batch, 3, 32, 32)
+    ours = call(RandomErasing(1.0, "const", split=True), images.numpy().copy())
+    timm_erasing.RandomErasing(1.0, num_splits=2, device="cpu")(images)
+    for erased in (ours, images.numpy()):
+        touched = (erased == 0).any(axis=(1, 2, 3))
         np.testing.assert_array_equal(touched, np.arange(batch) >= batch // 2)
