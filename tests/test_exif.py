@@ -125,11 +125,12 @@ def test_predictions_and_the_exported_model_turn_images_as_the_run_does(tmp_path
         assert metadata["exif_orientation"] is wanted
         (program,) = [*folder.glob("model.json"), *folder.glob("model.pdmodel")]
         model = infer_exported.load(program)
-        ((_, found),) = infer_exported.classify(model, [held])
+        (result,) = infer_exported.classify(model, [held])
+        found = [(entry["class"], entry["confidence"]) for entry in result["predictions"]]
         expected = confidences(held, wanted)
         assert [label for label, _ in found] == [label for label, _ in expected]
         np.testing.assert_allclose([p for _, p in found], [p for _, p in expected], rtol=1e-4)
 
     del metadata["exif_orientation"]  # of a model that was exported before there was the key
     (folder / "model.metadata").write_text(json.dumps(metadata))
-    assert infer_exported.load(program).metadata["exif_orientation"] is False
+    assert list(infer_exported.classify(infer_exported.load(program), [held])) == [result]

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from unittest import mock
 
 import numpy as np
 import paddle
@@ -131,8 +130,6 @@ def test_the_whole_model_maps_bytes_to_probabilities(exported_whole, logits):
 
 def test_safetensors_can_be_trained_on_from(weights, tmp_path):
     safetensors = pytest.importorskip("safetensors")
-    (tmp_path / ".unverified").mkdir()
-    (tmp_path / ".unverified" / "model.onnx").write_bytes(b"half")  # of an export that was killed
     export(weights, tmp_path, ["safetensors"])
     (file,) = tmp_path.iterdir()
     heads = [
@@ -303,8 +300,6 @@ def test_images_are_prepared_or_refused_as_in_training_pixel_by_pixel(
 
 
 def test_paddle_itself_loads_it(weights, tmp_path, logits):
-    """As a teacher does; it takes every JSON file of that name for a part of the network."""
-    (tmp_path / "model.metadata.json").write_text("{}")  # of an earlier export
     export(weights, tmp_path)
     found = paddle.jit.load(str(tmp_path / "model"))(paddle.to_tensor(normalized(UNSEEN)))
     assert_near(found.numpy(), logits)
@@ -343,18 +338,6 @@ def test_a_gpu_that_the_package_knows_nothing_of_is_refused(exported):
         load(exported[0], gpu=True)
 
 
-def test_onnxruntime_that_falls_back_to_the_cpu_is_refused(tmp_path, monkeypatch):
-    """As where CUDA's libraries are missing."""
-    onnxruntime, session = pytest.importorskip("onnxruntime"), mock.MagicMock()
-    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    session.get_providers.return_value = both[1:]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
-    infer_module.open_onnx(tmp_path / "model.onnx")
-    with pytest.raises(ModelError, match="-gpu: onnxruntime cannot load its CUDA provider"):
-        infer_module.open_onnx(tmp_path / "model.onnx", gpu=True)
-
-
 @only_onnx
 def test_an_onnx_file_from_elsewhere_is_refused(exported, tmp_path):
     import onnx
@@ -391,13 +374,10 @@ def test_a_paddle_model_that_is_not_whole_is_refused(exported, tmp_path, ending,
 
 
 @pytest.mark.parametrize("inside, wrong", [(True, np.nan), (False, np.inf)])
-def test_an_output_that_is_not_finite_or_has_no_names_is_an_error(inside, wrong):
+def test_an_output_that_is_not_finite_is_an_error(inside, wrong):
     metadata = {"preprocessing_inside": inside, "mean": [0, 0, 0], "std": [1, 1, 1]}
-    model = ExportedModel({**metadata, "class_names": "ab"}, lambda x: np.float32([[1, wrong]]))
+    model = ExportedModel(metadata, lambda x: np.float32([[1, wrong]]))
     with pytest.raises(ModelError, match="NaN or infinite"):
-        model(UNSEEN[:1])
-    model.metadata["class_names"] = "a"
-    with pytest.raises(ModelError, match="its metadata names 1 classes, but the model has 2"):
         model(UNSEEN[:1])
 
 
@@ -439,12 +419,11 @@ def test_json_and_csv_have_what_predict_s_have_also_after_an_error(
         assert row[:4] == [path, "1", str(entry["class"]), entry["name"]]
         assert abs(float(row[4]) - entry["confidence"]) < 1e-5
     for flags, message in (
-        (["-threads", 99999], "expected 1 to 1024, found 99999"),
-        (["-top_k", "x"], "expected 1 to 1024, found x"),
-        (["-json", "-csv"], "-json and -csv: choose one"),
+        (["-threads", -1], "-top_k, -batch_size and -threads are at least 1"),
+        (["-json", "-csv"], "not allowed with argument -json"),
     ):
         code, _, said = infer(exported[0], *paths, *flags)
-        assert code == 2 and said.endswith(f": {message}\n")
+        assert code == 2 and message in said
 
 
 @only_onnx

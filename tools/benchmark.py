@@ -62,13 +62,13 @@ DTYPES = {  # backend -> what it computes in on a CPU, and on a GPU
     "openvino": (("float32", "bfloat16", "int8"), ()),
 }
 OPENERS = {"inference": open_paddle, "onnx": open_onnx, "openvino": open_openvino}
-PEERS = {  # each also with _bf16 -> its modes
+PEER_MODES = {
     "timm": ("infer", "train", "data"),
     "timm_compile": ("infer", "train"),
     "timm_compile_freeze": ("infer",),
     "openvino": ("infer",),
 }
-PEER_NAMES = [name + dtype for name in PEERS for dtype in ("", "_bf16")]
+PEERS = {form + dtype: modes for form, modes in PEER_MODES.items() for dtype in ("", "_bf16")}
 PEER_SCRIPT = Path(__file__).with_name("benchmark_timm.py")
 SETTLE_SECONDS = 0.3  # OpenMP threads spin for 0.2 s after their work, and would disturb the next
 GEMM_SIZE, GEMM_SIZE_GPU, GEMM_ROUNDS = 2048, 8192, 20
@@ -95,12 +95,6 @@ class Job:
         able = DTYPES[self.backend][on_gpu()]
         if not (on_gpu() or onednn.has(paddle.float32)):
             able = [dtype for dtype in able if dtype != "bfloat16"]
-        if self.batch_size < 1:
-            raise UserError("-batch_size is at least 1")
-        if not 1 <= self.threads <= 1024:
-            raise UserError(f"-threads is {self.threads}; expected 1 to 1024")
-        if self.mode in ("train", "step") and not self.config.MODEL.NUM_CLASSES:
-            raise UserError(f"-mode {self.mode} needs classes, but MODEL.NUM_CLASSES is 0")
         if self.mode != "infer" and self.backend != "eager":
             raise UserError(f"-backend {self.backend} is for -mode infer")
         if self.dtype not in able:
@@ -117,7 +111,7 @@ class Job:
         return passes * 2e-9 * config_info(self.config).macs * self.batch_size
 
     def for_timm(self, name: str, files: Sequence[str]) -> dict:
-        """The same work, as `benchmark_timm` takes it, in the form of a name of `PEER_NAMES`."""
+        """The same work, as `benchmark_timm` takes it, in the form of a name of `PEERS`."""
         model, mixer = self.config.MODEL, self.config.MODEL.MIXER
         return {
             "mode": self.mode,
@@ -142,19 +136,20 @@ class Job:
 def choose_peers(job: Job, compare: Sequence[str]) -> list[str]:
     """The peers that are meant; ``best``: all that do the job, in its precision, where it runs."""
     if "best" in compare:
-        suffix = "_bf16" if job.dtype == "bfloat16" else ""
-        compare = [f"{name}{suffix}" for name, modes in PEERS.items() if job.mode in modes]
+        compare = [name for name, modes in PEERS.items() if job.mode in modes]
+        is_bf16 = job.dtype == "bfloat16"
+        compare = [name for name in compare if name.endswith("_bf16") == is_bf16]
         if on_gpu() or not find_spec("openvino"):
             print("-compare best: without OpenVINO, which is not here", file=sys.stderr)
             compare = [name for name in compare if not name.startswith("openvino")]
     for name in compare:
-        if job.mode not in (modes := PEERS[name.replace("_bf16", "")]):
-            raise UserError(f"-compare {name} is for -mode {' and '.join(modes)}")
+        if job.mode not in PEERS[name]:
+            raise UserError(f"-compare {name} is for -mode {' and '.join(PEERS[name])}")
     return list(compare)
 
 
 def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[dict]:
-    """Measures a job, and peers (of `PEER_NAMES`, or ``best``) in alternation with it.
+    """Measures a job, and peers (of `PEERS`, or ``best``) in alternation with it.
 
     Returns the `figures` of Paddle, then of each peer; in mode ``step`` also ``parts_ms``. Raises
     UserError for a peer that cannot do the job or a missing package.
@@ -309,7 +304,7 @@ def write_jpegs(folder: Path, count: int) -> list[str]:
 
 @contextmanager
 def peer(name: str, job: Job, files: Sequence[str]) -> Iterator[Callable[[str], float]]:
-    """One of `PEER_NAMES` in a child process, which sleeps while Paddle is measured. What is
+    """One of `PEERS` in a child process, which sleeps while Paddle is measured. What is
     yielded asks it for ``step``, seconds, or for ``memory``, megabytes.
     """
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -407,18 +402,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.flag("dtype", "precision", default="float32", choices=dtypes)
     parser.flag("backend", "what infers", default="eager", choices=DTYPES)
     parser.flag("rounds", "timed steps", type=int, default=10, metavar="N")
-    peers = f"run beside it: {', '.join(PEERS)}, each also with _bf16; or best"
-    names = [*PEER_NAMES, "best"]
+    peers = f"run beside it: {', '.join(PEERS)}; or best"
+    names = [*PEERS, "best"]
     parser.flag("compare", peers, nargs="+", default=(), choices=names, metavar="PEER")
     parser.flag("json", "one JSON object a line", action="store_true")
     parser.opts_flag("config keys: -opts MODEL.DROPPATH 0 ...")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        raise UserError("-rounds is at least 1")
+    threads = setup.default_threads() if args.threads is None else args.threads
+    if min(args.batch_size, args.rounds, threads) < 1:
+        raise UserError("-batch_size, -rounds and -threads are at least 1")
     config = get_config(args.cfg, args.opts)
     config.AMP = args.dtype in ("bfloat16", "float16")
     config.AMP_DTYPE = args.dtype if config.AMP else "auto"
-    threads = setup.default_threads() if args.threads is None else args.threads
     job = Job(config, args.mode, args.batch_size, threads, args.dtype, args.backend)
     with tempfile.TemporaryDirectory() as folder:
         if job.mode == "step":  # it is a run's

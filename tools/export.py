@@ -15,7 +15,6 @@ if not __package__:
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -298,19 +297,14 @@ _EXPORTERS = {  # format -> what needs to be installed, what writes and verifies
 @contextlib.contextmanager
 def _staging(output: str | os.PathLike) -> Iterator[Path]:
     """A folder whose files move to ``output`` at the end, all of them, or none after an error."""
-    output, folder = Path(output), Path(output, ".unverified")
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
-        folder.mkdir(parents=True)
-        yield folder
-        for file in folder.iterdir():
-            os.replace(file, output / file.name)
-            if file.suffix == ".metadata":  # its earlier name must not stay beside it
-                (output / f"{file.name}.json").unlink(missing_ok=True)
+        os.makedirs(output, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unverified-", dir=output) as folder:
+            yield Path(folder)
+            for file in Path(folder).iterdir():
+                os.replace(file, Path(output, file.name))
     except OSError as error:
         raise UserError(f"-output {output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

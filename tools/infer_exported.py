@@ -18,10 +18,10 @@ import os
 import re
 import stat
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -67,8 +67,6 @@ class ExportedModel:
             normalized = (images.astype(np.float32) / 255 - mean) / std
             images = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
         output = self.run(images)
-        if (names := len(self.metadata["class_names"])) != (classes := output.shape[1]):
-            raise ModelError(f"its metadata names {names} classes, but the model has {classes}")
         if not np.isfinite(output).all():
             raise ModelError("the model gives NaN or infinite values; export it again")
         if inside:
@@ -106,25 +104,19 @@ def load(
         raise ModelError(f"{path}: not from export.py: its metadata lacks preprocessing_inside")
     if path.suffix == ".onnx":
         metadata = {key: json.loads(text) for key, text in metadata.items()}
-    metadata = {"exif_orientation": False, **metadata}  # earlier exports have none
     place = "the GPU" if gpu else f"the CPU, {threads} thread{'s' * (threads > 1)}"
     return ExportedModel(metadata, run, f"{engine} on {place}")
 
 
 def _read_metadata(path: Path) -> dict:
     """What stands beside a Paddle model, with checksums: Paddle reads even files cut short."""
-    described = path.with_suffix(".metadata.json")  # its earlier name
-    if path.with_suffix(".metadata").is_file() or not described.is_file():
-        described = _beside(path, ".metadata")
+    described = _beside(path, ".metadata")
     with _one_line(f"{described}: not from export.py"):
         metadata = dict(json.loads(described.read_text(encoding="utf-8")))
     for suffix, expected in metadata.get("sha256", {}).items():
         file = _beside(path, suffix)
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-            raise ModelError(
-                f"{file}: not the file that was exported (its checksum differs): cut or changed on "
-                "the way? Copy it again"
-            )
+            raise ModelError(f"{file}: not the file that was exported; copy it again")
     return metadata
 
 
@@ -147,14 +139,12 @@ def open_onnx(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
-    if not set(providers) <= set(onnxruntime.get_available_providers()):
-        raise ModelError("-gpu needs `pip install onnxruntime-gpu`, in the place of onnxruntime")
     with _one_line(f"{path}: onnxruntime cannot open it"):
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     if gpu and providers[0] not in session.get_providers():  # it falls back without an exception
         raise ModelError(
-            "-gpu: onnxruntime cannot load its CUDA provider (the reason stands above): install "
-            "the CUDA and cuDNN that this onnxruntime-gpu was built for"
+            "-gpu needs `pip install onnxruntime-gpu`, in the place of onnxruntime, and the CUDA "
+            "and cuDNN that it was built for (the reason stands above)"
         )
     name = session.get_inputs()[0].name
 
@@ -264,8 +254,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB as training reads it: of 16-bit grey the upper 8 bits. Raises ModelError for
     32-bit integers and floating point, whose black and white are not known.
     """
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))[0] if tags else _significant_bits(image)  # also 12
+    tags, bits = getattr(image, "tag_v2", {}), 16
+    if tags:
+        bits = tags.get(258, (16,))[0]  # also 12
+    elif image.format == "PNG" and image.mode.startswith("I"):
+        end = image.fp.tell()  # of the chunks before the pixels
+        image.fp.seek(0)
+        if found := re.search(rb"\0\0\0\x01sBIT([\x08-\x10])", image.fp.read(end)):
+            bits = found[1][0]
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int32)
@@ -276,17 +272,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         unknown = "32-bit integers or floating point, whose black and white are not known"
         raise ModelError(f"{unknown}; save it with 8 or 16 bits")
     return image.convert("RGB")
-
-
-def _significant_bits(image: Image.Image) -> int:
-    """What the chunk sBIT of a 16-bit PNG says; without one 16."""
-    if image.format != "PNG" or not image.tile or not image.mode.startswith("I"):
-        return 16
-    end = image.fp.tell()  # of the chunks before the pixels
-    image.fp.seek(0)
-    found = re.search(rb"\0\0\0\x01sBIT([\x08-\x10])", image.fp.read(end))
-    image.fp.seek(end)
-    return found[1][0] if found else 16
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -302,7 +287,7 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
     """Resizes the short side to ``floor(image_size / crop_pct)`` and cuts out the middle, uint8
     ``[image_size, image_size, 3]``, with the pixels of training's evaluation, timm and torchvision.
     """
-    image = upright(image) if metadata["exif_orientation"] else to_rgb(image)
+    image = upright(image) if metadata.get("exif_orientation") else to_rgb(image)
     (width, height), size = image.size, metadata["image_size"]
     short = int(size / metadata["crop_pct"])
     resized = tuple(int(short * side / min(width, height)) for side in (width, height))
@@ -317,15 +302,13 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
 
 
 def classify(
-    model: ExportedModel,
-    paths: Sequence[str],
-    top_k: int = 5,
-    batch_size: int = 8,
-    on_bad: Callable[[str], None] = print,
-) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Yields for every image its path and `top_k` of ``(label, probability)``, the likeliest first.
-    `on_bad` takes a line for each that cannot be read.
+    model: ExportedModel, paths: Sequence[str], top_k: int = 5, batch_size: int = 8
+) -> Iterator[dict]:
+    """Yields of every image ``{"image": path, "predictions": [{"class": 3, "name": "Dress",
+    "confidence": 0.93}, ...]}``, the `top_k` likeliest first. What cannot be read is named on
+    standard error.
     """
+    names = model.metadata["class_names"]
     for start in range(0, len(paths), batch_size):
         batch, images = [], []
         for path in paths[start : start + batch_size]:
@@ -336,12 +319,36 @@ def classify(
                     images.append(preprocess(image, model.metadata))
             except Exception as error:  # decoders raise whatever a broken file leads them to
                 reason = getattr(error, "strerror", None) or error
-                on_bad(f"{path}: cannot be read: {reason}")
+                print(f"error: {path}: cannot be read: {reason}", file=sys.stderr)
             else:
                 batch.append(path)
         for path, row in zip(batch, model(np.stack(images)) if images else ()):
-            order = np.argsort(-row, kind="stable")[:top_k]
-            yield path, [(int(label), float(row[label])) for label in order]
+            top = np.argsort(-row, kind="stable")[:top_k].tolist()
+            top = [{"class": k, "name": names[k], "confidence": float(row[k])} for k in top]
+            yield {"image": path, "predictions": top}
+
+
+def print_result(result: dict, width: int, form: str, first: bool) -> None:
+    """Prints an image's classes as "json", "csv" or "table", whose paths take ``width``."""
+    path, entries, width = result["image"], result["predictions"], max(width, len("image"))
+    if form == "json":  # in ASCII, which every terminal and pipe takes
+        text = textwrap.indent(json.dumps(result, indent=2), "  ")
+        print("[\n" if first else ",\n", text, sep="", end="")
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        if first:
+            writer.writerow(("image", "rank", "class", "name", "confidence"))
+        for rank, entry in enumerate(entries, 1):
+            confidence = f"{entry['confidence']:.6f}"
+            writer.writerow((path, rank, entry["class"], entry["name"], confidence))
+    else:
+        if first:
+            print(f"{'image':{width}}  confidence  class")
+        path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
+        for entry in entries:
+            print(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
+            path = ""  # named once
+    sys.stdout.flush()
 
 
 def find_images(sources: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -364,12 +371,6 @@ def find_images(sources: Iterable[str]) -> tuple[list[str], list[str]]:
     return images, others
 
 
-def _count(text: str) -> int:
-    if not (text.isdigit() and 1 <= int(text) <= 1024):
-        raise argparse.ArgumentTypeError(f"expected 1 to 1024, found {text}")
-    return int(text)
-
-
 def _arguments() -> argparse.Namespace:
     about = "Classifies images with an exported model."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
@@ -377,21 +378,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", type=path, help="model.onnx, model.json or model.pdmodel")
     parser.add_argument("images", nargs="+", type=path, help="image files, and folders of them")
 
-    def flag(name: str, help: str, **options) -> None:
+    def flag(name: str, help: str, part=parser, **options) -> None:
         spellings = dict.fromkeys((f"-{name}", f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, help=help, **options)
+        part.add_argument(*spellings, help=help, **options)
 
-    flag("top_k", "classes to name per image (default: 5)", type=_count, default=5, metavar="K")
-    flag("batch_size", "images at a time (default: 8)", type=_count, default=8, metavar="N")
-    flag("json", "print JSON: paths, labels, names, probabilities", action="store_true")
-    flag("csv", "print CSV, a line for each image and class", action="store_true")
+    flag("top_k", "classes to name per image (default: 5)", type=int, default=5, metavar="K")
+    flag("batch_size", "images at a time (default: 8)", type=int, default=8, metavar="N")
+    form = dict(part=parser.add_mutually_exclusive_group(), dest="form", action="store_const")
+    flag("json", "print JSON: paths, labels, names, probabilities", const="json", **form)
+    flag("csv", "print CSV, a line for each image and class", const="csv", **form)
     flag("engine", "for model.onnx (default: onnxruntime)", choices=("onnxruntime", "openvino"))
-    flag("threads", "CPU threads (default: all cores it may use)", type=_count, metavar="N")
+    flag("threads", "CPU threads (default: all cores it may use)", type=int, metavar="N")
     flag("bf16", "bfloat16 on a CPU: Paddle models, -engine openvino", action="store_true")
     flag("gpu", "run on the first GPU, or fail", action="store_true")
     args = parser.parse_args()
-    if args.json and args.csv:
-        parser.error("-json and -csv: choose one")
+    if min(args.top_k, args.batch_size, args.threads or 1) < 1:
+        parser.error("-top_k, -batch_size and -threads are at least 1")
     return args
 
 
@@ -414,30 +416,18 @@ def _print_classes(args: argparse.Namespace) -> None:
         raise ModelError(f"{args.images[0]}: no images")
     model = load(args.model, args.bf16, args.gpu, args.threads, args.engine)
     print(f"{args.model}: {model.engine}", file=sys.stderr)
-    names, results, width = model.metadata["class_names"], [], max(map(len, images))
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    complain = partial(print, "error:", file=sys.stderr)
-    if args.csv:
-        writer.writerow(("image", "rank", "class", "name", "confidence"))
-    elif not args.json:
-        print(f"{'image':{width}}  confidence  class")
+    width, shown = max(map(len, images)), 0
     try:
-        for path, entries in classify(model, images, args.top_k, args.batch_size, complain):
-            found = [{"class": k, "name": names[k], "confidence": share} for k, share in entries]
-            results.append({"image": path, "predictions": found})
-            for rank, (label, share) in enumerate(entries if not args.json else (), 1):
-                if args.csv:
-                    writer.writerow((path, rank, label, names[label], f"{share:.6f}"))
-                else:
-                    shown = path if rank == 1 else ""  # named once
-                    print(f"{shown:{width}}  {100 * share:8.2f} %  {names[label]}", flush=True)
+        results = classify(model, images, args.top_k, args.batch_size)
+        for shown, result in enumerate(results, 1):
+            print_result(result, width, args.form, first=shown == 1)
     finally:  # also what came before an error
-        if args.json:
-            print(json.dumps(results, indent=2))
+        if args.form == "json":
+            print("\n]" if shown else "[]")
     if others:
         line = f"{len(others)} others are passed over, such as {others[0]}: no image's ending"
         print(line, file=sys.stderr)
-    if bad := len(images) - len(results):
+    if bad := len(images) - shown:
         raise ModelError(f"{bad} of {len(images)} images cannot be read")
 
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 if not __package__:
     import _root  # noqa: F401
 
-import csv
 import glob
-import json
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from loading.images import BadImage, read_pixels
 from parallel.process import gpu_count
 from storage.files import printable
 from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
+from tools.infer_exported import print_result
 from training.pictures import new_grid, render
 from training.precision import autocast, choose_precision
 from transforms import build_eval_transform
@@ -150,28 +148,6 @@ def classify(
             with autocast(config, gpu_count() > 0):
                 probabilities = F.softmax(model(images))
             yield from zip(found, views, probabilities.numpy())
-
-
-def print_result(result: dict, width: int, form: str, first: bool) -> None:
-    """Prints an image's classes as "json", "csv" or "table", whose paths take ``width``."""
-    if form == "json":  # in ASCII, which every terminal and pipe takes
-        text = textwrap.indent(json.dumps(result, indent=2), "  ")
-        print("[\n" if first else ",\n", text, sep="", end="")
-    elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        if first:
-            writer.writerow(("image", "rank", "class", "name", "confidence"))
-        for rank, entry in enumerate(result["predictions"], 1):
-            confidence = f"{entry['confidence']:.6f}"
-            writer.writerow((result["image"], rank, entry["class"], entry["name"], confidence))
-    else:
-        path, width = printable(result["image"]), max(width, len("image"))
-        if first:
-            print(f"{'image':{width}}  confidence  class")
-        for entry in result["predictions"]:
-            print(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
-            path = ""  # named once
-    sys.stdout.flush()
 
 
 def draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
