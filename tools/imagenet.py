@@ -40,10 +40,6 @@ def find_imagenet(root: str) -> list[Entry] | None:
 
     DataError for such a layout with images or classes that are not ImageNet's.
     """
-    for folder in ("", "data", "ILSVRC2012_devkit_t12/data"):
-        path = os.path.join(root, folder, GROUND_TRUTH)
-        if os.path.isfile(path):
-            print(explain_ground_truth(path))
     train, val = (_place(root, side) for side in ARCHIVES)
     tars = _parts(train, "train")
     val_images = _parts(root, "val") if val == root else list_images(val) if val else []
@@ -70,15 +66,6 @@ def describe(side: str, entries: list[Entry]) -> str:
     if missing := sorted(set(wordnet_ids()).difference(names)):
         text += f"; without images: {shorten(missing, 5)}"
     return text
-
-
-def explain_ground_truth(path: str) -> str:
-    """Why the numbers of the development kit's file are not taken for labels."""
-    return (
-        f"{printable(path)}: not used: its numbers count the classes in the order of the "
-        "development kit (ILSVRC2012_ID), not of the WordNet ids; the labels are known by the "
-        "images' names: give the folder or archive that holds them"
-    )
 
 
 def _place(root: str, side: str) -> str | None:
@@ -112,25 +99,18 @@ def _train_entries(root: str, place: str, paths: list[str]) -> list[Entry]:
 
 
 def _val_entries(root: str, paths: list[str]) -> list[Entry]:
-    ids, labels, found = wordnet_ids(), validation_labels(), {}
-    known = set(ids)
+    """The entries by the numbers of the images, whichever folders they lie in."""
+    ids, labels, found = wordnet_ids(), validation_labels(), []
     for path in paths:
-        number, folder = val_number(path), os.path.basename(os.path.dirname(path))
+        number = val_number(path)
         if not number or number > len(labels):
             raise DataError(
                 f"{printable(path)}: not the name of an ImageNet validation image "
                 "(ILSVRC2012_val_00000001.JPEG to 00050000), so that its label is not known"
             )
         name = ids[labels[number - 1]]
-        if folder in known and folder != name:
-            raise DataError(
-                f"{printable(path)}: this image is of class {name}, but lies in the folder of "
-                f"{folder}"
-            )
-        entry = Entry(os.path.relpath(path, root), name, "val")
-        if found.setdefault(number, entry) is not entry:
-            both = f"{printable(path)} and {printable(os.path.join(root, found[number].path))}"
-            raise DataError(f"{both}: both are image {number}")
-    if missing := [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in found]:
-        print(f"warning: {len(missing):,} validation images are missing: {shorten(missing, 5)}")
-    return [found[number] for number in sorted(found)]
+        found.append((number, Entry(os.path.relpath(path, root), name, "val")))
+    if missing := sorted(set(range(1, len(labels) + 1)).difference(dict(found))):
+        numbers = shorten([f"{number:08d}" for number in missing], 5)
+        print(f"warning: {len(missing):,} validation images are missing: {numbers}")
+    return [entry for _, entry in sorted(found)]

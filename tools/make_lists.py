@@ -112,7 +112,11 @@ def make_lists(
 def _find(source: str, root: str) -> tuple[list[str], list[Entry]]:
     """The classes of a source, and its images."""
     if os.path.basename(source) == imagenet.GROUND_TRUTH:
-        raise DataError(imagenet.explain_ground_truth(source))
+        raise DataError(
+            f"{source}: not used: its numbers count the classes in the order of the development "
+            "kit (ILSVRC2012_ID), not of the WordNet ids; the labels are known by the images' "
+            "names: give the folder or archive that holds them"
+        )
     if os.path.isdir(source) and (found := imagenet.find_imagenet(source)):
         return list(wordnet_ids()), found
     if archives.is_folder(source):
@@ -207,23 +211,17 @@ def _read_csv(file: str, root: str) -> list[Entry]:
 
 
 def _check_labels(first_line: dict[str, str]) -> None:
-    """Refuses labels that are several; a warning for those that may be, or may be none."""
-    parts = {label: re.split(r"[\s,;|+&/]+", label) for label in first_line}
-    uses = Counter(part for found in parts.values() for part in set(found))
-    doubtful = []
+    """Refuses labels that are several; a warning for those that may be none."""
     for label, where in first_line.items():
+        parts = re.split(r"[\s,;|+&/]+", label)
         numbers = re.fullmatch(r"\d+([\s,;|]+\d+)+", label)
-        if len(parts[label]) > 1 and (numbers or all(part in first_line for part in parts[label])):
+        if len(parts) > 1 and (numbers or all(part in first_line for part in parts)):
             raise DataError(
                 f"{where}: {label!r} is several labels of one image; here an image has one: keep "
                 "one, or join them to a name of its own (scab_and_rust)"
             )
-        if re.search("[,;|]", label) and any(uses[part] > 1 for part in parts[label]):
-            doubtful.append(f"{where}: {label!r} may be several labels")
         if label.lower() in _MISSING:
             print(f"warning: {where}: the label {label!r} is a class like any other")
-    if doubtful:
-        print(f"warning: {shorten(doubtful, 1)}; each is one class")
 
 
 def _read_lists(folder: str, root: str) -> list[Entry]:
