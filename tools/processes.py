@@ -13,20 +13,18 @@ from cli.errors import DataError, UserError
 from cpu.setup import usable_cores
 
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
-_MOST = 4  # processes a core that may be asked for: more help with slow storage
 
 
 def map_in_processes(work: Callable, tasks: Sequence, workers: int | None = None) -> Iterator:
     """Yields ``work(task)`` of each task, in order.
 
-    Processes (None, or more than four a core: one a core) are forked, so that `work` and `tasks`
-    may hold much: only results are copied. Raises UserError: the system starts no more processes,
-    one of them died, or `work` raised it.
+    Processes (None: one a core) are forked, so that `work` and `tasks` may hold much: only results
+    are copied. Raises UserError: the system starts no more processes, one of them died, or `work`
+    raised it.
     """
     if workers is not None and workers < 1:
         raise UserError(f"-workers is {workers}; give a number from 1 up")
-    cores = usable_cores()
-    count = min(cores if workers is None or workers > _MOST * cores else workers, len(tasks))
+    count = min(workers or usable_cores(), len(tasks))
     if count < 2 or not hasattr(os, "fork"):
         yield from map(work, tasks)
         return
