@@ -51,11 +51,6 @@ def port(state: dict, output: str, cfg: str | None, proof: str) -> None:
     known = f"as configs/{fit[0]}.yaml" if fit else "no config of the zoo"
     sizes = ", ".join(f"{key} {value:g}" for key, value in architecture._asdict().items())
     print(f"{source} names, {len(state)} tensors: {sizes} ({known})")
-    if architecture.in_channels != 3:
-        raise WeightsError(
-            f"the weights are for images of {architecture.in_channels} channels; here images are "
-            f"RGB, of 3"
-        )
     if cfg and (differences := architecture.differences(get_config(cfg))):
         raise WeightsError(f"the weights do not fit {cfg}: {'; '.join(differences)}")
     model = ResMLP(**architecture._asdict())

@@ -143,7 +143,6 @@ BIAS, STEM, OURS = "blocks.0.linear_tokens.bias", "stem.proj.weight", "mixer_lay
         (lambda s: {"blocks.0.linear_tokens.weight": None}, "there is no mixer_layers.0.linear_"),
         (lambda s: {"head.weight": s["head.weight"] * np.nan}, "NaN or infinite .*head.weight"),
         (lambda s: dict.fromkeys(s), "no weights"),
-        (lambda s: {STEM: s[STEM][:, :1]}, "images of 1 channels; here images are RGB, of 3"),
         (
             lambda s: {"patch_embed.patch_embed.weight": s[STEM]},
             "Paddle's already: use the file with -pretrained",

@@ -162,5 +162,5 @@ def test_what_there_is_no_data_for_is_left_out(weights, tmp_path, layout, capsys
     make_images(tmp_path / "data" / "val" / "a", 1)
     opts = ["DATA.DATASET", layout, "DATA.DATA_PATH", str(tmp_path / "data")]
     files = visualize(weights, tmp_path / "out", opts=opts)
-    assert "data: no training images, so no batch.png" in capsys.readouterr().err
+    assert f"no batch.png: {tmp_path}/data" in capsys.readouterr().err
     assert [file.name for file in files] == ["token_mixing.png", "magnitudes.png", "index.html"]

@@ -27,10 +27,9 @@ from pathlib import Path
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from loading.files import find_classes
-from tools.common import write_file
+from tools.common import ROOT, write_file
 from training.plots import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 DEIT = "--device cpu --model resmlp_tiny --input-size 56 --batch-size 100 --num_workers 1 "
 DEIT += "--no-repeated-aug --no-model-ema --drop-path 0.05 --cooldown-epochs 0 --data-set IMNET"
 CONFIG = """

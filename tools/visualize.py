@@ -20,11 +20,9 @@ import numpy as np
 import paddle
 
 from batch_augment import BatchAugment
-from cli.errors import UserError, run_as_script
+from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
 from datasets import build_loader
-from loading import archives
-from loading.files import split_folder
 from loading.images import read_pixels
 from mixup import smooth_one_hot
 from resmlp import ResMLP
@@ -222,14 +220,10 @@ def visualize(
         views = np.stack([transform(image, path=path) for image, path in zip(pixels, paths)])
         terms, logits = contributions(model, normalize(paddle.to_tensor(views)))
         figures["contributions"] = draw_contributions(views, terms, logits, names, label)
-    if data.DATASET == "imagefolder":
-        there = archives.exists(split_folder(data.DATA_PATH, "train"))
-    else:
-        there = os.path.isfile(os.path.join(data.DATA_PATH, data.TRAIN_LIST))
-    if there:
+    try:
         figures["batch"] = draw_batch(*training_batch(config), names)
-    else:
-        print(f"{data.DATA_PATH}: no training images, so no batch.png", file=sys.stderr)
+    except DataError as error:
+        print(f"no batch.png: {error}", file=sys.stderr)
 
     output = Path(output or beside_weights(config, "pictures"))
     files, sections = [output / f"{name}.png" for name in figures], []
