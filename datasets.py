@@ -6,6 +6,7 @@ What comes out depends on the config, the epoch and the rank, not on the number 
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from array import array
 from collections.abc import Callable
@@ -176,6 +177,9 @@ def loader_of(
     if auto and say_workers:
         counted = f"DATA.NUM_WORKERS auto, of {cores} core{'s' * (cores > 1)} for this process"
         log(f"images are loaded by {workers} worker{'s' * (workers != 1)} ({counted})")
+    if workers and sys.platform in ("darwin", "win32"):
+        log("Paddle has no loader workers on this system: images are loaded in turn")
+        workers = 0
     batch_bytes = sampler.batch_size * data.IMAGE_SIZE**2 * 3
     return Loader(
         dataset,

@@ -12,10 +12,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -110,7 +108,6 @@ class Loader:
             yield [paddle.to_tensor(images), paddle.to_tensor(labels), *rest]
 
     def _from_workers(self) -> Iterator[list]:
-        warnings.filterwarnings("ignore", message=".*not supported on MacOs and Windows")
         loader = paddle.io.DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
@@ -121,14 +118,6 @@ class Loader:
             timeout=_DEATH_CHECK,  # in spite of its name it limits nothing
             worker_init_fn=_start_worker,
         )
-        problem = "" if loader.num_workers else "Paddle has no loader workers on this system"
-        if threading.current_thread() is not threading.main_thread():  # they set signal handlers
-            problem = "Paddle's loader workers need the main thread, and this is another"
-        if problem:  # on macOS, Windows; in a Gradio page
-            self.log(f"{problem}: images are loaded in turn")
-            self.num_workers = 0
-            yield from self._from_here()
-            return
         iterator = _start(loader)
         try:
             for _ in range(len(self.sampler)):
@@ -269,7 +258,7 @@ def shared_memory_fits(workers: int, batch_bytes: int, world: int, log) -> bool:
 
     Containers often keep it small, and a worker that finds it full dies of a bus error.
     """
-    if not workers or sys.platform != "linux":  # elsewhere Paddle loads in the main process
+    if not workers:
         return True
     ranks_here = int(os.environ.get("PADDLE_LOCAL_SIZE") or world)
     needed = ranks_here * (workers * _PREFETCH + 3) * batch_bytes  # 3: being read, copied, used

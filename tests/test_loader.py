@@ -78,16 +78,6 @@ def test_the_start_method_that_somebody_has_chosen_makes_no_difference(watched_w
         multiprocessing.set_start_method(before, force=True)
 
 
-def test_a_thread_loads_by_itself_and_says_so():
-    lines, batches = [], []
-    numbers = numbers_loader(log=lines.append)
-    thread = threading.Thread(target=lambda: batches.extend(run(numbers)))
-    thread.start()
-    thread.join()
-    assert batches == EXPECTED
-    assert len(lines) == 1 and "need the main thread" in lines[0]
-
-
 @pytest.mark.parametrize(
     "act,described",
     [

@@ -14,12 +14,13 @@ from .helpers.tiny_data import make_data
 _START = """
 import os, signal, sys
 from cpu import setup
+import datasets
 import paddle
 import paddle.io.reader as reader
-class Sys:  # as Paddle's loader sees it: it starts no workers there
+class Sys:  # as the loader sees it: Paddle starts no workers there
     def __getattr__(self, name):
         return "{platform}" if name == "platform" else getattr(sys, name)
-reader.sys = Sys()
+reader.sys = datasets.sys = Sys()
 """
 _WINDOWS = """
 for name in ("resource", "fcntl"):
