@@ -84,9 +84,8 @@ def test_what_is_no_whole_file_of_features_is_refused(run, tmp_path):
     for content in (
         *(data[:size] for size in (0, 4, 20, 90, len(data) // 2)),
         save({"a": np.zeros([2, 3])}),  # weights
-        save({"features": features, "labels": np.array([-1, 0])}),
         save({"features": features[:0], "labels": np.zeros(0, "int64")}),
-        save({"features": np.zeros([2, 3], "int64"), "labels": np.zeros(2, "int64")}),
+        save({"features": features, "labels": np.array([-1, 0])}),
         data.replace(b'"__metadata__": {', b'"__metadata__":1,"a":{', 1),
         data.replace(b'"data_offsets": [0, ', b'"data_offsets": [], "a": [', 1),
     ):
@@ -114,7 +113,7 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out(run, tmp_path, capsy
     assert np.allclose(found.features, expected[[0, 2, 3]], rtol=1e-4, atol=1e-5)
     assert found.labels.tolist() == [int(paths[i].parent.name == "bee") for i in (0, 2, 3)]
     said = capsys.readouterr().err
-    assert said.count("left out: ") == 2 and f"{paths[1].name}: not an image" in said
+    assert "skipped 2 unreadable images" in said and f"{paths[1].name}: not an image" in said
 
 
 def test_what_cannot_be_used_is_named_and_leaves_nothing(run, tmp_path):

@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +69,9 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
     dataset, transform = build_dataset(config, split), build_eval_transform(config)
     dataset = replace(dataset, transform=transform, leave_out=True)
     files, batch_size = dataset.files, config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
-    loader = loader_of(config, dataset, EvalBatchSampler(len(files), batch_size))
-    loader.skip_limit, loader.log = len(files), lambda line: None
+    sampler, log = EvalBatchSampler(len(files), batch_size), partial(print, file=sys.stderr)
+    loader = loader_of(config, dataset, sampler, log=log, say_workers=False)
+    loader.skip_limit = len(files)
     name = printable(Path(config.MODEL.PRETRAINED).name)
     about = {
         "weights": f"{name}, SHA-256 {checksum(state)}",
@@ -106,8 +108,6 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     finally:
         bar.end()
-    for _, reason in sorted(loader.skipped.items()):
-        print(f"left out: {reason}", file=sys.stderr)
     return len(kept), model.embed_dim
 
 
@@ -124,10 +124,7 @@ def read_features(path: str) -> Features:
             shape = tuple(entry["shape"])
             arrays.append(np.memmap(path, _TYPES[entry["dtype"]], "r", start, shape))
         features, labels = arrays
-        kinds = features.dtype.kind, labels.dtype.kind
-        if kinds != ("f", "i") or features.shape != (len(labels), features.shape[-1]):
-            raise ValueError
-        if labels.ndim != 1 or labels.min() < 0:
+        if features.shape != (len(labels), features.shape[-1]) or labels.min() < 0:
             raise ValueError
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
