@@ -13,7 +13,7 @@ from cli.errors import DataError
 from loading import archives
 from loading.files import class_folders, evaluation_folder, find_classes, one_name, read_list
 from loading.imagenet import wordnet_ids
-from loading.images import reason_of, regular_size
+from loading.images import open_regular, reason_of
 from storage.files import printable
 
 
@@ -133,8 +133,7 @@ def read_class_names(path: str, num_classes: int | str = "auto") -> list[str]:
     line, or has not `num_classes` lines.
     """
     try:
-        regular_size(path)
-        with open(path, encoding="utf-8-sig") as file:
+        with open_regular(path, "r", encoding="utf-8-sig") as file:
             names = [line.strip() for line in file.read().rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {reason_of(error)}; expected one class name a line") from None

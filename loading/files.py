@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from cli.errors import DataError
 from loading import archives
-from loading.images import EXTENSIONS, reason_of, regular_size
+from loading.images import EXTENSIONS, open_regular, reason_of
 from storage.files import printable
 
 # What splits are called, in any case, the first name before the others. A `test` folder is neither:
@@ -97,8 +97,7 @@ def read_list(list_file: str, root: str, num_classes: int, allow_outside: bool) 
     index, labels = ImageIndex(root, list_file), {}  # a few labels, a million times
     folder = b"" if allow_outside else os.path.join(os.path.normpath(index.root), b"")
     try:
-        regular_size(list_file)
-        with open(list_file, "rb") as file:
+        with open_regular(list_file) as file:
             for number, line in enumerate(file, 1):
                 line = line.strip() if number > 1 else line.removeprefix(BOM_UTF8).strip()
                 if not line or line.startswith(b"#"):

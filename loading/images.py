@@ -12,6 +12,7 @@ import stat
 import warnings
 from contextlib import suppress
 from functools import cache
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -62,12 +63,11 @@ class BadImage(DataError):
         self.reason = reason
 
 
-def regular_size(path: str) -> int:
-    """Bytes of a file; OSError if it is missing, a folder, or a device or pipe, which may block."""
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode):
+def open_regular(path: str, mode: str = "rb", **options) -> IO:
+    """As `open`; OSError also for a folder, and for a device or pipe, which may block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", path)
-    return info.st_size
+    return open(path, mode, **options)
 
 
 def open_image(path: str) -> Image.Image:
@@ -129,8 +129,7 @@ def _turned(image: Image.Image, pixels: np.ndarray) -> np.ndarray:
 def _read(path: str) -> bytes:
     data = archives.read(path)
     if data is None:
-        regular_size(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read()
     if not data:
         raise BadImage(path, "the file is empty")

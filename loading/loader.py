@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from glob import glob
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class Loader:
     """Iterates over batches; `len` is those of a pass, from where the sampler's `set_epoch` went.
 
     Unreadable images that ``DATA.BAD_IMAGE: skip`` replaces (in training) or leaves out are logged
-    when the pass ends; `skipped` holds them meanwhile, by index.
+    when the pass ends.
     """
 
     dataset: Any  # dataset[key] is the `Sample` of a sampler's key
@@ -72,7 +72,6 @@ class Loader:
     skip_limit: int = 100  # images of a pass
     shared_memory: bool = True  # pass batches through /dev/shm instead of pipes
     log: Callable[[str], None] = print
-    skipped: dict[int, str] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -83,12 +82,12 @@ class Loader:
         DataError if an image is unreadable (too many, if they may be skipped), or a worker died,
         could not be started, or delivered nothing for `timeout` seconds.
         """
-        self.skipped = {}
+        all_skipped: dict[int, str] = {}  # by index
         batches = self._from_workers() if self.num_workers else self._from_here()
         with closing(batches):
             for images, labels, indices, skipped, error in batches:
-                self.skipped.update(skipped)
-                if len(self.skipped) > self.skip_limit:
+                all_skipped.update(skipped)
+                if len(all_skipped) > self.skip_limit:
                     error = (
                         f"more than {self.skip_limit} unreadable images (DATA.BAD_IMAGE_LIMIT), "
                         f"the last {skipped[-1][1]} ({VERIFY_HINT})"
@@ -97,9 +96,9 @@ class Loader:
                     raise DataError(error)
                 if indices:
                     yield Batch(images, labels, indices)
-        if self.skipped:
-            self.log(f"warning: skipped {len(self.skipped)} unreadable images:")
-        for _, reason in sorted(self.skipped.items()):
+        if all_skipped:
+            self.log(f"warning: skipped {len(all_skipped)} unreadable images:")
+        for _, reason in sorted(all_skipped.items()):
             self.log(f"  {reason}")
 
     def _from_here(self) -> Iterator[list]:

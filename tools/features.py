@@ -29,7 +29,7 @@ from cli.parser import Parser
 from cpu import resample
 from datasets import build_dataset, loader_of
 from loading.classes import UNKNOWN, ClassNames
-from loading.images import regular_size
+from loading.images import open_regular
 from loading.samplers import EvalBatchSampler
 from port_weights.verify import checksum
 from resmlp import build_resmlp
@@ -114,8 +114,7 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
 def read_features(path: str) -> Features:
     """Opens a file of `write_features`, mapped from the disk; DataError if it is not whole."""
     try:
-        regular_size(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             about = json.loads(file.read(min(length, 2**24)))
         named, arrays = dict(about.get("__metadata__", {})), []

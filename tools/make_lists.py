@@ -44,7 +44,7 @@ from loading.files import (
     split_folder,
 )
 from loading.imagenet import val_number, wordnet_ids
-from loading.images import EXTENSIONS, BadImage, read_pixels, reason_of, regular_size
+from loading.images import EXTENSIONS, BadImage, open_regular, read_pixels, reason_of
 from storage.files import atomic, printable, shorten
 from tools import imagenet
 from tools.imagenet import Entry
@@ -181,8 +181,9 @@ def _find_folders(source: str, root: str) -> tuple[list[str], list[Entry]]:
 def _read_csv(file: str, root: str) -> list[Entry]:
     """Lines of ``path,label``, relative to the file; a first line without an image is a header."""
     try:
-        regular_size(file)
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        with open_regular(
+            file, "r", encoding="utf-8-sig", errors="surrogateescape", newline=""
+        ) as stream:
             reader = csv.reader(stream)
             rows = [(f"{file}:{reader.line_num}", [cell.strip() for cell in r]) for r in reader]
     except (OSError, csv.Error) as error:
@@ -251,9 +252,7 @@ def _digest(root: str, whole: bool, path: str) -> bytes:
     path = os.path.join(root, path)
     try:
         data = archives.read(path)
-        if data is None:
-            regular_size(path)  # a pipe would block
-        with open(path, "rb") if data is None else io.BytesIO(data) as file:
+        with open_regular(path) if data is None else io.BytesIO(data) as file:
             size = file.seek(0, os.SEEK_END)
             digest = hashlib.blake2b(str(size).encode(), digest_size=16)
             for start in [0] if whole else [0, size // 2, max(0, size - _SAMPLE)]:
