@@ -166,7 +166,7 @@ def timms(state):
     return save(convert(state, "paddle", "timm")[0])
 
 
-def test_an_address_is_read_whosever_names_its_file_has(host, tmp_path):
+def test_an_address_is_read_by_all_whosever_names_its_file_has(host, tmp_path):
     weights = make_run(tmp_path / "run")
     state = read_weights(weights).state
     Host.files["/timm/model.safetensors"] = timms(state), {}
@@ -177,6 +177,9 @@ def test_an_address_is_read_whosever_names_its_file_has(host, tmp_path):
             assert found.keys() == state.keys()
             for name, value in state.items():
                 np.testing.assert_array_equal(found[name], value)
+    cfg, images = weights.with_name("config.yaml"), make_images(tmp_path, 2)
+    weights.with_name("classes.txt").unlink()
+    assert predict(images, f"{host}timm/model.safetensors", cfg) == predict(images, weights, cfg)
     assert Host.asked == ["/timm/model.safetensors", "/a/best.pdparams"]
 
 
@@ -199,20 +202,6 @@ def test_a_name_of_the_zoo_is_a_file_here_or_what_the_first_host_that_answers_ha
     for name in ("resmlp_12_224", "resmlp_12_224.pdparams"):
         assert read_pretrained(name).path == "resmlp_12_224.pdparams"
     assert Host.asked == [hub, facebook, hub]
-
-
-URL = f"{zoo.HOSTS[1]}timm/tiny/resolve/main/model.safetensors"
-
-
-def test_tools_take_published_weights_that_are_in_the_cache(cache, tmp_path):
-    weights, path = make_run(tmp_path / "run"), cache_file(URL)
-    cfg, data = weights.with_name("config.yaml"), timms(read_weights(weights).state)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(data)
-    path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(data).hexdigest())
-    weights.with_name("classes.txt").unlink()
-    images = make_images(tmp_path, 2)
-    assert predict(images, URL, cfg) == predict(images, weights, cfg)
 
 
 def test_without_a_network_there_is_one_line(cache, monkeypatch):

@@ -18,7 +18,7 @@ from port_weights.names import convert
 from port_weights.zoo import MEASURES, ZOO
 from resmlp import build_resmlp, load_state
 from storage.weights import write_weights
-from tools.evaluate_zoo import evaluate_zoo, find_files, identify, read_results, table_rows
+from tools.evaluate_zoo import evaluate_zoo, find_files, identify, table_rows
 
 from .helpers.tiny_run import run_here, run_tool
 
@@ -157,17 +157,6 @@ def test_each_name_of_the_zoo_is_known_in_every_place_that_publishes_it(tmp_path
     assert find_files(str(tmp_path)) == [tmp_path / "resmlp_12_dist.pth"]  # and not what it became
     with pytest.raises(UserError, match="no weight files"):
         find_files(str(tmp_path / "none"))
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": {"val": 1}}', '{"a": 1}'])
-def test_damaged_results_of_an_earlier_call_are_named_and_measured_anew(tmp_path, text, capsys):
-    scores = {"top1": 70.0, "images": 5}
-    whole = {"x.pth": {"val": {"key": "k", "weights": "resmlp_24_224", "scores": scores}}}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(whole))
-    assert read_results(path) == whole
-    path.write_text(text)
-    assert read_results(path) == {} and "results.json: damaged (" in capsys.readouterr().err
 
 
 def test_differences_are_explained_up_to_the_spread_of_timms_own_results():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
-import sys
-import zipfile
 
 import numpy as np
 import paddle
@@ -171,39 +168,6 @@ def test_a_file_without_a_head_becomes_a_model_of_features(port, capsys):
     state = {n: v for n, v in torch_state("facebook").items() if not n.startswith("head")}
     assert infer(port(state)).num_classes == 0
     assert "no head in the file" in capsys.readouterr().out
-
-
-def write_zip(path, state):
-    """A state_dict as ``torch.save`` writes it, with its `_metadata`, but without torch."""
-
-    def text(value):
-        return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-    def integers(values):
-        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
-
-    ordered_dict, items = b"ccollections\nOrderedDict\n)R", b""
-    with zipfile.ZipFile(path, "w") as archive:
-        for key, (name, value) in enumerate(state.items()):
-            storage = text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu")
-            strides = [stride // 4 for stride in value.strides]
-            shape = integers(value.shape) + integers(strides)
-            items += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage
-            items += b"K\0tQK\0" + shape + b"\x89" + ordered_dict + b"tR"
-            archive.writestr(f"x/data/{key}", value.tobytes())
-        metadata = b"}" + text("_metadata") + ordered_dict + b"sb"
-        archive.writestr(
-            "x/data.pkl", b"\x80\x02" + ordered_dict + b"(" + items + b"u" + metadata + b"."
-        )
-
-
-def test_pth_files_are_read_without_torch(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    write_zip(tmp_path / "x.pth", torch_state("facebook"))
-    assert_bit_identical(read_weights(tmp_path / "x.pth").state, torch_state("facebook"))
-    (tmp_path / "x.pth").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF")  # before PyTorch 1.6
-    with pytest.raises(WeightsError, match="pip install -r port_weights/requirements.txt"):
-        load_timm_weights.main(["-checkpoint", str(tmp_path / "x.pth")])
 
 
 @pytest.mark.parametrize(

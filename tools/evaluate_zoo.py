@@ -102,7 +102,8 @@ def evaluate_zoo(
     options = [list(opts), "-amp" in flags, real and sha256(real)]
     prints = {name: f"{fingerprint(config)} {options}" for name, config in configs.items()}
     files = {p.relative_to(folder).as_posix().replace("/", "__"): p for p in find_files(folder)}
-    results, problems = read_results(Path(output, "results.json")), []
+    before, problems = Path(output, "results.json"), []
+    results = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
     results = {name: sets for name, sets in results.items() if name in files}
     for name, path in files.items():
         weights = identify(path)
@@ -154,21 +155,8 @@ def write_results(output: str, results: dict[str, dict], problems: Sequence[str]
     return text
 
 
-def read_results(path: Path) -> dict[str, dict]:
-    """File -> set -> what was measured, of an earlier call; empty, with a warning, if damaged."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        table_rows(results)
-        return results
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        print(f"warning: {path}: damaged ({error!r}); all is measured anew", file=sys.stderr)
-        return {}
-
-
 def table_rows(results: dict[str, dict]) -> list[list]:
-    """A row for each file and measure, its cells as `_COLUMNS`."""
+    """A row for each file and measure, its cells as `_COLUMNS`; ``results`` by file and set."""
     rows = []
     for name, sets in results.items():
         for measure, facts in MEASURES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections import defaultdict
 from datetime import datetime
@@ -149,7 +150,7 @@ def test_deits_training_checkpoints_are_read_and_strange_objects_refused(tmp_pat
         read_weights(tmp_path / "cut.pth")
 
 
-def test_what_stands_beside_the_weights_is_no_hindrance_and_tensors_are_torchs_own(tmp_path):
+def test_files_are_read_without_torch_whatever_stands_beside_the_weights(tmp_path, monkeypatch):
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {
         "a": whole.T[1:, ::2],
@@ -165,7 +166,11 @@ def test_what_stands_beside_the_weights_is_no_hindrance_and_tensors_are_torchs_o
         "steps": {0: {"step": torch.tensor(3)}},
     }
     torch.save({"model": tensors, **beside}, tmp_path / "x.pth")
+    monkeypatch.setitem(sys.modules, "torch", None)
     state = read_weights(tmp_path / "x.pth").state
     assert state.keys() == tensors.keys()
     for name, value in tensors.items():
         assert np.array_equal(state[name], value.detach().float().numpy()), name
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF")  # before PyTorch 1.6
+    with pytest.raises(WeightsError, match="pip install -r port_weights/requirements.txt"):
+        read_weights(tmp_path / "x.pth")
