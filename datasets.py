@@ -39,9 +39,8 @@ class ImageDataset:
     replace_limit: int = 0  # how many unreadable images in a row to replace by the next one
     leave_out: bool = False  # unreadable images
     hint: str = VERIFY_HINT  # what to do about an unreadable image that ends the run
-    keep_last: bool = False  # for repeated augmentation, which asks for it several times in a row
     classes: ClassNames = UNKNOWN
-    _last: tuple[int, np.ndarray] | None = None
+    _last: tuple[int, np.ndarray] | None = None  # repeated augmentation asks for it again
 
     def __len__(self) -> int:
         return len(self.files)
@@ -68,12 +67,10 @@ class ImageDataset:
             index = (index + 1) % len(self)
 
     def _load(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        if self._last is not None and self._last[0] == index:
-            return self.transform(self._last[1], rng)
-        pixels = read_pixels(self.files.path(index), self.files.exif_orientation)
-        if self.keep_last:
+        if self._last is None or self._last[0] != index:
+            pixels = read_pixels(self.files.path(index), self.files.exif_orientation)
             self._last = index, pixels
-        return self.transform(pixels, rng)
+        return self.transform(self._last[1], rng)
 
 
 def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDataset:
@@ -112,7 +109,6 @@ def build_dataset(config, split: str, weights: ClassNames = UNKNOWN) -> ImageDat
         config.SEED,
         replace_limit=config.DATA.BAD_IMAGE_LIMIT if skip else 0,
         hint=VERIFY_HINT if skip else f"{VERIFY_HINT}; DATA.BAD_IMAGE skip trains without such",
-        keep_last=config.TRAIN.REPEATED_AUG > 1,
         classes=classes,
     )
 

@@ -112,7 +112,8 @@ class Archive:
     def __init__(self, path: str):
         self.path = path
         try:
-            self._state = _state(path)
+            with open(path, "rb") as file:
+                self._state = _state(file.fileno())
         except OSError as error:
             raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
         index = _load_index(path)
@@ -177,9 +178,9 @@ class Archive:
         )
 
 
-def _state(file: str | int) -> list[int]:
+def _state(file: int) -> list[int]:
     """What changes when somebody writes or replaces an archive that is in use."""
-    status = os.stat(file)
+    status = os.fstat(file)
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 

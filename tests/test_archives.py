@@ -110,6 +110,16 @@ def test_an_index_is_kept_until_the_archive_changes(tmp_path):
     assert reopened() == ["b.jpg"] and archives.read(f"{path}/b.jpg") == b"two"
 
 
+def test_an_archive_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):  # the superuser, who may run this test, reads any file
+        raise PermissionError(13, "Permission denied", args[0])
+
+    path = write_tar(tmp_path / "a.tar")
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match="a.tar: permission denied$"):
+        archives.open_archive(path)
+
+
 def _longer(path):
     path.write_bytes(path.read_bytes() + b"more")
 
