@@ -44,7 +44,8 @@ from datasets import build_loader
 from loading.images import read_pixels
 from parallel.process import Process
 from resmlp import build_resmlp
-from tools.export import INT8_PACKAGES, ONNX_PACKAGES, on_cpu, require, save_for_inference
+from tools.common import require
+from tools.export import INT8_PACKAGES, ONNX_PACKAGES, on_cpu, save_for_inference
 from tools.folding import fold
 from tools.infer_exported import Run, open_onnx, open_openvino, open_paddle
 from tools.model_info import config_info
@@ -167,8 +168,8 @@ def benchmark(job: Job, rounds: int = 10, compare: Sequence[str] = ()) -> list[d
         sides = [lambda: _seconds(step), *(partial(ask, "step") for ask in peers)]
         times = alternate(sides, rounds)
         memory = [memory_mb(Process(on_gpu=on_gpu())), *(ask("memory") for ask in peers)]
-    dtypes = ["bfloat16" if "bf16" in name else "float32" for name in compare]
-    labels = [(job.backend, job.dtype), *zip(compare, dtypes)]
+    labels = [(name, "bfloat16" if "bf16" in name else "float32") for name in compare]
+    labels = [(job.backend, job.dtype), *labels]
     # only now, as they measure the peak: it must not warm or fill the memory
     return [figures(job, label, t, times[0], mb) for label, t, mb in zip(labels, times, memory)]
 
