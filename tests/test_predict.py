@@ -138,14 +138,14 @@ def test_a_thousand_classes_are_imagenets():
 def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys):
     one = {"class": 0, "name": "cat", "confidence": 0.9345}
     two = {"class": 1, "name": "tree, wood", "confidence": 0.0655}
-    result = {"image": "\x1b[2J.png", "predictions": [one, two]}
-    print_result(result, 11, "table", first=True)
+    result = {"image": "\x1b[2J\udce9.png", "predictions": [one, two]}
+    print_result(result, 15, "table", first=True)
     assert capsys.readouterr().out.splitlines() == [
-        "image        confidence  class",
-        "\\x1b[2J.png     93.45 %  cat",
-        "                 6.55 %  tree, wood",
+        "image            confidence  class",
+        "\\x1b[2J\\xe9.png     93.45 %  cat",
+        "                     6.55 %  tree, wood",
     ]
-    print_result(result, 11, "csv", first=True)
+    print_result({**result, "image": "\x1b[2J.png"}, 11, "csv", first=True)
     *_, row = csv.reader(capsys.readouterr().out.splitlines())
     assert row == ["\x1b[2J.png", "2", "1", "tree, wood", "0.065500"]
 

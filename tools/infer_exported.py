@@ -344,6 +344,7 @@ def print_result(result: dict, width: int, form: str, first: bool) -> None:
     else:
         if first:
             print(f"{'image':{width}}  confidence  class")
+        path = os.fsencode(path).decode("utf-8", "backslashreplace")  # a name may be any bytes
         path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
         for entry in entries:
             print(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
@@ -398,8 +399,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    if hasattr(sys.stdout, "reconfigure"):  # names that it cannot encode are shown escaped
-        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot encode: escaped
     try:
         _print_classes(_arguments())
     except ModelError as error:
