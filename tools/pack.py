@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     """What a packed data set was made with; a run that goes on needs the same."""
 
     short_side: int  # pixels
-    quality: int  # of JPEG, 1 .. 95
+    quality: int  # of JPEG
     per_shard: int  # pictures
 
 
@@ -240,19 +240,16 @@ def main() -> None:
     parser.paths("source", "a data folder: list files, or train/ and val/")
     parser.flag("output", "the new data folder", required=True, metavar="DIR")
     quality = "of JPEG (default: 85; 90: 0.9 dB better, 25 %% more bytes, decoded more slowly)"
-    numbers = {  # what they mean, default, lowest and highest value
-        "short_side": ("pixels", 320, 1, 65500),
-        "quality": (quality, 85, 1, 95),
-        "per_shard": ("pictures", 10_000, 1, 10**6),
-        "max_pixels": ("of a picture; larger ones are refused", _MAX_PIXELS, 1, 2**40),
-        "workers": ("processes (default: one a core)", None, 1, 10**9),
-    }
-    for name, (help, default, *_) in numbers.items():
-        parser.flag(name, help, type=int, default=default, metavar="N")
+    number = dict(type=int, metavar="N")
+    parser.flag("short_side", "pixels", default=320, **number)
+    parser.flag("quality", quality, default=85, **number)
+    parser.flag("per_shard", "pictures", default=10_000, **number)
+    pixels = "of a picture; larger ones are refused"
+    parser.flag("max_pixels", pixels, default=_MAX_PIXELS, **number)
+    parser.flag("workers", "processes (default: one a core)", **number)
     args = parser.parse_args()
-    for name, (*_, low, high) in numbers.items():
-        if (value := getattr(args, name)) is not None and not low <= value <= high:
-            raise UserError(f"-{name} is {value}; give a number from {low} to {high}")
+    if min(args.short_side, args.quality, args.per_shard, args.max_pixels) < 1:
+        raise UserError("-short_side, -quality, -per_shard and -max_pixels are at least 1")
     Image.MAX_IMAGE_PIXELS = args.max_pixels
     settings = Settings(args.short_side, args.quality, args.per_shard)
     pack(args.source, args.output, settings, args.workers)

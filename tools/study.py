@@ -57,8 +57,6 @@ def read_study(path: str) -> dict[str, list[str]]:
     folders = {}
     for name in content:
         folder = _folder(name)
-        if not folder:
-            raise ConfigError(f"{path}: {name!r} has no letter or digit to name a folder with")
         if folder in folders:
             both = f"{folders[folder]!r} and {name!r} would share the folder {folder}"
             raise ConfigError(f"{path}: {both}; rename one of them")
