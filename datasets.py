@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from array import array
 from collections.abc import Callable
@@ -173,8 +174,10 @@ def loader_of(
     if auto and say_workers:
         counted = f"DATA.NUM_WORKERS auto, of {cores} core{'s' * (cores > 1)} for this process"
         log(f"images are loaded by {workers} worker{'s' * (workers != 1)} ({counted})")
-    if workers and sys.platform in ("darwin", "win32"):
-        log("Paddle has no loader workers on this system: images are loaded in turn")
+    in_thread = threading.current_thread() is not threading.main_thread()  # as in a Gradio page
+    if workers and (in_thread or sys.platform in ("darwin", "win32")):
+        where = "in a thread" if in_thread else "on this system"
+        log(f"Paddle has no loader workers {where}: images are loaded in turn")
         workers = 0
     batch_bytes = sampler.batch_size * data.IMAGE_SIZE**2 * 3
     return Loader(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections import namedtuple
 
 import numpy as np
@@ -334,3 +335,17 @@ def test_auto_workers_are_the_cores_of_this_process_less_one(config, monkeypatch
     assert build_loader(config, "train", log=lines.append).num_workers == expected  # of 5 batches
     assert len(lines) == 1 and f"by {expected} worker" in lines[0] and f"{cores} core" in lines[0]
     assert build_loader(config, "val", log=lines.append).num_workers and len(lines) == 1
+
+
+def test_in_a_thread_images_are_loaded_in_turn_and_a_line_says_so(config):
+    config.DATA.NUM_WORKERS, lines, found = 2, [], []
+
+    def load():
+        loader = build_loader(config, "val", log=lines.append)
+        found.extend(batch.indices for batch in loader)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert [index for batch in found for index in batch] == list(range(23))
+    assert "Paddle has no loader workers in a thread: images are loaded in turn" in lines
