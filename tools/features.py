@@ -17,7 +17,6 @@ import json
 import math
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ import paddle
 
 from cli.errors import DataError, UserError, run_as_script
 from cli.parser import Parser
+from cli.progress import ProgressLine, line_start
 from cpu import resample
 from datasets import build_dataset, loader_of
 from loading.classes import UNKNOWN, ClassNames
@@ -37,7 +37,7 @@ from storage.adapt import load_pretrained, read_pretrained
 from storage.files import atomic, printable
 from tools.common import run_config
 from transforms import build_eval_transform
-from utils import Normalize, ProgressLine
+from utils import Normalize
 
 _TYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}  # of safetensors; NumPy's
 
@@ -69,7 +69,11 @@ def write_features(config, split: str, output: str, dtype: str = "float32") -> t
     dataset, transform = build_dataset(config, split), build_eval_transform(config)
     dataset = replace(dataset, transform=transform, leave_out=True)
     files, batch_size = dataset.files, config.DATA.BATCH_SIZE_EVAL or config.DATA.BATCH_SIZE
-    sampler, log = EvalBatchSampler(len(files), batch_size), partial(print, file=sys.stderr)
+    sampler = EvalBatchSampler(len(files), batch_size)
+
+    def log(line: str) -> None:
+        print(f"{line_start(sys.stderr)}{line}", file=sys.stderr)
+
     loader = loader_of(config, dataset, sampler, log=log, say_workers=False)
     loader.skip_limit = len(files)
     name = printable(Path(config.MODEL.PRETRAINED).name)
