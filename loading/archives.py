@@ -173,6 +173,7 @@ class Archive:
             file = open(self.path, "rb")  # noqa: SIM115  (`read` closes it)
             if _state(file.fileno()) == self._state:
                 return file
+            file.close()
         raise DataError(
             f"{self.path}/{name}: the archive was changed while it was in use; start again"
         )
