@@ -220,8 +220,8 @@ def _say(code: int, text: str) -> int:
 
 
 def run_launched(config) -> None:
-    """Runs one rank that Paddle's launcher has started, and exits. Its last words go to its output;
-    of a rank that is killed the launcher tells.
+    """Runs one rank that Paddle's launcher has started, and exits. Its final message goes to its
+    output; of a rank that is killed the launcher tells.
     """
     this_process, steps = os.getpid(), [0]
     _follow(setup.PARENT, partial(os.kill, this_process, signal.SIGTERM))  # saves, then exits
