@@ -367,10 +367,13 @@ def test_a_paddle_model_that_is_not_whole_is_refused(exported, tmp_path, ending,
 
 
 @pytest.mark.parametrize("inside, wrong", [(True, np.nan), (False, np.inf)])
-def test_an_output_that_is_not_finite_is_an_error(inside, wrong):
+def test_an_output_that_is_not_finite_or_has_no_names_is_an_error(inside, wrong):
     metadata = {"preprocessing_inside": inside, "mean": [0, 0, 0], "std": [1, 1, 1]}
-    model = ExportedModel(metadata, lambda x: np.float32([[1, wrong]]))
+    model = ExportedModel({**metadata, "class_names": "ab"}, lambda x: np.float32([[1, wrong]]))
     with pytest.raises(ModelError, match="NaN or infinite"):
+        model(UNSEEN[:1])
+    model.metadata["class_names"] = "a"
+    with pytest.raises(ModelError, match="its metadata names 1 classes, but the model has 2"):
         model(UNSEEN[:1])
 
 

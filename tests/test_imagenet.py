@@ -127,6 +127,7 @@ def test_the_validation_images_alone_are_enough_to_evaluate(tmp_path, capsys):
     [
         ("val/ILSVRC2012_val_00050001.JPEG", "not the name of an ImageNet validation image"),
         ("val/cat.JPEG", "not the name of an ImageNet validation image"),
+        ("val/again/ILSVRC2012_val_00000001.JPEG", "both are image 1"),
         ("train/cats/1.JPEG", "'cats' is no WordNet id of an ImageNet class"),
     ],
 )

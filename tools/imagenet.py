@@ -100,7 +100,7 @@ def _train_entries(root: str, place: str, paths: list[str]) -> list[Entry]:
 
 def _val_entries(root: str, paths: list[str]) -> list[Entry]:
     """The entries by the numbers of the images, whichever folders they lie in."""
-    ids, labels, found = wordnet_ids(), validation_labels(), []
+    ids, labels, found = wordnet_ids(), validation_labels(), {}
     for path in paths:
         number = val_number(path)
         if not number or number > len(labels):
@@ -109,8 +109,10 @@ def _val_entries(root: str, paths: list[str]) -> list[Entry]:
                 "(ILSVRC2012_val_00000001.JPEG to 00050000), so that its label is not known"
             )
         name = ids[labels[number - 1]]
-        found.append((number, Entry(os.path.relpath(path, root), name, "val")))
-    if missing := sorted(set(range(1, len(labels) + 1)).difference(dict(found))):
-        numbers = shorten([f"{number:08d}" for number in missing], 5)
-        print(f"warning: {len(missing):,} validation images are missing: {numbers}")
-    return [entry for _, entry in sorted(found)]
+        entry = Entry(os.path.relpath(path, root), name, "val")
+        if found.setdefault(number, entry) is not entry:
+            both = f"{printable(path)} and {printable(os.path.join(root, found[number].path))}"
+            raise DataError(f"{both}: both are image {number}")
+    if missing := [f"{n:08d}" for n in range(1, len(labels) + 1) if n not in found]:
+        print(f"warning: {len(missing):,} validation images are missing: {shorten(missing, 5)}")
+    return [found[number] for number in sorted(found)]

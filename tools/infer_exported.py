@@ -67,6 +67,8 @@ class ExportedModel:
             normalized = (images.astype(np.float32) / 255 - mean) / std
             images = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))
         output = self.run(images)
+        if (names := len(self.metadata["class_names"])) != (classes := output.shape[1]):
+            raise ModelError(f"its metadata names {names} classes, but the model has {classes}")
         if not np.isfinite(output).all():
             raise ModelError("the model gives NaN or infinite values; export it again")
         if inside:
