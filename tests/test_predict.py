@@ -18,7 +18,7 @@ from cli.errors import DataError, UserError, run_as_script
 from config import get_config
 from cpu import onednn
 from tools.common import IMAGENET_CLASSES, load_model, run_config
-from tools.predict import draw_grid, find_class_names, find_images, predict, print_result
+from tools.predict import draw_grid, find_class_names, find_images, predict, print_results
 
 from .helpers.tiny_run import NAMES, crop_by_hand, logits_by_hand, make_images, run_tool
 
@@ -135,19 +135,22 @@ def test_a_thousand_classes_are_imagenets():
     assert "Apache" in IMAGENET_CLASSES.with_suffix(".NOTICE.txt").read_text()
 
 
-def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys):
+@pytest.mark.parametrize("form", ["table", "csv"])
+def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys, form):
     one = {"class": 0, "name": "cat", "confidence": 0.9345}
     two = {"class": 1, "name": "tree, wood", "confidence": 0.0655}
-    result = {"image": "\x1b[2J\udce9.png", "predictions": [one, two]}
-    print_result(result, 15, "table", first=True)
-    assert capsys.readouterr().out.splitlines() == [
-        "image            confidence  class",
-        "\\x1b[2J\\xe9.png     93.45 %  cat",
-        "                     6.55 %  tree, wood",
-    ]
-    print_result({**result, "image": "\x1b[2J.png"}, 11, "csv", first=True)
-    *_, row = csv.reader(capsys.readouterr().out.splitlines())
-    assert row == ["\x1b[2J.png", "2", "1", "tree, wood", "0.065500"]
+    path = "\x1b[2J\udce9.png" if form == "table" else "\x1b[2J.png"
+    results = [{"image": path, "predictions": [one, two]}]
+    assert list(print_results(results, [path], form)) == results
+    if form == "csv":
+        *_, row = csv.reader(capsys.readouterr().out.splitlines())
+        assert row == ["\x1b[2J.png", "2", "1", "tree, wood", "0.065500"]
+    else:
+        assert capsys.readouterr().out.splitlines() == [
+            "image            confidence  class",
+            "\\x1b[2J\\xe9.png     93.45 %  cat",
+            "                     6.55 %  tree, wood",
+        ]
 
 
 def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path, call):
@@ -190,15 +193,14 @@ def test_amp_is_bfloat16_by_onednn_and_else_float32_and_says_which(
 def test_names_of_any_bytes_come_from_standard_input_go_out_as_ascii_and_are_drawn(
     monkeypatch, call
 ):
-    names, results = [b"caf\xe9.png", "ünï.png".encode()], []
+    names = [b"caf\xe9.png", "ünï.png".encode()]
 
     def fake(images, show, **_):
-        for image in images:
-            results.append({"image": image, "predictions": []})
-            show(results[-1], 9)
+        return list(show({"image": image, "predictions": []} for image in images))
 
     monkeypatch.setattr(predict_module, "predict", fake)
     _, shown, _ = call("-", "-json", stdin=b"\n".join(names))
-    assert shown.isascii()
-    assert [os.fsencode(found["image"]) for found in json.loads(shown)] == names
-    assert draw_grid(results, [np.zeros([4, 4, 3], "uint8")]).startswith(b"\x89PNG")
+    results = json.loads(shown)
+    assert shown.isascii() and [os.fsencode(found["image"]) for found in results] == names
+    grid = draw_grid(results, lambda path: np.zeros([4, 4, 3], "uint8"))
+    assert grid.startswith(b"\x89PNG")

@@ -29,14 +29,12 @@ from paddle.static import InputSpec
 from cli.errors import UserError, run_as_script
 from cli.parser import Parser
 from datasets import build_dataset
-from loading.images import read_pixels
 from storage.files import file_sha256
 from storage.weights import read_weights
 from tools.common import beside_weights, load_model, require, run_config, write_file
 from tools.folding import fold
 from tools.infer_exported import ModelError, Run, open_onnx, open_paddle
-from tools.predict import find_class_names, find_images
-from transforms import build_eval_transform
+from tools.predict import find_class_names, find_images, read_view
 from utils import Normalize
 
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
@@ -160,8 +158,7 @@ def verification_images(
         coarse = rng.integers(0, 256, [limit, size // 8 + 1, size // 8 + 1, 3], "uint8")
         return coarse.repeat(8, 1).repeat(8, 2)[:, :size, :size], f"{limit} generated images"
     chosen = np.linspace(0, len(paths) - 1, min(limit, len(paths))).astype(int)
-    transform, upright = build_eval_transform(config), config.DATA.EXIF_ORIENTATION
-    images = np.stack([transform(read_pixels(paths[i], upright), path=paths[i]) for i in chosen])
+    images = np.stack([read_view(config, paths[i]) for i in chosen])
     return images, f"{len(images)} {described}"
 
 

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import ctypes
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -26,17 +27,10 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-_TURNS = {  # by EXIF's orientation
-    2: Image.FLIP_LEFT_RIGHT,
-    3: Image.ROTATE_180,
-    4: Image.FLIP_TOP_BOTTOM,
-    5: Image.TRANSPOSE,
-    6: Image.ROTATE_270,
-    7: Image.TRANSVERSE,
-    8: Image.ROTATE_90,
-}
+# EXIF's orientations: whether to mirror left and right first, and quarter turns, counter-clockwise.
+_TURNS = {2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 3), 7: (1, 3), 8: (0, 1)}
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # Pillow's own
 _ENDINGS = tuple(e for e, kind in Image.registered_extensions().items() if kind in _FORMATS)
 _FORMATS = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF: from Pillow 11.3 on
@@ -45,8 +39,11 @@ _FORMATS = [kind for kind in _FORMATS if kind in Image.OPEN]  # AVIF: from Pillo
 # (int8) less time for 32 images with resmlp_12.
 _IMAGES_PER_THREAD = 4
 
+_NO_GPU = "-gpu needs onnxruntime-gpu or paddlepaddle-gpu, with the CUDA and cuDNN it was built for"
+_NO_BF16 = "-bf16 needs a Paddle model, or -engine openvino and a processor that has bfloat16"
+
 Run = Callable[[np.ndarray], np.ndarray]  # an array as the file takes it -> its output [B, K]
-Opened = tuple[Run, dict]  # with the texts of the file's metadata
+Opened = tuple[Run, dict]  # with the file's metadata, in ONNX files a JSON text an entry
 
 
 class ModelError(Exception):
@@ -89,65 +86,38 @@ def load(
     the engine cannot do.
     """
     path, threads = Path(path), threads or usable_cores()
-    if path.suffix not in (".onnx", ".json", ".pdmodel"):
-        raise ModelError(f"{path}: expected model.onnx, model.json or model.pdmodel")
-    if not path.is_file():
-        raise ModelError(f"{path}: no such model")
-    if path.suffix == ".onnx":
-        engine = engine or "onnxruntime"
-        open_it = open_openvino if engine == "openvino" else open_onnx
-        run, metadata = open_it(path, bf16, gpu, threads)
-    elif engine:
+    if path.suffix not in (".onnx", ".json", ".pdmodel") or not path.is_file():
+        raise ModelError(f"{path}: not a file model.onnx, model.json or model.pdmodel")
+    openers = {"onnxruntime": open_onnx, "openvino": open_openvino}
+    if path.suffix != ".onnx":
+        openers = {"Paddle Inference": open_paddle}
+    engine = engine or next(iter(openers))
+    if engine not in openers:
         raise ModelError(f"-engine {engine} is for ONNX files; Paddle runs {path}")
-    else:
-        engine, metadata = "Paddle Inference", _read_metadata(path)
-        run, _ = open_paddle(path, bf16, gpu, threads)
+    run, metadata = openers[engine](path, bf16, gpu, threads)
     if "preprocessing_inside" not in metadata:
-        raise ModelError(f"{path}: not from export.py: its metadata lacks preprocessing_inside")
+        raise ModelError(f"{path}: no metadata of export.py (Paddle's: copy model.metadata too)")
     if path.suffix == ".onnx":
         metadata = {key: json.loads(text) for key, text in metadata.items()}
     place = "the GPU" if gpu else f"the CPU, {threads} thread{'s' * (threads > 1)}"
     return ExportedModel(metadata, run, f"{engine} on {place}")
 
 
-def _read_metadata(path: Path) -> dict:
-    """What stands beside a Paddle model, with checksums: Paddle reads even files cut short."""
-    described = _beside(path, ".metadata")
-    with _one_line(f"{described}: not from export.py"):
-        metadata = dict(json.loads(described.read_text(encoding="utf-8")))
-    for suffix, expected in metadata.get("sha256", {}).items():
-        file = _beside(path, suffix)
-        if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-            raise ModelError(f"{file}: not the file that was exported; copy it again")
-    return metadata
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    file = path.with_suffix(suffix)
-    if not file.is_file():
-        raise ModelError(f"{file}: not there; copy it together with the model")
-    return file
-
-
 # What follows opens a file; ``threads`` 0: one per core.
 
 
 def open_onnx(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
-    if bf16:
-        raise ModelError("-bf16 is for Paddle models and for -engine openvino")
-    onnxruntime = _engine("onnxruntime", path)
     threads = threads or usable_cores()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors
     providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
-    with _one_line(f"{path}: onnxruntime cannot open it"):
+    with _engine("onnxruntime", path) as onnxruntime:
+        if bf16:
+            raise ModelError(_NO_BF16)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    if gpu and providers[0] not in session.get_providers():  # it falls back without an exception
-        raise ModelError(
-            "-gpu needs `pip install onnxruntime-gpu`, in the place of onnxruntime, and the CUDA "
-            "and cuDNN that it was built for (the reason stands above)"
-        )
+        if gpu and providers[0] not in session.get_providers():  # it falls back without exception
+            raise ModelError(_NO_GPU)
     name = session.get_inputs()[0].name
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -159,70 +129,69 @@ def open_onnx(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 
 
 
 def open_openvino(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
-    openvino = _engine("openvino", path)
-    if gpu:
-        raise ModelError("-gpu is for onnxruntime and Paddle; -engine openvino is for CPUs")
     options = {
         "PERFORMANCE_HINT": "LATENCY",  # one request at a time, with all threads
         "INFERENCE_NUM_THREADS": threads or usable_cores(),
         "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
     }
-    with _one_line(f"{path}: OpenVINO cannot open it"):
+    with _engine("openvino", path) as openvino:
+        if gpu:
+            raise ModelError(_NO_GPU)
         network = openvino.Core().read_model(str(path))
         model = openvino.Core().compile_model(network, "CPU", options)
-    if bf16 and model.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
-        raise ModelError("-bf16: OpenVINO has no bfloat16 on this processor")
+        if bf16 and model.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+            raise ModelError(_NO_BF16)
     texts = dict(network.get_rt_info()).get("framework", {})
     return lambda images: model(images)[0], {k: text.astype(str) for k, text in texts.items()}
 
 
 def open_paddle(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
-    weights = _beside(path, ".pdiparams")  # without them Paddle would compute NaN
     warnings.filterwarnings("ignore", message="No ccache found")  # nothing is compiled here
-    paddle = _engine("paddle", path)
-    if gpu and not paddle.is_compiled_with_cuda():
-        raise ModelError("-gpu needs a Paddle that was built with CUDA; this one is for CPUs")
-    config = paddle.inference.Config(str(path), str(weights))
-    config.disable_glog_info()
-    if gpu:
-        config.enable_use_gpu(256, 0)  # MB to begin with, device
-    else:
-        config.disable_gpu()
-        config.enable_mkldnn()
-        config.set_cpu_math_library_num_threads(threads or usable_cores())
-        if bf16:
-            config.enable_mkldnn_bfloat16()
-    with _one_line(f"{path}: Paddle Inference cannot open it"):
+    with _engine("paddle", path) as paddle:
+        described = path.with_suffix(".metadata")
+        metadata = json.loads(described.read_text("utf-8")) if described.is_file() else {}
+        for suffix, checksum in metadata.get("sha256", {}).items():  # Paddle reads files cut short
+            file = path.with_suffix(suffix)
+            if hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
+                raise ModelError(f"{file}: not the file that was exported; copy it again")
+        if gpu and not paddle.is_compiled_with_cuda():
+            raise ModelError(_NO_GPU)
+        config = paddle.inference.Config(str(path), str(path.with_suffix(".pdiparams")))
+        config.disable_glog_info()
+        if gpu:
+            config.enable_use_gpu(256, 0)  # MB to begin with, device
+        else:
+            config.disable_gpu()
+            config.enable_mkldnn()
+            config.set_cpu_math_library_num_threads(threads or usable_cores())
+            if bf16:
+                config.enable_mkldnn_bfloat16()
         predictor = paddle.inference.create_predictor(config)
     source = predictor.get_input_handle(predictor.get_input_names()[0])
     target = predictor.get_output_handle(predictor.get_output_names()[0])
-    guards = [notes_to_stderr()]  # of the first run, which prints a note
 
     def run(images: np.ndarray) -> np.ndarray:
         source.copy_from_cpu(images)
-        with guards.pop() if guards else contextlib.nullcontext():
+        with notes_to_stderr():  # the first run prints one
             predictor.run()
         return target.copy_to_cpu()
 
-    return run, {}
-
-
-def _engine(name: str, path: Path):
-    try:
-        return __import__(name)
-    except ImportError:
-        package = "paddlepaddle" if name == "paddle" else name
-        raise ModelError(f"{path}: running it needs `pip install {package}`") from None
+    return run, metadata
 
 
 @contextlib.contextmanager
-def _one_line(problem: str) -> Iterator[None]:
-    """Engines have exceptions of their own, of many lines."""
+def _engine(name: str, path: Path) -> Iterator:
+    """The engine's package. Its exceptions have many lines, a ModelError has one."""
     try:
-        yield
+        yield importlib.import_module(name)
+    except ModelError:
+        raise
+    except ImportError:
+        package = "paddlepaddle" if name == "paddle" else name
+        raise ModelError(f"{path}: running it needs `pip install {package}`") from None
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        raise ModelError(f"{problem}: {reason}") from None
+        raise ModelError(f"{path}: {name} cannot open it: {reason}") from None
 
 
 def usable_cores() -> int:
@@ -280,7 +249,8 @@ def upright(image: Image.Image) -> Image.Image:
     """The image in RGB, turned as its EXIF orientation says; with none, as it is."""
     rgb = to_rgb(image)  # read first: Pillow turns a TIFF by itself
     try:
-        return rgb.transpose(_TURNS[image.getexif()[0x112]])
+        mirrored, turns = _TURNS[image.getexif()[0x112]]
+        return (ImageOps.mirror(rgb) if mirrored else rgb).rotate(90 * turns, expand=True)
     except Exception:  # no such entry; or broken EXIF data, on which Pillow raises anything
         return rgb
 
@@ -306,11 +276,9 @@ def preprocess(image: Image.Image, metadata: dict) -> np.ndarray:
 def classify(
     model: ExportedModel, paths: Sequence[str], top_k: int = 5, batch_size: int = 8
 ) -> Iterator[dict]:
-    """Yields of every image ``{"image": path, "predictions": [{"class": 3, "name": "Dress",
-    "confidence": 0.93}, ...]}``, the `top_k` likeliest first. What cannot be read is named on
-    standard error.
+    """Yields of every image what `top_classes` returns. What cannot be read is named on standard
+    error.
     """
-    names = model.metadata["class_names"]
     for start in range(0, len(paths), batch_size):
         batch, images = [], []
         for path in paths[start : start + batch_size]:
@@ -319,39 +287,58 @@ def classify(
                     raise ModelError("not a regular file")
                 with Image.open(path, formats=_FORMATS) as image:
                     images.append(preprocess(image, model.metadata))
+                batch.append(path)
             except Exception as error:  # decoders raise whatever a broken file leads them to
                 reason = getattr(error, "strerror", None) or error
                 print(f"error: {path}: cannot be read: {reason}", file=sys.stderr)
-            else:
-                batch.append(path)
         for path, row in zip(batch, model(np.stack(images)) if images else ()):
-            top = np.argsort(-row, kind="stable")[:top_k].tolist()
-            top = [{"class": k, "name": names[k], "confidence": float(row[k])} for k in top]
-            yield {"image": path, "predictions": top}
+            yield top_classes(path, row, model.metadata["class_names"], top_k)
 
 
-def print_result(result: dict, width: int, form: str, first: bool) -> None:
-    """Prints an image's classes as "json", "csv" or "table", whose paths take ``width``."""
-    path, entries, width = result["image"], result["predictions"], max(width, len("image"))
-    if form == "json":  # in ASCII, which every terminal and pipe takes
-        text = textwrap.indent(json.dumps(result, indent=2), "  ")
-        print("[\n" if first else ",\n", text, sep="", end="")
-    elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        if first:
-            writer.writerow(("image", "rank", "class", "name", "confidence"))
-        for rank, entry in enumerate(entries, 1):
-            confidence = f"{entry['confidence']:.6f}"
-            writer.writerow((path, rank, entry["class"], entry["name"], confidence))
-    else:
-        if first:
-            print(f"{'image':{width}}  confidence  class")
-        path = os.fsencode(path).decode("utf-8", "backslashreplace")  # a name may be any bytes
-        path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
-        for entry in entries:
-            print(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
-            path = ""  # named once
-    sys.stdout.flush()
+def top_classes(path: str, row: np.ndarray, names: Sequence[str], top_k: int) -> dict:
+    """``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93}, ...]}``
+    of an image's probabilities ``[K]``, the `top_k` likeliest first.
+    """
+    top = np.argsort(-row, kind="stable")[:top_k].tolist()
+    top = [{"class": k, "name": names[k], "confidence": float(row[k])} for k in top]
+    return {"image": path, "predictions": top}
+
+
+def print_results(results: Iterable[dict], paths: Sequence[str], form: str) -> Iterator[dict]:
+    """Prints what `top_classes` found in ``paths`` as "json", "csv" or a table, and passes it on.
+    JSON is whole also after an error.
+    """
+    number, width = 0, max(map(len, ["image", *map(_printable, paths)]))
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    try:
+        for number, result in enumerate(results, 1):
+            path, entries = result["image"], result["predictions"]
+            if form == "json":  # in ASCII, which every terminal and pipe takes
+                text = textwrap.indent(json.dumps(result, indent=2), "  ")
+                print("[\n" if number == 1 else ",\n", text, sep="", end="")
+            elif form == "csv":
+                if number == 1:
+                    writer.writerow(("image", "rank", "class", "name", "confidence"))
+                for rank, entry in enumerate(entries, 1):
+                    confidence = f"{entry['confidence']:.6f}"
+                    writer.writerow((path, rank, entry["class"], entry["name"], confidence))
+            else:
+                if number == 1:
+                    print(f"{'image':{width}}  confidence  class")
+                path = _printable(path)
+                for entry in entries:
+                    print(f"{path:{width}}  {100 * entry['confidence']:8.2f} %  {entry['name']}")
+                    path = ""  # named once
+            sys.stdout.flush()
+            yield result
+    finally:
+        if form == "json":
+            print("\n]" if number else "[]", flush=True)
+
+
+def _printable(path: str) -> str:
+    path = os.fsencode(path).decode("utf-8", "backslashreplace")  # a name may be any bytes
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
 
 
 def find_images(sources: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -401,36 +388,27 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    args = _arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot encode: escaped
     try:
-        _print_classes(_arguments())
+        images, others = find_images(args.images)
+        if not images:
+            raise ModelError(f"{args.images[0]}: no images")
+        model = load(args.model, args.bf16, args.gpu, args.threads, args.engine)
+        print(f"{args.model}: {model.engine}", file=sys.stderr)
+        results = classify(model, images, args.top_k, args.batch_size)
+        bad = len(images) - sum(1 for _ in print_results(results, images, args.form))
+        if others:
+            line = f"{len(others)} others are passed over, such as {others[0]}: no image's ending"
+            print(line, file=sys.stderr)
+        if bad:
+            raise ModelError(f"{bad} of {len(images)} images cannot be read")
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `... | head` closed the output: nothing left to say
         sys.stderr.close()
     return 0
-
-
-def _print_classes(args: argparse.Namespace) -> None:
-    images, others = find_images(args.images)
-    if not images:
-        raise ModelError(f"{args.images[0]}: no images")
-    model = load(args.model, args.bf16, args.gpu, args.threads, args.engine)
-    print(f"{args.model}: {model.engine}", file=sys.stderr)
-    width, shown = max(map(len, images)), 0
-    try:
-        results = classify(model, images, args.top_k, args.batch_size)
-        for shown, result in enumerate(results, 1):
-            print_result(result, width, args.form, first=shown == 1)
-    finally:  # also what came before an error
-        if args.form == "json":
-            print("\n]" if shown else "[]")
-    if others:
-        line = f"{len(others)} others are passed over, such as {others[0]}: no image's ending"
-        print(line, file=sys.stderr)
-    if bad := len(images) - shown:
-        raise ModelError(f"{bad} of {len(images)} images cannot be read")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from loading.images import BadImage, read_pixels
 from parallel.process import gpu_count
 from storage.files import printable
 from tools.common import IMAGENET_CLASSES, load_model, run_config, write_file
-from tools.infer_exported import print_result
+from tools.infer_exported import print_results, top_classes
 from training.pictures import new_grid, render
 from training.precision import autocast, choose_precision
 from transforms import build_eval_transform
@@ -46,18 +47,17 @@ def predict(
     batch_size: int = 32,
     opts: Sequence[str] = (),
     grid: str | os.PathLike | None = None,
-    show: Callable[[dict, int], None] = lambda result, width: None,
-    on_bad: Callable[[BadImage], None] | None = None,
+    show: Callable[[Iterator[dict]], Iterable[dict]] = iter,
+    skip_bad: bool = False,
     amp: bool = False,
 ) -> list[dict]:
     """Classifies images as the evaluation does; arguments are the command's (`-h`), and
 
-    - show: takes each result as soon as it is there, and the length of the longest path;
-    - on_bad: takes the error of each image that cannot be read, which is left out; without it that
-      is a UserError, as are weights, config or names that do not fit.
+    - show: passes the results on as they come;
+    - skip_bad: an image that cannot be read is named on standard error and left out; else that is
+      a UserError, as are weights, config or names that do not fit.
 
-    Returns ``{"image": path, "predictions": [{"class": 3, "name": "Dress", "confidence": 0.93},
-    ...]}`` per image, the likeliest class first; the confidence is the softmax probability.
+    Returns of every image what `top_classes` does; the confidence is the softmax probability.
     """
     if top_k < 1 or batch_size < 1:
         raise UserError(f"top_k and batch_size are at least 1, found {top_k} and {batch_size}")
@@ -67,17 +67,10 @@ def predict(
     names = find_class_names(config, class_names, model.classes)
     if config.AMP:
         print(choose_precision(config, gpu_count() > 0)[1], file=sys.stderr)
-    results, views = [], []
-    width = max(len(printable(path)) for path in paths)
-    for path, view, row in classify(model, config, paths, batch_size, on_bad):
-        if grid and len(views) < GRID_LIMIT:
-            views.append(view)
-        top = np.argsort(-row, kind="stable")[:top_k].tolist()
-        top = [{"class": k, "name": names[k], "confidence": float(row[k])} for k in top]
-        results.append({"image": path, "predictions": top})
-        show(results[-1], width)
+    found = classify(model, config, paths, batch_size, skip_bad)
+    results = list(show(top_classes(path, row, names, top_k) for path, row in found))
     if grid and results:
-        write_file(grid, draw_grid(results, views))
+        write_file(grid, draw_grid(results[:GRID_LIMIT], partial(read_view, config)))
     return results
 
 
@@ -123,41 +116,45 @@ def find_class_names(
     return [printable(name) for name in names]  # they may be any bytes
 
 
+def read_view(config, path: str) -> np.ndarray:
+    """What the model sees of an image file: its crop in evaluation, uint8 ``[H, W, 3]``."""
+    transform = build_eval_transform(config)  # and the limit of what is read
+    return transform(read_pixels(path, config.DATA.EXIF_ORIENTATION), path=path)
+
+
 @paddle.no_grad()
 def classify(
-    model, config, paths: Sequence[str], batch_size: int, on_bad: Callable | None
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields path, view (uint8 ``[H, W, 3]``) and probabilities ``[K]`` of each image."""
+    model, config, paths: Sequence[str], batch_size: int, skip_bad: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields path and probabilities ``[K]`` of each image."""
     if not config.MODEL.NUM_CLASSES:
         raise UserError("MODEL.NUM_CLASSES is 0: a model without a head has no classes to predict")
-    transform = build_eval_transform(config)
     normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
     for start in range(0, len(paths), batch_size):
         found, views = [], []
         for path in paths[start : start + batch_size]:
             try:
-                pixels = read_pixels(path, config.DATA.EXIF_ORIENTATION)
-                views.append(transform(pixels, path=path))
+                views.append(read_view(config, path))
                 found.append(path)
             except BadImage as error:
-                if on_bad is None:
+                if not skip_bad:
                     raise
-                on_bad(error)
+                print(f"error: {error}", file=sys.stderr, flush=True)
         if views:
             images = normalize(paddle.to_tensor(np.stack(views)))
             with autocast(config, gpu_count() > 0):
                 probabilities = F.softmax(model(images))
-            yield from zip(found, views, probabilities.numpy())
+            yield from zip(found, probabilities.numpy())
 
 
-def draw_grid(results: Sequence[dict], views: Sequence[np.ndarray]) -> bytes:
+def draw_grid(results: Sequence[dict], view: Callable[[str], np.ndarray]) -> bytes:
     """A PNG of what the model saw, each picture over its three likeliest classes."""
     # inches: 2 for a picture, 0.25 above it, 0.65 below it for the classes
-    figure, cells = new_grid(len(views), 4 if len(views) <= 16 else 8, 2.1, 2.9)
+    figure, cells = new_grid(len(results), 4 if len(results) <= 16 else 8, 2.1, 2.9)
     height = figure.get_figheight()
     figure.subplots_adjust(0.02, 0.65 / height, 0.98, 1 - 0.25 / height, wspace=0.05, hspace=0.45)
-    for axis, view, result in zip(cells, views, results):
-        axis.imshow(view, interpolation="nearest")
+    for axis, result in zip(cells, results):
+        axis.imshow(view(result["image"]), interpolation="nearest")
         name = printable("/".join(Path(result["image"]).parts[-2:]))
         name = name if len(name) <= 32 else f"…{name[-31:]}"
         axis.set_title(name, fontsize=7, color="gray")
@@ -181,35 +178,21 @@ def main() -> None:
     parser.flag("json", "print JSON", action="store_true")
     parser.flag("csv", "print CSV", action="store_true")
     parser.flag("grid", "draw pictures and classes into a PNG", metavar="FILE")
-    args = parser.parse_args()
-    if args.json and args.csv:
+    args = vars(parser.parse_args())
+    form = [name for name in ("json", "csv") if args.pop(name)]
+    if len(form) > 1:
         raise UserError("command line: -json and -csv: choose one")
     images = []
-    for source in args.images:
+    for source in args.pop("images"):
         names = sys.stdin.buffer.read().splitlines() if source == "-" else [source]
         images += map(os.fsdecode, names)
-    form = "json" if args.json else "csv" if args.csv else "table"
-    shown, bad = [], []
-
-    def show(result: dict, width: int) -> None:
-        print_result(result, width, form, first=not shown)
-        shown.append(result)
-
-    def on_bad(error: BadImage) -> None:
-        bad.append(error)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-
-    own = ("images", "json", "csv")
-    options = {name: value for name, value in vars(args).items() if name not in own}
-    try:
-        predict(images, show=show, on_bad=on_bad, **options)
-    finally:
-        if args.json and (shown or bad):
-            print("\n]" if shown else "[]", flush=True)
-    if args.grid and shown:
-        print(f"wrote {args.grid}", file=sys.stderr)  # JSON and CSV on stdout stay whole
-    if bad:
-        raise UserError(f"{len(bad)} of {len(bad) + len(shown)} images cannot be read")
+    images = find_images(images)
+    show = partial(print_results, paths=images, form="".join(form))
+    results = predict(images, show=show, skip_bad=True, **args)
+    if args["grid"] and results:
+        print(f"wrote {args['grid']}", file=sys.stderr)  # JSON and CSV on stdout stay whole
+    if bad := len(images) - len(results):
+        raise UserError(f"{bad} of {len(images)} images cannot be read")
 
 
 if __name__ == "__main__":
