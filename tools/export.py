@@ -38,12 +38,10 @@ from tools.predict import find_class_names, find_images, read_view
 from utils import Normalize
 
 TOLERANCE = 1e-5  # largest difference to the eager model, relative to its largest output
-VERIFY_IMAGES = 16
 # Percent of images for which int8 must have the eager model's top-1. Of 1,000 images, a trained
 # model (99.6 to 99.9) falls below this once in a thousand times.
 MIN_AGREEMENT = 99.0
-AGREEMENT_IMAGES = 1000
-AGREEMENT_BATCH = 32
+VERIFY_IMAGES, INT8_IMAGES, BATCH = 16, 1000, 32
 ONNX_PACKAGES = ("paddle2onnx", "onnx", "onnxruntime")
 INT8_PACKAGES = (*ONNX_PACKAGES, "ml_dtypes")
 
@@ -97,10 +95,10 @@ def export(
     Arguments are those of the command (`-h`); without `with_preprocessing` a file takes normalised
     float32 ``[B, 3, H, W]`` and gives logits. ``safetensors`` are the weights alone, unfolded.
 
-    Returns the metadata: ``largest_difference`` to the eager model, relative to the largest output,
-    of each format; ``int8``: ``int8_layers``, ``top1_agreement`` in percent, ``verified_on``.
-    Raises UserError, and leaves no file, where one computes something else (int8: agrees for less
-    than `MIN_AGREEMENT` percent), and for missing packages and unusable weights or images.
+    Returns the metadata, with two entries of a value for each format: ``largest_difference`` to the
+    eager model, relative to the largest output, and ``top1_agreement``, percent. Raises UserError,
+    and leaves no file, where one computes something else (int8: agrees for less than
+    `MIN_AGREEMENT` percent), and for missing packages and unusable weights or images.
     """
     for name in formats:
         require(f"-format {name}", _EXPORTERS[name][0])
@@ -112,7 +110,9 @@ def export(
             f"-format onnx_int8 is verified on real images: DATA.DATA_PATH {config.DATA.DATA_PATH} "
             "is not there; give -opts DATA.DATA_PATH DIR, or -images"
         )
-    job = Job(config, with_preprocessing, images)
+    limit = INT8_IMAGES if "onnx_int8" in formats else VERIFY_IMAGES
+    verify_on, described = verification_images(config, images, limit)
+    job = Job(config, with_preprocessing, verify_on)
     metadata = {
         "model": config.MODEL.NAME,
         "weights": Path(config.MODEL.PRETRAINED).name,
@@ -126,18 +126,18 @@ def export(
         "std": list(config.DATA.IMAGENET_STD),
         "class_names": find_class_names(config, class_names, job.model.classes),
         "classes": job.model.classes.record(),  # what the weights know, for who compares them
-        "verified_on": job.verified_on,
+        "verified_on": described,
     }
-    differences, int8 = {}, {}
+    found = {}
     with _staging(output or beside_weights(config, "exported")) as folder:
         for name in formats:
             try:
-                found = _EXPORTERS[name][1](job, folder / "model", metadata)
+                found[name] = _EXPORTERS[name][1](job, folder / "model", metadata)
             except ModelError as error:
-                raise UserError(f"-format {name}: {error}") from None
-            differences[name] = found.pop("largest_difference")
-            int8.update(found)
-    return {**metadata, "largest_difference": differences, **({"int8": int8} if int8 else {})}
+                raise UserError(f"-format {name}: {error}; nothing was written") from None
+    for key in ("largest_difference", "top1_agreement"):
+        metadata[key] = {name: values[key] for name, values in found.items()}
+    return metadata
 
 
 def verification_images(
@@ -163,66 +163,57 @@ def verification_images(
 
 
 class Job:
-    """A model to export, its config, and what it makes of the images to verify it on."""
+    """A model to export, and what it makes of images, uint8 ``[n, H, W, 3]``, to verify it on."""
 
-    def __init__(self, config, with_preprocessing: bool = False, sources: Sequence = ()):
-        self.model, self.config, self.sources = load_model(config), config, sources
+    def __init__(self, config, with_preprocessing: bool, images: np.ndarray):
+        self.model = load_model(config)
         self.normalize = Normalize(config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
         self.with_preprocessing = with_preprocessing
-        images, self.verified_on = verification_images(config, sources)
-        self.inputs, self.expected = self.eager(images)
+        self.parts = np.split(images, range(1, len(images), BATCH))  # one alone, then batches
+        self.expected = np.concatenate([self.eager(part) for part in self.parts])
 
     @paddle.no_grad()
-    def eager(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the exported file is to take of images, uint8 ``[B, H, W, 3]``, and to give."""
-        normalized = self.normalize(paddle.to_tensor(images))
-        logits = self.model(normalized)
+    def eager(self, images: np.ndarray) -> np.ndarray:
+        """What the exported file is to give for images."""
+        logits = self.model(self.normalize(paddle.to_tensor(images)))
+        return (F.softmax(logits) if self.with_preprocessing else logits).numpy()
+
+    def inputs(self, images: np.ndarray) -> np.ndarray:
+        """What the exported file takes of images."""
         if self.with_preprocessing:
-            return images, F.softmax(logits).numpy()
-        return normalized.numpy(), logits.numpy()
+            return images
+        return self.normalize(paddle.to_tensor(images)).numpy()
 
     def save(self, prefix: Path) -> Path:
         """Saves the folded model with the inputs and outputs that were asked for."""
-        model = fold(self.model)
+        model, inputs = fold(self.model), self.inputs(self.parts[0])
         if self.with_preprocessing:
             model = WithPreprocessing(model, self.normalize)
             model.eval()
-        return save_for_inference(model, prefix, self.inputs.shape[1:], str(self.inputs.dtype))
+        return save_for_inference(model, prefix, inputs.shape[1:], str(inputs.dtype))
 
-    def difference(self, name: str, run: Run) -> dict:
-        """The largest difference for a batch and a single image; UserError above `TOLERANCE`."""
-        errors = [np.abs(run(self.inputs[:n]) - self.expected[:n]).max() for n in (None, 1)]
-        difference = float(np.max(errors) / np.abs(self.expected).max())
-        if not difference <= TOLERANCE:  # NaN too
-            raise UserError(
-                f"-format {name}: the exported model is off by {difference:.1e} of its largest "
-                f"output, more than {TOLERANCE:.0e}; nothing was written"
-            )
-        return {"largest_difference": difference}
-
-    def agreement(self, run: Run, images: np.ndarray) -> dict:
-        """How often a file has the eager model's top-1, percent, and the largest relative
-        difference. Raises UserError below `MIN_AGREEMENT`.
+    def verify(self, run: Run, int8: bool = False) -> dict:
+        """The largest relative difference, and how often a file has the eager model's top-1,
+        percent. Raises ModelError above `TOLERANCE`; in int8, below `MIN_AGREEMENT`.
         """
-        found, expected = [], []
-        for start in range(0, len(images), AGREEMENT_BATCH):
-            inputs, outputs = self.eager(images[start : start + AGREEMENT_BATCH])
-            found.append(run(inputs))
-            expected.append(outputs)
-        found, expected = np.concatenate(found), np.concatenate(expected)
+        found, expected = np.concatenate([run(self.inputs(x)) for x in self.parts]), self.expected
+        difference = float(np.abs(found - expected).max() / np.abs(expected).max())
         same = (found.argmax(1) == expected.argmax(1)) & np.isfinite(found).all(1)
-        if (agreement := 100 * int(same.sum()) / len(images)) < MIN_AGREEMENT:
-            raise UserError(
-                f"-format onnx_int8: top-1 is as in float32 for {same.sum()} of {len(images)} "
-                f"images ({agreement:.2f} %), less than {MIN_AGREEMENT} %; nothing was written"
+        agreement = 100 * float(same.mean())
+        limit, is_near = f"at most {TOLERANCE:.0e}", difference <= TOLERANCE  # not with NaN
+        if int8:
+            limit, is_near = f"the same for {MIN_AGREEMENT} %", agreement >= MIN_AGREEMENT
+        if not is_near:
+            raise ModelError(
+                f"the file is off by {difference:.1e} of the model's largest output, with the same "
+                f"top-1 for {same.sum()} of {len(same)} images; expected {limit}"
             )
-        error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        return {"top1_agreement": agreement, "largest_difference": error}
+        return {"largest_difference": difference, "top1_agreement": agreement}
 
 
 def _export_paddle(job: Job, prefix: Path, metadata: dict) -> dict:
     program = job.save(prefix)
-    found = job.difference("paddle", open_paddle(program)[0])
+    found = job.verify(open_paddle(program)[0])
     files = [program, program.with_suffix(".pdiparams")]
     checksums = {file.suffix: file_sha256(file) for file in files}
     text = json.dumps({**metadata, **found, "sha256": checksums}, indent=2, ensure_ascii=False)
@@ -249,12 +240,7 @@ def _export_onnx(job: Job, prefix: Path, metadata: dict, int8: bool = False) -> 
     file = Path(f"{prefix}{'.int8' * int8}.onnx")
     with tempfile.TemporaryDirectory() as folder:
         layers = write_onnx(job.save(Path(folder, "model")), file, int8)
-    run, _ = open_onnx(file)
-    if int8:
-        images, described = verification_images(job.config, job.sources, AGREEMENT_IMAGES)
-        found = {"int8_layers": layers, "verified_on": described, **job.agreement(run, images)}
-    else:
-        found = job.difference("onnx", run)
+    found = {"int8_layers": layers, **job.verify(open_onnx(file)[0], int8)}
     model = onnx.load(file)
     onnx.helper.set_model_props(model, _texts({**metadata, **found}))
     onnx.save(model, file)
@@ -264,14 +250,12 @@ def _export_onnx(job: Job, prefix: Path, metadata: dict, int8: bool = False) -> 
 def _export_safetensors(job: Job, prefix: Path, metadata: dict) -> dict:
     from safetensors.numpy import save
 
-    file = f"{prefix}.safetensors"
+    file, found = f"{prefix}.safetensors", {"largest_difference": 0.0, "top1_agreement": 100.0}
     state = {name: value.numpy() for name, value in job.model.state_dict().items()}
-    write_file(file, save(state))
-    again = read_weights(file).state
-    found = {"largest_difference": max(float(np.abs(again[n] - state[n]).max()) for n in state)}
-    if found["largest_difference"] != 0:  # NaN too
-        raise UserError("-format safetensors: other weights were read back; nothing was written")
     write_file(file, save(state, metadata=_texts({**metadata, **found})))
+    again = read_weights(file).state
+    if not all(np.array_equal(again[name], value) for name, value in state.items()):
+        raise ModelError("other weights were read back")
     return found
 
 
@@ -313,13 +297,12 @@ def main() -> None:
     parser.flag("class_names", "text file, one name a line", metavar="FILE")
     args = vars(parser.parse_args())
     metadata = export(**args)
-    if args["formats"] != ["onnx_int8"]:
-        print(f"verified on {metadata['verified_on']}")
+    print(f"verified on {metadata['verified_on']}")
     for name, difference in metadata["largest_difference"].items():
         print(f"{name}: largest difference {difference:.1e} of the largest output")
-    if "int8" in metadata:
-        agreement, images = (metadata["int8"][key] for key in ("top1_agreement", "verified_on"))
-        print(f"onnx_int8: top-1 as in float32 for {agreement:.2f} % of {images}")
+        if name == "onnx_int8":
+            agreement = metadata["top1_agreement"][name]
+            print(f"{name}: top-1 as in float32 for {agreement:.2f} % of the images")
 
 
 if __name__ == "__main__":
