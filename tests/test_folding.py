@@ -36,7 +36,7 @@ def test_a_layer_scale_of_a_millionth_is_not_lost():
     for block in model.mixer_layers:
         block.ls1.set_value(paddle.full_like(block.ls1, 1e-6))
         block.ls2.set_value(paddle.full_like(block.ls2, 1e-6))
-    last = fold(model).blocks[-1]
+    last = fold(model).mixer_layers[-1]
     x = paddle.zeros([1, 16, 12])
     expected = model.mixer_layers[-1](x)  # from zero input: only the branches, no residual
     assert relative_error(last(x), expected) < 1e-5

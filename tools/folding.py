@@ -39,35 +39,18 @@ class FoldedBlock(nn.Layer):
         return x + self.fc2(F.gelu(self.fc1(x)))  # [B, N, C]
 
 
-class FoldedResMLP(nn.Layer):
-    """What `fold` returns. Its parameters are its own: training the model does not change it."""
+def fold(model: ResMLP) -> ResMLP:
+    """A model's exact inference form, float32 and in eval mode; it shares nothing with the model.
 
-    def __init__(self, model: ResMLP):
-        super().__init__()
-        self.patch_embed = copy.deepcopy(model.patch_embed.patch_embed)
-        self.blocks = nn.LayerList([FoldedBlock(block) for block in model.mixer_layers])
-        self.norm, self.head = nn.Identity(), nn.Identity()
-        if isinstance(model.head, nn.Linear):
-            alpha, beta = _value(model.norm.alpha).ravel(), _value(model.norm.beta).ravel()
-            self.head = _folded_linear(model.head, scale_in=alpha, shift_in=beta)
-        else:  # no head: the model returns the normalised features
-            self.norm = copy.deepcopy(model.norm)
-
-    def forward(self, images):
-        """Images ``[B, 3, height, width]``, normalised -> logits ``[B, K]``; B may be dynamic."""
-        x = self.patch_embed(images).flatten(2).transpose([0, 2, 1])  # [B, N, C]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x).mean(axis=1))
-
-
-def fold(model: ResMLP) -> nn.Layer:
-    """Folds a model into its exact inference form, float32 and in eval mode.
-
-    ``images [B, 3, S, S] -> logits [B, K]`` (features ``[B, C]`` without a head): the same output
-    to 1e-6 relative. It has plain layers and operators only, so that ``paddle.jit.save`` takes it.
+    The output is the same to 1e-6 relative. Its blocks have plain layers and operators only, so
+    that ``paddle.jit.save`` takes it.
     """
-    folded = FoldedResMLP(model)
+    folded = copy.deepcopy(model)
+    folded.mixer_layers = nn.LayerList([FoldedBlock(block) for block in model.mixer_layers])
+    if isinstance(model.head, nn.Linear):  # else it returns the normalised features
+        alpha, beta = _value(model.norm.alpha).ravel(), _value(model.norm.beta).ravel()
+        folded.norm = nn.Identity()
+        folded.head = _folded_linear(model.head, scale_in=alpha, shift_in=beta)
     folded.eval()
     for parameter in folded.parameters():
         parameter.stop_gradient = True

@@ -107,11 +107,11 @@ def load(
 
 
 def open_onnx(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
+    if bf16:
+        raise ModelError(_NO_BF16)
     threads = threads or usable_cores()
     providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
     with _engine("onnxruntime", path) as onnxruntime:
-        if bf16:
-            raise ModelError(_NO_BF16)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors
@@ -129,14 +129,14 @@ def open_onnx(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 
 
 
 def open_openvino(path: Path, bf16: bool = False, gpu: bool = False, threads: int = 0) -> Opened:
+    if gpu:
+        raise ModelError(_NO_GPU)
     options = {
         "PERFORMANCE_HINT": "LATENCY",  # one request at a time, with all threads
         "INFERENCE_NUM_THREADS": threads or usable_cores(),
         "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
     }
     with _engine("openvino", path) as openvino:
-        if gpu:
-            raise ModelError(_NO_GPU)
         network = openvino.Core().read_model(str(path))
         model = openvino.Core().compile_model(network, "CPU", options)
         if bf16 and model.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
