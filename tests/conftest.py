@@ -2,11 +2,14 @@
 
 from cpu import setup  # isort: skip  (before Paddle)
 
+import io
 import logging
 import os
+import sys
 
 import pytest
 
+from cli.errors import run_as_script
 from loading import archives
 
 from .helpers.tiny_data import make_data
@@ -51,3 +54,18 @@ def weights(tmp_path_factory):
     from .helpers.tiny_run import make_run  # with Paddle, which not all tests need
 
     return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs a tool's main here, in `tmp_path`; returns its exit code and both outputs."""
+
+    def call(main, *arguments, stdin=b""):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as end:
+            run_as_script(main)
+        return end.value.code or 0, *capsys.readouterr()
+
+    return call

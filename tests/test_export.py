@@ -73,36 +73,13 @@ def exported(form, weights, tmp_path_factory):
     return model_file(folder, form), metadata
 
 
-@pytest.fixture(scope="module")
-def exported_whole(form, weights, tmp_path_factory):
-    """The file of a model with preprocessing and softmax inside."""
-    folder = tmp_path_factory.mktemp(form)
-    export(weights, folder, [form], with_preprocessing=True)
-    return model_file(folder, form)
-
-
-@pytest.fixture
-def infer(monkeypatch, capsys):
-    """Calls the script in this process; returns its code and what it printed on either stream."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["infer_exported", *map(str, arguments)])
-        try:
-            code = infer_module.main()
-        except SystemExit as end:  # argparse's
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
 def assert_near(found, expected):
     """Within 1e-5 of the largest output, the bar for every export."""
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_logits_of_any_batch_are_the_eager_models_and_the_metadata_says_how_to_get_them(
-    exported, logits
+def test_outputs_of_any_batch_are_the_eager_models_and_the_metadata_says_how_to_get_them(
+    exported, form, weights, tmp_path, logits
 ):
     file, returned = exported
     model = load(file, threads=1)
@@ -121,12 +98,11 @@ def test_logits_of_any_batch_are_the_eager_models_and_the_metadata_says_how_to_g
     for key in ("largest_difference", "top1_agreement"):
         assert list(returned[key].values()) == [model.metadata[key]]
 
-
-def test_the_whole_model_maps_bytes_to_probabilities(exported_whole, logits):
-    model = load(exported_whole)
+    export(weights, tmp_path, [form], with_preprocessing=True)
+    whole = load(model_file(tmp_path, form))
     for batch in (1, 5):
-        assert_near(model.run(UNSEEN[:batch]), softmax(logits[:batch]))
-        assert_near(model(UNSEEN[:batch]), softmax(logits[:batch]))
+        assert_near(whole.run(UNSEEN[:batch]), softmax(logits[:batch]))
+        assert_near(whole(UNSEEN[:batch]), softmax(logits[:batch]))
 
 
 def test_safetensors_can_be_trained_on_from(weights, tmp_path):
@@ -293,23 +269,24 @@ def test_images_are_prepared_or_refused_as_in_training_pixel_by_pixel(
             transform(from_image(Image.new("RGB", shape)))
 
 
-def test_paddle_itself_loads_it(weights, tmp_path, logits):
-    export(weights, tmp_path)
-    found = paddle.jit.load(str(tmp_path / "model"))(paddle.to_tensor(normalized(UNSEEN)))
+@only_paddle
+def test_paddle_itself_loads_it(exported, logits):
+    prefix = exported[0].with_suffix("")
+    found = paddle.jit.load(str(prefix))(paddle.to_tensor(normalized(UNSEEN)))
     assert_near(found.numpy(), logits)
-    found = open_paddle(model_file(tmp_path), bf16=True)[0](normalized(UNSEEN))
+    found = open_paddle(exported[0], bf16=True)[0](normalized(UNSEEN))
     assert np.abs(found - logits).max() < 0.05 * np.abs(logits).max()
 
 
-def test_inference_needs_none_of_the_training_code(exported_whole, tmp_path):
+def test_inference_needs_none_of_the_training_code(exported, tmp_path):
     """One script and the model, copied elsewhere."""
     make_images(tmp_path / "photos" / "b", 1)
     make_images(tmp_path / "photos" / "a", 1)
     (tmp_path / "photos" / "notes.txt").write_text("none")
     (tmp_path / "photos" / "round").symlink_to("..")
-    shutil.copytree(exported_whole.parent, tmp_path / "model")
+    shutil.copytree(exported[0].parent, tmp_path / "model")
     shutil.copy(ROOT / "tools" / "infer_exported.py", tmp_path)
-    model = f"model/{exported_whole.name}"
+    model = f"model/{exported[0].name}"
     done = subprocess.run(
         [sys.executable, "infer_exported.py", model, "photos", "-top_k", "2"],
         cwd=tmp_path,
@@ -391,12 +368,12 @@ def test_grey_images_are_read_as_in_training(tmp_path, dtype, largest, ending):
 
 
 def test_json_and_csv_have_what_predict_s_have_also_after_an_error(
-    exported, weights, tmp_path, infer
+    exported, weights, tmp_path, call
 ):
     paths = make_images(tmp_path, 2)
     (tmp_path / "x.jpg").write_text("not a JPEG")
-    code, shown, said = infer(
-        exported[0], paths[0], tmp_path / "x.jpg", os.devnull, paths[1], "-json"
+    code, shown, said = call(
+        infer_module.main, exported[0], paths[0], tmp_path / "x.jpg", os.devnull, paths[1], "-json"
     )
     assert code == 2 and said.splitlines()[-1] == "error: 2 of 4 images cannot be read"
     assert f"{tmp_path}/x.jpg: cannot be read" in said and "not a regular file" in said
@@ -407,14 +384,14 @@ def test_json_and_csv_have_what_predict_s_have_also_after_an_error(
         for entry, other in zip(found["predictions"], one["predictions"]):
             assert abs(entry.pop("confidence") - other["confidence"]) < 1e-5
             assert entry.items() <= other.items()
-    code, shown, said = infer(exported[0], *paths, "-csv", "-top_k", 1)
+    code, shown, said = call(infer_module.main, exported[0], *paths, "-csv", "-top_k", 1)
     assert code == 0
     assert [row[0] for row in csv.reader(shown.splitlines())] == ["image", *paths]
     for flags, message in (
         (["-threads", -1], "-top_k, -batch_size and -threads are at least 1"),
         (["-json", "-csv"], "not allowed with argument -json"),
     ):
-        code, _, said = infer(exported[0], *paths, *flags)
+        code, _, said = call(infer_module.main, exported[0], *paths, *flags)
         assert code == 2 and message in said
 
 

@@ -1,11 +1,9 @@
 """Predictions: the right pixels, the right names, every way to name images and to see results."""
 
 import csv
-import io
 import json
 import os
 import re
-import sys
 import tarfile
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tools.predict as predict_module
-from cli.errors import DataError, UserError, run_as_script
+from cli.errors import DataError, UserError
 from config import get_config
 from cpu import onednn
 from tools.common import IMAGENET_CLASSES, load_model, run_config
@@ -74,28 +72,13 @@ def test_a_missing_image_is_named_whatever_its_name_looks_like(weights):
             predict(name, weights)
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Runs the script in this process; returns its code and what it printed on either stream."""
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as end:
-            run_as_script(predict_module.main)
-        return end.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
 @pytest.mark.parametrize("form", ["-csv", "-json", None])
 def test_a_broken_image_among_others_is_named_and_the_others_are_classified(
     weights, images, tmp_path, call, form
 ):
     (tmp_path / "x.png").write_bytes(b"no image")
     flags = ["-pretrained", weights, "-top_k", "1", *filter(None, [form])]
-    code, shown, said = call(images[0], "x.png", images[1], *flags)
+    code, shown, said = call(predict_module.main, images[0], "x.png", images[1], *flags)
     unknown = "error: x.png: not an image of a known format"
     assert (code, said) == (2, f"{unknown}\nerror: 1 of 3 images cannot be read\n")
     if form == "-json":
@@ -155,7 +138,9 @@ def test_a_table_names_an_image_once_and_csv_quotes_names_with_commas(capsys, fo
 
 def test_a_grid_that_cannot_be_written_loses_no_result(weights, images, tmp_path, call):
     (tmp_path / "file").touch()
-    code, shown, said = call(*images, "-pretrained", weights, "-grid", "file/grid.png", "-json")
+    code, shown, said = call(
+        predict_module.main, *images, "-pretrained", weights, "-grid", "file/grid.png", "-json"
+    )
     assert code == 2 and "grid.png: cannot be written" in said
     assert len(json.loads(shown)) == len(images)
 
@@ -164,7 +149,9 @@ def test_the_script_reads_paths_from_standard_input_prints_json_and_draws(
     weights, images, tmp_path, call
 ):
     flags = ["-pretrained", weights, "--top-k", "2", "-json", "-grid", "grid.png"]
-    code, shown, said = call("-", *flags, stdin="\n\n".join(images).encode() + b"\n")
+    code, shown, said = call(
+        predict_module.main, "-", *flags, stdin="\n\n".join(images).encode() + b"\n"
+    )
     assert code == 0 and "wrote grid.png" in said
     assert json.loads(shown) == predict(images, weights, top_k=2)
     grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).reshape(-1, 3)
@@ -199,7 +186,7 @@ def test_names_of_any_bytes_come_from_standard_input_go_out_as_ascii_and_are_dra
         return list(show({"image": image, "predictions": []} for image in images))
 
     monkeypatch.setattr(predict_module, "predict", fake)
-    _, shown, _ = call("-", "-json", stdin=b"\n".join(names))
+    _, shown, _ = call(predict_module.main, "-", "-json", stdin=b"\n".join(names))
     results = json.loads(shown)
     assert shown.isascii() and [os.fsencode(found["image"]) for found in results] == names
     grid = draw_grid(results, lambda path: np.zeros([4, 4, 3], "uint8"))
