@@ -16,8 +16,6 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from cli.errors import ConfigError
-
 
 def smooth_one_hot(labels: paddle.Tensor, num_classes: int, smoothing: float) -> paddle.Tensor:
     """Targets ``[B, K]``: smoothing / K, and 1 - smoothing more at the label."""
@@ -84,8 +82,6 @@ class Mixup:
     smoothing: float = 0.1
 
     def __post_init__(self):
-        if self.num_classes < 1:
-            raise ConfigError(f"MODEL.NUM_CLASSES is {self.num_classes}: mixup needs classes")
         cutmix = self.cutmix_alpha > 0 or self.cutmix_minmax is not None
         self.cutmix_prob = self.switch_prob if cutmix and self.mixup_alpha > 0 else float(cutmix)
 

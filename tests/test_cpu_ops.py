@@ -152,34 +152,27 @@ def test_recompute_gives_the_same_gradients(fused_calls):
     assert len(fused_calls) == 3  # once before, twice with recompute
 
 
-@pytest.mark.parametrize("place", ["norm2", "mlp_channels.fc1"])
-def test_a_hook_on_a_part_of_the_block_is_called(place):
-    block, called = random_block(), []
-    part = dict(block.named_sublayers())[place]
-    part.register_forward_post_hook(lambda *_: called.append("after"))
-    part.register_forward_pre_hook(lambda *_: called.append("before"))
-    block(paddle.randn([2, 5, 6]))
-    assert called == ["before", "after"]
+class Doubled(paddle.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
-def test_a_layer_put_in_the_place_of_another_computes(fused_calls, layers_only):
-    class Doubled(paddle.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    block, x = random_block(), paddle.randn([2, 5, 6])
-    block.mlp_channels.fc1 = Doubled(6, 24)
-    np.testing.assert_array_equal(block(x).numpy(), layers_only(block, x).numpy())
-    assert not fused_calls
-
-
-def test_dropout_inside_the_mlp_uses_the_layers_while_training(fused_calls):
-    block = random_block(dropout=0.5)
-    block(paddle.randn([2, 5, 6]))
-    assert not fused_calls
-    block.eval()
-    block(paddle.randn([2, 5, 6]))
-    assert fused_calls
+@pytest.mark.parametrize("what", ["a hook", "another layer", "dropout"])
+def test_layers_compute_where_something_else_was_put_in_a_block(fused_calls, layers_only, what):
+    block, x = random_block(dropout=0.5 * (what == "dropout")), paddle.randn([2, 5, 6])
+    called = []
+    if what == "a hook":
+        block.norm2.register_forward_post_hook(lambda *_: called.append("after"))
+        block.mlp_channels.fc1.register_forward_pre_hook(lambda *_: called.append("before"))
+    elif what == "another layer":
+        block.mlp_channels.fc1 = Doubled(6, 24)
+        np.testing.assert_array_equal(block(x).numpy(), layers_only(block, x).numpy())
+    block(x)
+    assert not fused_calls and called == ["after", "before"] * (what == "a hook")
+    if what == "dropout":  # which evaluation has none of
+        block.eval()
+        block(x)
+        assert fused_calls
 
 
 def test_a_traced_model_is_made_of_layers(fused_calls, tmp_path):
