@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import stat
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,14 +16,12 @@ from paddle.base import core
 from cli.errors import UserError
 from parallel.address import device_of
 
-JOIN_TIMEOUT = 60.0  # seconds for rank 0 to be there, when all were started together
+_log = logging.getLogger("resmlp")
+JOIN_TIMEOUT = 60.0  # seconds for the others to be there, when all were started together
 _LOOPBACK = "lo"  # Linux's name of the network device that no other machine is on
-BEAT = 2.0  # seconds between two signs of life of a rank
-SILENCE = 120.0  # seconds after which a rank without any is given up
+SILENCE = 120.0  # seconds after which a machine that does not answer is given up
 
-_store = None  # this rank's connection to the job's key-value store
-_store_lock = threading.Lock()  # one request at a time
-meetings = 0
+_others: dict[int, socket.socket] = {}  # rank 0: to each other rank; another: to rank 0
 
 
 def join(rank: int) -> None:
@@ -37,7 +33,6 @@ def join(rank: int) -> None:
     Paddle's key-value store, which listens everywhere and asks for no password, is tied to it
     before the ranks meet there.
     """
-    global _store
     linux, environ = sys.platform == "linux", os.environ
     own = environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
     endpoints = environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
@@ -60,11 +55,24 @@ def join(rank: int) -> None:
         environ["PADDLE_TRAINERS_NUM"] = world
         shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
-    _store = core.TCPStore(host, port, False, 0)  # a connection beside that of Paddle's threads
-    threading.Thread(target=_give_signs_of_life, args=[rank], daemon=True).start()
-    for connection in tcp_sockets():
-        # Paddle sends a request in pieces, and would wait 40 ms for the receipt of the first.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _connect(rank, int(environ["PADDLE_TRAINERS_NUM"]), host)
+
+
+def _connect(rank: int, world: int, host: str) -> None:
+    """Opens a connection between rank 0, on ``host``, and each other rank."""
+    ports: list = []
+    if rank:
+        dist.all_gather_object(ports, None)
+        _others[0] = socket.create_connection((host, ports[0]))
+        _others[0].sendall(rank.to_bytes(4, "big"))
+    else:
+        with socket.create_server((host if host == "127.0.0.1" else "", 0)) as server:
+            server.settimeout(JOIN_TIMEOUT)
+            dist.all_gather_object(ports, server.getsockname()[1])
+            for _ in range(1, world):
+                connection = server.accept()[0]
+                _others[int.from_bytes(connection.recv(4), "big")] = connection
+    for connection in _others.values() if sys.platform == "linux" else ():
         # Or a rank would ask a machine that cannot be reached any more for a quarter of an hour.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENCE / 2))
@@ -72,60 +80,24 @@ def join(rank: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE * 1000))
 
 
-def _give_signs_of_life(rank: int) -> None:
-    with suppress(ConnectionError):  # rank 0 is gone
-        while True:
-            time.sleep(BEAT)
-            tally(f"resmlp/alive/{rank}", 1)
-
-
 def wait_for_all(process) -> None:
     """Returns when every rank has called it, however long that takes.
 
-    They ask the job's key-value store: gloo gives up on collectives after 30 seconds. Rank 0, whose
-    process is the store, returns last: it may end, and the store with it.
-
-    Raises ConnectionError after `SILENCE` seconds without a sign of life from a rank. (On one
-    machine `launch` learns of its end at once; another node's launcher says nothing.)
+    Over connections of their own: gloo gives up on collectives after 30 seconds. Raises
+    ConnectionError where a rank has ended (its connection is closed), or its machine has not
+    answered for `SILENCE` seconds.
     """
-    global meetings
-    if process.world == 1:
-        return
-    meetings += 1
-    here, answered = f"resmlp/meeting/{meetings}/here", f"resmlp/meeting/{meetings}/answered"
-    tally(here, 1)
-    _wait_for(here, process.world, process.world)
-    if process.main:
-        _wait_for(answered, process.world - 1, process.world)
-    else:
-        tally(answered, 1)
-
-
-def _wait_for(key: str, count: int, world: int) -> None:
-    pause, heard = 0.0005, {}  # heard: rank -> its last sign of life, and when it was new
-    next_look = time.monotonic() + BEAT
-    while tally(key) < count:
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-        now = time.monotonic()
-        if now < next_look:
-            continue
-        next_look = now + BEAT
-        for rank in range(world):
-            beat = tally(f"resmlp/alive/{rank}")
-            if rank not in heard or heard[rank][0] != beat:
-                heard[rank] = beat, now
-            elif now - heard[rank][1] > SILENCE:
-                raise ConnectionError(f"rank {rank} gives no sign of life for {SILENCE:.0f} s")
-
-
-def tally(key: str, more: int = 0) -> int:
-    """Adds to a counter of the store; returns the sum. Raises ConnectionError without rank 0."""
-    with _store_lock:
-        try:
-            return _store.add(key, more)
-        except Exception as error:  # which one depends on Paddle's version
-            raise ConnectionError("rank 0 is gone or cannot be reached") from error
+    connections = _others if process.world > 1 else {}
+    try:
+        for rank in connections:
+            if not process.main:
+                connections[rank].sendall(b".")
+            if not connections[rank].recv(1):
+                raise ConnectionResetError
+        for rank in connections if process.main else ():
+            connections[rank].sendall(b".")
+    except OSError as error:
+        raise ConnectionError(f"rank {rank} is gone or cannot be reached") from error
 
 
 def find_rank_0(rank: int, where: str) -> tuple[str, int]:
@@ -143,11 +115,11 @@ def find_rank_0(rank: int, where: str) -> tuple[str, int]:
             else:
                 socket.create_connection((host, int(port)), timeout=5).close()
             return host, int(port)
-        except (OSError, ValueError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except OSError as error:
+            reason = error.strerror or error
             if rank == 0:
                 raise UserError(f"rank 0 cannot listen at {where}: {reason}; choose another port")
-            if time.monotonic() > deadline or not isinstance(error, OSError):
+            if time.monotonic() > deadline:
                 raise UserError(
                     f"rank {rank} cannot reach rank 0 at {where}: {reason}; is it running, and "
                     "is the port open between the nodes?"
@@ -159,25 +131,18 @@ def shut_out_others(port: int) -> None:
     """Ties this process's listening socket to the loopback device: it then takes connections to
     127.0.0.1 only. Logs a warning where it cannot be done.
     """
-    reason = "its socket was not found"
-    for found in tcp_sockets():
-        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if listens and found.getsockname()[1] == port:
-            try:
+    for found in listening_sockets():
+        if found.getsockname()[1] == port:
+            with suppress(OSError):  # Linux before 5.7, where only root may
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _LOOPBACK.encode())
                 return
-            except OSError as error:  # Linux before 5.7, where only root may
-                reason = error.strerror
-    logging.getLogger("resmlp").warning(
-        f"warning: port {port} of this job is open to other machines ({reason})"
-    )
+    _log.warning(f"warning: port {port} of this job is open to other machines")
 
 
-def tcp_sockets() -> Iterator[socket.socket]:
-    """Second handles of this process's TCP sockets, whoever opened them; on Linux alone."""
-    for fd in map(int, os.listdir("/proc/self/fd") if sys.platform == "linux" else []):
-        with suppress(OSError):  # closed meanwhile
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                with socket.socket(fileno=os.dup(fd)) as found:
-                    if (found.family, found.type) == (socket.AF_INET, socket.SOCK_STREAM):
-                        yield found
+def listening_sockets() -> Iterator[socket.socket]:
+    """Second handles of this process's listening sockets, whoever opened them. Linux."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        # an OSError: closed meanwhile, or no socket
+        with suppress(OSError), socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM) as found:
+            if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                yield found

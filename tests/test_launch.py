@@ -156,7 +156,7 @@ def test_a_port_in_use_and_a_rank_0_that_cannot_be_reached_are_named(monkeypatch
             rendezvous.find_rank_0(0, address)
         rendezvous.find_rank_0(1, address)  # where rank 0 listens
     monkeypatch.setattr(rendezvous, "JOIN_TIMEOUT", 0.0)
-    for address in ("127.0.0.1:9", "no-such-host.invalid:80", "127.0.0.1:x"):
+    for address in ("127.0.0.1:9", "no-such-host.invalid:80"):
         with pytest.raises(UserError, match=f"rank 1 cannot reach rank 0 at {address}"):
             rendezvous.find_rank_0(1, address)
 
@@ -167,8 +167,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ties soc
 @linux
 def test_a_port_that_stays_open_to_others_is_said(caplog):
     rendezvous.shut_out_others(9)
-    text = "warning: port 9 of this job is open to other machines (its socket was not found)"
-    assert caplog.messages == [text]
+    assert caplog.messages == ["warning: port 9 of this job is open to other machines"]
 
 
 _MEETING = """
@@ -179,14 +178,14 @@ import sys
 from parallel import rendezvous
 
 def meet():
-    for found in rendezvous.tcp_sockets():
-        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            assert found.getsockname()[1] == int(sys.argv[1])
-            device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
-            print(device.strip(b"\\0").decode())
+    for found in rendezvous.listening_sockets():
+        assert found.getsockname()[1] == int(sys.argv[1])
+        device = found.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+        print(device.strip(b"\\0").decode())
     print(os.environ["PADDLE_TRAINERS_NUM"])
 
 rendezvous.dist.init_parallel_env = meet
+rendezvous._connect = lambda *args: None
 rendezvous.join(0)
 """
 

@@ -91,7 +91,7 @@ class _HalfPickle:
         file.write(data[len(data) // 2 :])
 
 
-rendezvous.BEAT, rendezvous.SILENCE = 0.5, 10.0
+rendezvous.SILENCE = 10.0
 hit("step", engine.Trainer, "_train_step")
 hit("forward", learner.Learner, "forward", after=True)
 hit("evaluation", engine.Trainer, "evaluate")
