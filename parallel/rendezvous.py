@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
+import secrets
 import socket
 import sys
 import time
@@ -21,7 +23,7 @@ JOIN_TIMEOUT = 60.0  # seconds for the others to be there, when all were started
 _LOOPBACK = "lo"  # Linux's name of the network device that no other machine is on
 SILENCE = 120.0  # seconds after which a machine that does not answer is given up
 
-_others: dict[int, socket.socket] = {}  # rank 0: to each other rank; another: to rank 0
+others: dict[int, socket.socket] = {}  # rank 0: to each other rank; another: to rank 0
 
 
 def join(rank: int) -> None:
@@ -55,24 +57,36 @@ def join(rank: int) -> None:
         environ["PADDLE_TRAINERS_NUM"] = world
         shut_out_others(port)
     dist.init_parallel_env()  # takes the device that the launcher gave to this rank
-    _connect(rank, int(environ["PADDLE_TRAINERS_NUM"]), host)
+    connect(rank, int(environ["PADDLE_TRAINERS_NUM"]), host)
 
 
-def _connect(rank: int, world: int, host: str) -> None:
-    """Opens a connection between rank 0, on ``host``, and each other rank."""
-    ports: list = []
+def connect(rank: int, world: int, host: str) -> None:
+    """Opens a connection between rank 0, on ``host``, and each other rank.
+
+    Anybody who reaches the port can connect: a rank is who has the key of this job.
+    """
+    told: list = []
     if rank:
-        dist.all_gather_object(ports, None)
-        _others[0] = socket.create_connection((host, ports[0]))
-        _others[0].sendall(rank.to_bytes(4, "big"))
+        dist.all_gather_object(told, None)
+        port, key = told[0]
+        others[0] = socket.create_connection((host, port))
+        others[0].sendall(key + rank.to_bytes(4, "big"))
     else:
+        key = secrets.token_bytes(16)
         with socket.create_server((host if host == "127.0.0.1" else "", 0)) as server:
             server.settimeout(JOIN_TIMEOUT)
-            dist.all_gather_object(ports, server.getsockname()[1])
-            for _ in range(1, world):
+            dist.all_gather_object(told, (server.getsockname()[1], key))
+            while len(others) < world - 1:
                 connection = server.accept()[0]
-                _others[int.from_bytes(connection.recv(4), "big")] = connection
-    for connection in _others.values() if sys.platform == "linux" else ():
+                connection.settimeout(5.0)
+                words = b""
+                with suppress(OSError):  # it says nothing, or resets the connection
+                    while len(words) < 20 and (more := connection.recv(20 - len(words))):
+                        words += more
+                if hmac.compare_digest(words[:-4], key):
+                    connection.settimeout(None)
+                    others[int.from_bytes(words[-4:], "big")] = connection
+    for connection in others.values() if sys.platform == "linux" else ():
         # Or a rank would ask a machine that cannot be reached any more for a quarter of an hour.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENCE / 2))
@@ -87,7 +101,7 @@ def wait_for_all(process) -> None:
     ConnectionError where a rank has ended (its connection is closed), or its machine has not
     answered for `SILENCE` seconds.
     """
-    connections = _others if process.world > 1 else {}
+    connections = others if process.world > 1 else {}
     try:
         for rank in connections:
             if not process.main:

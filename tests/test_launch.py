@@ -170,6 +170,24 @@ def test_a_port_that_stays_open_to_others_is_said(caplog):
     assert caplog.messages == ["warning: port 9 of this job is open to other machines"]
 
 
+def test_a_stranger_is_not_taken_for_a_rank(monkeypatch):
+    callers = []
+
+    def tell(_, port_and_key):
+        port, key = port_and_key
+        for words in (b"", bytes(16) + b"\0\0\0\1", key[:9], key + b"\0\0\0\1"):
+            callers.append(socket.create_connection(("127.0.0.1", port)))
+            callers[-1].sendall(words)
+            callers[-1].shutdown(socket.SHUT_WR)
+
+    monkeypatch.setattr(rendezvous, "others", {})
+    monkeypatch.setattr(rendezvous.dist, "all_gather_object", tell)
+    rendezvous.connect(0, 2, "127.0.0.1")
+    assert rendezvous.others[1].getpeername() == callers[-1].getsockname()
+    for connection in (*callers, *rendezvous.others.values()):
+        connection.close()
+
+
 _MEETING = """
 from cpu import setup
 import os
@@ -185,7 +203,7 @@ def meet():
     print(os.environ["PADDLE_TRAINERS_NUM"])
 
 rendezvous.dist.init_parallel_env = meet
-rendezvous._connect = lambda *args: None
+rendezvous.connect = lambda *args: None
 rendezvous.join(0)
 """
 
