@@ -66,3 +66,19 @@ def test_soft_distillation_is_deits(batch, alpha, tau):
         return base * (1 - alpha) + divergence * tau**2 / x.numel() * alpha
 
     both(ours, theirs, logits, labels)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_pytorchs(batch, smoothing):
+    """For labels PyTorch divides by the sum of the weights; ours by the number of images. PyTorch
+    also weighs the smoothed share of each class by that class's weight; ours by the label's.
+    """
+    logits, labels, soft = batch
+    weights = np.linspace(0.1, 4.0, CLASSES).astype("float32")
+    ours = CrossEntropy(smoothing, paddle.to_tensor(weights))
+    theirs = torch.nn.CrossEntropyLoss(torch.tensor(weights), label_smoothing=0.0)
+    if not smoothing:  # what mixup has smoothed needs to be told apart: tests/test_losses.py
+        both(ours, theirs, logits, soft)
+    plain = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing)
+    weigh = torch.tensor(weights)
+    both(ours, lambda x, y: (plain(x, y) * weigh[y]).mean(), logits, labels)

@@ -63,6 +63,14 @@ def test_evaluation_pixels_equal_timms(crop_pct, interpolation):
             assert np.array_equal(ours(from_image(image)), hwc(theirs(image))), (image_size, size)
 
 
+@pytest.mark.parametrize("size", [*range(64, 76), 101, 223, 225])
+def test_the_centre_crop_of_any_margin_equals_torchvisions(size):
+    ours = build_eval_transform(get_config(None, ["DATA.IMAGE_SIZE", "64"]))
+    ours.short = size
+    image = photo(size, size + 7)
+    assert np.array_equal(ours(from_image(image)), F.center_crop(image, [64, 64]))
+
+
 def timm_op(name, image, level, sign, resample, fill, monkeypatch):
     monkeypatch.setattr(timm_auto_augment, "_randomly_negate", lambda value: sign * value)
     level_to_arg = timm_auto_augment.LEVEL_TO_ARG[name]
