@@ -30,6 +30,13 @@ def fresh_process():
     log.propagate = True
 
 
+@pytest.fixture
+def caplog(caplog):
+    """pytest's, also after a run in this process, which keeps its log to itself."""
+    logging.getLogger("resmlp").propagate = True
+    return caplog
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Tiny data of three classes, to read only."""

@@ -1,6 +1,5 @@
 """Dashboards: each backend is read back by its own reader; a missing package stops nobody."""
 
-import logging
 import os
 import sys
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ def write_some(dashboard):
 )
 def test_a_missing_package_is_one_line_in_the_log(kind, package, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, package, None)  # its import fails
-    monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
     assert build_dashboard(kind, tmp_path, 0) is None and not list(tmp_path.iterdir())
     lines = [f"DASHBOARD {kind} is off: `pip install {package}`"] if kind != "none" else []
     assert [message.split(" (")[0] for message in caplog.messages] == lines

@@ -98,9 +98,8 @@ def test_the_report_names_each_class_with_its_most_frequent_mistake(tmp_path):
 
 
 def test_very_many_classes_are_reported_without_a_picture_or_their_square_in_memory(
-    tmp_path, caplog, monkeypatch
+    tmp_path, caplog
 ):
-    monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
     caplog.set_level(logging.INFO)
     classes = 10**5
     metrics = metrics_of([[7, 7, 1], [7, classes - 1, 2]], classes)

@@ -328,9 +328,15 @@ def test_every_kind_of_image_becomes_rgb_as_pillow_converts_it(tmp_path, name):
     exif[0x0112] = 6  # stored lying on its side
     form = "PNG" if path.suffix == ".txt" else None
     image.convert(modes.get(path.stem, "RGB")).save(path, format=form, exif=exif)
+    try:
+        theirs = Image.open(path).convert("RGB")
+    except OSError:
+        if name != "ycc.tif":
+            raise
+        pytest.skip("this Pillow cannot read what it wrote")  # 11.3, the last for Python 3.9
     result = read_image(str(path))
     assert result.mode == "RGB"
-    np.testing.assert_array_equal(result, Image.open(path).convert("RGB"))
+    np.testing.assert_array_equal(result, theirs)
 
 
 @pytest.fixture(params=[True, False], ids=["simplejpeg", "Pillow alone"])

@@ -1,7 +1,6 @@
 """Texts of users in pictures: no formulas, and in a font that has their characters."""
 
 import io
-import logging
 import warnings
 from pathlib import Path
 
@@ -57,8 +56,7 @@ def test_a_character_is_drawn_with_an_installed_font_that_has_it(
     assert not caplog.text
 
 
-def test_characters_that_no_font_has_are_said_once(only_dejavu, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("resmlp"), "propagate", True)
+def test_characters_that_no_font_has_are_said_once(only_dejavu, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         drawn(f"{DOG} and {DOG}")
