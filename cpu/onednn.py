@@ -207,8 +207,11 @@ def _once(make):
         if arguments not in kept:
             failures = []
             thread = threading.Thread(target=work, args=(arguments, failures))
-            thread.start()
-            thread.join()
+            try:
+                thread.start()
+                thread.join()
+            except RuntimeError:  # Python 3.12 starts none any more once the main one has ended
+                work(arguments, failures)
             if failures:
                 raise failures[0]
         if isinstance(kept[arguments], Unsupported):
