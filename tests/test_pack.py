@@ -53,6 +53,8 @@ def test_large_pictures_get_the_short_side_and_keep_their_rotation(tmp_path, nam
     x, y = np.meshgrid(np.arange(400), np.arange(300))
     pixels = np.stack([x * 255 // 400, y * 255 // 300, (x + y) % 256], -1)
     Image.fromarray(pixels.astype("uint8")).save(original, quality=95, **options)
+    if "xmp" in options and not Image.open(original).getexif():
+        pytest.skip("this Pillow knows no orientation by XMP")  # before 11.2
     pack(str(source), str(tmp_path / "packed"), Settings(60, 90, 100), 1)
     path = f"{tmp_path}/packed/train-00000.tar/train/class_1/{name}"
     expected = to_image(read_pixels(str(original), True)).resize((60, 80), Image.Resampling.BICUBIC)
