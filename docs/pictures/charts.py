@@ -31,10 +31,10 @@ def draw_speed() -> None:
 
 
 def draw_deit() -> None:
-    rows = rows_under("results.md", "DeiT's own training beside ours", 6)
+    rows = rows_under("results.md", "DeiT's own training beside ours", 10)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     names = list(dict.fromkeys(row[0] for row in rows))
-    for number, (column, name) in enumerate(((2, "DeiT's main.py"), (4, "ours"))):
+    for number, (column, name) in enumerate(((2, "DeiT's main.py"), (6, "ours"))):
         points = [
             (float(r[column]), names.index(r[0]) + 0.2 * number)
             for r in rows
